@@ -1,0 +1,53 @@
+# Two commands do everything: `make serve` and `make test`. Both set up what is missing first.
+PYTHON ?= python3.11
+MODEL ?= cifar10
+PORT ?= 8080
+BIN := .venv/bin
+ARCHIVE := model_store/$(MODEL).mar
+SOURCES := $(wildcard handlers/*.py hardening/*.py export/*.py) rampart.py
+
+.PHONY: serve test check format lock clean
+
+serve: $(ARCHIVE)
+	@$(BIN)/rampart serve --model $(ARCHIVE) --port $(PORT)
+
+test: .venv/dev
+	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
+	@$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(ARCHIVE): .venv/serve $(wildcard model_store/$(MODEL)/*) $(SOURCES)
+	@echo "Building $@ from model_store/$(MODEL) (export, parity gate, archive) ..."
+	@$(BIN)/rampart archive model_store/$(MODEL) --out $@
+
+.venv/serve: requirements/serve.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Rampart needs Python 3.11: install it, or name yours with PYTHON=..."; exit 1; }
+	@echo "Installing what serving needs into .venv (about 5 GB, a few minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --require-hashes -r requirements/serve.txt
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/dev: .venv/serve requirements/dev.txt
+	@echo "Installing what tests and benchmarks need ..."
+	@$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
+	@touch $@
+
+# Writes the lock files anew from pyproject.toml: hashes, and no address of any index.
+lock:
+	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --upgrade -o requirements/serve.txt
+	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --extra test --extra benchmark -c requirements/serve.txt \
+	    -o requirements/dev.txt
+
+clean:
+	rm -rf .venv model_store/*.mar

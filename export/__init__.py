@@ -1,0 +1,1 @@
+"""Export a defended pipeline as one ONNX graph and archive it for TorchServe."""

@@ -1,0 +1,115 @@
+"""A folder of model_store as one `.mar`: graph, calibration, card, labels, handler, hashes."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from skimage.data import data_dir
+from torch import Tensor
+
+import handlers
+from export.parity import Parity, compare
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from handlers.image import decode
+from hardening import checkpoint
+from hardening import pipeline as pipelines
+from hardening.calibrate import load_variant
+from hardening.report import read_card
+
+VERSION = "1.0"
+HANDLERS = Path(handlers.__file__).parent
+# What runs inside TorchServe's worker; the launcher stays outside.
+SERVED = ("__init__.py", "image.py", "engine.py", "verdict.py", "protocol.py", "defended.py")
+SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2}
+POLICY = {"false_alarm_rate": 0.01, "on_detection": "flag", "detail": "full"}
+
+
+def export_variant(
+    folder: Path, variant: pipelines.Variant, out: Path, *, images: Tensor | None = None
+) -> Parity:
+    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
+
+    `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
+    """
+    pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
+    to_onnx(pipeline, out)
+    if images is None:
+        images = sample_crops(pipeline.classifier.config.image_size)
+    return compare(pipeline, Engine(out, device="cpu"), load_variant(folder, variant), images)
+
+
+def sample_crops(size: int, *, count: int = 32) -> Tensor:
+    """Crops (count, size, size, 3) of scikit-image's cat, a picture that needs no download."""
+    picture = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes()))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(picture.shape[0] - size, (count,), generator=generator)
+    columns = torch.randint(picture.shape[1] - size, (count,), generator=generator)
+    places = zip(rows.tolist(), columns.tolist(), strict=True)
+    return torch.stack([picture[i : i + size, j : j + size] for i, j in places])
+
+
+def archive(
+    folder: Path,
+    out: Path,
+    *,
+    variant: pipelines.Variant = "full",
+    images: Tensor | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Parity:
+    """Export, gate and pack the model folder as `out` (NAME.mar); returns the gate's figures.
+
+    `settings` overrides entries of the model YAML's top level; `rampart` in it those of the policy.
+    """
+    settings = settings or {}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch) / "content"
+        (work / "handlers").mkdir(parents=True)
+        parity = export_variant(folder, variant, work / "graph.onnx", images=images)
+        config, _ = checkpoint.read(folder / "weights.safetensors")
+        for name in SERVED:
+            shutil.copy(HANDLERS / name, work / "handlers" / name)
+        shutil.copy(folder / f"calibration-{variant}.json", work / "calibration.json")
+        (work / "labels.json").write_text(json.dumps(config["classes"]))
+        card = {"name": out.stem, "variant": variant} | read_card(folder)
+        hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
+        (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
+        (work / "sha256.json").write_text(json.dumps(hash_tree(work), indent=1))
+        policy = POLICY | {"image_size": config["classifier"]["image_size"]}
+        policy |= settings.get("rampart", {})
+        model_yaml = Path(scratch) / "model-config.yaml"
+        model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
+        pack(work, model_yaml, out)
+    return parity
+
+
+def pack(work: Path, model_yaml: Path, out: Path) -> None:
+    """Run torch-model-archiver; the finished file replaces an older one at once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as partial:
+        command = [str(Path(sys.executable).with_name("torch-model-archiver"))]
+        command += ["--model-name", out.stem, "--version", VERSION]
+        command += ["--handler", str(HANDLERS / "defended.py"), "--extra-files", str(work)]
+        command += ["--config-file", str(model_yaml), "--export-path", partial]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"torch-model-archiver failed: {done.stderr.strip()}")
+        (Path(partial) / out.name).replace(out)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hash_tree(folder: Path) -> dict[str, str]:
+    """Digest of every file below `folder`, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path) for path in files}

@@ -1,0 +1,117 @@
+"""The gate: an exported graph ships only if it decides as the torch pipeline does.
+
+Compared at batch 1, 2 and 32, on clean, attacked and near-threshold images: labels are equal;
+decisions are equal wherever the p-value is farther from the threshold than ten times the largest
+score difference seen.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from handlers.engine import Engine
+from handlers.verdict import Calibration, p_values
+from hardening.attacks import Threat, pgd10
+from hardening.calibrate import detection_margin
+from hardening.data import to_float, to_uint8
+from hardening.evaluate import joint_loss
+from hardening.pipeline import DefendedClassifier
+
+BATCHES = (1, 2, 32)
+
+
+class Parity(NamedTuple):
+    """Largest differences between torch and the graph, and how many images were compared."""
+
+    images: int
+    logits: float
+    scores: float
+    labels_differ: int
+    decisions_differ: int
+
+    def __str__(self) -> str:
+        return (
+            f"parity on {self.images} images at batch {', '.join(map(str, BATCHES))}:"
+            f" logits differ by at most {self.logits:.2g}, scores by {self.scores:.2g};"
+            f" labels differ on {self.labels_differ}, decisions on {self.decisions_differ}"
+        )
+
+
+def samples(
+    pipeline: DefendedClassifier, calibration: Calibration, image: Tensor, *, rate: float
+) -> Tensor:
+    """Clean, attacked and near-threshold variations (3 N, H, W, 3) of image uint8 (N, H, W, 3)."""
+    x = to_float(image)
+    with torch.no_grad():
+        label = pipeline.defend(x).logits.argmax(1)
+    generator = torch.Generator().manual_seed(0)
+    loss = joint_loss(pipeline, calibration, rate, 1.0)(label)
+    attacked = pgd10(loss, x, Threat(), generator=generator)
+    near = near_threshold(pipeline, calibration, x, rate=rate)
+    return torch.cat([image, to_uint8(attacked), to_uint8(near)])
+
+
+def near_threshold(
+    pipeline: DefendedClassifier, calibration: Calibration, x: Tensor, *, rate: float
+) -> Tensor:
+    """Mix noise into x (N, 3, H, W) until each image sits just below the threshold (bisection)."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    low, high = torch.zeros(len(x), 1, 1, 1), torch.ones(len(x), 1, 1, 1)
+    for _ in range(10):
+        middle = (low + high) / 2
+        with torch.no_grad():
+            scores = pipeline.defend(x.lerp(noise, middle)).scores
+        over = (detection_margin(scores, calibration, rate) > 0).view(-1, 1, 1, 1)
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return x.lerp(noise, low)
+
+
+def compare(
+    pipeline: DefendedClassifier,
+    engine: Engine,
+    calibration: Calibration,
+    image: Tensor,
+    *,
+    rate: float = 0.01,
+) -> Parity:
+    """Run `image` uint8 (N, H, W, 3) and what is made from it through both.
+
+    Raises RuntimeError with the differences where the gate fails.
+    """
+    image = samples(pipeline, calibration, image, rate=rate)
+    with torch.no_grad():
+        out = pipeline(image)
+    logits, scores = out.logits.numpy(), out.scores.numpy()
+    p = p_values(scores.astype(np.float64), calibration)
+    worst = Parity(len(image), 0.0, 0.0, 0, 0)
+    ran = [run_in_batches(engine, image.numpy(), size) for size in BATCHES]
+    score_gap = max(float(np.abs(s - scores).max()) for _, s in ran)
+    for graph_logits, graph_scores in ran:
+        graph_p = p_values(graph_scores.astype(np.float64), calibration)
+        clear = np.abs(p - rate) > 10 * score_gap
+        differ = clear & ((p < rate) != (graph_p < rate))
+        labels = graph_logits.argmax(1) != logits.argmax(1)
+        worst = Parity(
+            len(image),
+            max(worst.logits, float(np.abs(graph_logits - logits).max())),
+            score_gap,
+            max(worst.labels_differ, int(labels.sum())),
+            max(worst.decisions_differ, int(differ.sum())),
+        )
+    if worst.labels_differ or worst.decisions_differ:
+        raise RuntimeError(f"the exported graph decides differently: {worst}")
+    return worst
+
+
+def run_in_batches(
+    engine: Engine, image: NDArray[np.uint8], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits (N, K) and scores (N, D) of image (N, H, W, 3), `size` images a run."""
+    parts = [engine.run(image[i : i + size]) for i in range(0, len(image), size)]
+    return (
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.scores for part in parts]),
+    )

@@ -1,0 +1,50 @@
+"""The pipeline as one ONNX file: uint8 images in; logits, scores and purified images out."""
+
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+
+from hardening.pipeline import DefendedClassifier
+
+OUTPUTS = ("logits", "raw_logits", "scores", "purified")
+
+
+def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
+    """Write `pipeline` to `path` with a dynamic batch and the weights inside.
+
+    Input `image` is uint8 (N, H, W, 3) at model resolution. Raises RuntimeError where the exporter
+    froze the batch, which it does silently for some operators.
+    """
+    size = pipeline.classifier.config.image_size
+    # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # The exporter's own notices about its internals; nothing a user could act on.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            pipeline.eval(),
+            (example,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            external_data=False,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
+    check_batch_is_dynamic(path)
+    return path
+
+
+def check_batch_is_dynamic(path: Path) -> None:
+    """Raise RuntimeError where an input or output of the graph has a fixed batch size."""
+    graph = onnx.load(path).graph
+    for value in [*graph.input, *graph.output]:
+        first = value.type.tensor_type.shape.dim[0]
+        if not first.dim_param:
+            raise RuntimeError(
+                f"{path}: {value.name} has a fixed batch of {first.dim_value}; look for chunk or"
+                " reshape with a constant batch in the pipeline"
+            )

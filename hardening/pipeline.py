@@ -1,0 +1,114 @@
+"""The defended classifier: one function of pixels, in training, in ONNX and under attack."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hardening import checkpoint
+from hardening.data import to_float
+from hardening.detectors import FULL, LEAN, Detectors, Views
+from hardening.models import Classifier, ClassifierConfig
+from hardening.purifier import Purifier, PurifierConfig
+
+Variant = Literal["full", "lean"]
+
+
+class Outputs(NamedTuple):
+    """What the pipeline says of a batch; `logits` are of the purified view."""
+
+    logits: Tensor  # (N, K)
+    raw_logits: Tensor  # (N, K)
+    scores: Tensor  # (N, D)
+    purified: Tensor  # (N, 3, H, W) in [0, 1]; uint8 (N, H, W, 3) from the uint8 entry
+
+
+class DefendedClassifier(nn.Module):
+    """Purifier, classifier and detectors as one module without branches on data or randomness.
+
+    Without a purifier the purified view is the image itself and there is one classifier pass.
+    """
+
+    def __init__(
+        self, classifier: Classifier, purifier: Purifier | None, names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.classifier, self.purifier = classifier, purifier
+        self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
+
+    def defend(self, x: Tensor) -> Outputs:
+        """The float entry, for attacks: x (N, 3, H, W) in [0, 1]."""
+        n = x.shape[0]
+        if self.purifier is None:
+            purified, features = x, self.classifier.embed(x)
+            logits = raw_logits = self.classifier.head(features)
+        else:
+            purified = self.purifier(x)
+            both = self.classifier.embed(torch.cat([x, purified]))  # (2N, F)
+            # Slices keep the exported batch dynamic; chunk(2) would freeze it.
+            features, all_logits = both[:n], self.classifier.head(both)
+            raw_logits, logits = all_logits[:n], all_logits[n:]
+        scores = self.detectors(Views(x, purified, raw_logits, logits, features))
+        return Outputs(logits, raw_logits, scores, purified)
+
+    def forward(self, image: Tensor) -> Outputs:
+        """The entry that is exported: image uint8 (N, H, W, 3)."""
+        out = self.defend(to_float(image))
+        if self.purifier is None:
+            return out._replace(purified=image)
+        pixels = (out.purified * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return out._replace(purified=pixels)
+
+
+def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> None:
+    """Write the `full` pipeline with all it takes to rebuild either variant."""
+    if pipeline.purifier is None:
+        raise ValueError("only a full pipeline is saved: lean is made from it on loading")
+    config = {
+        "classifier": pipeline.classifier.config._asdict(),
+        "purifier": pipeline.purifier.config._asdict(),
+        "classes": list(classes),
+    }
+    checkpoint.save(path, pipeline, config)
+
+
+def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
+    """Rebuild the pipeline of `path` as `variant`, frozen; returns it with the class names."""
+    config, state = checkpoint.read(path)
+    classifier = Classifier(classifier_config(config))
+    if variant == "full":
+        purifier: Purifier | None = Purifier(PurifierConfig(**config["purifier"]))
+        pipeline = DefendedClassifier(classifier, purifier, FULL)
+    else:
+        pipeline = DefendedClassifier(classifier, None, LEAN)
+        state = {name: t for name, t in state.items() if not name.startswith("purifier.")}
+    pipeline.load_state_dict(state)
+    return pipeline.eval().requires_grad_(False), tuple(config["classes"])
+
+
+def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
+    """The classifier's part of a checkpoint's config; JSON lists become tuples again."""
+    values: dict[str, Any] = dict(config["classifier"])
+    values |= {name: tuple(values[name]) for name in ("mean", "std")}
+    return ClassifierConfig(**values)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen."""
+    config, state = checkpoint.read(path)
+    classifier = Classifier(classifier_config(config))
+    prefix = "classifier."
+    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    classifier.load_state_dict(own or state)
+    return classifier.eval().requires_grad_(False)
+
+
+def load_purifier(path: Path) -> Purifier:
+    """The purifier of a file that `rampart purifier` wrote, frozen."""
+    config, state = checkpoint.read(path)
+    if "purifier" not in config:
+        raise ValueError(f"{path} holds no purifier: pass the file of `rampart purifier`")
+    purifier = Purifier(PurifierConfig(**config["purifier"]))
+    purifier.load_state_dict(state)
+    return purifier.eval().requires_grad_(False)

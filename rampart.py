@@ -1,0 +1,305 @@
+"""The command line: one function per verb, each a thin call into the packages."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from hardening.attacks import Threat
+    from hardening.data import Images
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+Data = Annotated[Path, typer.Option(help="Training images: CIFAR-10 folder, ImageFolder or .npz")]
+Held = Annotated[Path | None, typer.Option(help="Held-out images; without it a tenth of --data")]
+Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run there continues")]
+Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
+Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
+Eps = Annotated[float, typer.Option(help="Radius: n/255 for Linf, plain for L2")]
+Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
+Variant = Annotated[Literal["full", "lean"], typer.Option(help="full, or lean for tight latency")]
+Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
+VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
+
+
+def threat_of(norm: str, eps: float) -> "Threat":
+    """The threat model of the options --norm and --eps."""
+    from hardening.attacks import Threat
+
+    return Threat(norm, eps / 255 if norm == "Linf" else eps)
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device called `name`; auto takes CUDA where there is one."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no usable CUDA device; use --device cpu, or auto")
+    return torch.device(
+        "cpu"
+        if name == "auto" and not torch.cuda.is_available()
+        else "cuda"
+        if name == "auto"
+        else name
+    )
+
+
+def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images, Images]":
+    """(training images, held-out images) of the options --data and --held."""
+    from hardening.data import hold_out, load
+
+    return hold_out(load(data, size=size), load(held, size=size) if held else None)
+
+
+@app.command()
+def download(folder: Path) -> None:
+    """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
+    from hardening.data import load_cifar10
+
+    images = load_cifar10(folder, download=True)
+    typer.echo(f"{len(images)} training images in {folder}: pass it as --data")
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Out,
+    held: Held = None,
+    arch: Annotated[str, typer.Option(help="resnet10, resnet18 or resnet34")] = "resnet18",
+    width: Annotated[float, typer.Option(help="Factor on every channel count")] = 1.0,
+    image_size: Annotated[int, typer.Option(help="Pixels per side")] = 32,
+    attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10 or pgd20")] = "n_fgsm",
+    norm: Norm = "Linf",
+    eps: Eps = 8,
+    epochs: int = 30,
+    batch_size: int = 128,
+    lr: float = 0.2,
+    ema: Annotated[float, typer.Option(help="Decay of the weight average")] = 0.998,
+    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 512,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a classifier adversarially. Ctrl-C is safe: the same command continues."""
+    from hardening.data import split
+    from hardening.models import ClassifierConfig
+    from hardening.train import Recipe, train_classifier
+
+    images, held_out = read_data(data, held, image_size)
+    config = ClassifierConfig(arch, len(images.classes), width, image_size)
+    recipe = Recipe(attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
+    validation = split(held_out, "validation")[slice(validate_on)]
+    best = train_classifier(config, recipe, out, (images, validation), device=pick_device(device))
+    typer.echo(f"best classifier: {best}")
+
+
+@app.command()
+def purifier(
+    data: Data,
+    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
+    out: Out,
+    held: Held = None,
+    norm: Norm = "Linf",
+    eps: Eps = 8,
+    epochs: int = 2,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 512,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Train the GAN purifier in front of a frozen classifier. Ctrl-C is safe here too."""
+    from hardening.data import split
+    from hardening.pipeline import load_classifier
+    from hardening.purifier import PurifierConfig, PurifierRecipe, train_purifier
+
+    net = load_classifier(classifier).to(pick_device(device))
+    images, held_out = read_data(data, held, net.config.image_size)
+    validation = split(held_out, "validation")[slice(validate_on)]
+    recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
+    best = train_purifier(net, PurifierConfig(), recipe, out, (images, validation))
+    typer.echo(f"best purifier: {best}")
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    held: Annotated[Path, typer.Option(help="Held-out clean images, never trained on")],
+    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
+    purifier: Annotated[Path, typer.Option(help="purifier.safetensors of `rampart purifier`")],
+) -> None:
+    """Put classifier and purifier together as a model folder and calibrate both variants."""
+    from hardening import calibrate as calibration
+    from hardening import pipeline as pipelines
+    from hardening.data import load, split
+    from hardening.detectors import FULL
+
+    net, generator = pipelines.load_classifier(classifier), pipelines.load_purifier(purifier)
+    images = load(held, size=net.config.image_size)
+    defended = pipelines.DefendedClassifier(net, generator, FULL).eval()
+    defended.detectors.feature_distance.fit(net, split(images, "validation"))
+    pipelines.save(model / "weights.safetensors", defended, images.classes)
+    for variant in VARIANTS:
+        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+        made = calibration.calibrate(pipeline, images, variant)
+        typer.echo(calibration.write(model, made, f"{held.name}, calibration split"))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images")] = None,
+    norm: Norm = "Linf",
+    eps: Eps = 8,
+    rate: Rate = 0.01,
+    device: Device = "auto",
+) -> None:
+    """Attack classifier and pipeline with full knowledge; write the figures to card.json."""
+    from hardening import evaluate as evaluation
+    from hardening import pipeline as pipelines
+    from hardening import report
+    from hardening.calibrate import load_variant
+    from hardening.data import load
+
+    where, threat = pick_device(device), threat_of(norm, eps)
+    net = pipelines.load_classifier(model / "weights.safetensors")
+    images = load(data, train=False, size=net.config.image_size)[slice(limit)].to(where)
+    metrics = list(evaluation.classifier_rungs(net.to(where), images, threat))
+    for variant in VARIANTS:
+        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+        calibration = load_variant(model, variant)
+        metrics += evaluation.pipeline_rungs(
+            pipeline.to(where), calibration, images, threat, rate=rate
+        )
+    command = " ".join(["rampart", *sys.argv[1:]])
+    rows = [report.row(m, data=data_name or data.name, command=command) for m in metrics]
+    report.write_card(model, report.read_card(model) | {"metrics": rows})
+    typer.echo(report.table(rows))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The .onnx file to write")],
+    variant: Variant = "full",
+    data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
+) -> None:
+    """Write one ONNX graph and prove that it decides as the torch pipeline does."""
+    from export.archive import export_variant
+
+    typer.echo(export_variant(model, variant, out, images=gate_images(data)))
+    typer.echo(out)
+
+
+def gate_images(data: Path | None) -> "torch.Tensor | None":
+    """The first 64 images under --data for the parity gate."""
+    from hardening.data import load
+
+    return load(data, train=False).image[:64] if data else None
+
+
+@app.command()
+def archive(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
+    variant: Variant = "full",
+    data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
+    rate: Rate = 0.01,
+    on_detection: Literal["flag", "reject"] = "flag",
+    detail: Literal["full", "public"] = "full",
+) -> None:
+    """Export, check and pack a model folder as one TorchServe archive."""
+    from export import archive as archives
+
+    target = out or model.with_suffix(".mar")
+    policy = {"false_alarm_rate": rate, "on_detection": on_detection, "detail": detail}
+    parity = archives.archive(
+        model, target, variant=variant, images=gate_images(data), settings={"rampart": policy}
+    )
+    typer.echo(parity)
+    typer.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def attack(
+    image: Annotated[
+        Path | None, typer.Argument(help="Picture; default scikit-image's cat")
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Folder of the model")] = Path("model_store/cifar10"),
+    out: Annotated[Path, typer.Option(help="Folder for clean.png and attacked.png")] = Path(),
+    variant: Variant = "full",
+    norm: Norm = "Linf",
+    eps: Eps = 8,
+    rate: Rate = 0.01,
+) -> None:
+    """White-box PGD against the shipped defence, written as 8-bit PNGs at model resolution."""
+    import torch
+    from PIL import Image
+    from skimage.data import data_dir
+
+    from handlers.image import decode
+    from hardening import pipeline as pipelines
+    from hardening.calibrate import load_variant
+    from hardening.evaluate import fool
+
+    pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
+    source = image or Path(data_dir) / "chelsea.png"
+    clean = decode(source.read_bytes(), pipeline.classifier.config.image_size)
+    calibration = load_variant(model, variant)
+    pixels = torch.from_numpy(clean.copy())[None]
+    attacked = fool(pipeline, calibration, pixels, threat_of(norm, eps), rate=rate)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in (("clean", pixels), ("attacked", attacked)):
+        file = out / f"{name}.png"
+        Image.fromarray(picture[0].numpy()).save(file)
+        with torch.no_grad():
+            confidence, index = pipeline(picture).logits.softmax(1)[0].max(0)
+        typer.echo(f"{file}: {classes[int(index)]} ({float(confidence):.0%})")
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="The .mar to serve")] = Path(
+        "model_store/cifar10.mar"
+    ),
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    workers: int = 1,
+    device: Device = "auto",
+    token_authorization: Annotated[
+        bool, typer.Option(help="Require TorchServe's tokens; a must beyond loopback")
+    ] = False,
+) -> None:
+    """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
+    from skimage.data import data_dir
+
+    from handlers import launch
+
+    code = launch.serve(
+        model,
+        host=host,
+        port=port,
+        workers=workers,
+        device=device,
+        token_authorization=token_authorization,
+        samples=[Path(data_dir) / "chelsea.png"],
+    )
+    raise typer.Exit(code)
+
+
+def main() -> Any:
+    """Run the command line; an expected failure is one line, not a traceback."""
+    try:
+        return app()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        typer.echo(f"rampart: {error}", err=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from export.archive import archive
+
+
+def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Path) -> None:
+    with zipfile.ZipFile(tiny_archive) as mar:
+        names = {name for name in mar.namelist() if not name.endswith("/")}
+    assert names == {
+        "MAR-INF/MANIFEST.json",
+        "calibration.json",
+        "card.json",
+        "defended.py",
+        "graph.onnx",
+        "handlers/__init__.py",
+        "handlers/defended.py",
+        "handlers/engine.py",
+        "handlers/image.py",
+        "handlers/protocol.py",
+        "handlers/verdict.py",
+        "labels.json",
+        "model-config.yaml",
+        "sha256.json",
+    }
+
+
+def test_every_file_has_its_hash_beside_it(tiny_archive: Path) -> None:
+    with zipfile.ZipFile(tiny_archive) as mar:
+        hashes = json.loads(mar.read("sha256.json"))
+        for name, digest in hashes.items():
+            assert hashlib.sha256(mar.read(name)).hexdigest() == digest, name
+        card = json.loads(mar.read("card.json"))
+    assert {"graph.onnx", "calibration.json", "card.json", "handlers/image.py"} <= set(hashes)
+    assert card["sha256"]["graph.onnx"] == hashes["graph.onnx"]
+    assert len(card["sha256"]["weights.safetensors"]) == 64
+    assert card["variant"] == "full"
+
+
+def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "strict.mar"
+    settings = {"batchSize": 4, "rampart": {"false_alarm_rate": 0.05, "on_detection": "reject"}}
+    archive(tiny_folder, out, variant="lean", settings=settings)
+    with zipfile.ZipFile(out) as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        calibration = json.loads(mar.read("calibration.json"))
+    assert config["batchSize"] == 4
+    assert config["maxBatchDelay"] == 2
+    assert config["rampart"] == {
+        "false_alarm_rate": 0.05,
+        "on_detection": "reject",
+        "detail": "full",
+        "image_size": 32,
+    }
+    assert calibration["detectors"] == ["confidence", "energy"]
+
+
+def test_a_folder_without_weights_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="rampart train"):
+        archive(tmp_path / "nothing", tmp_path / "a.mar")

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from export import parity
+from export.archive import sample_crops
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from handlers.verdict import Calibration
+from hardening import pipeline as pipelines
+from hardening.calibrate import detection_margin, load_variant
+from hardening.data import Images
+from hardening.pipeline import DefendedClassifier
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_folder: Path) -> Calibration:
+    return load_variant(tiny_folder, "full")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Engine:
+    return Engine(to_onnx(tiny_pipeline, tmp_path_factory.mktemp("p") / "g.onnx"), device="cpu")
+
+
+def test_the_gate_passes_the_graph_of_the_same_pipeline(
+    engine: Engine, tiny_pipeline: DefendedClassifier, calibration: Calibration, tiny_images: Images
+) -> None:
+    found = parity.compare(tiny_pipeline, engine, calibration, tiny_images.image[:16])
+    assert found.images == 48
+    assert found.labels_differ == found.decisions_differ == 0
+    assert 0 < found.logits < 1e-3
+
+
+def test_the_gate_stops_a_graph_with_other_weights(
+    engine: Engine, tiny_folder: Path, calibration: Calibration, tiny_images: Images
+) -> None:
+    other, _ = pipelines.load(tiny_folder / "weights.safetensors")
+    with torch.no_grad():
+        other.classifier.head.weight.neg_()
+    with pytest.raises(RuntimeError, match=r"decides differently.*labels differ on [1-9]"):
+        parity.compare(other, engine, calibration, tiny_images.image[:16])
+
+
+def test_near_threshold_images_straddle_the_decision_closely(
+    tiny_pipeline: DefendedClassifier, calibration: Calibration, tiny_images: Images
+) -> None:
+    x = tiny_images.image[:16].permute(0, 3, 1, 2) / 255
+    near = parity.near_threshold(tiny_pipeline, calibration, x, rate=0.05)
+    with torch.no_grad():
+        before, after = (tiny_pipeline.defend(v).scores for v in (x, near))
+    gap = [detection_margin(s, calibration, 0.05).abs().median() for s in (before, after)]
+    assert gap[1] < 0.2 * gap[0]
+
+
+def test_the_built_in_crops_are_real_and_all_different() -> None:
+    crops = sample_crops(32, count=8)
+    assert crops.shape == (8, 32, 32, 3)
+    assert len({crop.numpy().tobytes() for crop in crops}) == 8

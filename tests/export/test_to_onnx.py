@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.to_onnx import OUTPUTS, check_batch_is_dynamic, to_onnx
+from handlers.engine import Engine
+from hardening import pipeline as pipelines
+from hardening.data import Images
+from hardening.pipeline import DefendedClassifier
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
+    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("graph") / "graph.onnx")
+
+
+def test_the_graph_is_one_file_with_the_documented_border(graph: Path) -> None:
+    assert [file.name for file in graph.parent.iterdir()] == ["graph.onnx"]
+    model = onnx.load(graph)
+    onnx.checker.check_model(model)
+    image = model.graph.input[0]
+    assert image.name == "image"
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim[1:]] == [32, 32, 3]
+    assert tuple(output.name for output in model.graph.output) == OUTPUTS
+
+
+@pytest.mark.parametrize("count", [1, 3, 32])
+def test_any_batch_gives_what_torch_gives(
+    graph: Path, tiny_pipeline: DefendedClassifier, tiny_images: Images, count: int
+) -> None:
+    image = tiny_images.image[:count]
+    found = Engine(graph, device="cpu").run(image.numpy())
+    with torch.no_grad():
+        expected = tiny_pipeline(image)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
+    np.testing.assert_allclose(found.raw_logits, expected.raw_logits, atol=1e-4)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
+
+
+def test_the_lean_graph_runs_the_classifier_once(
+    tmp_path: Path, graph: Path, tiny_folder: Path
+) -> None:
+    lean, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
+    kinds = [n.op_type for n in onnx.load(to_onnx(lean, tmp_path / "lean.onnx")).graph.node]
+    # A ResNet-10 has 12 convolutions; the tiny purifier of `full` adds two.
+    assert kinds.count("Conv") == 12
+    assert [n.op_type for n in onnx.load(graph).graph.node].count("Conv") == 14
+
+
+def test_a_frozen_batch_is_refused(tmp_path: Path, graph: Path) -> None:
+    model = onnx.load(graph)
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "frozen.onnx")
+    with pytest.raises(RuntimeError, match="logits has a fixed batch of 2"):
+        check_batch_is_dynamic(tmp_path / "frozen.onnx")

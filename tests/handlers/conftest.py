@@ -1,0 +1,187 @@
+"""A real TorchServe on the tiny archive, started as `rampart serve` starts it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from PIL import Image
+
+CODE = """
+import json, sys
+from pathlib import Path
+from handlers.launch import serve
+options = json.loads(sys.argv[2])
+options["samples"] = [Path(sample) for sample in options.get("samples", ())]
+sys.exit(serve(Path(sys.argv[1]), **options))
+"""
+
+
+def free_port() -> int:
+    """The first of three neighbouring ports that nobody uses."""
+    for port in range(20_000 + os.getpid() % 5_000, 60_000, 3):
+        try:
+            for offset in range(3):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port + offset))
+        except OSError:
+            continue
+        return port
+    raise OSError("no three neighbouring ports are free")
+
+
+@dataclass
+class Server:
+    """A launcher at work: its process, what it has printed, and where it serves."""
+
+    process: subprocess.Popen[str]
+    port: int
+    temp: Path
+    lines: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/predictions/tiny"
+
+    @property
+    def management(self) -> str:
+        return f"http://127.0.0.1:{self.port + 1}/models/tiny"
+
+    def worker_pids(self) -> list[int]:
+        workers = requests.get(self.management, timeout=30).json()[0]["workers"]
+        return [worker["pid"] for worker in workers]
+
+    def read(self, until: str = "Rampart is ready") -> list[str]:
+        """Lines up to the one that begins with `until`, or to the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith(until):
+                break
+        return self.lines
+
+    def family(self) -> list[psutil.Process]:
+        """The launcher and all its descendants."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def finish(self) -> int:
+        """Read to the end; the exit code."""
+        self.read(until="\0")
+        return self.process.wait(timeout=60)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, then finish."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.finish()
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[..., Server]]:
+    """Starts launchers, each with a temporary folder of its own, and ends what is left of them."""
+    servers: list[Server] = []
+
+    def start(archive: Path, **options: object) -> Server:
+        options.setdefault("port", free_port())
+        temp = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want short paths
+        process = subprocess.Popen(
+            [sys.executable, "-c", CODE, str(archive), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TMPDIR": str(temp), "PYTHONPATH": str(Path.cwd())},
+        )
+        servers.append(Server(process, int(str(options["port"])), temp, []))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.end()
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+        server.temp.rmdir()  # fails if a server left anything there
+
+
+@pytest.fixture(scope="session")
+def server(launch: Callable[..., Server], tiny_archive: Path) -> Server:
+    """One server with one worker that all HTTP tests share."""
+    server = launch(tiny_archive)
+    assert server.read(until="  curl '")[1] == "Rampart is ready", server.lines
+    return server
+
+
+@pytest.fixture(scope="session")
+def unpacked(tiny_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The contents of tiny.mar."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(tiny_archive) as content:
+        content.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repack(tiny_archive: Path) -> Callable[[Path, Mapping[str, bytes | None]], Path]:
+    """Writes a copy of tiny.mar with some files changed, or left out where None."""
+
+    def write(folder: Path, changes: Mapping[str, bytes | None]) -> Path:
+        out = folder / "tiny.mar"
+        with zipfile.ZipFile(tiny_archive) as source, zipfile.ZipFile(out, "w") as target:
+            content: dict[str, bytes | None] = {
+                name: source.read(name) for name in source.namelist()
+            }
+            for name, data in (content | dict(changes)).items():
+                if data is not None:
+                    target.writestr(name, data)
+        return out
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    """Encodes pixels or a Pillow image: encode(image, "PNG", **options)."""
+
+    def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options: object) -> bytes:
+        out = BytesIO()
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture.save(out, format, **options)
+        return out.getvalue()
+
+    return encoded
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """A smooth 32x32 RGB picture without colours at the ends of the range."""
+    rows, columns = np.mgrid[0:32, 0:32]
+    return np.stack([40 + 5 * rows, 60 + 4 * columns, 200 - 3 * rows], -1).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def wait_gone() -> Callable[[list[psutil.Process]], list[psutil.Process]]:
+    """Which of the processes still run after a few seconds."""
+
+    def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            left = [one for one in processes if one.is_running() and one.status() != "zombie"]
+            if not left:
+                return []
+            time.sleep(0.1)
+        return left
+
+    return alive

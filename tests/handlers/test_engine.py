@@ -1,0 +1,118 @@
+"""The graph in ONNX Runtime: same numbers as torch, right device or none."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from handlers.engine import MAX_BATCH, Engine, EngineError, Outputs
+from hardening.data import Images
+from hardening.pipeline import DefendedClassifier
+
+
+def cuda_works() -> bool:
+    return torch.cuda.is_available() and "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+without_cuda = pytest.mark.skipif(cuda_works(), reason="this machine has a working CUDA device")
+
+
+@pytest.fixture(scope="module")
+def engine(unpacked: Path) -> Engine:
+    return Engine(unpacked / "graph.onnx", "cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def images(tiny_images: Images) -> np.ndarray:
+    return tiny_images.image[: MAX_BATCH + 3].numpy()
+
+
+def test_outputs_equal_the_torch_pipeline(
+    engine: Engine, images: np.ndarray, tiny_pipeline: DefendedClassifier
+) -> None:
+    with torch.no_grad():
+        expected = tiny_pipeline(torch.from_numpy(images))
+    for ours, theirs in zip(engine.run(images)[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_batches_beyond_the_maximum_equal_single_images(engine: Engine, images: np.ndarray) -> None:
+    together = engine.run(images)
+    singles = [engine.run(image[None]) for image in images]
+    for index, name in enumerate(Outputs._fields):
+        alone = np.concatenate([single[index] for single in singles])
+        np.testing.assert_allclose(together[index], alone, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert together.purified.shape == images.shape and together.purified.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((1, 32, 32, 3), dtype=np.float32),
+        np.zeros((1, 3, 32, 32), dtype=np.uint8),
+        np.zeros((32, 32, 3), dtype=np.uint8),
+        np.zeros((0, 32, 32, 3), dtype=np.uint8),
+    ],
+)
+def test_other_than_uint8_images_are_refused(engine: Engine, batch: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        engine.run(batch)
+
+
+@without_cuda
+def test_cuda_without_a_device_is_an_error_that_names_what_is_missing(unpacked: Path) -> None:
+    with pytest.raises(EngineError, match=r"no CUDA device.*onnxruntime"):
+        Engine(unpacked / "graph.onnx", "cuda")
+
+
+@without_cuda
+def test_auto_says_that_it_runs_on_the_cpu(
+    unpacked: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Engine(unpacked / "graph.onnx", "auto", 1).device == "cpu"
+    assert "Running on the CPU instead: no CUDA device" in caplog.text
+
+
+@pytest.mark.skipif(not cuda_works(), reason="no working CUDA device here")
+def test_cuda_gives_the_same_labels(unpacked: Path, engine: Engine, images: np.ndarray) -> None:
+    cuda = Engine(unpacked / "graph.onnx", "cuda")
+    labels = cuda.run(images).logits.argmax(axis=1)
+    np.testing.assert_array_equal(labels, engine.run(images).logits.argmax(axis=1))
+
+
+def test_an_unknown_device_is_refused(unpacked: Path) -> None:
+    with pytest.raises(EngineError, match="choose one of cpu, cuda, auto"):
+        Engine(unpacked / "graph.onnx", "tpu")
+
+
+def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"graph\.onnx is not a graph"):
+        Engine(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("picture", ["n", 8, 8, 3]), ("image", [1, 8, 8, 3]), ("image", ["n", 3, 8, 8])],
+)
+def test_a_graph_of_another_kind_is_refused(
+    tmp_path: Path, name: str, shape: list[str | int]
+) -> None:
+    image = helper.make_tensor_value_info(name, TensorProto.UINT8, shape)
+    names = ("logits", "raw_logits", "scores", "purified")
+    nodes = [helper.make_node("Identity", [name], [output]) for output in names]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.UINT8, shape) for output in names]
+    graph = helper.make_graph(nodes, "other", [image], outputs)
+    path = tmp_path / "graph.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path
+    )
+    with pytest.raises(EngineError, match=r"not a Rampart graph.*export it anew"):
+        Engine(path)

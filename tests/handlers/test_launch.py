@@ -1,0 +1,157 @@
+"""The launcher: ready when it says so, gone when it ends, clear when it cannot."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from conftest import Server, free_port
+
+Launch = Callable[..., Server]
+Gone = Callable[[list[psutil.Process]], list[psutil.Process]]
+
+
+def test_ready_is_said_once_after_the_start_and_before_the_curl_lines(server: Server) -> None:
+    first, *waiting, ready, prediction, description = server.lines
+    assert first.startswith("Starting TorchServe for tiny: predictions on 127.0.0.1")
+    assert all(line.startswith("Still starting") for line in waiting)
+    assert ready == "Rampart is ready"
+    assert prediction.startswith("  curl ") and description.startswith("  curl ")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_printed_curl_lines_work_as_pasted(server: Server) -> None:
+    prediction, description = (paste(line) for line in server.lines[-2:])
+    assert prediction["model"]["name"] == "tiny"
+    assert description[0]["customizedMetadata"]["variant"] == "full"
+
+
+def paste(*lines: str) -> Any:
+    """What the last of the lines prints, read as JSON."""
+    done = subprocess.run(["sh", "-c", "\n".join(lines) + " -s"], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_everything(
+    launch: Launch, wait_gone: Gone, tiny_archive: Path, number: int
+) -> None:
+    server = launch(tiny_archive)
+    assert "Rampart is ready" in server.read()
+    family = server.family()
+    assert len(family) >= 3  # launcher, Java, worker
+    assert server.end(number) == 0
+    assert wait_gone(family) == []
+    assert not list(server.temp.iterdir())
+
+
+def test_ctrl_c_while_starting_stops_everything(
+    launch: Launch, wait_gone: Gone, tiny_archive: Path
+) -> None:
+    server = launch(tiny_archive)
+    server.read(until="Starting")
+    family = server.family()
+    assert server.end(signal.SIGINT) == 0
+    assert "Rampart is ready" not in server.lines
+    assert wait_gone(family) == []
+    assert not list(server.temp.iterdir())
+
+
+def test_with_tokens_only_a_key_opens_it_and_ctrl_c_stops_both_workers(
+    launch: Launch, wait_gone: Gone, tiny_archive: Path
+) -> None:
+    server = launch(tiny_archive, token_authorization=True, host="0.0.0.0", workers=2)
+    server.read(until='  curl -H "Authorization: Bearer $(rampart_key API)')
+    function, predict, describe, _, renew = server.lines[-5:]
+    picture = next(server.temp.glob("rampart-*/sample.png")).read_bytes()
+    refused = requests.post(server.url, data=picture, timeout=60)
+    assert refused.status_code == 400 and "Token Authorization failed" in refused.text
+    assert "label" in paste(function, predict)
+    assert len(paste(function, describe)[0]["workers"]) == 2
+    assert paste(function, renew)
+    assert "label" in paste(function, predict)
+    family = server.family()
+    assert server.end(signal.SIGINT) == 0
+    assert wait_gone(family) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "purpose"), [(0, "predictions"), (1, "management"), (2, "metrics")]
+)
+def test_a_taken_port_is_named_before_anything_starts(
+    launch: Launch, tiny_archive: Path, offset: int, purpose: str
+) -> None:
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + offset))
+        taken.listen()
+        server = launch(tiny_archive, port=port)
+        assert server.finish() == 1
+    (line,) = server.lines
+    assert line.startswith(f"error: port {port + offset} ({purpose}) on 127.0.0.1 cannot be used")
+    assert "choose another --port" in line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
+def test_beyond_loopback_it_refuses_to_start_without_tokens(
+    launch: Launch, tiny_archive: Path, host: str
+) -> None:
+    server = launch(tiny_archive, host=host)
+    assert server.finish() == 1
+    assert server.lines[0].startswith(f"error: {host} is open to other machines")
+    assert "token authorization" in server.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 65534}, "the port must lie between"),
+        ({"workers": 0}, "at least one worker"),
+        ({"host": "::1"}, "must be an IPv4 address"),
+    ],
+)
+def test_impossible_options_are_refused(
+    launch: Launch, tiny_archive: Path, options: dict[str, object], message: str
+) -> None:
+    server = launch(tiny_archive, **options)
+    assert server.finish() == 1
+    assert message in server.lines[0]
+
+
+def test_a_missing_archive_is_named(launch: Launch, tmp_path: Path) -> None:
+    server = launch(tmp_path / "none.mar")
+    assert server.finish() == 1
+    assert f"there is no archive at {tmp_path / 'none.mar'}" in server.lines[0]
+
+
+def test_a_file_that_is_no_archive_is_named(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "other.mar").write_text("not a zip")
+    server = launch(tmp_path / "other.mar")
+    assert server.finish() == 1
+    assert "is not a TorchServe archive" in server.lines[0]
+
+
+def test_a_changed_file_in_the_archive_stops_it_with_one_readable_line(
+    launch: Launch,
+    wait_gone: Gone,
+    repack: Callable[[Path, Mapping[str, bytes | None]], Path],
+    tmp_path: Path,
+) -> None:
+    server = launch(repack(tmp_path, {"calibration.json": b"{}"}))
+    server.read(until="Starting")
+    family = server.family()
+    server.read(until="error")
+    assert server.finish() == 1
+    assert server.lines[-1] == (
+        "error: Rampart cannot serve this archive: calibration.json is not the file that was packed"
+        " (its SHA-256 differs from sha256.json): build the archive anew, or fetch it again"
+    )
+    assert wait_gone(family) == []
+    assert not list(server.temp.iterdir())

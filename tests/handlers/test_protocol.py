@@ -1,0 +1,103 @@
+"""Request bodies to encoded images."""
+
+import base64
+import json
+
+import pytest
+
+from handlers.image import ImageError
+from handlers.protocol import MAX_IMAGES, read
+
+PICTURE = b"\x89PNG\r\n\x1a\n and so on"
+B64 = base64.b64encode(PICTURE).decode()
+
+
+def instances(*images: object) -> dict[str, object]:
+    return {"instances": list(images)}
+
+
+def refusal(fields: dict[str, object], headers: dict[str, object] | None = None) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        read(fields, headers or {})
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["body", "data"])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_raw_body_is_the_image(name: str, kind: type) -> None:
+    assert read({name: kind(PICTURE)}, {}) == [PICTURE]
+
+
+def test_multipart_files_come_in_order() -> None:
+    headers = {name: {"content-type": "image/png"} for name in ("first", "second")}
+    assert read({"first": b"1", "second": bytearray(b"2")}, headers) == [b"1", b"2"]
+
+
+def test_query_parameters_and_plain_form_fields_are_no_images() -> None:
+    headers = {"note": {"content-type": ""}, "body": {"content-type": ""}}
+    assert read({"note": bytearray(b"hello"), "body": PICTURE}, headers) == [PICTURE]
+    error = refusal({"note": bytearray(b"hello")}, headers)
+    assert (error.code, error.type) == (415, "no_image")
+
+
+@pytest.mark.parametrize("form", ["parsed", "bytes", "text", "indented"])
+def test_json_instances_are_decoded_in_every_form_torchserve_gives(form: str) -> None:
+    body = instances({"b64": B64}, {"b64": ""})
+    text = json.dumps(body, indent=2)
+    forms = {
+        "parsed": body,
+        "bytes": bytearray(json.dumps(body).encode()),
+        "text": json.dumps(body),
+        "indented": f"\n  {text}".encode(),
+    }
+    assert read({"body": forms[form]}, {}) == [PICTURE, b""]
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"instances": [}', b"[" * 200_000, b'{"a": \xff}'])
+def test_malformed_json_is_400(body: bytes) -> None:
+    error = refusal({"body": body})
+    assert (error.code, error.type) == (400, "malformed_json")
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"instances": []}, {"instances": {}}, {"instances": None}, [], [1], 7, None]
+)
+def test_json_without_images_is_422(body: object) -> None:
+    error = refusal({"body": body})
+    assert (error.code, error.type) == (422, "no_instances")
+
+
+@pytest.mark.parametrize("instance", [{}, {"b64": 1}, {"b64": None}, "text", 3, None, [B64]])
+def test_an_instance_without_base64_is_an_error_in_its_place(instance: object) -> None:
+    first, second = read({"body": instances(instance, {"b64": B64})}, {})
+    assert isinstance(first, ImageError) and (first.code, first.type) == (422, "no_base64")
+    assert second == PICTURE
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "!!!!", B64[:8] + "\n" + B64[8:], "data:image/png;base64," + B64, "é" * 4]
+)
+def test_malformed_base64_is_refused_and_not_repaired(text: str) -> None:
+    (error,) = read({"body": instances({"b64": text})}, {})
+    assert isinstance(error, ImageError) and (error.code, error.type) == (422, "malformed_base64")
+
+
+def test_too_many_images_are_413() -> None:
+    most = [{"b64": B64}] * MAX_IMAGES
+    assert len(read({"body": instances(*most)}, {})) == MAX_IMAGES
+    error = refusal({"body": instances(*most, most[0])})
+    assert (error.code, error.type) == (413, "too_many_images")
+    names = [f"part{index}" for index in range(MAX_IMAGES + 1)]
+    headers: dict[str, object] = {name: {"content-type": "image/png"} for name in names}
+    assert refusal(dict.fromkeys(names, PICTURE), headers).type == "too_many_images"
+
+
+def test_errors_do_not_quote_the_request() -> None:
+    secret = "Q0FOQVJZ"
+    bodies = [f'{{"{secret}"', f'{{"{secret}": 1}}', f'{{"instances": [{{"b64": "{secret}!"}}]}}']
+    for body in bodies:
+        try:
+            (error,) = read({"body": body.encode()}, {})
+        except ImageError as raised:
+            error = raised
+        assert isinstance(error, ImageError) and secret not in error.message

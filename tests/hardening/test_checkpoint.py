@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hardening import checkpoint
+
+
+def test_state_and_config_come_back(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 2)
+    checkpoint.save(tmp_path / "a.safetensors", layer, {"size": [3, 2]})
+    config, state = checkpoint.read(tmp_path / "a.safetensors")
+    assert config == {"size": [3, 2]}
+    assert torch.equal(state["weight"], layer.weight)
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="rampart train"):
+        checkpoint.read(tmp_path / "none.safetensors")
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        checkpoint.read(tmp_path / "a.safetensors")
+
+
+def test_somebody_elses_safetensors_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no Rampart config"):
+        checkpoint.read(tmp_path / "a.safetensors")

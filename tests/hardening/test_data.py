@@ -1,0 +1,157 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+from PIL import Image
+
+from hardening import data
+
+
+def save_npz(path: Path, count: int) -> data.Images:
+    images = blobs(count)
+    np.savez(path, image=images.image.numpy(), label=images.label.numpy())
+    return images
+
+
+def test_an_npz_file_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    saved = save_npz(tmp_path / "a.npz", 12)
+    loaded = data.load(tmp_path / "a.npz")
+    assert torch.equal(loaded.image, saved.image)
+    assert torch.equal(loaded.label, saved.label)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"image": np.zeros((2, 8, 8, 3), np.uint8)}, "lacks"),
+        ({"image": np.zeros((2, 8, 8, 3)), "label": np.zeros(2)}, "must be uint8"),
+        ({"image": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "2 images"),
+    ],
+)
+def test_a_wrong_npz_names_the_file_and_the_fault(
+    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
+        data.load(tmp_path / "bad.npz")
+
+
+def test_missing_data_names_the_path_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="rampart download"):
+        data.load(tmp_path / "nowhere")
+
+
+def test_an_image_folder_is_read_by_class_and_brought_to_size(tmp_path: Path) -> None:
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 20), colour).save(tmp_path / name / "one.png")
+    images = data.load(tmp_path, size=16)
+    assert images.classes == ("blue", "red")
+    assert images.image.shape == (2, 16, 16, 3)
+    assert images.image[1, 8, 8].tolist() == [255, 0, 0]
+    assert images.paths[1] == f"{tmp_path.name}/red/one.png"
+
+
+def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        data.load(tmp_path)
+
+
+def test_an_empty_folder_says_what_layout_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CLASS/NAME"):
+        data.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*align should be passed:Warning")
+def test_official_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.arange(2 * 3072, dtype=np.int64).reshape(2, 3072).astype(np.uint8)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 7]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.CIFAR10_CLASSES}))
+    # torchvision compares the files with the official digests, which these are not.
+    cifar = data.torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    assert len(data.load(tmp_path)) == 10
+    test = data.load(tmp_path, train=False)
+    assert test.label.tolist() == [3, 7]
+    # The official rows are channel by channel.
+    assert test.image[0, 0, 0].tolist() == [pixels[0, 0], pixels[0, 1024], pixels[0, 2048]]
+
+
+def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
+    images = data.Images(torch.arange(5170)[:, None], torch.arange(5170), ("a",))
+    parts = {name: data.split(images, name).label for name in data.SPLITS}
+    assert [len(part) for part in parts.values()] == [1500, 1000, 2670]
+    assert torch.equal(torch.cat(list(parts.values())), images.label)
+
+
+def test_twins_of_held_out_images_leave_training() -> None:
+    names = tuple(f"train/cat/{i}.jpg" for i in range(6))
+    train = data.Images(torch.zeros(6, 2, 2, 3), torch.arange(6), ("cat",), names)
+    kept, held = data.hold_out(train, train[torch.tensor([1, 4])])
+    assert kept.label.tolist() == [0, 2, 3, 5]
+    assert held.label.tolist() == [1, 4]
+
+
+def test_a_tenth_is_held_out_where_nothing_else_is_given() -> None:
+    images = data.Images(torch.arange(95)[:, None], torch.arange(95), ("a",))
+    train, held = data.hold_out(images, None)
+    assert (len(train), len(held)) == (85, 10)
+    assert sorted([*train.label.tolist(), *held.label.tolist()]) == list(range(95))
+
+
+def test_pixels_survive_the_way_to_float_and_back() -> None:
+    image = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
+    assert torch.equal(data.to_uint8(data.to_float(image)), image)
+
+
+def test_flip_mirrors_about_half_and_changes_nothing_else() -> None:
+    x = torch.rand(200, 3, 4, 4)
+    flipped = data.flip(x, torch.Generator().manual_seed(0))
+    mirrored = (flipped == x.flip(-1)).all(dim=(1, 2, 3))
+    assert 60 < int(mirrored.sum()) < 140
+    assert torch.equal(flipped[~mirrored], x[~mirrored])
+
+
+def test_crop_shifts_by_at_most_the_padding() -> None:
+    x = torch.rand(50, 3, 12, 12)
+    shifted = data.crop(x, torch.Generator().manual_seed(0), padding=2)
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
+    windows = [padded[:, :, i : i + 12, j : j + 12] for i in range(5) for j in range(5)]
+    found = torch.stack([(shifted == window).all(dim=(1, 2, 3)) for window in windows])
+    assert found.any(0).all()
+    assert int(found.any(1).sum()) > 10
+
+
+def test_training_batches_are_shuffled_whole_and_reproducible() -> None:
+    images = blobs(70)
+    labels = [
+        torch.cat(
+            [y for _, y in data.batches(images, 32, generator=torch.Generator().manual_seed(s))]
+        )
+        for s in (0, 0, 1)
+    ]
+    assert len(labels[0]) == 64
+    assert torch.equal(labels[0], labels[1])
+    assert not torch.equal(labels[0], labels[2])
+
+
+def test_plain_batches_cover_every_image_in_order() -> None:
+    images = blobs(70)
+    assert torch.equal(torch.cat([y for _, y in data.batches(images, 32)]), images.label)
+
+
+def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None:
+    held = data.load(rampart_data / "cifar10-train-lossless.npz")
+    assert [len(data.split(held, name)) for name in data.SPLITS] == [1500, 1000, 2670]
+    assert held.classes == data.CIFAR10_CLASSES
+    assert len(set(held.paths)) == 5170
+    assert len(data.load(rampart_data / "cifar10-test-lossless.npz")) == 617

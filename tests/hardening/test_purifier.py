@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import blobs
+
+from hardening.attacks import Threat
+from hardening.models import Classifier, ClassifierConfig
+from hardening.pipeline import load_purifier
+from hardening.purifier import Critic, Purifier, PurifierConfig, PurifierRecipe, train_purifier
+
+SMALL = PurifierConfig(width=8, depth=1)
+
+
+def test_an_untrained_purifier_is_the_identity() -> None:
+    x = torch.rand(3, 3, 32, 32)
+    assert torch.equal(Purifier(PurifierConfig())(x), x)
+
+
+def test_the_purified_view_of_one_image_ignores_its_neighbours() -> None:
+    torch.manual_seed(0)
+    purifier = Purifier(SMALL).train()
+    torch.nn.init.normal_(purifier.residual[-2].weight, std=0.1)
+    x = torch.rand(5, 3, 16, 16)
+    assert not torch.equal(purifier(x), x)
+    torch.testing.assert_close(purifier(x)[2:3], purifier(x[2:3]))
+
+
+def test_purified_pixels_stay_in_range() -> None:
+    purifier = Purifier(SMALL)
+    torch.nn.init.constant_(purifier.residual[-2].bias, 3.0)
+    assert purifier(torch.rand(2, 3, 8, 8)).max() == 1
+
+
+def test_the_critic_scores_patches() -> None:
+    assert Critic(8)(torch.rand(2, 3, 32, 32)).shape == (2, 1, 4, 4)
+
+
+def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16))
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    recipe = PurifierRecipe(Threat("Linf", 2 / 255), epochs=3, batch_size=32, ema=0.5)
+    images = blobs(256, size=16), blobs(64, size=16, seed=1)
+    best = train_purifier(classifier, SMALL, recipe, tmp_path, images)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    losses = [row["loss"] for row in state["history"]]
+    assert losses[-1] < losses[0]
+    x = images[1].image.permute(0, 3, 1, 2).float() / 255
+    assert not torch.equal(load_purifier(best)(x), x)
+    for name, tensor in classifier.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
