@@ -55,6 +55,19 @@ def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images, Images
     return hold_out(load(data, size=size), load(held, size=size) if held else None)
 
 
+def command_line() -> str:
+    """The command as typed, for the card; folders of this machine are cut from its paths."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return " ".join(["rampart", *words])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the card."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("rampart", "torch", "onnx", "onnxruntime-gpu")}
+
+
 @app.command()
 def download(folder: Path) -> None:
     """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
@@ -127,25 +140,41 @@ def purifier(
 @app.command()
 def calibrate(
     model: Model,
-    held: Annotated[Path, typer.Option(help="Held-out clean images, never trained on")],
+    data: Data,
     classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
     purifier: Annotated[Path, typer.Option(help="purifier.safetensors of `rampart purifier`")],
+    held: Held = None,
+    data_name: Annotated[str, typer.Option(help="What the card calls the training data")] = "",
 ) -> None:
     """Put classifier and purifier together as a model folder and calibrate both variants."""
     from hardening import calibrate as calibration
+    from hardening import checkpoint, report
     from hardening import pipeline as pipelines
-    from hardening.data import load, split
+    from hardening.data import split
     from hardening.detectors import FULL
 
     net, generator = pipelines.load_classifier(classifier), pipelines.load_purifier(purifier)
-    images = load(held, size=net.config.image_size)
+    _, images = read_data(data, held, net.config.image_size)
     defended = pipelines.DefendedClassifier(net, generator, FULL).eval()
     defended.detectors.feature_distance.fit(net, split(images, "validation"))
     pipelines.save(model / "weights.safetensors", defended, images.classes)
     for variant in VARIANTS:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
-        typer.echo(calibration.write(model, made, f"{held.name}, calibration split"))
+        typer.echo(calibration.write(model, made, f"{(held or data).name}, calibration split"))
+    report.write_card(
+        model,
+        {
+            "model": model.name,
+            "data": data_name or data.name,
+            "training": {
+                part.stem: checkpoint.read(part)[0]["training"] for part in (classifier, purifier)
+            },
+            "classifier": net.config._asdict(),
+            "calibration_images": made.images,
+            "commands": [command_line()],
+        },
+    )
 
 
 @app.command()
@@ -176,9 +205,10 @@ def evaluate(
         metrics += evaluation.pipeline_rungs(
             pipeline.to(where), calibration, images, threat, rate=rate
         )
-    command = " ".join(["rampart", *sys.argv[1:]])
-    rows = [report.row(m, data=data_name or data.name, command=command) for m in metrics]
-    report.write_card(model, report.read_card(model) | {"metrics": rows})
+    source = data_name or data.name
+    rows = [report.row(m, data=source, command=command_line()) for m in metrics]
+    card = {"threat_model": str(threat), "versions": versions(), "metrics": rows}
+    report.write_card(model, report.read_card(model) | card)
     typer.echo(report.table(rows))
 
 
@@ -231,7 +261,7 @@ def attack(
         Path | None, typer.Argument(help="Picture; default scikit-image's cat")
     ] = None,
     model: Annotated[Path, typer.Option(help="Folder of the model")] = Path("model_store/cifar10"),
-    out: Annotated[Path, typer.Option(help="Folder for clean.png and attacked.png")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("attacked"),
     variant: Variant = "full",
     norm: Norm = "Linf",
     eps: Eps = 8,
@@ -242,24 +272,30 @@ def attack(
     from PIL import Image
     from skimage.data import data_dir
 
-    from handlers.image import decode
+    from handlers.image import ImageError, decode
     from hardening import pipeline as pipelines
+    from hardening import report
     from hardening.calibrate import load_variant
-    from hardening.evaluate import fool
+    from hardening.evaluate import describe, fool
 
     pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
-    source = image or Path(data_dir) / "chelsea.png"
-    clean = decode(source.read_bytes(), pipeline.classifier.config.image_size)
     calibration = load_variant(model, variant)
-    pixels = torch.from_numpy(clean.copy())[None]
+    source = image or Path(data_dir) / "chelsea.png"
+    try:
+        clean = decode(source.read_bytes(), pipeline.classifier.config.image_size)
+    except ImageError as error:
+        raise ValueError(f"{source}: {error.message}") from error
+    pixels = torch.from_numpy(clean)[None]
     attacked = fool(pipeline, calibration, pixels, threat_of(norm, eps), rate=rate)
+    panels = []
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in (("clean", pixels), ("attacked", attacked)):
-        file = out / f"{name}.png"
-        Image.fromarray(picture[0].numpy()).save(file)
-        with torch.no_grad():
-            confidence, index = pipeline(picture).logits.softmax(1)[0].max(0)
-        typer.echo(f"{file}: {classes[int(index)]} ({float(confidence):.0%})")
+        caption = describe(pipeline, calibration, picture, classes, rate=rate)
+        Image.fromarray(picture[0].numpy()).save(out / f"{name}.png")
+        typer.echo(f"{out / name}.png: {caption}")
+        panels.append((name, picture[0].numpy(), caption))
+    panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
+    typer.echo(report.picture(panels, out / "panel.png"))
 
 
 @app.command()
@@ -296,7 +332,7 @@ def main() -> Any:
     """Run the command line; an expected failure is one line, not a traceback."""
     try:
         return app()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         typer.echo(f"rampart: {error}", err=True)
         return 1
 

@@ -151,3 +151,20 @@ def fool(
         best = torch.where((rank >= best_rank).view(-1, 1, 1, 1), pixels, best)
         best_rank = torch.maximum(rank, best_rank)
     return best
+
+
+def describe(
+    pipeline: DefendedClassifier,
+    calibration: Calibration,
+    image: Tensor,
+    classes: tuple[str, ...],
+    *,
+    rate: float,
+) -> str:
+    """The verdict on one image uint8 (1, H, W, 3) in a few words."""
+    with torch.no_grad():
+        out = pipeline(image)
+    confidence, index = out.logits.softmax(1)[0].max(0)
+    p = float(p_values(out.scores.double().numpy(), calibration)[0])
+    decision = "flag" if p < rate else "accept"
+    return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"

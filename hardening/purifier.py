@@ -175,7 +175,7 @@ def train_purifier(
     best = folder / "purifier.safetensors"
 
     def keep() -> None:
-        checkpoint.save(best, trainer.ema, {"purifier": config._asdict()})
+        checkpoint.save(best, trainer.ema, {"purifier": config._asdict(), "training": repr(recipe)})
 
     trainer.run.fit(
         train,

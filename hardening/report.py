@@ -2,9 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from hardening.attacks import Threat
 
@@ -72,3 +76,22 @@ def write_card(folder: Path, card: dict[str, Any]) -> Path:
     file = folder / "card.json"
     file.write_text(json.dumps(card, indent=1) + "\n")
     return file
+
+
+def picture(
+    panels: Sequence[tuple[str, NDArray[np.uint8], str]], path: Path, *, side: int = 288
+) -> Path:
+    """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
+    margin, line = 12, 26
+    width = len(panels) * (side + margin) + margin
+    sheet = Image.new("RGB", (width, side + 2 * line + 2 * margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+    for number, (title, image, caption) in enumerate(panels):
+        left = margin + number * (side + margin)
+        large = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, margin + line))
+        draw.text((left, margin), title, fill="black", font=font)
+        draw.text((left, margin + line + side + 4), caption, fill="black", font=font)
+    sheet.save(path)
+    return path

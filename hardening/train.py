@@ -219,7 +219,8 @@ def train_classifier(
     best = folder / "classifier.safetensors"
 
     def keep() -> None:
-        checkpoint.save(best, trainer.ema, {"classifier": config._asdict()})
+        content = {"classifier": config._asdict(), "training": repr(recipe)}
+        checkpoint.save(best, trainer.ema, content)
 
     trainer.run.fit(
         train,

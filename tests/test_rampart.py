@@ -1,0 +1,102 @@
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from conftest import blobs
+from PIL import Image
+from typer.testing import CliRunner
+
+import rampart
+
+README = Path(rampart.__file__).parent / "README.md"
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(rampart.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path) -> None:
+    for name, count, seed in (("train", 128, 0), ("held", 400, 1), ("test", 24, 2)):
+        images = blobs(count, seed=seed)
+        np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())
+    data = ["--data", tmp_path / "train.npz", "--held", tmp_path / "held.npz"]
+    quick = ["--epochs", 1, "--batch-size", 32, "--validate-on", 16, "--device", "cpu"]
+    classifier, model = tmp_path / "c" / "classifier.safetensors", tmp_path / "toy"
+    run("train", *data, *quick, "--out", tmp_path / "c", "--arch", "resnet10", "--width", 0.125)
+    run("purifier", *data, *quick, "--out", tmp_path / "p", "--classifier", classifier)
+    generator = tmp_path / "p" / "purifier.safetensors"
+    parts = ["--classifier", classifier, "--purifier", generator]
+    run("calibrate", model, *data, *parts)
+    table = run("evaluate", model, "--data", tmp_path / "test.npz", "--limit", 16)
+    assert "accepted_and_wrong" in table
+    metrics = json.loads((model / "card.json").read_text())["metrics"]
+    names = {(m["subject"], m["variant"], m["name"]) for m in metrics}
+    assert {("classifier", "-", "pgd20"), ("pipeline", "full", "clean_rejection")} <= names
+    assert all(m["n"] == 16 and len(m["interval"]) == 2 and m["command"] for m in metrics)
+    assert "parity on" in run("archive", model, "--data", tmp_path / "test.npz")
+    assert (tmp_path / "toy.mar").is_file()
+
+
+def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    output = run("attack", "--model", tiny_folder, "--out", tmp_path, "--eps", 8)
+    clean, attacked = (
+        np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        for name in ("clean", "attacked")
+    )
+    assert clean.shape == attacked.shape == (32, 32, 3)
+    assert 1 <= np.abs(clean - attacked).max() <= 8
+    labels = re.findall(r"png: (\w+) \d+%", output)
+    assert len(set(labels)) == 2
+    with Image.open(tmp_path / "panel.png") as panel:
+        assert panel.size[0] > 3 * 288
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "note.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"note\.txt: .*PNG"):
+        run("attack", tmp_path / "note.txt", "--model", tiny_folder, "--out", tmp_path)
+
+
+def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rampart", "archive", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rampart: no checkpoint at ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA: here it is usable")
+    with pytest.raises(ValueError, match="--device cpu"):
+        rampart.pick_device("cuda")
+    assert rampart.pick_device("auto") == torch.device("cpu")
+
+
+def documented() -> list[str]:
+    text = README.read_text().replace("\\\n", " ")
+    return re.findall(r"^\.venv/bin/rampart (.+)$", text, re.MULTILINE)
+
+
+def test_the_readme_documents_the_way_from_training_to_serving() -> None:
+    verbs = {line.split()[0] for line in documented()}
+    assert {"train", "purifier", "calibrate", "evaluate", "archive", "serve", "attack"} <= verbs
+
+
+@pytest.mark.parametrize("line", documented())
+def test_every_documented_command_line_parses(line: str) -> None:
+    verb, *arguments = shlex.split(line, comments=True)
+    command = typer.main.get_command(rampart.app).commands[verb]
+    command.make_context(verb, arguments)
