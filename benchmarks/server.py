@@ -1,0 +1,54 @@
+"""A TorchServe endpoint as a context, and PNG bodies to send to it; shared by the benchmarks."""
+
+import contextlib
+import io
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def free_ports() -> int:
+    """The first of three consecutive free ports on loopback."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                for offset in (1, 2):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@contextlib.contextmanager
+def endpoint(archive: Path, *options: str) -> Iterator[str]:
+    """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready."""
+    port = free_ports()
+    command = [sys.executable, "-m", "rampart", "serve", "--model", str(archive)]
+    command += ["--port", str(port), "--device", "cpu", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        if not any("Rampart is ready" in line for line in process.stdout):
+            raise RuntimeError(f"no endpoint for {archive}: see the message above")
+        yield f"http://127.0.0.1:{port}/predictions/{archive.stem}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def pngs(images: np.ndarray) -> list[bytes]:
+    """Each image of uint8 (N, H, W, 3) as a PNG body."""
+    bodies = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        bodies.append(buffer.getvalue())
+    return bodies

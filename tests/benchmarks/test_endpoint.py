@@ -1,0 +1,37 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import endpoint
+
+
+def test_the_lower_bound_lies_below_the_median_and_tightens_with_agreement() -> None:
+    loose, tight = np.array([1.0, 1.5, 2.0, 2.5, 3.0]), np.array([1.9, 1.95, 2.0, 2.05, 2.1])
+    assert endpoint.lower_bound(loose) < endpoint.lower_bound(tight) <= 2.0
+
+
+@pytest.mark.parametrize(("rate", "holds"), [(100.0, False), (130.0, True)])
+def test_a_claim_holds_only_if_its_lower_bound_reaches_the_target(rate: float, holds: bool) -> None:
+    def rounds(mean: float) -> list[endpoint.Round]:
+        return [endpoint.Round(mean + i, 1.0, 2.0) for i in range(7)]
+
+    sides = {"rampart": rounds(rate), "stock": rounds(100.0), "graph": rounds(140.0)}
+    text, claims = endpoint.table({8: sides})
+    assert claims[0]["claim"] == "full fp32 / stock"
+    assert claims[0]["holds"] is holds
+    assert f"full / stock: {claims[0]['ratio']:.2f}" in text
+
+
+def test_the_graph_side_counts_images_and_not_runs(tiny_archive: Path, tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tiny_archive) as mar:
+        mar.extract("graph.onnx", tmp_path)
+    engine = endpoint.Engine(tmp_path / "graph.onnx", "cpu")
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    one, eight = (endpoint.run_graph(engine, images, batch, 0.3) for batch in (1, 8))
+    assert eight.rate == pytest.approx(8e3 / eight.p50, rel=0.9)
+    assert one.rate == pytest.approx(1e3 / one.p50, rel=0.9)
