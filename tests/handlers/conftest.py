@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,18 +110,21 @@ def launch() -> Iterator[Callable[..., Server]]:
         return servers[-1]
 
     yield start
+    litter = []
     for server in servers:
         server.end()
         assert server.process.stdout is not None
         server.process.stdout.close()
-        server.temp.rmdir()  # fails if a server left anything there
+        litter += server.temp.iterdir()
+        shutil.rmtree(server.temp)
+    assert litter == []
 
 
 @pytest.fixture(scope="session")
 def server(launch: Callable[..., Server], tiny_archive: Path) -> Server:
     """One server with one worker that all HTTP tests share."""
     server = launch(tiny_archive)
-    assert server.read(until="  curl '")[1] == "Rampart is ready", server.lines
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     return server
 
 

@@ -1,6 +1,9 @@
 """The graph in ONNX Runtime: same numbers as torch, right device or none."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +87,19 @@ def test_cuda_gives_the_same_labels(unpacked: Path, engine: Engine, images: np.n
     cuda = Engine(unpacked / "graph.onnx", "cuda")
     labels = cuda.run(images).logits.argmax(axis=1)
     np.testing.assert_array_equal(labels, engine.run(images).logits.argmax(axis=1))
+
+
+def test_onnxruntime_reports_to_nobody(unpacked: Path, tmp_path: Path) -> None:
+    """Its telemetry leaves a session file in the temporary folder and a cache at home."""
+    code = (
+        "import sys; from pathlib import Path; from handlers.engine import Engine;"
+        "Engine(Path(sys.argv[1]), 'cpu', 1)"
+    )
+    environment = {key: value for key, value in os.environ.items() if "TELEMETRY" not in key}
+    environment |= {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    graph = str(unpacked / "graph.onnx")
+    subprocess.run([sys.executable, "-c", code, graph], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_device_is_refused(unpacked: Path) -> None:

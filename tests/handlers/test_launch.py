@@ -34,9 +34,9 @@ def test_the_printed_curl_lines_work_as_pasted(server: Server) -> None:
 
 
 def paste(*lines: str) -> Any:
-    """What the last of the lines prints, read as JSON."""
+    """What the last of the lines prints, read as JSON where it prints any."""
     done = subprocess.run(["sh", "-c", "\n".join(lines) + " -s"], capture_output=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout) if done.stdout.strip() else None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -75,7 +75,10 @@ def test_with_tokens_only_a_key_opens_it_and_ctrl_c_stops_both_workers(
     assert refused.status_code == 400 and "Token Authorization failed" in refused.text
     assert "label" in paste(function, predict)
     assert len(paste(function, describe)[0]["workers"]) == 2
-    assert paste(function, renew)
+    (keys,) = server.temp.glob("rampart-*/key_file.json")
+    before = json.loads(keys.read_text())
+    paste(function, renew)
+    assert json.loads(keys.read_text())["inference"] != before["inference"]
     assert "label" in paste(function, predict)
     family = server.family()
     assert server.end(signal.SIGINT) == 0

@@ -75,7 +75,9 @@ def test_p_value_counts_the_image_itself_and_ties() -> None:
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_no_number_gives_the_smallest_p_value(score: float) -> None:
-    p = p_values(np.array([[score, -1.0], [0.0, score]]), calibration())
+    scores = np.array([[score, -1.0], [0.0, score]])
+    np.testing.assert_array_equal(combine(scores, calibration()), [np.inf, np.inf])
+    p = p_values(scores, calibration())
     np.testing.assert_array_equal(p, [1 / 200, 1 / 200])
 
 
