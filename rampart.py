@@ -19,18 +19,20 @@ Held = Annotated[Path | None, typer.Option(help="Held-out images; without it a t
 Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run there continues")]
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
 Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
-Eps = Annotated[float, typer.Option(help="Radius: n/255 for Linf, plain for L2")]
+Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 Variant = Annotated[Literal["full", "lean"], typer.Option(help="full, or lean for tight latency")]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
 
 
-def threat_of(norm: str, eps: float) -> "Threat":
+def threat_of(norm: str, eps: float | None) -> "Threat":
     """The threat model of the options --norm and --eps."""
     from hardening.attacks import Threat
 
-    return Threat(norm, eps / 255 if norm == "Linf" else eps)
+    if norm == "Linf":
+        return Threat(norm, (8 if eps is None else eps) / 255)
+    return Threat(norm, 0.5 if eps is None else eps)
 
 
 def pick_device(name: str) -> "torch.device":
@@ -52,7 +54,14 @@ def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images, Images
     """(training images, held-out images) of the options --data and --held."""
     from hardening.data import hold_out, load
 
-    return hold_out(load(data, size=size), load(held, size=size) if held else None)
+    train, out = hold_out(load(data, size=size), load(held, size=size) if held else None)
+    if len(out) < 200:
+        raise ValueError(
+            f"{held or data} leaves {len(out)} held-out images: calibration needs 200 or more, so"
+            " pass at least 2,000 images as --data, or a set of its own as --held"
+        )
+    typer.echo(f"{len(train)} training images, {len(out)} held out")
+    return train, out
 
 
 def command_line() -> str:
@@ -65,7 +74,14 @@ def versions() -> dict[str, str]:
     """Versions of what computes, for the card."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("rampart", "torch", "onnx", "onnxruntime-gpu")}
+    import onnxruntime
+    import torch
+
+    return {
+        "rampart": version("rampart"),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
 @app.command()
@@ -87,12 +103,12 @@ def train(
     image_size: Annotated[int, typer.Option(help="Pixels per side")] = 32,
     attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10 or pgd20")] = "n_fgsm",
     norm: Norm = "Linf",
-    eps: Eps = 8,
+    eps: Eps = None,
     epochs: int = 30,
     batch_size: int = 128,
     lr: float = 0.2,
     ema: Annotated[float, typer.Option(help="Decay of the weight average")] = 0.998,
-    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 512,
+    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -101,6 +117,8 @@ def train(
     from hardening.models import ClassifierConfig
     from hardening.train import Recipe, train_classifier
 
+    if image_size < 16 or image_size % 8:
+        raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
     images, held_out = read_data(data, held, image_size)
     config = ClassifierConfig(arch, len(images.classes), width, image_size)
     recipe = Recipe(attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
@@ -116,11 +134,11 @@ def purifier(
     out: Out,
     held: Held = None,
     norm: Norm = "Linf",
-    eps: Eps = 8,
+    eps: Eps = None,
     epochs: int = 2,
     batch_size: int = 128,
     lr: float = 1e-3,
-    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 512,
+    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -182,9 +200,9 @@ def evaluate(
     model: Model,
     data: Data,
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many images, evenly spaced")] = None,
     norm: Norm = "Linf",
-    eps: Eps = 8,
+    eps: Eps = None,
     rate: Rate = 0.01,
     device: Device = "auto",
 ) -> None:
@@ -193,11 +211,15 @@ def evaluate(
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
-    from hardening.data import load
+    from hardening.data import load, spread
 
     where, threat = pick_device(device), threat_of(norm, eps)
     net = pipelines.load_classifier(model / "weights.safetensors")
-    images = load(data, train=False, size=net.config.image_size)[slice(limit)].to(where)
+    images = load(data, train=False, size=net.config.image_size)
+    classes = pipelines.load(model / "weights.safetensors")[1]
+    if images.classes != classes:
+        raise ValueError(f"{data} has the classes {images.classes}, the model {classes}")
+    images = spread(images, limit).to(where)
     metrics = list(evaluation.classifier_rungs(net.to(where), images, threat))
     for variant in VARIANTS:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
@@ -207,8 +229,10 @@ def evaluate(
         )
     source = data_name or data.name
     rows = [report.row(m, data=source, command=command_line()) for m in metrics]
-    card = {"threat_model": str(threat), "versions": versions(), "metrics": rows}
-    report.write_card(model, report.read_card(model) | card)
+    card = report.read_card(model)
+    card |= {"threat_model": str(threat), "versions": versions()}
+    card |= {"metrics": report.merge(card.get("metrics", []), rows)}
+    report.write_card(model, card)
     typer.echo(report.table(rows))
 
 
@@ -222,15 +246,19 @@ def export(
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     from export.archive import export_variant
 
-    typer.echo(export_variant(model, variant, out, images=gate_images(data)))
+    typer.echo(export_variant(model, variant, out, images=gate_images(model, data)))
     typer.echo(out)
 
 
-def gate_images(data: Path | None) -> "torch.Tensor | None":
-    """The first 64 images under --data for the parity gate."""
-    from hardening.data import load
+def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
+    """64 of the images under --data, for the parity gate."""
+    from hardening.data import load, spread
+    from hardening.pipeline import load_classifier
 
-    return load(data, train=False).image[:64] if data else None
+    if data is None:
+        return None
+    size = load_classifier(model / "weights.safetensors").config.image_size
+    return spread(load(data, train=False, size=size), 64).image
 
 
 @app.command()
@@ -246,10 +274,14 @@ def archive(
     """Export, check and pack a model folder as one TorchServe archive."""
     from export import archive as archives
 
-    target = out or model.with_suffix(".mar")
+    target = out or model.parent / f"{model.name}.mar"
     policy = {"false_alarm_rate": rate, "on_detection": on_detection, "detail": detail}
     parity = archives.archive(
-        model, target, variant=variant, images=gate_images(data), settings={"rampart": policy}
+        model,
+        target,
+        variant=variant,
+        images=gate_images(model, data),
+        settings={"rampart": policy},
     )
     typer.echo(parity)
     typer.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
@@ -264,7 +296,7 @@ def attack(
     out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("attacked"),
     variant: Variant = "full",
     norm: Norm = "Linf",
-    eps: Eps = 8,
+    eps: Eps = None,
     rate: Rate = 0.01,
 ) -> None:
     """White-box PGD against the shipped defence, written as 8-bit PNGs at model resolution."""

@@ -19,6 +19,7 @@ from export.parity import Parity, compare
 from export.to_onnx import to_onnx
 from handlers.engine import Engine
 from handlers.image import decode
+from handlers.verdict import Judge, Policy
 from hardening import checkpoint
 from hardening import pipeline as pipelines
 from hardening.calibrate import load_variant
@@ -33,7 +34,12 @@ POLICY = {"false_alarm_rate": 0.01, "on_detection": "flag", "detail": "full"}
 
 
 def export_variant(
-    folder: Path, variant: pipelines.Variant, out: Path, *, images: Tensor | None = None
+    folder: Path,
+    variant: pipelines.Variant,
+    out: Path,
+    *,
+    images: Tensor | None = None,
+    rate: float = 0.01,
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
 
@@ -43,12 +49,13 @@ def export_variant(
     to_onnx(pipeline, out)
     if images is None:
         images = sample_crops(pipeline.classifier.config.image_size)
-    return compare(pipeline, Engine(out, device="cpu"), load_variant(folder, variant), images)
+    calibration = load_variant(folder, variant)
+    return compare(pipeline, Engine(out, device="cpu"), calibration, images, rate=rate)
 
 
 def sample_crops(size: int, *, count: int = 32) -> Tensor:
     """Crops (count, size, size, 3) of scikit-image's cat, a picture that needs no download."""
-    picture = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes()))
+    picture = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes(), size + 64))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(picture.shape[0] - size, (count,), generator=generator)
     columns = torch.randint(picture.shape[1] - size, (count,), generator=generator)
@@ -68,12 +75,20 @@ def archive(
 
     `settings` overrides entries of the model YAML's top level; `rampart` in it those of the policy.
     """
+    if out.suffix != ".mar":
+        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
     settings = settings or {}
+    policy = POLICY | settings.get("rampart", {})
+    config, _ = checkpoint.read(folder / "weights.safetensors")
+    # The handler would refuse such a policy at start; refuse it before it is packed.
+    judge = Policy(policy["false_alarm_rate"], policy["on_detection"], policy["detail"])
+    Judge(tuple(config["classes"]), load_variant(folder, variant), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / "content"
         (work / "handlers").mkdir(parents=True)
-        parity = export_variant(folder, variant, work / "graph.onnx", images=images)
-        config, _ = checkpoint.read(folder / "weights.safetensors")
+        graph = work / "graph.onnx"
+        rate = judge.false_alarm_rate
+        parity = export_variant(folder, variant, graph, images=images, rate=rate)
         for name in SERVED:
             shutil.copy(HANDLERS / name, work / "handlers" / name)
         shutil.copy(folder / f"calibration-{variant}.json", work / "calibration.json")
@@ -82,8 +97,7 @@ def archive(
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
         (work / "sha256.json").write_text(json.dumps(hash_tree(work), indent=1))
-        policy = POLICY | {"image_size": config["classifier"]["image_size"]}
-        policy |= settings.get("rampart", {})
+        policy["image_size"] = config["classifier"]["image_size"]
         model_yaml = Path(scratch) / "model-config.yaml"
         model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
         pack(work, model_yaml, out)

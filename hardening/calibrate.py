@@ -84,7 +84,7 @@ def threshold(calibration: Calibration, rate: float) -> float:
     """The combined score above which p < `rate`; infinite where the images are too few for it."""
     n = len(calibration.combined)
     # p = (1 + at_least) / (n + 1) < rate  <=>  at_least < rate * (n + 1) - 1
-    most = math.ceil(rate * (n + 1) - 1) - 1
+    most = math.ceil(rate * (n + 1) - 1 - 1e-9) - 1
     return float(calibration.combined[n - 1 - most]) if most >= 0 else math.inf
 
 
@@ -94,7 +94,9 @@ def combined(scores: Tensor, calibration: Calibration) -> Tensor:
     surprise = torch.as_tensor(calibration.surprise, dtype=scores.dtype, device=scores.device)
     total = torch.zeros_like(scores[:, 0])
     for score, knot in zip(scores.unbind(1), knots, strict=True):
-        right = torch.searchsorted(knot, score.detach().contiguous()).clamp(1, len(knot) - 1)
+        right = torch.searchsorted(knot, score.detach().contiguous(), right=True).clamp(
+            1, len(knot) - 1
+        )
         low, high = knot[right - 1], knot[right]
         share = (score - low) / (high - low).clamp_min(1e-12)
         inside = surprise[right - 1] + share * (surprise[right] - surprise[right - 1])

@@ -57,16 +57,21 @@ def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     Any other folder has one sub-folder a class; its pictures are brought to `size`.
     Raises FileNotFoundError or ValueError that name the input and the remedy.
     """
-    if path.suffix == ".npz":
-        return load_npz(path)
-    if (path / "cifar-10-batches-py").is_dir():
-        return load_cifar10(path, train=train)
-    if path.is_dir():
-        return load_folder(path, size=size)
-    raise FileNotFoundError(
-        f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
-        " holds cifar-10-batches-py (`rampart download PATH` fetches it)"
-    )
+    if path.suffix == ".npz" and path.is_file():
+        images = load_npz(path)
+    elif (path / "cifar-10-batches-py").is_dir():
+        images = load_cifar10(path, train=train)
+    elif path.is_dir():
+        images = load_folder(path, size=size)
+    else:
+        raise FileNotFoundError(
+            f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
+            " holds cifar-10-batches-py (`rampart download PATH` fetches it)"
+        )
+    if images.image.shape[1:3] != (size, size):
+        found = "x".join(map(str, images.image.shape[1:3]))
+        raise ValueError(f"{path} holds {found} images where the model takes {size}x{size}")
+    return images
 
 
 # fmt: off
@@ -94,27 +99,32 @@ def load_npz(path: Path) -> Images:
             classes = tuple(str(name) for name in file["classes"])
         else:
             many = int(label.max()) + 1 if len(label) else 0
-            classes = CIFAR10_CLASSES if many == 10 else tuple(str(i) for i in range(many))
+            # Only the CIFAR-10 files of this layout name their JPEG twins.
+            classes = CIFAR10_CLASSES if paths else tuple(str(i) for i in range(many))
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
             f"{path}: image must be uint8 (N, H, W, 3), found {image.dtype} {image.shape}"
         )
     if label.shape != image.shape[:1]:
         raise ValueError(f"{path}: {len(image)} images but labels of shape {label.shape}")
+    if len(label) and not 0 <= label.min() <= label.max() < len(classes):
+        raise ValueError(f"{path}: a label lies outside the {len(classes)} classes")
     return Images(torch.from_numpy(image), torch.from_numpy(label), classes, paths)
 
 
 def load_folder(path: Path, *, size: int) -> Images:
     """Read every picture of an ImageFolder directory, with the decoder that serves."""
-    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
-    files = [
-        (file, index)
-        for index, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
+    found = {
+        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in SUFFIXES)
+        for entry in sorted(path.iterdir())
+        if entry.is_dir() and not entry.name.startswith(".")
+    }
+    classes = tuple(name for name, pictures in found.items() if pictures)
+    files = [(file, index) for index, name in enumerate(classes) for file in found[name]]
     if not files:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
+    if set(classes) <= {"train", "test", "val", "valid", "validation"}:
+        raise ValueError(f"{path} holds splits and not classes: pass one, as {path / classes[0]}")
     image = np.empty((len(files), size, size, 3), np.uint8)
     for row, (file, _) in enumerate(tqdm(files, desc=f"reading {path.name}", leave=False)):
         try:
@@ -122,7 +132,8 @@ def load_folder(path: Path, *, size: int) -> Images:
         except ImageError as error:
             raise ValueError(f"{file}: {error.message}") from error
     label = torch.tensor([index for _, index in files])
-    names = tuple(str(file.relative_to(path.parent)) for file, _ in files)
+    root = path.resolve().name
+    names = tuple(f"{root}/{file.relative_to(path)}" for file, _ in files)
     return Images(torch.from_numpy(image), label, classes, names)
 
 
@@ -135,16 +146,34 @@ def split(held: Images, name: str) -> Images:
 def hold_out(images: Images, held: Images | None, *, seed: int = 0) -> tuple[Images, Images]:
     """Divide into (training images, held-out images).
 
-    With `held`, its images are left out of training wherever its `paths` name them (the lossless
-    twins of JPEG training images). Without it a tenth, at most 5,170, is drawn with `seed`.
+    With `held`, its images are left out of training where its `paths` name them (the lossless
+    twins of JPEG training images) or their pixels are the same. Without it a tenth, at most 5,170,
+    is drawn with `seed`. Raises ValueError where both name classes differently, or where `held`
+    names twins and none is found.
     """
     if held is not None:
-        twins = set(held.paths)
-        keep = torch.tensor([path not in twins for path in images.paths] or [True] * len(images))
+        if held.classes != images.classes:
+            raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
+        twins, pixels = set(held.paths), {image.tobytes() for image in held.image.numpy()}
+        paths = images.paths or ("",) * len(images)
+        rows = zip(paths, images.image.numpy(), strict=True)
+        keep = torch.tensor([p not in twins and i.tobytes() not in pixels for p, i in rows])
+        if twins and keep.all():
+            raise ValueError(
+                f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
+                " and none of them is in the training data: pass the folder that the paths name"
+            )
         return images[keep.nonzero().flatten()], held
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = min(PARTS, math.ceil(len(images) / 10))
     return images[order[count:]], images[order[:count]]
+
+
+def spread(images: Images, count: int | None) -> Images:
+    """`count` images evenly spaced over all (an ImageFolder is sorted by class); all for None."""
+    if count is None or count >= len(images):
+        return images
+    return images[torch.arange(count) * len(images) // count]
 
 
 def to_float(image: Tensor) -> Tensor:

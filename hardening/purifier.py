@@ -10,6 +10,7 @@ image never depends on its neighbours.
 """
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +111,12 @@ class PurifierTrainer:
             "critic_optimizer": self.critic_optimizer,
         }
         generator = torch.Generator(self.device).manual_seed(recipe.seed)
-        self.run = Run(folder, repr((config, recipe)), parts, generator)
+        # A purifier belongs to one classifier: a run must not go on with another.
+        digest = hashlib.sha256()
+        for tensor in classifier.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        settings = repr((config, recipe, digest.hexdigest()[:16]))
+        self.run = Run(folder, settings, parts, generator)
 
     def craft(self, x: Tensor, label: Tensor) -> Tensor:
         """Perturb x against the purified prediction, gradients through both networks."""
@@ -127,7 +133,9 @@ class PurifierTrainer:
 
     def critic_step(self, real: Tensor, fake: Tensor) -> None:
         """Hinge loss (Lim and Ye 2017): clean images up, purified ones down."""
-        loss = F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(fake)).mean()
+        with autocast(self.device):
+            up, down = F.relu(1 - self.critic(real)), F.relu(1 + self.critic(fake))
+            loss = up.mean() + down.mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.critic_optimizer.step()
@@ -139,9 +147,10 @@ class PurifierTrainer:
             group["lr"] = recipe.lr * one_cycle(progress)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(self.device):
-            perturbed = self.craft(x, label)
-            purified = self.model(perturbed)
-            self.critic_step(x, purified.detach())
+            purified = self.model(self.craft(x, label))
+        self.critic_step(x, purified.detach())
+        # A context of its own: autocast caches weights, and the critic's have just moved.
+        with autocast(self.device):
             task = F.cross_entropy(self.classifier(purified).float(), label)
             loss = (
                 recipe.reconstruction * F.l1_loss(purified, x)

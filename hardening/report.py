@@ -49,6 +49,13 @@ def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
     return out
 
 
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`new` rows, and those `old` ones that no new row replaces (same figure, threat and data)."""
+    keys = ("subject", "variant", "name", "norm", "eps", "data")
+    replaced = {tuple(r.get(key) for key in keys) for r in new}
+    return [r for r in old if tuple(r.get(key) for key in keys) not in replaced] + new
+
+
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The metrics of a card as an aligned text table."""
     lines = [("subject", "variant", "figure", "threat", "value", "95% interval", "n")]

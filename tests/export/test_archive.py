@@ -60,6 +60,22 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path
     assert calibration["detectors"] == ["confidence", "energy"]
 
 
+@pytest.mark.parametrize(
+    ("name", "policy", "message"),
+    [
+        ("a.zip", {}, r"end in \.mar"),
+        ("a.mar", {"false_alarm_rate": 1e-6}, "cannot tell a false_alarm_rate"),
+        ("a.mar", {"on_detection": "drop"}, "flag or reject"),
+    ],
+)
+def test_what_the_server_would_refuse_is_refused_before_packing(
+    tiny_folder: Path, tmp_path: Path, name: str, policy: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        archive(tiny_folder, tmp_path / name, settings={"rampart": policy})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_weights_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="rampart train"):
         archive(tmp_path / "nothing", tmp_path / "a.mar")

@@ -43,6 +43,15 @@ def test_the_gate_stops_a_graph_with_other_weights(
         parity.compare(other, engine, calibration, tiny_images.image[:16])
 
 
+def test_the_gate_stops_scores_that_say_nothing(
+    engine: Engine, tiny_folder: Path, calibration: Calibration, tiny_images: Images
+) -> None:
+    other, _ = pipelines.load(tiny_folder / "weights.safetensors")
+    other.detectors.feature_distance.whiten.mul_(1.5)
+    with pytest.raises(RuntimeError, match=r"scores by 0\.[0-9]"):
+        parity.compare(other, engine, calibration, tiny_images.image[:8])
+
+
 def test_near_threshold_images_straddle_the_decision_closely(
     tiny_pipeline: DefendedClassifier, calibration: Calibration, tiny_images: Images
 ) -> None:

@@ -82,7 +82,7 @@ def test_auto_says_that_it_runs_on_the_cpu(
     assert "Running on the CPU instead: no CUDA device" in caplog.text
 
 
-@pytest.mark.skipif(not cuda_works(), reason="no working CUDA device here")
+@pytest.mark.skipif(not cuda_works(), reason="needs a GPU that CUDA can use")
 def test_cuda_gives_the_same_labels(unpacked: Path, engine: Engine, images: np.ndarray) -> None:
     cuda = Engine(unpacked / "graph.onnx", "cuda")
     labels = cuda.run(images).logits.argmax(axis=1)

@@ -29,6 +29,10 @@ def test_an_npz_file_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         ({"image": np.zeros((2, 8, 8, 3), np.uint8)}, "lacks"),
         ({"image": np.zeros((2, 8, 8, 3)), "label": np.zeros(2)}, "must be uint8"),
         ({"image": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "2 images"),
+        (
+            {"image": np.zeros((1, 8, 8, 3), np.uint8), "label": [2], "classes": ["a", "b"]},
+            "outside the 2 classes",
+        ),
     ],
 )
 def test_a_wrong_npz_names_the_file_and_the_fault(
@@ -95,10 +99,50 @@ def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
 
 def test_twins_of_held_out_images_leave_training() -> None:
     names = tuple(f"train/cat/{i}.jpg" for i in range(6))
-    train = data.Images(torch.zeros(6, 2, 2, 3), torch.arange(6), ("cat",), names)
+    pixels = torch.arange(6 * 12, dtype=torch.uint8).view(6, 2, 2, 3)
+    train = data.Images(pixels, torch.arange(6), ("cat",), names)
     kept, held = data.hold_out(train, train[torch.tensor([1, 4])])
     assert kept.label.tolist() == [0, 2, 3, 5]
     assert held.label.tolist() == [1, 4]
+
+
+def test_held_out_pixels_leave_training_under_any_name() -> None:
+    images = blobs(20)
+    kept, _ = data.hold_out(images, images[torch.tensor([3, 7])])
+    assert torch.equal(kept.label, images.label[[i for i in range(20) if i not in (3, 7)]])
+
+
+def test_twins_that_cannot_be_found_stop_the_run() -> None:
+    images, other = blobs(4), blobs(2, seed=1)
+    held = data.Images(other.image, other.label, other.classes, ("train/a/1.jpg", "train/a/2.jpg"))
+    with pytest.raises(ValueError, match=r"train/a/1\.jpg.*none of them"):
+        data.hold_out(images, held)
+
+
+def test_other_classes_in_the_held_out_set_stop_the_run() -> None:
+    images = blobs(4)
+    with pytest.raises(ValueError, match="classes differ"):
+        data.hold_out(images, data.Images(images.image, images.label, ("a", "b")))
+
+
+def test_images_of_another_size_than_the_models_are_refused(tmp_path: Path) -> None:
+    save_npz(tmp_path / "a.npz", 2)
+    with pytest.raises(ValueError, match="32x32 images where the model takes 64x64"):
+        data.load(tmp_path / "a.npz", size=64)
+
+
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "cat" / "one.png")
+    with pytest.raises(ValueError, match="splits and not classes"):
+        data.load(tmp_path)
+
+
+def test_a_few_of_a_sorted_set_are_spread_over_all_of_it() -> None:
+    images = data.Images(torch.arange(100)[:, None], torch.arange(100), ("a",))
+    assert data.spread(images, 4).label.tolist() == [0, 25, 50, 75]
+    assert len(data.spread(images, None)) == len(data.spread(images, 1000)) == 100
 
 
 def test_a_tenth_is_held_out_where_nothing_else_is_given() -> None:

@@ -48,6 +48,9 @@ def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alo
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     losses = [row["loss"] for row in state["history"]]
     assert losses[-1] < losses[0]
+    other = Classifier(classifier.config)
+    with pytest.raises(ValueError, match="other settings"):
+        train_purifier(other, SMALL, recipe, tmp_path, images)
     x = images[1].image.permute(0, 3, 1, 2).float() / 255
     assert not torch.equal(load_purifier(best)(x), x)
     for name, tensor in classifier.state_dict().items():

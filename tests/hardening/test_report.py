@@ -30,6 +30,25 @@ def test_a_clean_figure_names_no_threat() -> None:
     assert "norm" not in row
 
 
+def test_new_figures_replace_the_same_ones_and_no_others() -> None:
+    threats = (None, Threat("Linf", 8 / 255), Threat("L2", 0.5))
+    old = [
+        report.row(report.Metric("pipeline", "full", "pgd20", 0.5, 10, t), data="d", command="old")
+        for t in threats
+    ]
+    new = [
+        report.row(
+            report.Metric("pipeline", "full", "pgd20", 0.4, 10, threats[1]), data="d", command="new"
+        )
+    ]
+    merged = report.merge(old, new)
+    assert [(r.get("eps"), r["command"]) for r in merged] == [
+        (None, "old"),
+        ("0.5", "old"),
+        ("8/255", "new"),
+    ]
+
+
 def test_the_table_shows_every_figure_with_its_interval() -> None:
     metric = report.Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
     text = report.table([report.row(metric, data="", command="")])
