@@ -26,7 +26,8 @@ def run(*arguments: object) -> str:
 def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path) -> None:
     for name, count, seed in (("train", 128, 0), ("held", 400, 1), ("test", 24, 2)):
         images = blobs(count, seed=seed)
-        np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())
+        pixels, label = images.image.numpy(), images.label.numpy()
+        np.savez(tmp_path / name, image=pixels, label=label, classes=images.classes)
     data = ["--data", tmp_path / "train.npz", "--held", tmp_path / "held.npz"]
     quick = ["--epochs", 1, "--batch-size", 32, "--validate-on", 16, "--device", "cpu"]
     classifier, model = tmp_path / "c" / "classifier.safetensors", tmp_path / "toy"
@@ -83,6 +84,26 @@ def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="--device cpu"):
         rampart.pick_device("cuda")
     assert rampart.pick_device("auto") == torch.device("cpu")
+
+
+def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:
+    images = blobs(300)
+    np.savez(tmp_path / "few.npz", image=images.image.numpy(), label=images.label.numpy())
+    with pytest.raises(ValueError, match="2,000 images"):
+        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c")
+
+
+def test_eps_has_a_default_in_the_unit_of_its_norm() -> None:
+    assert str(rampart.threat_of("Linf", None)) == "Linf 8/255"
+    assert str(rampart.threat_of("L2", None)) == "L2 0.5"
+    assert str(rampart.threat_of("Linf", 4)) == "Linf 4/255"
+
+
+def test_the_readme_is_finished_and_its_files_exist() -> None:
+    text = README.read_text()
+    assert "@@" not in text
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        assert (README.parent / target).is_file(), target
 
 
 def documented() -> list[str]:
