@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from conftest import blobs
+from blobs import blobs
 from PIL import Image
 from typer.testing import CliRunner
 

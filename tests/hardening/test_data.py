@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import blobs
+from blobs import blobs
 from PIL import Image
 
 from hardening import data

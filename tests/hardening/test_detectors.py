@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import blobs
+from blobs import blobs
 
 from hardening.data import Images
 from hardening.detectors import FULL, Detectors, FeatureDistance, Views, median3x3, rms

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import blobs
+from blobs import blobs
 
 from hardening import checkpoint
 from hardening.attacks import Threat
