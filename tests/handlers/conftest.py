@@ -105,6 +105,8 @@ def launch() -> Iterator[Callable[..., Server]]:
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"TMPDIR": str(temp), "PYTHONPATH": str(Path.cwd())},
+            # Under nohup SIGHUP arrives ignored, and the launcher leaves it so.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         servers.append(Server(process, int(str(options["port"])), temp, []))
         return servers[-1]
