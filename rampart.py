@@ -20,6 +20,7 @@ Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run t
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
 Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
 Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
+INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 Variant = Annotated[Literal["full", "lean"], typer.Option(help="full, or lean for tight latency")]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
@@ -108,22 +109,37 @@ def train(
     batch_size: int = 128,
     lr: float = 0.2,
     ema: Annotated[float, typer.Option(help="Decay of the weight average")] = 0.998,
+    init: Annotated[Path | None, typer.Option(help=INIT)] = None,
     validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
     """Train a classifier adversarially. Ctrl-C is safe: the same command continues."""
+    import torch
+
+    from hardening import checkpoint
     from hardening.data import split
-    from hardening.models import ClassifierConfig
+    from hardening.models import Classifier, ClassifierConfig
+    from hardening.pipeline import load_classifier
     from hardening.train import Recipe, train_classifier
 
     if image_size < 16 or image_size % 8:
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
-    images, held_out = read_data(data, held, image_size)
-    config = ClassifierConfig(arch, len(images.classes), width, image_size)
-    recipe = Recipe(attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
+    start = load_classifier(init) if init else None
+    images, held_out = read_data(data, held, start.config.image_size if start else image_size)
+    if start and start.config.classes != len(images.classes):
+        raise ValueError(
+            f"--init {init} tells {start.config.classes} classes apart, but {data} has"
+            f" {len(images.classes)}: train from new weights, without --init"
+        )
+    torch.manual_seed(seed)
+    net = start or Classifier(ClassifierConfig(arch, len(images.classes), width, image_size))
+    after = checkpoint.read(init)[0].get("training", init.name) if init else ""
+    recipe = Recipe(
+        attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed, after=str(after)
+    )
     validation = split(held_out, "validation")[slice(validate_on)]
-    best = train_classifier(config, recipe, out, (images, validation), device=pick_device(device))
+    best = train_classifier(net.to(pick_device(device)), recipe, out, (images, validation))
     typer.echo(f"best classifier: {best}")
 
 

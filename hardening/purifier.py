@@ -10,7 +10,6 @@ image never depends on its neighbours.
 """
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,10 +111,7 @@ class PurifierTrainer:
         }
         generator = torch.Generator(self.device).manual_seed(recipe.seed)
         # A purifier belongs to one classifier: a run must not go on with another.
-        digest = hashlib.sha256()
-        for tensor in classifier.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        settings = repr((config, recipe, digest.hexdigest()[:16]))
+        settings = repr((config, recipe, checkpoint.digest(classifier)))
         self.run = Run(folder, settings, parts, generator)
 
     def craft(self, x: Tensor, label: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hardening import checkpoint
 from hardening.attacks import ATTACKS, Threat, cross_entropy
 from hardening.data import Images, batches
-from hardening.models import Classifier, ClassifierConfig
+from hardening.models import Classifier
 
 Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Tensor, Tensor, float], float]
@@ -38,6 +38,8 @@ class Recipe(NamedTuple):
     weight_decay: float = 5e-4
     ema: float = 0.998
     seed: int = 0
+    # The recipe that made the weights this run goes on from, where it does not start afresh.
+    after: str = ""
 
 
 def one_cycle(progress: float, *, warmup: float = 0.2) -> float:
@@ -161,15 +163,12 @@ class Run:
 
 
 class Trainer:
-    """Adversarial training of one classifier."""
+    """Adversarial training of one classifier, from the weights it has."""
 
-    def __init__(
-        self, config: ClassifierConfig, recipe: Recipe, folder: Path, *, device: torch.device
-    ) -> None:
-        torch.manual_seed(recipe.seed)
-        self.config, self.recipe, self.device = config, recipe, device
-        model = Classifier(config).to(device)
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(self, classifier: Classifier, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.device = recipe, classifier.mean.device
+        self.model = classifier.requires_grad_(True)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -178,9 +177,14 @@ class Trainer:
             nesterov=True,
             weight_decay=recipe.weight_decay,
         )
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        generator = torch.Generator(device).manual_seed(recipe.seed)
-        self.run = Run(folder, repr((config, recipe)), parts, generator)
+        parts: dict[str, Part] = {
+            "model": self.model,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+        }
+        generator = torch.Generator(self.device).manual_seed(recipe.seed)
+        settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
+        self.run = Run(folder, settings, parts, generator)
 
     def step(self, x: Tensor, label: Tensor, progress: float) -> float:
         """Craft, descend, average; returns the loss on the perturbed batch."""
@@ -203,23 +207,18 @@ class Trainer:
 
 
 def train_classifier(
-    config: ClassifierConfig,
-    recipe: Recipe,
-    folder: Path,
-    images: tuple[Images, Images],
-    *,
-    device: torch.device,
+    classifier: Classifier, recipe: Recipe, folder: Path, images: tuple[Images, Images]
 ) -> Path:
-    """Train `config` by `recipe` on `images` (training, validation), in `folder`.
+    """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
     Returns the file of the epoch with the best robust validation accuracy.
     """
-    trainer = Trainer(config, recipe, folder, device=device)
-    train, validation = (part.to(device) for part in images)
+    trainer = Trainer(classifier, recipe, folder)
+    train, validation = (part.to(trainer.device) for part in images)
     best = folder / "classifier.safetensors"
 
     def keep() -> None:
-        content = {"classifier": config._asdict(), "training": repr(recipe)}
+        content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
         checkpoint.save(best, trainer.ema, content)
 
     trainer.run.fit(

@@ -6,18 +6,18 @@ from blobs import blobs
 
 from hardening import checkpoint
 from hardening.attacks import Threat
-from hardening.models import ClassifierConfig
+from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_classifier
 from hardening.train import Recipe, Run, Trainer, accuracy, one_cycle, train_classifier
 
 CONFIG = ClassifierConfig("resnet10", 10, width=0.125, image_size=16)
 RECIPE = Recipe(threat=Threat("Linf", 2 / 255), epochs=2, batch_size=32, lr=0.1, ema=0.5)
-CPU = torch.device("cpu")
 
 
 def train(folder: Path, recipe: Recipe = RECIPE) -> Path:
     images = blobs(192, size=16), blobs(64, size=16, seed=1)
-    return train_classifier(CONFIG, recipe, folder, images, device=CPU)
+    torch.manual_seed(recipe.seed)
+    return train_classifier(Classifier(CONFIG), recipe, folder, images)
 
 
 def test_training_learns_to_withstand_the_attack(tmp_path: Path) -> None:
@@ -53,6 +53,15 @@ def test_a_run_refuses_to_continue_under_another_recipe(tmp_path: Path) -> None:
     train(tmp_path, RECIPE._replace(epochs=1))
     with pytest.raises(ValueError, match="other settings"):
         train(tmp_path, RECIPE._replace(epochs=1, lr=0.3))
+
+
+def test_a_run_refuses_to_continue_from_other_first_weights(tmp_path: Path) -> None:
+    train(tmp_path, RECIPE._replace(epochs=1))
+    torch.manual_seed(7)
+    other = Classifier(CONFIG)
+    images = blobs(64, size=16), blobs(64, size=16)
+    with pytest.raises(ValueError, match="other settings"):
+        train_classifier(other, RECIPE._replace(epochs=1), tmp_path, images)
 
 
 def test_the_kept_checkpoint_is_the_epoch_with_the_best_robust_accuracy(tmp_path: Path) -> None:
