@@ -46,7 +46,7 @@ lock:
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --upgrade -o requirements/serve.txt
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --extra test --extra benchmark -c requirements/serve.txt \
+	    --no-emit-find-links --extra evaluate --extra test --extra benchmark -c requirements/serve.txt \
 	    -o requirements/dev.txt
 
 clean:

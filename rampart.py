@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from hardening.attacks import Threat
     from hardening.data import Images
+    from hardening.victims import Victim
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -23,6 +24,7 @@ Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), pla
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 Variant = Annotated[Literal["full", "lean"], typer.Option(help="full, or lean for tight latency")]
+Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
 
@@ -176,23 +178,27 @@ def calibrate(
     model: Model,
     data: Data,
     classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
-    purifier: Annotated[Path, typer.Option(help="purifier.safetensors of `rampart purifier`")],
+    purifier: Annotated[Path | None, typer.Option(help="File of `rampart purifier`")] = None,
     held: Held = None,
     data_name: Annotated[str, typer.Option(help="What the card calls the training data")] = "",
 ) -> None:
-    """Put classifier and purifier together as a model folder and calibrate both variants."""
+    """Put classifier and purifier together as a model folder and calibrate both variants.
+
+    Without a purifier the folder has the variant `lean` only.
+    """
     from hardening import calibrate as calibration
     from hardening import checkpoint, report
     from hardening import pipeline as pipelines
     from hardening.data import split
     from hardening.detectors import FULL
 
-    net, generator = pipelines.load_classifier(classifier), pipelines.load_purifier(purifier)
+    net = pipelines.load_classifier(classifier)
+    generator = pipelines.load_purifier(purifier) if purifier else None
     _, images = read_data(data, held, net.config.image_size)
     defended = pipelines.DefendedClassifier(net, generator, FULL).eval()
     defended.detectors.feature_distance.fit(net, split(images, "validation"))
     pipelines.save(model / "weights.safetensors", defended, images.classes)
-    for variant in VARIANTS:
+    for variant in VARIANTS if purifier else VARIANTS[1:]:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
         typer.echo(calibration.write(model, made, f"{(held or data).name}, calibration split"))
@@ -202,7 +208,9 @@ def calibrate(
             "model": model.name,
             "data": data_name or data.name,
             "training": {
-                part.stem: checkpoint.read(part)[0]["training"] for part in (classifier, purifier)
+                part.stem: checkpoint.read(part)[0]["training"]
+                for part in (classifier, purifier)
+                if part
             },
             "classifier": net.config._asdict(),
             "calibration_images": made.images,
@@ -216,40 +224,115 @@ def evaluate(
     model: Model,
     data: Data,
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
+    part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many images, evenly spaced")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
+    twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
     norm: Norm = "Linf",
     eps: Eps = None,
     rate: Rate = 0.01,
+    cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
     device: Device = "auto",
 ) -> None:
     """Attack classifier and pipeline with full knowledge; write the figures to card.json."""
     from hardening import evaluate as evaluation
-    from hardening import pipeline as pipelines
     from hardening import report
-    from hardening.calibrate import load_variant
-    from hardening.data import load, spread
+    from hardening.data import load, split, spread
+    from hardening.pipeline import load_classifier
+    from hardening.rungs import QUICK, Budget
 
     where, threat = pick_device(device), threat_of(norm, eps)
-    net = pipelines.load_classifier(model / "weights.safetensors")
-    images = load(data, train=False, size=net.config.image_size)
-    classes = pipelines.load(model / "weights.safetensors")[1]
-    if images.classes != classes:
-        raise ValueError(f"{data} has the classes {images.classes}, the model {classes}")
-    images = spread(images, limit).to(where)
-    metrics = list(evaluation.classifier_rungs(net.to(where), images, threat))
-    for variant in VARIANTS:
-        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
-        calibration = load_variant(model, variant)
-        metrics += evaluation.pipeline_rungs(
-            pipeline.to(where), calibration, images, threat, rate=rate
-        )
-    source = data_name or data.name
-    rows = [report.row(m, data=source, command=command_line()) for m in metrics]
+    size = load_classifier(model / "weights.safetensors").config.image_size
+    images = load(data, train=False, size=size)
+    source = f"{part} split of {data_name or data.name}" if part else data_name or data.name
+    every = split(images, part) if part else images
+    images = spread(every, limit or (100 if quick else None)).to(where)
+    source = source if len(images) == len(every) else f"{len(images)} of {source}"
+    victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
+    budget = QUICK if quick else Budget()
+    seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
+    typer.echo(f"{len(images)} images; at most {seconds / 60:.0f} minutes, Ctrl-C is safe")
+    result = evaluation.evaluate(
+        victims, images, threat, budget, rate=rate, folder=cache, only=only or []
+    )
+    rows = [report.row(m, data=source, command=command_line()) for m in result.metrics]
     card = report.read_card(model)
     card |= {"threat_model": str(threat), "versions": versions()}
     card |= {"metrics": report.merge(card.get("metrics", []), rows)}
+    if result.checks:
+        card |= {"checks": [check._asdict() for check in result.checks]}
+    report.check_card(card)
     report.write_card(model, card)
+    report.log_evaluation(model, {"data": source, "n": len(images), "command": command_line()})
     typer.echo(report.table(rows))
+    for check in result.checks:
+        typer.echo(check)
+    if not all(check.passed for check in result.checks):
+        raise ValueError("a self-check failed: do not trust these figures before you know why")
+
+
+def sibling(model: Path) -> Path | None:
+    """The undefended twin that stands beside `model`, where there is one."""
+    twin = model.with_name(f"{model.name}-undefended")
+    return twin if twin.is_dir() else None
+
+
+def victims_of(
+    model: Path,
+    twin: Path | None,
+    classes: tuple[str, ...],
+    *,
+    rate: float,
+    device: "torch.device",
+) -> "list[Victim]":
+    """The classifier of a model folder, its variants with their exported graphs, and the twin."""
+    import tempfile
+
+    from export.to_onnx import to_onnx
+    from handlers.engine import Engine
+    from hardening import checkpoint, victims
+    from hardening import pipeline as pipelines
+    from hardening.calibrate import load_variant
+
+    weights = model / "weights.safetensors"
+    net = pipelines.load_classifier(weights).to(device)
+    out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
+    for variant in (v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()):
+        pipeline, known = pipelines.load(weights, variant)
+        if known != classes:
+            raise ValueError(f"the images have the classes {classes}, the model {known}")
+        with tempfile.TemporaryDirectory() as folder:
+            engine = Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), device="cpu")
+        digest = checkpoint.digest(pipeline)
+        out.append(
+            victims.pipeline_victim(
+                pipeline.to(device),
+                load_variant(model, variant),
+                digest,
+                rate=rate,
+                engine=engine,
+            )
+        )
+    if twin:
+        net = pipelines.load_classifier(twin / "weights.safetensors").to(device)
+        out.append(victims.label_victim("undefended", net, checkpoint.digest(net)))
+    return out
+
+
+@app.command()
+def table(
+    model: Model,
+    readme: Annotated[Path, typer.Option(help="File whose table is brought up to date")] = Path(
+        "README.md"
+    ),
+) -> None:
+    """Write the table of a card's main figures into README.md."""
+    from hardening import report
+
+    card = report.read_card(model)
+    readme.write_text(report.with_table(readme.read_text(), card))
+    typer.echo(report.markdown(card))
 
 
 @app.command()
@@ -315,7 +398,7 @@ def attack(
     eps: Eps = None,
     rate: Rate = 0.01,
 ) -> None:
-    """White-box PGD against the shipped defence, written as 8-bit PNGs at model resolution."""
+    """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution."""
     import torch
     from PIL import Image
     from skimage.data import data_dir
@@ -324,7 +407,8 @@ def attack(
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
-    from hardening.evaluate import describe, fool
+    from hardening.objectives import look_at
+    from hardening.rungs import QUICK, fool
 
     pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
     calibration = load_variant(model, variant)
@@ -334,11 +418,12 @@ def attack(
     except ImageError as error:
         raise ValueError(f"{source}: {error.message}") from error
     pixels = torch.from_numpy(clean)[None]
-    attacked = fool(pipeline, calibration, pixels, threat_of(norm, eps), rate=rate)
+    look = look_at(pipeline, calibration, rate)
+    attacked = fool(look, pixels, threat_of(norm, eps), QUICK)
     panels = []
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in (("clean", pixels), ("attacked", attacked)):
-        caption = describe(pipeline, calibration, picture, classes, rate=rate)
+        caption = report.describe(pipeline, calibration, picture, classes, rate=rate)
         Image.fromarray(picture[0].numpy()).save(out / f"{name}.png")
         typer.echo(f"{out / name}.png: {caption}")
         panels.append((name, picture[0].numpy(), caption))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hardening import pipeline as pipelines
 from hardening.data import load
-from hardening.report import wilson
+from hardening.metrics import wilson
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from handlers.verdict import Calibration, p_values
 from hardening.attacks import Threat, pgd10
 from hardening.calibrate import detection_margin
 from hardening.data import to_float, to_uint8
-from hardening.evaluate import joint_loss
+from hardening.objectives import as_loss, look_at, mislead, untargeted
 from hardening.pipeline import DefendedClassifier
 
 BATCHES = (1, 2, 32)
@@ -48,8 +48,9 @@ def samples(
     with torch.no_grad():
         label = pipeline.defend(x).logits.argmax(1)
     generator = torch.Generator().manual_seed(0)
-    loss = joint_loss(pipeline, calibration, rate, "penalty")(label)
-    attacked = pgd10(loss, x, Threat(), generator=generator)
+    look = look_at(pipeline, calibration, rate)
+    objective = mislead(look, untargeted(label), label, handling="penalty")
+    attacked = pgd10(as_loss(objective, len(x)), x, Threat(), generator=generator)
     near = near_threshold(pipeline, calibration, x, rate=rate)
     return torch.cat([image, to_uint8(attacked), to_uint8(near)])
 

@@ -1,6 +1,7 @@
-"""Gradient attacks: one PGD loop; FGSM and N-FGSM are PGD with one step.
+"""Gradient attacks: one PGD loop, of which FGSM and N-FGSM are the first step, and Auto-PGD.
 
-Sources: PGD, Madry et al. 2018 (section 2.1); N-FGSM, de Jorge et al. 2022 (algorithm 1).
+Sources: PGD, Madry et al. 2018 (section 2.1); N-FGSM, de Jorge et al. 2022 (algorithm 1); Auto-PGD,
+Croce and Hein 2020 (section 3, algorithm 1).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Loss = Callable[[Tensor], Tensor]
+
+
+class Outcome(NamedTuple):
+    """What an objective says of M images under attack."""
+
+    value: Tensor  # (M,) larger is better for the attacker
+    slope: Tensor  # (M,) what the next step differentiates; mostly `value` itself
+    won: Tensor  # (M,) whether the attack has what it wants
+
+
+# x (M, 3, H, W) in [0, 1], and which rows (M,) of the batch these images are.
+Objective = Callable[[Tensor, Tensor], Outcome]
 
 
 class Threat(NamedTuple):
@@ -89,6 +102,103 @@ def better(best: Tensor, best_loss: Tensor, new: Tensor, loss: Tensor) -> tuple[
     wins = loss.detach() > best_loss
     chosen = torch.where(wins.view(-1, 1, 1, 1), new.detach(), best)
     return chosen, torch.where(wins, loss.detach(), best_loss)
+
+
+def checkpoints(steps: int) -> set[int]:
+    """Steps after which step sizes are reconsidered: 22% of all, then ever sooner."""
+    marks, at, length = set(), 0, max(int(0.22 * steps), 1)
+    while (at := at + length) <= steps:
+        marks.add(at)
+        length = max(length - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return marks
+
+
+def apgd(
+    objective: Objective, x: Tensor, threat: Threat, *, steps: int, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Auto-PGD over the ball around x (N, 3, H, W) from the perturbation `start`.
+
+    Returns the best images found and which (N,) have won; those leave the batch at once, since
+    nothing is left to gain.
+    """
+    found, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), threat)
+    marks, since = checkpoints(steps), 0
+    for step in range(steps + 1):
+        found[state["row"]] = state["best"]
+        won[state["row"]] = state["won"]
+        state = {name: value[~state["won"]] for name, value in state.items()}
+        if step == steps or not len(state["row"]):
+            break
+        advance(objective, state, threat, momentum=0.75 if step else 1.0)
+        since += 1
+        if step + 1 in marks:
+            reconsider(state, since)
+            since = 0
+    return found, won
+
+
+def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> dict[str, Tensor]:
+    """The state of Auto-PGD, one row an image: where it is, its best so far, its step size."""
+    n = len(x)
+    row = torch.arange(n, device=x.device)
+    value, gradient, won = differentiate(objective, now, row)
+    return {
+        "row": row,
+        "x": x,
+        "now": now,
+        "before": now,
+        "gradient": gradient,
+        "value": value,
+        "best": now,
+        "best_gradient": gradient,
+        "best_value": value,
+        "won": won,
+        "size": x.new_full((n, 1, 1, 1), 2 * threat.eps),
+        "rises": x.new_zeros(n),
+        "best_at_mark": value,
+        "halved": torch.ones(n, dtype=torch.bool, device=x.device),
+    }
+
+
+def differentiate(objective: Objective, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (M,), gradient (M, 3, H, W) and victory (M,) of an objective at x."""
+    x = x.detach().requires_grad_()
+    out = objective(x, row)
+    (gradient,) = torch.autograd.grad(out.slope.sum(), x)
+    return out.value.detach(), gradient, out.won.detach()
+
+
+def advance(
+    objective: Objective, state: dict[str, Tensor], threat: Threat, *, momentum: float
+) -> None:
+    """One step with momentum; the best image of each row is kept, a winning one above all."""
+    x, now = state["x"], state["now"]
+    step = state["size"] * ascent_direction(state["gradient"], threat.norm)
+    moved = (x + project(now + step - x, threat)).clamp(0, 1)
+    moved = now + momentum * (moved - now) + (1 - momentum) * (now - state["before"])
+    moved = (x + project(moved - x, threat)).clamp(0, 1)
+    value, gradient, won = differentiate(objective, moved, state["row"])
+    state["rises"] = state["rises"] + (value > state["value"])
+    better = won | (value > state["best_value"])
+    image = better.view(-1, 1, 1, 1)
+    state["best"] = torch.where(image, moved, state["best"])
+    state["best_gradient"] = torch.where(image, gradient, state["best_gradient"])
+    state["best_value"] = torch.where(better, value, state["best_value"])
+    state |= {"before": now, "now": moved, "gradient": gradient, "value": value, "won": won}
+
+
+def reconsider(state: dict[str, Tensor], since: int) -> None:
+    """Halve the step of rows that oscillate or stand still, and send them back to their best."""
+    stuck = ~state["halved"] & (state["best_at_mark"] >= state["best_value"])
+    halve = (state["rises"] <= 0.75 * since) | stuck
+    image = halve.view(-1, 1, 1, 1)
+    state["size"] = torch.where(image, state["size"] / 2, state["size"])
+    state["now"] = torch.where(image, state["best"], state["now"])
+    state["gradient"] = torch.where(image, state["best_gradient"], state["gradient"])
+    state["value"] = torch.where(halve, state["best_value"], state["value"])
+    state |= {"halved": halve, "best_at_mark": state["best_value"]}
+    state["rises"] = torch.zeros_like(state["rises"])
 
 
 def cross_entropy(model: Callable[[Tensor], Tensor], label: Tensor) -> Loss:

@@ -91,6 +91,7 @@ def threshold(calibration: Calibration, rate: float) -> float:
 def combined(scores: Tensor, calibration: Calibration) -> Tensor:
     """The combined score (N,) of scores (N, D), differentiable; `combine` of handlers in torch."""
     knots = torch.as_tensor(calibration.knots, dtype=scores.dtype, device=scores.device)
+    knots = knots.contiguous()  # as searchsorted wants them
     surprise = torch.as_tensor(calibration.surprise, dtype=scores.dtype, device=scores.device)
     total = torch.zeros_like(scores[:, 0])
     for score, knot in zip(scores.unbind(1), knots, strict=True):

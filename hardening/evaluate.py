@@ -1,193 +1,353 @@
-"""How strong is the defence against somebody who knows all of it? First rungs: PGD-20.
+"""The evaluation ladder: how strong is what is deployed, against somebody who knows all of it?
 
-    rampart evaluate model_store/NAME --data cifar10-test.npz
+    rampart evaluate model_store/NAME --data cifar10-test.npz --quick
 
-Every attack sees everything (gradients through purifier and detectors) and is scored on both its
-float result and the same rounded to 8 bits, as a PNG carries it: an image is robust only if it
-survives both.
+Rungs craft images against the classifier, the pipeline's label, the pipeline with its detectors,
+and an undefended twin. Every image they find is then put to every victim, in float and rounded to
+8 bits through the exported graph: an image is robust only if nothing found by any rung beats it.
 """
 
-import math
-from collections.abc import Callable, Iterator
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from handlers.verdict import Calibration, p_values
-from hardening.attacks import Loss, Threat, pgd20
-from hardening.calibrate import detection_margin
-from hardening.data import Images, batches, to_float, to_uint8
-from hardening.models import Classifier
-from hardening.pipeline import DefendedClassifier
-from hardening.report import Metric
+from hardening import attacks, cache, checks, objectives, rungs
+from hardening.attacks import Threat
+from hardening.checks import Check
+from hardening.data import Images, batches, to_float
+from hardening.metrics import Bools, Metric, auroc, difference, tpr_at_fpr
+from hardening.rungs import Budget, in_8_bits
+from hardening.victims import Answer, Victim, max_softmax_victim
 
-BATCH = 128
-# How an attacker weighs the detectors: not at all; as a penalty beside the cross-entropy; or as the
-# only aim while an image is wrong but flagged (selective gradients, Bryniarski et al. 2022).
-JOINT = ("ignore", "penalty", "selective")
-# Added to the loss of an image that wins, so that the best step kept is one that wins; constant, so
-# it leaves the gradient alone.
-WIN = 1e4
+# Shares of eps at which a rejection counts as an error, in the stratified figure.
+SMALL = (0.25, 0.5)
+# Images that the self-checks look at, and queries of theirs to Square.
+CHECKED, QUERIES = 40, 200
+PGD20 = "PGD, 20 steps of eps/4"
+LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 
 
-def attacked(
-    images: Images, loss_of: Callable[[Tensor], Loss], threat: Threat, *, title: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (x_adv (B, 3, H, W), label (B,)) under PGD-20, and each again rounded to 8 bits."""
-    generator = torch.Generator(images.image.device).manual_seed(0)
-    total = math.ceil(len(images) / BATCH)
-    for x, label in tqdm(batches(images, BATCH), total=total, desc=title, leave=False):
-        adversarial = pgd20(loss_of(label), x, threat, generator=generator)
-        yield adversarial, label
-        yield to_float(to_uint8(adversarial)), label
+class Rung(NamedTuple):
+    """One attack on one victim; `passes` estimates its forward-backward passes an image."""
+
+    name: str
+    victim: Victim
+    attack: str
+    threat: Threat
+    passes: float
+    craft: cache.Craft
 
 
-def survivors(parts: list[Tensor]) -> Tensor:
-    """From batches that alternate float and 8-bit, the images (N,) that survive both."""
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return torch.cat([first & second for first, second in pairs])
+def label_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[Rung]:
+    """Attacks on a victim's label alone."""
+    look = objectives.without_rejection(victim.look)
+    pgd20 = partial(rungs.pgd20, look, threat=threat)
+    yield Rung("pgd20", victim, PGD20, threat, 21, pgd20)
+    standard = budget.standard
+    name = "autoattack" if standard else "autoattack_short"
+    what = "AutoAttack, standard" if standard else f"APGD-CE + APGD-T + Square, {budget}"
+    passes = (budget.steps * (1 + budget.targets / 2) + budget.queries / 6) * (1 + standard / 2)
+    craft = partial(rungs.autoattack, look, threat=threat, budget=budget)
+    yield Rung(name, victim, what, threat, passes, craft)
 
 
-def classifier_rungs(classifier: Classifier, images: Images, threat: Threat) -> Iterator[Metric]:
-    """Clean accuracy and PGD-20 of the classifier alone."""
-    n = len(images)
-    with torch.no_grad():
-        right = torch.cat([classifier(x).argmax(1) == y for x, y in batches(images, BATCH)])
-    yield Metric("classifier", "-", "clean", float(right.double().mean()), n)
-    survived = []
-
-    def loss_of(label: Tensor) -> Loss:
-        def loss(x: Tensor) -> Tensor:
-            logits: Tensor = classifier(x)
-            wrong = logits.argmax(1) != label
-            values: Tensor = F.cross_entropy(logits, label, reduction="none")
-            return values + WIN * wrong
-
-        return loss
-
-    for x, label in attacked(images, loss_of, threat, title="classifier, PGD-20"):
-        with torch.no_grad():
-            survived.append(classifier(x).argmax(1) == label)
-    robust = float((right & survivors(survived)).double().mean())
-    yield Metric("classifier", "-", "pgd20", robust, n, threat)
+def rejection_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[Rung]:
+    """Attacks on label and detectors together, and on the detectors alone."""
+    steps = budget.steps
+    joint = partial(rungs.joint_apgd, victim.look, threat=threat, budget=budget)
+    what = f"joint APGD (penalty, selective, orthogonal, targeted), {budget}"
+    yield Rung("joint_apgd", victim, what, threat, steps * (3 + budget.targets / 2), joint)
+    if victim.subject == "max_softmax":
+        return
+    flood = f"APGD on the detectors alone, {steps} steps"
+    for share in (*SMALL, 1.0):
+        near = threat._replace(eps=threat.eps * share)
+        flooding = partial(rungs.forced_rejection, victim.look, threat=near, budget=budget)
+        yield Rung("forced_rejection", victim, flood, near, steps, flooding)
+        if share < 1:
+            pgd20 = partial(rungs.pgd20, victim.look, threat=near)
+            yield Rung("pgd20", victim, PGD20, near, 21, pgd20)
 
 
-def decide(
-    pipeline: DefendedClassifier, x: Tensor, calibration: Calibration, rate: float
-) -> tuple[Tensor, Tensor]:
-    """Predicted label (N,) and whether it is accepted (N,), as the endpoint would answer."""
-    with torch.no_grad():
-        out = pipeline.defend(x)
-    p = p_values(out.scores.double().cpu().numpy(), calibration)
-    return out.logits.argmax(1), torch.from_numpy(p >= rate).to(x.device)
+class Replay(NamedTuple):
+    """What found images do to one victim, in float and in 8 bits: both must be withstood."""
+
+    right: Bools  # (N,) the label is right
+    safe: Bools  # (N,) the label is right, or the image rejected
+    rejected: Bools  # (N,) rejected in either form
+    deployed: Answer
 
 
-def joint_loss(
-    pipeline: DefendedClassifier, calibration: Calibration, rate: float, aim: str
-) -> Callable[[Tensor], Loss]:
-    """Be wrong *and* stay accepted, with gradients through purifier, classifier and detectors.
+class Found(NamedTuple):
+    """The images that a rung made."""
 
-    `aim` is one of JOINT. Under "ignore" an image wins by being wrong, else by both.
-    """
-
-    def loss_of(label: Tensor) -> Loss:
-        def loss(x: Tensor) -> Tensor:
-            out = pipeline.defend(x)
-            entropy = F.cross_entropy(out.logits, label, reduction="none")
-            wrong = out.logits.argmax(1) != label
-            if aim == "ignore":
-                return entropy + WIN * wrong
-            margin = detection_margin(out.scores, calibration, rate)
-            wins = WIN * (wrong & (margin <= 0))
-            if aim == "penalty":
-                return entropy - F.relu(margin) + wins
-            return torch.where(wrong & (margin > 0), -margin, entropy) + wins
-
-        return loss
-
-    return loss_of
+    rung: Rung
+    x: Tensor  # (N, 3, H, W)
 
 
-def pipeline_rungs(
-    pipeline: DefendedClassifier,
-    calibration: Calibration,
+def replay(victim: Victim, x: Tensor, images: Images, threat: Threat) -> Replay:
+    """Put x (N, 3, H, W), made from `images`, to `victim` in float and through its 8-bit entry."""
+    label = images.label.cpu().numpy()
+    deployed = victim.deployed(in_8_bits(x, images.image, threat))
+    both = (victim.answer(x), deployed)
+    right = [answer.guess == label for answer in both]
+    safe = [r | ~answer.accepted for r, answer in zip(right, both, strict=True)]
+    rejected = ~both[0].accepted | ~both[1].accepted
+    return Replay(right[0] & right[1], safe[0] & safe[1], rejected, deployed)
+
+
+def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
+    """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
+    source = attack_source()
+    found = []
+    for rung in ladder:
+        key = f"{source} {rung.victim.fingerprint} {rung.name} {rung.attack} {rung.threat}"
+        title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
+        found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
+    return found
+
+
+def attack_source() -> str:
+    """Stands for the code that attacks: an example of other code must not be taken for its own."""
+    files = (Path(str(module.__file__)) for module in (attacks, objectives, rungs))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def estimate(
+    victims: list[Victim], images: Images, threat: Threat, budget: Budget, *, only: list[str]
+) -> float:
+    """Seconds that `evaluate` will take at most, from one timed pass through each victim."""
+    x, label = next(iter(batches(images, 16)))
+    total = 0.0
+    for victim in victims:
+        planned = [r for r in ladder([victim], threat, budget) if not only or r.name in only]
+        # The max-softmax alternative is attacked with the same budget.
+        planned += [rung for rung in planned if rung.name == "joint_apgd"]
+        checks.gradients(victim.look, x, label, victim.name)  # the first pass warms up
+        begin = time.perf_counter()
+        checks.gradients(victim.look, x, label, victim.name)
+        seconds = (time.perf_counter() - begin) / len(x)
+        total += seconds * sum(rung.passes for rung in planned) * len(images)
+    return total
+
+
+class Record(NamedTuple):
+    """All that happened to one victim: clean, and under every rung of the ladder."""
+
+    victim: Victim
+    clean: Replay
+    under: list[tuple[Rung, Replay]]
+
+    def own(self, name: str) -> tuple[Rung, Replay]:
+        """The attack called `name` on this victim at full eps; `lean` labels as the classifier."""
+        twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
+        mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
+        return max(mine, key=lambda pair: pair[0].threat.eps)
+
+    def metric(self, name: str, share: Bools, rung: Rung | None = None) -> Metric:
+        """The figure that `share` (N,) of the images makes."""
+        threat, attack = (rung.threat, rung.attack) if rung else (None, "")
+        value, n = float(share.mean()), len(share)
+        return Metric(
+            self.victim.subject, self.victim.variant, name, value, n, threat=threat, attack=attack
+        )
+
+    def worst(self, of: str) -> Bools:
+        """The images (N,) that are `of` (right or safe) clean and under every rung."""
+        held: Bools = np.array(getattr(self.clean, of))
+        for _, after in self.under:
+            held = held & getattr(after, of)
+        return held
+
+    def everything(self) -> Rung:
+        """What stands beside a worst case."""
+        largest = max((rung for rung, _ in self.under), key=lambda rung: rung.threat.eps)
+        return largest._replace(
+            attack=f"worst case over {len(self.under)} attacks, in float and 8-bit"
+        )
+
+
+def record(victim: Victim, found: list[Found], images: Images) -> Record:
+    """Put everything that was found to one victim."""
+    clean = replay(victim, to_float(images.image), images, Threat(eps=0.0))
+    under = [(item.rung, replay(victim, item.x, images, item.rung.threat)) for item in found]
+    return Record(victim, clean, under)
+
+
+def label_figures(seen: Record) -> Iterator[Metric]:
+    """Clean accuracy and rejection, each attack on the label alone, and transfer."""
+    yield seen.metric("clean", seen.clean.right)
+    if seen.victim.rejects:
+        yield seen.metric("clean_rejection", ~seen.clean.deployed.accepted)
+    names = {rung.name for rung, _ in seen.under}
+    for name in [name for name in LABEL_RUNGS if name in names]:
+        rung, after = seen.own(name)
+        yield seen.metric(name, seen.clean.right & after.right, rung)
+    for rung, after in seen.under:
+        if (rung.victim.subject, rung.name) == ("undefended", "pgd20"):
+            how = rung._replace(attack=f"{rung.attack}, made on the undefended twin")
+            if seen.victim.subject != "undefended":
+                yield seen.metric("transfer", seen.clean.right & after.right, how)
+
+
+def rejection_figures(seen: Record, plain: Record, rate: float) -> Iterator[Metric]:
+    """What rejecting adds, beside max-softmax rejection (`plain`) at the same clean rate."""
+    percent = f"{100 * rate:g}%"
+    rung, after = seen.own("joint_apgd")
+    yield seen.metric("joint_apgd", seen.clean.safe & after.safe, rung)
+    safe, everything = seen.worst("safe"), seen.everything()
+    yield seen.metric(f"robust_with_rejection@{percent}", safe, everything)
+    yield seen.metric("accepted_and_wrong", ~safe, everything)
+    simple = plain.worst("safe")
+    yield plain.metric(f"robust_with_rejection@{percent}", simple, everything)
+    gap, interval = difference(safe, simple)
+    gain = seen.metric("gain_over_max_softmax", safe, everything)
+    yield gain._replace(value=gap, interval=interval)
+    flooded, flood = seen.own("forced_rejection")
+    yield seen.metric("forced_rejection", flood.rejected, flooded)
+    yield from stratified(seen, safe)
+    yield from detection(seen)
+
+
+def stratified(seen: Record, safe: Bools) -> Iterator[Metric]:
+    """Safe up to eps, and right *and accepted* up to a part of it: rejecting little is an error."""
+    eps = seen.everything().threat.eps
+    for share in (0.0, *SMALL, 1.0):
+        small = [after for rung, after in seen.under if rung.threat.eps <= share * eps + 1e-9]
+        held = [after.right & ~after.rejected for after in (seen.clean, *small)]
+        rung = seen.everything()
+        near = rung.threat._replace(eps=share * eps)
+        rung = rung._replace(attack=f"{rung.attack}; a rejection up to {near} is an error")
+        yield seen.metric(f"stratified@{share:g}eps", np.logical_and.reduce([safe, *held]), rung)
+
+
+def detection(seen: Record) -> Iterator[Metric]:
+    """How well suspicion alone tells wrong attacked images from clean ones; AUROC last."""
+    clean = seen.clean.deployed.suspicion
+    for name in ("pgd20", "joint_apgd"):
+        rung, after = seen.own(name)
+        caught = after.deployed.suspicion[~after.right]
+        if not len(caught):
+            continue
+        base = seen.metric("", after.right, rung)._replace(n=len(caught))
+        for rate in (0.01, 0.05):
+            value = tpr_at_fpr(clean, caught, rate)
+            yield base._replace(name=f"tpr@{100 * rate:g}%fpr:{name}", value=value)
+        value, interval = auroc(clean, caught)
+        yield base._replace(name=f"auroc:{name}", value=value, interval=interval)
+
+
+class Evaluation(NamedTuple):
+    """All that an evaluation saw."""
+
+    images: Images
+    threat: Threat
+    metrics: list[Metric]
+    checks: list[Check]
+    records: dict[str, Record]  # by the victim's name
+    found: list[Found]
+
+
+def ladder(victims: list[Victim], threat: Threat, budget: Budget) -> list[Rung]:
+    """Every rung for `victims`."""
+    out: list[Rung] = []
+    for victim in victims:
+        if has_own_label(victim):
+            out += label_rungs(victim, threat, budget)
+        if victim.rejects:
+            out += rejection_rungs(victim, threat, budget)
+    return out
+
+
+def has_own_label(victim: Victim) -> bool:
+    """Whether no other victim has the same label; `lean` has the classifier's."""
+    return not victim.rejects or (victim.subject, victim.variant) == ("pipeline", "full")
+
+
+def evaluate(
+    victims: list[Victim],
     images: Images,
     threat: Threat,
+    budget: Budget,
     *,
     rate: float,
-) -> Iterator[Metric]:
-    """Clean accuracy and rejection, then PGD-20 with full gradients through everything.
+    folder: Path,
+    only: list[str],
+) -> Evaluation:
+    """Climb the ladder, or of it the rungs that `only` names; `folder` keeps what was found.
 
-    `pgd20` is label accuracy when detectors are ignored; `accepted_and_wrong` counts an image when
-    the clean image or any aim of the joint attack gets a wrong label past the detectors.
+    `victims` hold the classifier first, then pipelines and, as a control, an undefended twin. Worst
+    cases and self-checks need the whole ladder. Raises ValueError where `only` names no rung.
     """
-    variant, n = calibration.variant, len(images)
-    decided = [decide(pipeline, x, calibration, rate) for x, _ in batches(images, BATCH)]
-    guess, accepted = (torch.cat(part) for part in zip(*decided, strict=True))
-    right = guess == images.label
-    yield Metric("pipeline", variant, "clean", float(right.double().mean()), n)
-    yield Metric("pipeline", variant, "clean_rejection", float((~accepted).double().mean()), n)
-    safe = right | ~accepted
-    for aim in JOINT:
-        loss_of = joint_loss(pipeline, calibration, rate, aim)
-        kept, held = [], []
-        for x, label in attacked(images, loss_of, threat, title=f"{variant}, PGD-20, {aim}"):
-            guess, accepted = decide(pipeline, x, calibration, rate)
-            kept.append(guess == label)
-            held.append((guess == label) | ~accepted)
-        if aim == "ignore":
-            robust = float((right & survivors(kept)).double().mean())
-            yield Metric("pipeline", variant, "pgd20", robust, n, threat)
-        safe &= survivors(held)
-    robust = float(safe.double().mean())
-    name = f"robust_with_rejection@{100 * rate:g}%"
-    yield Metric("pipeline", variant, name, robust, n, threat)
-    yield Metric("pipeline", variant, "accepted_and_wrong", 1 - robust, n, threat)
+    plain = {v.name: max_softmax_victim(v, images.image) for v in victims if v.rejects}
+    whole = ladder([*victims, *plain.values()], threat, budget)
+    known = sorted({rung.name for rung in whole})
+    if unknown := sorted(set(only) - set(known)):
+        raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(known)}")
+    found = climb([r for r in whole if not only or r.name in only], images, folder)
+    records = {v.name: record(v, found, images) for v in [*victims, *plain.values()]}
+    metrics: list[Metric] = []
+    for seen in (records[v.name] for v in victims):
+        metrics += label_figures(seen)
+        if only:
+            continue
+        metrics.append(seen.metric("robust", seen.worst("right"), seen.everything()))
+        if seen.victim.rejects:
+            metrics += rejection_figures(seen, records[plain[seen.victim.name].name], rate)
+    checked = []
+    if not only:
+        metrics += added(records, [v.name for v in victims])
+        checked = self_checks(victims, records, images, threat)
+    return Evaluation(images, threat, metrics, checked, records, found)
 
 
-def fool(
-    pipeline: DefendedClassifier,
-    calibration: Calibration,
-    image: Tensor,
-    threat: Threat,
-    *,
-    rate: float,
-) -> Tensor:
-    """Attack each image uint8 (N, H, W, 3) away from its present label; returns 8-bit pixels.
-
-    The best of all aims is kept: a changed label first, then one that is also accepted.
-    """
-    x = to_float(image)
-    label, _ = decide(pipeline, x, calibration, rate)
-    best, best_rank = image, torch.full_like(label, -1)
-    for aim in JOINT:
-        generator = torch.Generator(x.device).manual_seed(0)
-        loss = joint_loss(pipeline, calibration, rate, aim)(label)
-        pixels = to_uint8(pgd20(loss, x, threat, generator=generator))
-        if threat.norm == "Linf":  # rounding must not leave the ball where eps lies between levels
-            whole = int(threat.eps * 255 + 1e-6)
-            pixels = (image + (pixels.int() - image).clamp(-whole, whole)).byte()
-        guess, accepted = decide(pipeline, to_float(pixels), calibration, rate)
-        rank = 2 * (guess != label).long() + accepted.long()
-        best = torch.where((rank >= best_rank).view(-1, 1, 1, 1), pixels, best)
-        best_rank = torch.maximum(rank, best_rank)
-    return best
+def added(records: dict[str, Record], names: list[str]) -> Iterator[Metric]:
+    """What each pipeline adds to the bare classifier: the number that decides the default."""
+    alone = records[names[0]].worst("right")
+    for seen in (records[name] for name in names if records[name].victim.rejects):
+        gap, interval = difference(seen.worst("safe"), alone)
+        metric = seen.metric("gain_over_classifier", alone, seen.everything())
+        yield metric._replace(value=gap, interval=interval)
 
 
-def describe(
-    pipeline: DefendedClassifier,
-    calibration: Calibration,
-    image: Tensor,
-    classes: tuple[str, ...],
-    *,
-    rate: float,
-) -> str:
-    """The verdict on one image uint8 (1, H, W, 3) in a few words."""
-    with torch.no_grad():
-        out = pipeline(image)
-    confidence, index = out.logits.softmax(1)[0].max(0)
-    p = float(p_values(out.scores.double().numpy(), calibration)[0])
-    decision = "flag" if p < rate else "accept"
-    return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
+def self_checks(
+    victims: list[Victim], records: dict[str, Record], images: Images, threat: Threat
+) -> list[Check]:
+    """Every check on every defended victim, on images that it gets right."""
+    out: list[Check] = []
+    for victim in (v for v in victims if v.subject != "undefended"):
+        seen = records[victim.name]
+        right = torch.from_numpy(seen.clean.right).nonzero().squeeze(1)[:CHECKED]
+        if not len(right):
+            raise ValueError(f"{victim.name} gets no image right: there is nothing to attack")
+        if has_own_label(victim):
+            look = objectives.without_rejection(victim.look)
+            x, label = to_float(images.image[right]), images.label[right]
+            out += checks.check_look(look, x, label, threat, victim.name, queries=QUERIES)
+        out += outcome_checks(seen)
+    return out
+
+
+def outcome_checks(seen: Record) -> Iterator[Check]:
+    """Checks of what the rungs found: transfer against gradients, ignoring against joint."""
+
+    def share(parts: tuple[Bools, Bools]) -> float:
+        return float((parts[0] & parts[1]).mean())
+
+    name, clean, static = seen.victim.name, seen.clean, seen.own("pgd20")[1]
+    for rung, after in seen.under:
+        if (rung.victim.subject, rung.name) == ("undefended", "pgd20"):
+            white, blind = share((clean.right, static.right)), share((clean.right, after.right))
+            yield checks.black_box(white, blind, name, "transfer from the undefended twin")
+    if seen.victim.rejects:
+        joint = seen.own("joint_apgd")[1]
+        yield checks.adaptive(
+            share((clean.safe, static.safe)), share((clean.safe, joint.safe)), name
+        )

@@ -62,22 +62,23 @@ class DefendedClassifier(nn.Module):
 
 
 def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> None:
-    """Write the `full` pipeline with all it takes to rebuild either variant."""
-    if pipeline.purifier is None:
-        raise ValueError("only a full pipeline is saved: lean is made from it on loading")
-    config = {
-        "classifier": pipeline.classifier.config._asdict(),
-        "purifier": pipeline.purifier.config._asdict(),
-        "classes": list(classes),
-    }
+    """Write all it takes to rebuild either variant; without a purifier, `lean` alone."""
+    config = {"classifier": pipeline.classifier.config._asdict(), "classes": list(classes)}
+    if pipeline.purifier is not None:
+        config |= {"purifier": pipeline.purifier.config._asdict()}
     checkpoint.save(path, pipeline, config)
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """Rebuild the pipeline of `path` as `variant`, frozen; returns it with the class names."""
+    """Rebuild the pipeline of `path` as `variant`, frozen; returns it with the class names.
+
+    Raises ValueError where `full` is asked of a model that was saved without a purifier.
+    """
     config, state = checkpoint.read(path)
     classifier = Classifier(classifier_config(config))
     if variant == "full":
+        if "purifier" not in config:
+            raise ValueError(f"{path} has no purifier: its only variant is lean (--variant lean)")
         purifier: Purifier | None = Purifier(PurifierConfig(**config["purifier"]))
         pipeline = DefendedClassifier(classifier, purifier, FULL)
     else:

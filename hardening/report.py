@@ -1,34 +1,21 @@
 """Figures with their uncertainty, and the card that carries them."""
 
+import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from hardening.attacks import Threat
-
-
-class Metric(NamedTuple):
-    """One share in [0, 1] of `n` images; `threat` is None for clean figures."""
-
-    subject: str
-    variant: str
-    name: str
-    value: float
-    n: int
-    threat: Threat | None = None
-
-
-def wilson(value: float, n: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a share `value` of `n` images (Wilson 1927)."""
-    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+from handlers.verdict import Calibration, p_values
+from hardening.metrics import Metric, wilson
+from hardening.pipeline import DefendedClassifier
 
 
 def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
@@ -39,13 +26,17 @@ def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
         "name": metric.name,
         "value": round(metric.value, 6),
         "n": metric.n,
-        "interval": [round(bound, 4) for bound in wilson(metric.value, metric.n)],
+        "interval": [
+            round(bound, 4) for bound in metric.interval or wilson(metric.value, metric.n)
+        ],
         "data": data,
         "command": command,
     }
     if metric.threat is not None:
         eps = f"{metric.threat.eps * 255:g}/255" if metric.threat.norm == "Linf" else None
         out |= {"norm": metric.threat.norm, "eps": eps or f"{metric.threat.eps:g}"}
+    if metric.attack:
+        out |= {"attack": metric.attack}
     return out
 
 
@@ -71,6 +62,77 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     )
 
 
+# What README shows of a card: column title, figure.
+COLUMNS = {
+    "clean accuracy": "clean",
+    "clean rejection": "clean_rejection",
+    "PGD-20": "pgd20",
+    "AutoAttack": "autoattack",
+    "AutoAttack, short": "autoattack_short",
+    "worst case, label right": "robust",
+    "worst case, right or rejected": "robust_with_rejection@1%",
+}
+SUBJECTS = {
+    ("classifier", "-"): "classifier alone",
+    ("pipeline", "lean"): "`lean`",
+    ("pipeline", "full"): "`full`",
+    ("max_softmax", "full"): "`full`, rejecting by max-softmax instead",
+    ("undefended", "-"): "undefended twin",
+}
+FENCE = ("<!-- figures: made by `rampart table`, do not edit -->", "<!-- end of figures -->")
+
+
+def markdown(card: dict[str, Any]) -> str:
+    """The card's main figures as a Markdown table; of figures on several sets, the largest."""
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for r in card.get("metrics", []):
+        key = (r["subject"], r["variant"], r["name"])
+        if r["n"] > best.get(key, {"n": 0})["n"] and r.get("eps") in (None, eps_of(card)):
+            best[key] = r
+    columns = {title: name for title, name in COLUMNS.items() if name in {k[2] for k in best}}
+    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for (subject, variant), title in SUBJECTS.items():
+        cells = [best.get((subject, variant, name)) for name in columns.values()]
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cell_text(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def eps_of(card: dict[str, Any]) -> str:
+    """The perturbation size of the card's threat model, as its metrics write it."""
+    return str(card["threat_model"]).split()[-1]
+
+
+def cell_text(r: dict[str, Any] | None) -> str:
+    """One figure of a card with its interval and count."""
+    if r is None:
+        return "-"
+    low, high = r["interval"]
+    return f"{r['value']:.1%} ({low:.1%} to {high:.1%}, n = {r['n']})"
+
+
+def with_table(text: str, card: dict[str, Any]) -> str:
+    """`text` with what stands between the two FENCE lines replaced by the card's table.
+
+    Raises ValueError where it has no such lines.
+    """
+    first, last = FENCE
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise ValueError(f"the text needs one line {first!r} and, below it, one {last!r}")
+    head, rest = text.split(first)
+    return f"{head}{first}\n\n{markdown(card)}\n\n{last}{rest.split(last)[1]}"
+
+
+def check_card(card: dict[str, Any]) -> None:
+    """Raise ValueError where a card breaks the schema that stands beside this file."""
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(Path(__file__).with_name("card.schema.json").read_text())
+    errors = list(Draft202012Validator(schema).iter_errors(card))
+    if errors:
+        raise ValueError("; ".join(f"card.json {e.json_path}: {e.message}" for e in errors[:3]))
+
+
 def read_card(folder: Path) -> dict[str, Any]:
     """The card of a model folder; empty where none was written yet."""
     file = folder / "card.json"
@@ -83,6 +145,34 @@ def write_card(folder: Path, card: dict[str, Any]) -> Path:
     file = folder / "card.json"
     file.write_text(json.dumps(card, indent=1) + "\n")
     return file
+
+
+def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
+    """Append to the log of everything that was ever evaluated: nobody tunes on test unseen.
+
+    The entry gains the time (UTC) and the SHA-256 of the weights.
+    """
+    weights = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with (folder / "evaluations.jsonl").open("a") as stream:
+        stream.write(json.dumps({"time": now, "weights": weights} | entry) + "\n")
+
+
+def describe(
+    pipeline: DefendedClassifier,
+    calibration: Calibration,
+    image: Tensor,
+    classes: tuple[str, ...],
+    *,
+    rate: float,
+) -> str:
+    """The verdict on one image uint8 (1, H, W, 3) in a few words."""
+    with torch.no_grad():
+        out = pipeline(image)
+    confidence, index = out.logits.softmax(1)[0].max(0)
+    p = float(p_values(out.scores.double().numpy(), calibration)[0])
+    decision = "flag" if p < rate else "accept"
+    return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
 
 
 def picture(

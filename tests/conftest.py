@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from blobs import blobs
+from blobs import Learned, blobs, learn_blobs
 
 from export.archive import archive
+from handlers.verdict import Calibration
 from hardening import calibrate
 from hardening import pipeline as pipelines
 from hardening.data import Images, split
@@ -20,6 +21,11 @@ from hardening.purifier import Purifier, PurifierConfig
 @pytest.fixture(scope="session")
 def tiny_images() -> Images:
     return blobs(600)
+
+
+@pytest.fixture(scope="session")
+def learned() -> Learned:
+    return learn_blobs()
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +49,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_folder: Path) -> DefendedClassifier:
     return pipelines.load(tiny_folder / "weights.safetensors", "full")[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tiny_folder: Path) -> Calibration:
+    """That of the full variant."""
+    return calibrate.load_variant(tiny_folder, "full")
 
 
 @pytest.fixture(scope="session")

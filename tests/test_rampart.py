@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from blobs import blobs
 from PIL import Image
 from typer.testing import CliRunner
 
 import rampart
+from hardening import checkpoint, report
 
 README = Path(rampart.__file__).parent / "README.md"
 
@@ -36,14 +38,37 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path)
     generator = tmp_path / "p" / "purifier.safetensors"
     parts = ["--classifier", classifier, "--purifier", generator]
     run("calibrate", model, *data, *parts)
-    table = run("evaluate", model, "--data", tmp_path / "test.npz", "--limit", 16)
-    assert "accepted_and_wrong" in table
+    few = ["--limit", 16, "--only", "pgd20", "--cache", tmp_path / "found"]
+    assert "pgd20" in run("evaluate", model, "--data", tmp_path / "test.npz", *few)
+    assert len((model / "evaluations.jsonl").read_text().splitlines()) == 1
     metrics = json.loads((model / "card.json").read_text())["metrics"]
     names = {(m["subject"], m["variant"], m["name"]) for m in metrics}
     assert {("classifier", "-", "pgd20"), ("pipeline", "full", "clean_rejection")} <= names
     assert all(m["n"] == 16 and len(m["interval"]) == 2 and m["command"] for m in metrics)
     assert "parity on" in run("archive", model, "--data", tmp_path / "test.npz")
     assert (tmp_path / "toy.mar").is_file()
+
+
+def test_training_goes_on_from_earlier_weights_and_remembers_both_recipes(tmp_path: Path) -> None:
+    for name, count, classes in (("train", 64, 10), ("held", 400, 10), ("two", 2000, 2)):
+        images = blobs(count)
+        label = images.label.numpy() % classes
+        names = images.classes[:classes]
+        np.savez(tmp_path / name, image=images.image.numpy(), label=label, classes=names)
+    held = ["--held", tmp_path / "held.npz", "--validate-on", 16, "--device", "cpu"]
+    quick = [*held, "--epochs", 1, "--batch-size", 32]
+    data = ["--data", tmp_path / "train.npz"]
+    first = tmp_path / "a" / "classifier.safetensors"
+    run("train", *data, *quick, "--out", tmp_path / "a", "--arch", "resnet10", "--width", 0.125)
+    run("train", *data, *quick, "--out", tmp_path / "b", "--init", first, "--lr", 0)
+    config, state = checkpoint.read(tmp_path / "b" / "classifier.safetensors")
+    assert config["classifier"]["arch"] == "resnet10"
+    assert config["training"].count("Recipe(") == 2
+    for name, tensor in checkpoint.read(first)[1].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(state[name], tensor, msg=name)
+    with pytest.raises(ValueError, match=r"10 classes apart"):
+        run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
 
 
 def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
@@ -77,8 +102,6 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None
 
 
 def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA: here it is usable")
     with pytest.raises(ValueError, match="--device cpu"):
@@ -104,6 +127,12 @@ def test_the_readme_is_finished_and_its_files_exist() -> None:
     assert "@@" not in text
     for target in re.findall(r"\]\(([^):]+)\)", text):
         assert (README.parent / target).is_file(), target
+
+
+def test_the_table_in_the_readme_is_that_of_the_card() -> None:
+    card = report.read_card(README.parent / "model_store" / "cifar10")
+    report.check_card(card)
+    assert report.with_table(README.read_text(), card) == README.read_text()
 
 
 def documented() -> list[str]:

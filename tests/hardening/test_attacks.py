@@ -2,8 +2,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pyautoattack.autopgd_base import APGDAttack
 
-from hardening.attacks import ATTACKS, Threat, cross_entropy, pgd, random_start
+from hardening.attacks import (
+    ATTACKS,
+    Objective,
+    Outcome,
+    Threat,
+    apgd,
+    checkpoints,
+    cross_entropy,
+    pgd,
+    random_start,
+)
 
 THREATS = [Threat("Linf", 8 / 255), Threat("L2", 0.5)]
 
@@ -83,3 +94,54 @@ def test_an_attack_is_reproducible_from_its_seed(
 
 def test_a_threat_prints_in_the_fields_units() -> None:
     assert [str(t) for t in THREATS] == ["Linf 8/255", "L2 0.5"]
+
+
+def standing(model: torch.nn.Module, label: torch.Tensor) -> Objective:
+    """Cross-entropy that never counts as a victory, so that no image leaves the attack."""
+
+    def objective(x: torch.Tensor, rows: torch.Tensor) -> Outcome:
+        loss = torch.nn.functional.cross_entropy(model(x), label[rows], reduction="none")
+        return Outcome(loss, loss, torch.zeros_like(loss, dtype=torch.bool))
+
+    return objective
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_auto_pgd_finds_the_losses_that_the_official_one_finds_from_the_same_start(
+    threat: Threat, model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    x, label = batch
+    start = random_start(x, threat, torch.Generator().manual_seed(0))
+    found, won = apgd(standing(model, label), x, threat, steps=50, start=start)
+    assert not won.any()
+    official = APGDAttack(model, n_iter=50, norm=threat.norm, eps=threat.eps, seed=0, device="cpu")
+    official.init_hyperparam(x)
+    official.loss = "ce"
+    theirs = official.attack_single_run(x, label, x_init=(x + start).clamp(0, 1))[2]
+    ours = cross_entropy(model, label)(found).detach()
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_auto_pgd_stays_in_the_ball_and_reports_who_won(
+    threat: Threat, model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    x, _ = batch
+    label = model(x).argmax(1)
+
+    def objective(x: torch.Tensor, rows: torch.Tensor) -> Outcome:
+        logits = model(x)
+        loss = torch.nn.functional.cross_entropy(logits, label[rows], reduction="none")
+        return Outcome(loss, loss, logits.argmax(1) != label[rows])
+
+    found, won = apgd(objective, x, threat, steps=30, start=torch.zeros_like(x))
+    assert int(won.sum()) > 0
+    assert torch.equal(won, model(found).argmax(1) != label)
+    assert size(found - x, threat) <= threat.eps + 1e-6
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_step_sizes_are_reconsidered_where_the_paper_says() -> None:
+    # 0.22, then shorter by 0.03 each time, never below 0.06 (Croce and Hein 2020, section 3.2).
+    assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]

@@ -1,91 +1,153 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from handlers.verdict import Calibration
-from hardening import evaluate
+from hardening import calibrate, checkpoint, victims
+from hardening import evaluate as evaluation
+from hardening import pipeline as pipelines
 from hardening.attacks import Threat
-from hardening.calibrate import load_variant
 from hardening.data import Images
-from hardening.pipeline import DefendedClassifier
+from hardening.evaluate import Evaluation
+from hardening.models import Classifier, ClassifierConfig
+from hardening.rungs import Budget
+from hardening.victims import Victim
 
-THREAT = Threat("Linf", 8 / 255)
+THREAT = Threat("Linf", 4 / 255)
+BUDGET = Budget(steps=4, targets=1, queries=20, standard=False)
+RATE = 0.1
 
 
 @pytest.fixture(scope="module")
-def calibration(tiny_folder: Path) -> Calibration:
-    return load_variant(tiny_folder, "full")
-
-
-def test_an_image_counts_only_if_it_survives_in_float_and_in_8_bits() -> None:
-    parts = [torch.tensor([True, True, False]), torch.tensor([True, False, False])]
-    assert evaluate.survivors(parts).tolist() == [True, False, False]
-
-
-def test_attacked_images_come_in_float_and_8_bit_pairs_within_eps(
-    tiny_pipeline: DefendedClassifier, tiny_images: Images, calibration: Calibration
-) -> None:
-    few = tiny_images[slice(4)]
-    loss_of = evaluate.joint_loss(tiny_pipeline, calibration, 0.01, "ignore")
-    (x, _), (rounded, _) = evaluate.attacked(few, loss_of, THREAT, title="")
-    clean = few.image.permute(0, 3, 1, 2) / 255
-    assert float((x - clean).abs().max()) <= THREAT.eps + 1e-6
-    assert float((rounded - clean).abs().max()) <= THREAT.eps + 1e-6
-    torch.testing.assert_close(rounded * 255, (rounded * 255).round(), atol=1e-4, rtol=0)
-    assert float((x - rounded).abs().max()) <= 0.5 / 255 + 1e-6
-
-
-@pytest.mark.parametrize("aim", ["penalty", "selective"])
-def test_an_aim_at_the_detectors_brings_wrong_images_closer_to_being_accepted(
-    aim: str, tiny_pipeline: DefendedClassifier, tiny_images: Images, calibration: Calibration
-) -> None:
-    few, rate = tiny_images[slice(24)], 0.2
-    margins = []
-    for name in ("ignore", aim):
-        loss_of = evaluate.joint_loss(tiny_pipeline, calibration, rate, name)
-        (x, _), _ = evaluate.attacked(few, loss_of, THREAT, title="")
-        with torch.no_grad():
-            scores = tiny_pipeline.defend(x).scores
-        margins.append(evaluate.detection_margin(scores, calibration, rate))
-    assert (margins[1] < margins[0]).float().mean() > 0.8
-
-
-def test_a_step_that_wins_is_kept_over_one_with_more_cross_entropy(
-    tiny_pipeline: DefendedClassifier, tiny_images: Images, calibration: Calibration
-) -> None:
-    x = tiny_images.image[:64].permute(0, 3, 1, 2) / 255
-    guess, accepted = evaluate.decide(tiny_pipeline, x, calibration, 0.5)
-    label = guess.clone()
-    label[::2] = (label[::2] + 1) % 10
-    losses = evaluate.joint_loss(tiny_pipeline, calibration, 0.5, "penalty")(label)(x)
-    wins = (guess != label) & accepted
-    assert 0 < int(wins.sum()) < int((guess != label).sum())
-    assert losses[wins].min() > losses[~wins].max()
-
-
-def test_the_rungs_agree_with_each_other(
-    tiny_pipeline: DefendedClassifier, tiny_images: Images, calibration: Calibration
-) -> None:
-    few = tiny_images[slice(32)]
-    rungs = evaluate.pipeline_rungs(tiny_pipeline, calibration, few, THREAT, rate=0.1)
-    value = {metric.name: metric.value for metric in rungs}
-    assert value["pgd20"] <= value["clean"]
-    assert value["accepted_and_wrong"] == pytest.approx(1 - value["robust_with_rejection@10%"])
-    assert value["robust_with_rejection@10%"] <= 1
-    alone = evaluate.classifier_rungs(tiny_pipeline.classifier, few, THREAT)
-    value = {metric.name: metric.value for metric in alone}
-    assert value["pgd20"] < value["clean"]
-
-
-def test_fool_changes_the_label_within_eps(
-    tiny_pipeline: DefendedClassifier, tiny_images: Images, calibration: Calibration
-) -> None:
-    image = tiny_images.image[:8]
-    attacked = evaluate.fool(tiny_pipeline, calibration, image, THREAT, rate=0.01)
-    assert attacked.dtype == torch.uint8
-    assert int((attacked.int() - image.int()).abs().max()) <= 8
+def few(tiny_folder: Path, tiny_images: Images) -> Images:
+    """Images under the labels that the pipeline gives them, so that there is something to lose."""
+    images = tiny_images[slice(16)]
+    pipeline, _ = pipelines.load(tiny_folder / "weights.safetensors")
     with torch.no_grad():
-        changed = tiny_pipeline(attacked).logits.argmax(1) != tiny_pipeline(image).logits.argmax(1)
-    # An untrained network has no defence: nearly all labels must fall.
-    assert changed.float().mean() > 0.7
+        return Images(images.image, pipeline(images.image).logits.argmax(1), images.classes)
+
+
+@pytest.fixture(scope="module")
+def attacked(tiny_folder: Path) -> list[Victim]:
+    """Classifier, both variants and an undefended twin."""
+    weights = tiny_folder / "weights.safetensors"
+    net = pipelines.load_classifier(weights)
+    out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
+    for variant in ("full", "lean"):
+        pipeline, _ = pipelines.load(weights, variant)
+        calibration = calibrate.load_variant(tiny_folder, variant)
+        digest = checkpoint.digest(pipeline)
+        out.append(victims.pipeline_victim(pipeline, calibration, digest, rate=RATE))
+    torch.manual_seed(1)
+    twin = Classifier(ClassifierConfig("resnet10", 10, width=0.125)).eval().requires_grad_(False)
+    return [*out, victims.label_victim("undefended", twin, checkpoint.digest(twin))]
+
+
+def run(attacked: list[Victim], few: Images, folder: Path, *only: str) -> Evaluation:
+    return evaluation.evaluate(
+        attacked, few, THREAT, BUDGET, rate=RATE, folder=folder, only=list(only)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(
+    attacked: list[Victim], few: Images, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluation:
+    return run(attacked, few, tmp_path_factory.mktemp("found"))
+
+
+def figures(done: Evaluation, subject: str, variant: str) -> dict[str, float]:
+    return {m.name: m.value for m in done.metrics if (m.subject, m.variant) == (subject, variant)}
+
+
+def test_the_worst_case_is_no_better_than_any_rung(whole: Evaluation) -> None:
+    for subject, variant in (("classifier", "-"), ("pipeline", "full"), ("pipeline", "lean")):
+        value = figures(whole, subject, variant)
+        rungs = [value[name] for name in ("clean", "pgd20", "autoattack_short", "transfer")]
+        assert value["robust"] <= min(rungs) <= value["clean"]
+    for variant in ("full", "lean"):
+        value = figures(whole, "pipeline", variant)
+        assert value["robust_with_rejection@10%"] <= value["joint_apgd"]
+        assert value["accepted_and_wrong"] == pytest.approx(1 - value["robust_with_rejection@10%"])
+        # Rejecting can only help an image that is counted wrong otherwise.
+        assert value["robust"] <= value["robust_with_rejection@10%"]
+
+
+def test_rejecting_small_perturbations_costs_ever_more(whole: Evaluation) -> None:
+    value = figures(whole, "pipeline", "full")
+    curve = [value[f"stratified@{share}eps"] for share in ("0", "0.25", "0.5", "1")]
+    assert curve == sorted(curve, reverse=True)
+    assert curve[0] <= value["robust_with_rejection@10%"]
+    assert curve[-1] <= value["robust"]
+
+
+def test_max_softmax_rejects_as_many_clean_images(whole: Evaluation) -> None:
+    for variant in ("full", "lean"):
+        mine = whole.records[f"pipeline {variant}"].clean.deployed.accepted
+        plain = whole.records[f"max_softmax {variant}"].clean.deployed.accepted
+        assert plain.sum() == mine.sum()
+
+
+def test_lean_shares_the_label_and_so_the_figures_of_the_classifier(whole: Evaluation) -> None:
+    alone, lean = figures(whole, "classifier", "-"), figures(whole, "pipeline", "lean")
+    for name in ("clean", "pgd20", "autoattack_short", "transfer"):
+        assert lean[name] == alone[name]
+    crafted = {(found.rung.victim.name, found.rung.name) for found in whole.found}
+    assert ("pipeline lean", "autoattack_short") not in crafted
+
+
+def test_every_figure_under_attack_names_threat_and_attack(whole: Evaluation) -> None:
+    for metric in whole.metrics:
+        clean = metric.name in ("clean", "clean_rejection")
+        assert (metric.threat is None) == clean
+        assert bool(metric.attack) == (not clean)
+        assert 0 < metric.n <= 16
+    assert {m.threat for m in whole.metrics if m.name == "robust"} == {THREAT}
+
+
+def test_every_defended_victim_is_checked(whole: Evaluation) -> None:
+    names = {(check.subject, check.name) for check in whole.checks}
+    for subject in ("classifier", "pipeline full"):
+        assert {(subject, "zero_gradients"), (subject, "black_box")} <= names
+    assert {("pipeline full", "adaptive"), ("pipeline lean", "adaptive")} <= names
+
+
+def test_a_second_run_crafts_nothing_anew(
+    attacked: list[Victim], few: Images, tmp_path: Path
+) -> None:
+    first = run(attacked, few, tmp_path, "pgd20")
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
+    again = run(attacked, few, tmp_path, "pgd20")
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} == files
+    assert again.metrics == first.metrics
+    assert not first.checks
+    assert not [m for m in first.metrics if m.name == "robust"]
+
+
+def test_an_unknown_attack_is_named_with_the_known_ones(
+    attacked: list[Victim], few: Images, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"no attack pdg: .*pgd20"):
+        run(attacked, few, tmp_path, "pdg")
+
+
+def test_an_image_must_survive_in_float_and_through_the_8_bit_entry(
+    attacked: list[Victim], few: Images
+) -> None:
+    honest = attacked[0]
+    wrong = honest.answer(few.image.permute(0, 3, 1, 2) / 255).guess + 1
+    liar = honest._replace(deployed=lambda image: honest.deployed(image)._replace(guess=wrong))
+    x = few.image.permute(0, 3, 1, 2) / 255
+    zero = Threat(eps=0.0)
+    fine = evaluation.replay(honest, x, few, zero)
+    assert np.array_equal(fine.right, honest.answer(x).guess == few.label.numpy())
+    assert not evaluation.replay(liar, x, few, zero).right[fine.right].any()
+
+
+def test_the_estimate_grows_with_images_and_falls_with_fewer_attacks(
+    attacked: list[Victim], few: Images
+) -> None:
+    everything = evaluation.estimate(attacked, few, THREAT, BUDGET, only=[])
+    one = evaluation.estimate(attacked, few, THREAT, BUDGET, only=["pgd20"])
+    assert 0 < one < everything

@@ -1,31 +1,24 @@
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hardening import report
 from hardening.attacks import Threat
-
-
-@pytest.mark.parametrize(
-    ("value", "n", "low", "high"),
-    # Published Wilson intervals: 0/10, 5/10, 81/263 (Newcombe 1998, table I).
-    [(0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (81 / 263, 263, 0.2553, 0.3662)],
-)
-def test_wilson_intervals_match_published_ones(
-    value: float, n: int, low: float, high: float
-) -> None:
-    assert report.wilson(value, n) == pytest.approx((low, high), abs=1e-4)
+from hardening.metrics import Metric
 
 
 def test_a_row_carries_threat_count_and_interval() -> None:
-    metric = report.Metric("pipeline", "full", "pgd20", 0.5, 100, Threat("Linf", 8 / 255))
+    metric = Metric("pipeline", "full", "pgd20", 0.5, 100, Threat("Linf", 8 / 255))
     row = report.row(metric, data="test", command="rampart evaluate")
     assert (row["norm"], row["eps"], row["n"]) == ("Linf", "8/255", 100)
     assert row["interval"][0] < 0.5 < row["interval"][1]
 
 
 def test_a_clean_figure_names_no_threat() -> None:
-    row = report.row(report.Metric("classifier", "-", "clean", 0.9, 10), data="", command="")
+    row = report.row(Metric("classifier", "-", "clean", 0.9, 10), data="", command="")
     assert "eps" not in row
     assert "norm" not in row
 
@@ -33,12 +26,12 @@ def test_a_clean_figure_names_no_threat() -> None:
 def test_new_figures_replace_the_same_ones_and_no_others() -> None:
     threats = (None, Threat("Linf", 8 / 255), Threat("L2", 0.5))
     old = [
-        report.row(report.Metric("pipeline", "full", "pgd20", 0.5, 10, t), data="d", command="old")
+        report.row(Metric("pipeline", "full", "pgd20", 0.5, 10, t), data="d", command="old")
         for t in threats
     ]
     new = [
         report.row(
-            report.Metric("pipeline", "full", "pgd20", 0.4, 10, threats[1]), data="d", command="new"
+            Metric("pipeline", "full", "pgd20", 0.4, 10, threats[1]), data="d", command="new"
         )
     ]
     merged = report.merge(old, new)
@@ -50,7 +43,7 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
 
 
 def test_the_table_shows_every_figure_with_its_interval() -> None:
-    metric = report.Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
+    metric = Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
     text = report.table([report.row(metric, data="", command="")])
     assert "42.1%" in text
     assert "38.3% to 46.1%" in text
@@ -61,3 +54,59 @@ def test_a_card_comes_back_and_a_missing_one_is_empty(tmp_path: Path) -> None:
     assert report.read_card(tmp_path) == {}
     report.write_card(tmp_path, {"metrics": []})
     assert report.read_card(tmp_path) == {"metrics": []}
+
+
+def card_of(*metrics: Metric) -> dict[str, Any]:
+    rows = [report.row(m, data="test", command="rampart evaluate") for m in metrics]
+    return {
+        "model": "tiny",
+        "data": "blobs",
+        "training": {"classifier": "Recipe()"},
+        "classifier": {"arch": "resnet10", "classes": 10, "width": 0.125, "image_size": 32},
+        "calibration_images": 300,
+        "commands": ["rampart calibrate"],
+        "threat_model": "Linf 8/255",
+        "metrics": rows,
+    }
+
+
+def test_a_card_that_breaks_its_schema_is_refused_with_the_place() -> None:
+    card = card_of(Metric("pipeline", "full", "pgd20", 0.5, 10, Threat(), "PGD"))
+    report.check_card(card)
+    card["metrics"][0]["value"] = 1.5
+    with pytest.raises(ValueError, match=r"metrics\[0\]\.value: 1\.5"):
+        report.check_card(card)
+
+
+def test_the_readme_table_takes_each_figure_from_the_most_images_at_the_cards_eps() -> None:
+    card = card_of(
+        Metric("pipeline", "full", "pgd20", 0.4, 10, Threat(), "PGD"),
+        Metric("pipeline", "full", "pgd20", 0.42, 100, Threat(), "PGD"),
+        Metric("pipeline", "full", "pgd20", 0.6, 1000, Threat(eps=2 / 255), "PGD"),
+        Metric("pipeline", "full", "clean", 0.7, 100),
+    )
+    text = report.with_table(f"above\n{report.FENCE[0]}\nold\n{report.FENCE[1]}\nbelow", card)
+    assert "| `full` | 70.0% (60.4% to 78.1%, n = 100) | 42.0% (" in text
+    assert "60.0%" not in text
+    assert "old" not in text
+    assert text.startswith("above")
+    assert text.endswith("below")
+    assert report.with_table(text, card) == text
+
+
+def test_a_text_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="end of figures"):
+        report.with_table("nothing", card_of())
+
+
+def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    for n in (1, 2):
+        report.log_evaluation(tmp_path, {"n": n})
+    first, second = (
+        json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    )
+    assert (first["n"], second["n"]) == (1, 2)
+    assert first["weights"] == hashlib.sha256(b"weights").hexdigest()
+    assert first["time"] <= second["time"]
+    assert first["time"].endswith("+00:00")

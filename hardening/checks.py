@@ -1,0 +1,161 @@
+"""Distrust of our own evaluation: signs that an attack failed and not that a defence held.
+
+Each check looks at all its images together, with the tolerance it states. Sources: Athalye et al.
+2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of AutoAttack (Croce and Hein 2020).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hardening.attacks import Threat, apgd, random_start
+from hardening.objectives import Look, mislead, untargeted, without_rejection
+
+# Shares of images, but for `randomness`, which is a distance between logits.
+MOST_ZERO_GRADIENTS = 0.05
+MOST_RANDOMNESS = 1e-4
+TOLERANCE = 0.05
+STEPS = (5, 20, 60)
+EPS = (0.5, 1.0, 2.0, 4.0)
+# At this many times eps (64/255 for 8/255) white noise hides the picture: nothing is robust there.
+FAR = 8.0
+
+
+class Check(NamedTuple):
+    """One self-check: whether it passed and what it saw."""
+
+    name: str
+    subject: str
+    passed: bool
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{'passed' if self.passed else 'FAILED'}  {self.name} ({self.subject}): {self.seen}"
+
+
+def gradients(look: Look, x: Tensor, label: Tensor, subject: str) -> Check:
+    """Gradients are zero: saturated logits, or rounding somewhere on the way."""
+    x = x.detach().requires_grad_()
+    logits = look(x).logits
+    loss = F.cross_entropy(logits, label, reduction="sum")
+    size = torch.zeros(len(x))
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, x, allow_unused=True, materialize_grads=True)
+        size = gradient.flatten(1).abs().amax(1)
+    share = float((size < 1e-12).float().mean())
+    seen = (
+        f"{share:.0%} of {len(x)} images have a zero gradient (at most {MOST_ZERO_GRADIENTS:.0%})"
+    )
+    return Check("zero_gradients", subject, share <= MOST_ZERO_GRADIENTS, seen)
+
+
+def randomness(look: Look, x: Tensor, subject: str) -> Check:
+    """The same image gets different logits: an attack must average over that (EOT)."""
+    with torch.no_grad():
+        first, second = look(x).logits, look(x).logits
+    gap = float((F.normalize(first) - F.normalize(second)).norm(dim=1).max())
+    seen = f"logits of one image differ by {gap:.2g} between two looks (at most {MOST_RANDOMNESS})"
+    return Check("randomness", subject, gap <= MOST_RANDOMNESS, seen)
+
+
+def logits_are_logits(look: Look, x: Tensor, subject: str) -> Check:
+    """Probabilities passed as logits flatten every loss that expects logits."""
+    with torch.no_grad():
+        logits = look(x).logits
+    sums = (logits.sum(1) - 1).abs().max()
+    probabilities = bool(logits.min() >= 0 and logits.max() <= 1 and sums < 1e-4)
+    seen = "outputs are probabilities" if probabilities else "outputs are not probabilities"
+    return Check("logits", subject, not probabilities, seen)
+
+
+def robust_at(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
+    """Share of x that withstands one Auto-PGD of `steps` on the label."""
+    objective = mislead(without_rejection(look), untargeted(label), label)
+    start = random_start(x, threat, torch.Generator(x.device).manual_seed(0))
+    _, won = apgd(objective, x, threat, steps=steps, start=start)
+    return 1 - float(won.float().mean())
+
+
+def falls(values: Sequence[float]) -> bool:
+    """No value exceeds one before it by more than the tolerance."""
+    lowest = 1.0
+    for value in values:
+        if value > lowest + TOLERANCE:
+            return False
+        lowest = min(lowest, value)
+    return True
+
+
+def more_steps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
+    """An attack with more steps finds fewer images."""
+    values = [robust_at(look, x, label, threat, steps=steps) for steps in STEPS]
+    pairs = ", ".join(f"{v:.1%} after {s}" for s, v in zip(STEPS, values, strict=True))
+    return Check("more_steps", subject, falls(values), f"robust {pairs} steps")
+
+
+def larger_eps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
+    """A larger ball holds fewer adversarial images, or even a huge one does not hold them."""
+    sizes = [*EPS, FAR]
+    values = [
+        robust_at(look, x, label, threat._replace(eps=threat.eps * size), steps=20)
+        for size in sizes
+    ]
+    pairs = ", ".join(f"{v:.1%} at {s:g}" for s, v in zip(sizes, values, strict=True))
+    passed = falls(values) and values[-1] <= TOLERANCE
+    return Check("larger_eps", subject, passed, f"robust {pairs} times eps")
+
+
+def black_box(white: float, blind: float, subject: str, name: str) -> Check:
+    """An attack that sees only answers beats those that see gradients.
+
+    `white` and `blind` are the shares that withstand each on the same images.
+    """
+    seen = f"robust {white:.1%} against gradients, {blind:.1%} against {name}"
+    return Check("black_box", subject, blind >= white - TOLERANCE, seen)
+
+
+def adaptive(static: float, joint: float, subject: str) -> Check:
+    """Detectors hold against an attack that ignores them and fall to one that does not.
+
+    Both are shares that stay right or rejected on the same images.
+    """
+    seen = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
+    return Check("adaptive", subject, static <= joint + 2 * TOLERANCE, seen)
+
+
+def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int) -> float:
+    """Share of x that withstands `queries` of the official Square attack, which has no gradient."""
+    from pyautoattack.square import SquareAttack
+
+    with torch.no_grad():
+        attack = SquareAttack(
+            lambda x: look(x).logits,
+            norm=threat.norm,
+            eps=threat.eps,
+            n_queries=queries,
+            n_restarts=1,
+            seed=0,
+            device=x.device,
+            resc_schedule=False,
+        )
+        found = attack.perturb(x, label)
+        return float((look(found).logits.argmax(1) == label).float().mean())
+
+
+def check_look(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str, *, queries: int
+) -> list[Check]:
+    """All checks that need no more than a victim and images x (N, 3, H, W) that it gets right."""
+    white = robust_at(look, x, label, threat, steps=STEPS[1])
+    blind = square(look, x, label, threat, queries=queries)
+    return [
+        gradients(look, x, label, subject),
+        randomness(look, x, subject),
+        logits_are_logits(look, x, subject),
+        more_steps(look, x, label, threat, subject),
+        larger_eps(look, x, label, threat, subject),
+        black_box(white, blind, subject, f"{queries} queries of Square"),
+    ]

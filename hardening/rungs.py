@@ -1,0 +1,188 @@
+"""The rungs of the evaluation ladder: each turns clean images into the strongest it can find.
+
+Sources: AutoAttack, Croce and Hein 2020, in its packaged official form (`pyautoattack`); joint
+attacks on classifier and detectors, Tramer et al. 2020 and Bryniarski et al. 2022.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hardening.attacks import Objective, Threat, apgd, pgd, random_start
+from hardening.data import to_float, to_uint8
+from hardening.objectives import (
+    HANDLINGS,
+    Look,
+    as_loss,
+    flood,
+    mislead,
+    targeted,
+    untargeted,
+    without_rejection,
+)
+
+
+class Budget(NamedTuple):
+    """What the attacker may spend on an image."""
+
+    steps: int = 100
+    targets: int = 9
+    queries: int = 5000
+    standard: bool = True  # AutoAttack as published; otherwise without FAB and by the numbers above
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, {self.targets} targets"
+
+
+QUICK = Budget(steps=20, targets=3, queries=200, standard=False)
+# Multipliers of the penalty among which the joint attack chooses, by a pilot on a few images.
+WEIGHTS = (0.1, 1.0, 10.0)
+PILOT = 16
+
+
+def seeded(x: Tensor, seed: int) -> torch.Generator:
+    """A generator of x's device, the same in every batch: an image's attack repeats exactly."""
+    return torch.Generator(x.device).manual_seed(seed)
+
+
+def pgd20(look: Look, x: Tensor, label: Tensor, threat: Threat) -> Tensor:
+    """PGD-20 on the label alone: steps of eps/4 from one random start."""
+    loss = as_loss(mislead(without_rejection(look), untargeted(label), label), len(x))
+    start = random_start(x, threat, seeded(x, 0))
+    return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
+
+
+def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Official AutoAttack on the label alone; images that it cannot move come back clean."""
+    from pyautoattack import AutoAttack
+
+    class Logits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return look(x).logits.contiguous()
+
+    with torch.no_grad():
+        classes = look(x[:1]).logits.shape[1]
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # the ladder's own checks report
+    common = {"eps": threat.eps, "norm": threat.norm, "seed": 0, "device": x.device}
+    if budget.standard and classes >= 10:
+        attack = AutoAttack(Logits(), version="standard", **common)
+    else:
+        names = ["apgd-ce", "apgd-t", "fab-t", "square"] if budget.standard else SHORT
+        # The DLR loss of apgd-t needs four classes.
+        usable = [name for name in names if classes >= 4 or not name.endswith("-t")]
+        attack = AutoAttack(Logits(), version="custom", attacks=usable, **common)
+        attack.apgd.n_iter = attack.apgd_targeted.n_iter = budget.steps
+        attack.apgd.n_restarts = attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
+        attack.apgd_targeted.n_target_classes = min(budget.targets, classes - 1)
+        attack.fab.n_target_classes = min(budget.targets, classes - 1)
+        attack.square.n_queries = budget.queries
+    attack.verbose = False
+    found, _ = attack.run_standard_evaluation(x.contiguous(), label, batch_size=len(x))
+    return torch.as_tensor(found).detach()
+
+
+SHORT = ["apgd-ce", "apgd-t", "square"]
+
+
+class Hunt:
+    """Auto-PGD from several sides, each on the images that the ones before left standing."""
+
+    def __init__(self, x: Tensor, threat: Threat, steps: int) -> None:
+        self.x, self.threat, self.steps = x, threat, steps
+        self.found = x.clone()
+        self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.attacks = 0
+
+    def try_all(self, objective: Objective) -> None:
+        """Attack what is standing from a new random start."""
+        left = (~self.won).nonzero().squeeze(1)
+        start = random_start(self.x[left], self.threat, seeded(self.x, self.attacks))
+        self.attacks += 1
+        if not len(left):
+            return
+        found, won = apgd(
+            lambda x, rows: objective(x, left[rows]),
+            self.x[left],
+            self.threat,
+            steps=self.steps,
+            start=start,
+        )
+        self.found[left] = found
+        self.won[left] = won
+
+
+def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Be wrong and accepted, sought with every handling of the detectors and every target."""
+    with torch.no_grad():
+        clean = look(x)
+    target = clean.logits.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)
+    hunt = Hunt(x, threat, budget.steps)
+    weight = 1.0
+    if clean.margin is not None:
+        weight = pilot(look, x, label, threat, steps=budget.steps)
+    for handling in HANDLINGS if clean.margin is not None else HANDLINGS[:1]:
+        loss = untargeted(label)
+        hunt.try_all(mislead(look, loss, label, handling=handling, weight=weight))
+    for rank in range(min(budget.targets, target.shape[1] - 1)):
+        loss = targeted(label, target[:, rank])
+        hunt.try_all(mislead(look, loss, label, handling="selective"))
+    return hunt.found
+
+
+def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
+    """The penalty's multiplier that wins most often on the first few images."""
+    few, wins = x[:PILOT], {}
+    for weight in WEIGHTS:
+        objective = mislead(
+            look, untargeted(label), label[:PILOT], handling="penalty", weight=weight
+        )
+        start = random_start(few, threat, seeded(x, 0))
+        wins[weight] = int(apgd(objective, few, threat, steps=steps, start=start)[1].sum())
+    return max(wins, key=lambda weight: wins[weight])
+
+
+def forced_rejection(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget
+) -> Tensor:
+    """Clean images made suspicious: the denial-of-service side of every detector.
+
+    The label plays no part; every rung takes the same arguments.
+    """
+    hunt = Hunt(x, threat, budget.steps)
+    hunt.try_all(flood(look))
+    return hunt.found
+
+
+def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
+    """x (N, 3, H, W) as the uint8 (N, H, W, 3) that a file carries, inside the ball of `image`.
+
+    Where eps lies between two levels, rounding must not leave the ball; an L2 ball is left by at
+    most what rounding adds.
+    """
+    pixels = to_uint8(x)
+    if threat.norm != "Linf":
+        return pixels
+    whole = int(threat.eps * 255 + 1e-6)
+    return (image + (pixels.int() - image).clamp(-whole, whole)).byte()
+
+
+def fool(look: Look, image: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Attack each image uint8 (N, H, W, 3) away from its present label; returns 8-bit pixels.
+
+    The better of the joint attack and PGD-20 is kept: a changed label first, then acceptance.
+    """
+    x = to_float(image)
+    with torch.no_grad():
+        label = look(x).logits.argmax(1)
+    best, best_rank = image, torch.full_like(label, -1)
+    for found in (joint_apgd(look, x, label, threat, budget), pgd20(look, x, label, threat)):
+        pixels = in_8_bits(found, image, threat)
+        with torch.no_grad():
+            seen = look(to_float(pixels))
+        accepted = 1 if seen.margin is None else (seen.margin <= 0).long()
+        rank = 2 * (seen.logits.argmax(1) != label).long() + accepted
+        best = torch.where((rank > best_rank).view(-1, 1, 1, 1), pixels, best)
+        best_rank = torch.maximum(rank, best_rank)
+    return best

@@ -1,0 +1,126 @@
+"""What is attacked: each victim as an attacker sees it, and as it answers when deployed."""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from handlers.engine import Engine
+from handlers.verdict import Calibration, combine, p_values
+from hardening.data import to_float
+from hardening.metrics import Bools, Floats
+from hardening.objectives import Look, Seen, look_at
+from hardening.pipeline import DefendedClassifier
+
+
+class Answer(NamedTuple):
+    """What a victim says of N images."""
+
+    guess: NDArray[np.int64]  # (N,)
+    accepted: Bools  # (N,)
+    suspicion: Floats  # (N,) higher is more suspicious; zero where nothing is ever rejected
+
+
+class Victim(NamedTuple):
+    """Something that answers, as an attacker sees it and as it is deployed."""
+
+    subject: str
+    variant: str
+    fingerprint: str  # changes with anything that changes an attack on it
+    rejects: bool
+    look: Look
+    answer: Callable[[Tensor], Answer]  # x (N, 3, H, W) in [0, 1]
+    deployed: Callable[[Tensor], Answer]  # uint8 (N, H, W, 3)
+
+    @property
+    def name(self) -> str:
+        """Subject and variant, for people."""
+        return self.subject if self.variant == "-" else f"{self.subject} {self.variant}"
+
+
+def batches_of(x: Tensor) -> tuple[Tensor, ...]:
+    """x in pieces that fit in memory."""
+    return torch.split(x, 128)
+
+
+def label_victim(subject: str, model: Callable[[Tensor], Tensor], fingerprint: str) -> Victim:
+    """A victim that labels and never rejects: `model` maps x (N, 3, H, W) to logits."""
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            guess = torch.cat([model(part).argmax(1) for part in batches_of(x)]).cpu().numpy()
+        return Answer(guess, np.ones(len(guess), bool), np.zeros(len(guess)))
+
+    def deployed(image: Tensor) -> Answer:
+        return answer(to_float(image))
+
+    look = lambda x: Seen(model(x))  # noqa: E731
+    return Victim(subject, "-", fingerprint, False, look, answer, deployed)
+
+
+def pipeline_victim(
+    pipeline: DefendedClassifier,
+    calibration: Calibration,
+    fingerprint: str,
+    *,
+    rate: float,
+    engine: Engine | None = None,
+) -> Victim:
+    """The pipeline as the endpoint decides: rejected where p < `rate`.
+
+    `engine` runs its exported graph; without one, 8-bit images go through torch.
+    """
+
+    def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:
+        accepted = p_values(scores.astype(np.float64), calibration) >= rate
+        return Answer(logits.argmax(1), accepted, combine(scores, calibration))
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            out = [pipeline.defend(part) for part in batches_of(x)]
+        logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
+        return judge(logits, scores)
+
+    def deployed(image: Tensor) -> Answer:
+        if engine is None:
+            return answer(to_float(image))
+        out = engine.run(image.cpu().numpy())
+        return judge(out.logits, out.scores)
+
+    table = hashlib.sha256(calibration.combined.tobytes() + calibration.knots.tobytes())
+    fingerprint = f"{fingerprint} {calibration.variant} {table.hexdigest()[:16]} {rate}"
+    look = look_at(pipeline, calibration, rate)
+    return Victim("pipeline", calibration.variant, fingerprint, True, look, answer, deployed)
+
+
+def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
+    """The plain alternative: reject low confidence, at the clean rejection rate of `victim`.
+
+    The threshold is taken from the same clean `image` uint8 (N, H, W, 3), which favours it.
+    """
+
+    def confidence(x: Tensor) -> Tensor:
+        return victim.look(x).logits.softmax(1).amax(1)
+
+    with torch.no_grad():
+        clean = torch.cat([confidence(part) for part in batches_of(to_float(image))])
+    rejected = int((~victim.deployed(image).accepted).sum())
+    bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
+
+    def look(x: Tensor) -> Seen:
+        logits = victim.look(x).logits
+        return Seen(logits, bar - logits.softmax(1).amax(1) - 1e-7)
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            seen = [look(part) for part in batches_of(x)]
+        logits, margin = (torch.cat([s[i] for s in seen]).cpu().numpy() for i in (0, 1))  # type: ignore[misc]
+        return Answer(logits.argmax(1), margin <= 0, margin.astype(np.float64))
+
+    fingerprint = f"{victim.fingerprint} max-softmax {bar:.6f}"
+    deployed = lambda image: answer(to_float(image))  # noqa: E731
+    return Victim("max_softmax", victim.variant, fingerprint, True, look, answer, deployed)

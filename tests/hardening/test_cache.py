@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hardening import cache
+from hardening.data import Images, to_float
+
+
+class Attacker:
+    """Adds a tenth and counts the images it was given."""
+
+    def __init__(self, patience: int = 1000) -> None:
+        self.seen, self.patience = 0, patience
+
+    def __call__(self, x: Tensor, label: Tensor) -> Tensor:
+        if self.seen >= self.patience:
+            raise KeyboardInterrupt
+        self.seen += len(x)
+        return (x + 0.1 + 0.01 * label.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def test_an_interrupted_attack_goes_on_where_it_stopped(
+    tmp_path: Path, tiny_images: Images
+) -> None:
+    few = tiny_images[slice(10)]
+    with pytest.raises(KeyboardInterrupt):
+        cache.crafted(tmp_path, "key", few, Attacker(patience=6), title="", batch=3)
+    rest = Attacker()
+    found = cache.crafted(tmp_path, "key", few, rest, title="", batch=3)
+    assert rest.seen == 4
+    expected = to_float(few.image) + 0.1 + 0.01 * few.label.view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, expected.clamp(0, 1))
+
+
+def test_another_key_and_another_image_are_attacked_anew(
+    tmp_path: Path, tiny_images: Images
+) -> None:
+    few, other = tiny_images[slice(4)], Attacker()
+    cache.crafted(tmp_path, "key", few, Attacker(), title="")
+    cache.crafted(tmp_path, "another", few, other, title="")
+    assert other.seen == 4
+    more = Attacker()
+    cache.crafted(tmp_path, "key", tiny_images[slice(6)], more, title="")
+    assert more.seen == 2

@@ -1,0 +1,113 @@
+"""Four defences that are broken on purpose, and what catches each, by name."""
+
+import pytest
+import torch
+from blobs import Learned
+
+from hardening import checks, objectives, rungs
+from hardening.checks import Check
+from hardening.objectives import Look, Seen
+
+
+def failures(look: Look, learned: Learned) -> set[str]:
+    x, label = learned.x, learned.label
+    done = checks.check_look(look, x, label, learned.threat, "broken", queries=150)
+    assert len(done) == len({check.name for check in done}) == 6
+    return {check.name for check in done if not check.passed}
+
+
+def test_an_honest_network_passes_every_check(learned: Learned) -> None:
+    assert failures(learned.look, learned) == set()
+
+
+def test_saturated_logits_are_caught_as_masked_gradients(learned: Learned) -> None:
+    def saturated(x: torch.Tensor) -> Seen:
+        return Seen(learned.model(x) * 1e4)
+
+    assert {"zero_gradients", "black_box"} <= failures(saturated, learned)
+
+
+def test_a_random_defence_is_caught(learned: Learned) -> None:
+    def random(x: torch.Tensor) -> Seen:
+        return Seen(learned.model((x + 0.02 * torch.randn_like(x)).clamp(0, 1)))
+
+    assert "randomness" in failures(random, learned)
+
+
+def test_a_purifier_that_hides_gradients_behind_rounding_is_caught(learned: Learned) -> None:
+    def rounding(x: torch.Tensor) -> Seen:
+        return Seen(learned.model((x * 32).round() / 32))
+
+    assert {"zero_gradients", "larger_eps"} <= failures(rounding, learned)
+
+
+def test_a_detector_trained_on_the_test_attack_is_caught(learned: Learned) -> None:
+    x, label, threat = learned.x, learned.label, learned.threat
+    attacked = rungs.pgd20(learned.look, x, label, threat)
+    torch.manual_seed(0)
+    nn = torch.nn
+    detector = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2304, 1),
+    )
+    optimizer = torch.optim.Adam(detector.parameters(), lr=3e-3)
+    both = torch.cat([x, attacked])
+    truth = torch.cat([torch.zeros(len(x)), torch.ones(len(x))])
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(detector(both).squeeze(1), truth)
+        loss.backward()
+        optimizer.step()
+    detector.requires_grad_(False)
+
+    def look(x: torch.Tensor) -> Seen:
+        return Seen(learned.model(x), detector(x).squeeze(1))
+
+    def safe(x: torch.Tensor) -> float:
+        seen = look(x)
+        assert seen.margin is not None
+        right = seen.logits.argmax(1) == label
+        return float((right | (seen.margin > 0)).float().mean())
+
+    budget = rungs.Budget(steps=20, targets=2, queries=0, standard=False)
+    joint = safe(rungs.joint_apgd(look, x, label, threat, budget))
+    static = safe(attacked)
+    assert static > 0.9
+    caught = checks.adaptive(static, joint, "overfitted")
+    assert (caught.name, caught.passed) == ("adaptive", False)
+
+
+def test_probabilities_are_no_logits(learned: Learned) -> None:
+    def soft(x: torch.Tensor) -> Seen:
+        return Seen(learned.model(x).softmax(1))
+
+    assert not checks.logits_are_logits(soft, learned.x, "soft").passed
+
+
+@pytest.mark.parametrize(
+    ("values", "passed"),
+    [([0.9, 0.5, 0.5], True), ([0.5, 0.54, 0.5], True), ([0.6, 0.5, 0.56], False)],
+)
+def test_a_share_may_rise_by_no_more_than_the_tolerance(values: list[float], passed: bool) -> None:
+    assert checks.falls(values) is passed
+
+
+def test_eot_averages_over_looks_and_keeps_the_margin() -> None:
+    calls = iter([1.0, 3.0])
+
+    def look(x: torch.Tensor) -> Seen:
+        value = next(calls)
+        return Seen(x * value, torch.full((2,), value))
+
+    seen = objectives.eot(look, 2)(torch.ones(2, 3))
+    assert torch.equal(seen.logits, torch.full((2, 3), 2.0))
+    assert seen.margin is not None
+    assert seen.margin.tolist() == [2.0, 2.0]
+
+
+def test_a_failed_check_says_so() -> None:
+    assert str(Check("randomness", "net", False, "a gap of 1")).startswith("FAILED  randomness")

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from hardening import metrics
+
+
+@pytest.mark.parametrize(
+    ("value", "n", "low", "high"),
+    # Published Wilson intervals: 0/10, 5/10, 81/263 (Newcombe 1998, table I).
+    [(0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (81 / 263, 263, 0.2553, 0.3662)],
+)
+def test_wilson_intervals_match_published_ones(
+    value: float, n: int, low: float, high: float
+) -> None:
+    assert metrics.wilson(value, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_difference_is_paired() -> None:
+    first = np.arange(100) < 60
+    gap, (low, high) = metrics.difference(first, np.arange(100) < 50)
+    assert gap == pytest.approx(0.10)
+    # Ten images of a hundred differ, all one way: +-1.96 sqrt(0.1 * 0.9 / 100) = +-0.059.
+    assert (low, high) == pytest.approx((0.041, 0.159), abs=0.02)
+    assert metrics.difference(first, first) == (0.0, (0.0, 0.0))
+
+
+def test_the_true_positive_rate_is_taken_where_no_more_clean_images_are_flagged() -> None:
+    clean = np.arange(100, dtype=float)
+    attacked = np.array([98.5, 99.5, 94.0, 0.0])
+    assert metrics.tpr_at_fpr(clean, attacked, 0.01) == 0.5  # above 98: one clean image flagged
+    assert metrics.tpr_at_fpr(clean, attacked, 0.05) == 0.5  # above 94, strictly
+    assert metrics.tpr_at_fpr(clean, attacked, 0.06) == 0.75
+
+
+def test_an_auroc_of_one_half_means_no_separation() -> None:
+    clean = np.arange(50, dtype=float)
+    area, (low, high) = metrics.auroc(clean, clean)
+    assert area == 0.5
+    assert low < 0.5 < high
+    assert metrics.auroc(clean, clean + 100)[0] == 1.0

@@ -1,0 +1,102 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from blobs import Learned
+from torch import Tensor
+
+from handlers.verdict import Calibration
+from hardening import rungs
+from hardening.attacks import Threat
+from hardening.data import Images
+from hardening.objectives import Seen, look_at
+from hardening.pipeline import DefendedClassifier
+
+SMALL = rungs.Budget(steps=10, targets=3, queries=50, standard=False)
+
+
+def guarded(learned: Learned) -> Callable[[Tensor], Seen]:
+    """The learned network with a detector of bright images."""
+    level = float(learned.x.mean(dim=(1, 2, 3)).quantile(0.25))
+    return lambda x: Seen(learned.model(x), x.mean(dim=(1, 2, 3)) - level)
+
+
+@pytest.mark.parametrize("name", ["pgd20", "autoattack", "joint_apgd", "forced_rejection"])
+def test_every_rung_stays_in_the_ball_and_in_range(name: str, learned: Learned) -> None:
+    look, x, threat = guarded(learned), learned.x, learned.threat
+    budget = () if name == "pgd20" else (SMALL,)
+    found = getattr(rungs, name)(look, x, learned.label, threat, *budget)
+    assert found.shape == x.shape
+    assert float((found - x).abs().max()) <= threat.eps + 1e-6
+    assert float((found - x).abs().max()) > threat.eps / 2
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_autoattack_finds_what_pgd_finds_and_more(learned: Learned) -> None:
+    robust = {}
+    for name, budget in (("pgd20", ()), ("autoattack", (SMALL,))):
+        found = getattr(rungs, name)(
+            learned.look, learned.x, learned.label, learned.threat, *budget
+        )
+        robust[name] = float((learned.model(found).argmax(1) == learned.label).float().mean())
+    assert robust["autoattack"] <= robust["pgd20"] < 0.6
+
+
+def test_the_joint_attack_gets_past_detectors_that_stop_an_attack_on_the_label(
+    learned: Learned,
+) -> None:
+    look, label = guarded(learned), learned.label
+
+    def beaten(x: Tensor) -> int:
+        seen = look(x)
+        assert seen.margin is not None
+        return int(((seen.logits.argmax(1) != label) & (seen.margin <= 0)).sum())
+
+    static = beaten(rungs.pgd20(look, learned.x, label, learned.threat))
+    joint = beaten(rungs.joint_apgd(look, learned.x, label, learned.threat, SMALL))
+    assert joint > static + 3
+
+
+def test_forced_rejection_makes_accepted_images_suspicious(learned: Learned) -> None:
+    look = guarded(learned)
+    before = look(learned.x).margin
+    found = rungs.forced_rejection(look, learned.x, learned.label, learned.threat, SMALL)
+    after = look(found).margin
+    assert before is not None
+    assert after is not None
+    assert (before <= 0).any()
+    assert (after[before <= 0] > before[before <= 0]).all()
+    assert int((after > 0).sum()) > int((before > 0).sum())
+
+
+def test_two_classes_are_enough_for_every_rung(learned: Learned) -> None:
+    def look(x: Tensor) -> Seen:
+        return Seen(learned.model(x)[:, :2])
+
+    x = learned.x[:4]
+    label = look(x).logits.argmax(1)
+    for attack in (rungs.autoattack, rungs.joint_apgd):
+        assert attack(look, x, label, learned.threat, SMALL).shape == x.shape
+
+
+def test_rounding_to_8_bits_never_leaves_an_linf_ball(tiny_images: Images) -> None:
+    image = tiny_images.image[:8]
+    threat = Threat("Linf", 2.6 / 255)
+    x = (image.permute(0, 3, 1, 2) / 255 + threat.eps).clamp(0, 1)
+    pixels = rungs.in_8_bits(x, image, threat)
+    assert int((pixels.int() - image.int()).abs().max()) == 2
+
+
+def test_fool_changes_the_label_within_eps(
+    tiny_pipeline: DefendedClassifier, tiny_images: Images, tiny_calibration: Calibration
+) -> None:
+    image = tiny_images.image[:8]
+    look = look_at(tiny_pipeline, tiny_calibration, 0.01)
+    attacked = rungs.fool(look, image, Threat(), SMALL)
+    assert attacked.dtype == torch.uint8
+    assert int((attacked.int() - image.int()).abs().max()) <= 8
+    with torch.no_grad():
+        changed = tiny_pipeline(attacked).logits.argmax(1) != tiny_pipeline(image).logits.argmax(1)
+    # An untrained network has no defence: nearly all labels must fall.
+    assert changed.float().mean() > 0.7
