@@ -432,6 +432,49 @@ def attack(
 
 
 @app.command()
+def redteam(
+    url: Annotated[str, typer.Argument(help="http://HOST:PORT/predictions/NAME")],
+    images: Annotated[Path, typer.Argument(help="Labelled: CIFAR-10 folder, ImageFolder or .npz")],
+    out: Annotated[Path, typer.Option(help="Folder of this run; the same one goes on")] = Path(
+        "runs/redteam"
+    ),
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="square, simba, hopskipjump or boundary; repeatable; default all"),
+    ] = None,
+    queries: Annotated[int, typer.Option(help="Budget of an image under one attack")] = 1000,
+    limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 50,
+    eps: Annotated[int, typer.Option(help="Radius of the Linf ball, n/255")] = 8,
+    image_size: Annotated[int, typer.Option(help="Pixels per side that the model takes")] = 32,
+    beside: Annotated[
+        Path | None, typer.Option(help="Another run's --out, drawn dashed into the same picture")
+    ] = None,
+    seed: int = 0,
+    i_own_this_endpoint: Annotated[
+        bool, typer.Option("--i-own-this-endpoint", help="A must beyond loopback")
+    ] = False,
+) -> None:
+    """Black-box attacks on a running endpoint, over HTTP. Ctrl-C is safe: run it again."""
+    from hardening import redteam as team
+    from hardening.data import load
+
+    data = load(images, train=False, size=image_size)
+    outcomes = team.redteam(
+        team.Endpoint(url, data.classes, owned=i_own_this_endpoint),
+        data,
+        out,
+        attacks=attack or tuple(team.ATTACKS),
+        limit=limit,
+        eps=eps,
+        budget=queries,
+        seed=seed,
+    )
+    typer.echo(team.summary(outcomes))
+    runs = {str(out): outcomes} | ({str(beside): team.read(beside)} if beside else {})
+    typer.echo(team.picture(runs, out / "queries.png"))
+
+
+@app.command()
 def serve(
     model: Annotated[Path, typer.Option(help="The .mar to serve")] = Path(
         "model_store/cifar10.mar"
