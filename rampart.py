@@ -104,7 +104,9 @@ def train(
     arch: Annotated[str, typer.Option(help="resnet10, resnet18 or resnet34")] = "resnet18",
     width: Annotated[float, typer.Option(help="Factor on every channel count")] = 1.0,
     image_size: Annotated[int, typer.Option(help="Pixels per side")] = 32,
-    attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10 or pgd20")] = "n_fgsm",
+    attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10, pgd20; none: a control")] = (
+        "n_fgsm"
+    ),
     norm: Norm = "Linf",
     eps: Eps = None,
     epochs: int = 30,
@@ -508,6 +510,9 @@ def main() -> Any:
     """Run the command line; an expected failure is one line, not a traceback."""
     try:
         return app()
+    except ModuleNotFoundError as error:
+        typer.echo(f"rampart: this needs {error.name}: `make .venv/dev` installs it", err=True)
+        return 1
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         typer.echo(f"rampart: {error}", err=True)
         return 1

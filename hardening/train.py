@@ -23,6 +23,8 @@ from hardening.attacks import ATTACKS, Threat, cross_entropy
 from hardening.data import Images, batches
 from hardening.models import Classifier
 
+# The recipe's attack where there is none: the control that robustness is measured against.
+UNDEFENDED = "none"
 Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Tensor, Tensor, float], float]
 
@@ -143,8 +145,9 @@ class Run:
         epochs: int,
         batch_size: int,
         keep: Callable[[], None],
+        best: str = "pgd10",
     ) -> None:
-        """Run all epochs; `keep` is called when an epoch has the best robust accuracy so far.
+        """Run all epochs; `keep` is called when an epoch has the best figure `best` so far.
 
         Ctrl-C loses at most the epoch in progress: the same command continues after the last.
         """
@@ -155,7 +158,7 @@ class Run:
                 raise FloatingPointError(f"training diverged in epoch {self.epoch + 1}: lower --lr")
             row = {"epoch": self.epoch + 1, "loss": loss} | evaluate()
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if row["pgd10"] > max((old["pgd10"] for old in self.history), default=-1.0):
+            if row[best] > max((old[best] for old in self.history), default=-1.0):
                 keep()
             self.history.append(row)
             self.epoch += 1
@@ -166,6 +169,9 @@ class Trainer:
     """Adversarial training of one classifier, from the weights it has."""
 
     def __init__(self, classifier: Classifier, recipe: Recipe, folder: Path) -> None:
+        if recipe.attack not in (*ATTACKS, UNDEFENDED):
+            known = ", ".join((*ATTACKS, UNDEFENDED))
+            raise ValueError(f"unknown attack {recipe.attack!r}: choose one of {known}")
         self.recipe, self.device = recipe, classifier.mean.device
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,9 +199,10 @@ class Trainer:
             group["lr"] = recipe.lr * one_cycle(progress)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(self.device):
-            self.model.eval()
-            loss = cross_entropy(self.model, label)
-            x = ATTACKS[recipe.attack](loss, x, recipe.threat, generator=self.run.generator)
+            if recipe.attack != UNDEFENDED:
+                self.model.eval()
+                loss = cross_entropy(self.model, label)
+                x = ATTACKS[recipe.attack](loss, x, recipe.threat, generator=self.run.generator)
             self.model.train()
             value = F.cross_entropy(self.model(x).float(), label)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +218,8 @@ def train_classifier(
 ) -> Path:
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
-    Returns the file of the epoch with the best robust validation accuracy.
+    Returns the file of the epoch with the best validation accuracy: robust, but for a network that
+    is to be the undefended control.
     """
     trainer = Trainer(classifier, recipe, folder)
     train, validation = (part.to(trainer.device) for part in images)
@@ -228,5 +236,6 @@ def train_classifier(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         keep=keep,
+        best="clean" if recipe.attack == UNDEFENDED else "pgd10",
     )
     return best

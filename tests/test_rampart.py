@@ -101,6 +101,13 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None
     assert done.stderr.count("\n") == 1
 
 
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['skimage.data'] = None; import rampart; rampart.main()"
+    command = [sys.executable, "-c", code, "serve"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == "rampart: this needs skimage.data: `make .venv/dev` installs it\n"
+
+
 def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA: here it is usable")

@@ -79,6 +79,26 @@ def test_the_kept_checkpoint_is_the_epoch_with_the_best_robust_accuracy(tmp_path
     assert kept == [0, 1]
 
 
+def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([(0.5, 0.3), (0.7, 0.2), (0.6, 0.4)])
+    chosen: list[float] = []
+    monkeypatch.setattr(
+        "hardening.train.validate",
+        lambda *_: dict(zip(("clean", "pgd10"), next(figures), strict=True)),
+    )
+    monkeypatch.setattr("hardening.train.checkpoint.save", lambda *_: chosen.append(len(chosen)))
+    monkeypatch.setattr("hardening.train.ATTACKS", {})
+    train(tmp_path, RECIPE._replace(attack="none", epochs=3))
+    assert len(chosen) == 2
+
+
+def test_an_unknown_attack_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'fsgm': choose one of .*none"):
+        train(tmp_path, RECIPE._replace(attack="fsgm"))
+
+
 def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> None:
     run = Run(tmp_path, "settings", {}, torch.Generator())
     with pytest.raises(FloatingPointError, match="lower --lr"):
