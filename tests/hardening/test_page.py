@@ -1,0 +1,365 @@
+"""The page of a real evaluation whose attacks are replaced by noise, which takes seconds."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hardening import evaluate, page, pipeline, plots, report, victims
+from hardening.attacks import Threat
+from hardening.calibrate import load_variant
+from hardening.checks import Check
+from hardening.data import Images, to_float
+from hardening.evaluate import Evaluation, Found, Rung
+from hardening.metrics import tpr_at_fpr
+from hardening.pipeline import DefendedClassifier
+from hardening.rungs import QUICK
+
+THREAT = Threat("Linf", 8 / 255)
+FAILED = Check("more_steps", "classifier", False, "robust 1.0% after 5, 9.0% after 20 steps")
+CHECKS = [Check("logits", "classifier", True, "outputs are not probabilities"), FAILED]
+
+
+def noise(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
+    """As `evaluate.climb`, with noise for an attack."""
+    generator = torch.Generator().manual_seed(0)
+    x, found = to_float(images.image), []
+    for rung in ladder:
+        d = (torch.rand(x.shape, generator=generator) * 2 - 1) * rung.threat.eps
+        found.append(Found(rung, (x + d).clamp(0, 1)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen(
+    tiny_pipeline: DefendedClassifier, tiny_images: Images, tiny_folder: Path
+) -> Iterator[Evaluation]:
+    images = tiny_images[slice(12)]
+    with torch.no_grad():  # an untrained network is right where it is said to be
+        images.label[:8] = tiny_pipeline(images.image[:8]).logits.argmax(1)
+    net = tiny_pipeline.classifier
+    attacked = [victims.label_victim("classifier", net, "weights")]
+    for variant in ("full", "lean"):
+        defended, _ = pipeline.load(tiny_folder / "weights.safetensors", variant)
+        calibration = load_variant(tiny_folder, variant)
+        attacked.append(victims.pipeline_victim(defended, calibration, "weights", rate=0.1))
+    attacked.append(victims.label_victim("undefended", lambda x: -net(x), "twin"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "climb", noise)
+        patch.setattr(evaluate, "self_checks", lambda *_: CHECKS)
+        yield evaluate.evaluate(
+            attacked, images, THREAT, QUICK, rate=0.1, folder=Path("unused"), only=[]
+        )
+
+
+def without(seen: Evaluation, victims: tuple[str, ...], rungs: tuple[str, ...] = ()) -> Evaluation:
+    """As if `victims` and `rungs` had never been in the evaluation."""
+
+    def stays(rung: Rung) -> bool:
+        return rung.victim.name not in victims and rung.name not in rungs
+
+    records = {
+        name: r._replace(under=[pair for pair in r.under if stays(pair[0])])
+        for name, r in seen.records.items()
+        if name not in victims
+    }
+    metrics = [
+        m
+        for m in seen.metrics
+        if f"{m.subject} {m.variant}".removesuffix(" -") not in victims
+        and not any(rung in m.name for rung in rungs)
+    ]
+    return seen._replace(records=records, metrics=metrics)
+
+
+def rows_of(seen: Evaluation) -> list[dict[str, Any]]:
+    return [report.row(m, data="blobs", command="rampart evaluate tiny") for m in seen.metrics]
+
+
+def write(folder: Path, seen: Evaluation, defended: DefendedClassifier, **changes: Any) -> str:
+    rows = rows_of(seen)
+    card = {"model": "tiny", "metrics": rows, "versions": {"torch": "2.12"}}
+    card |= changes.pop("card", {})
+    changes = {"pictures": None} | changes
+    path = page.write(folder / "page.html", card, rows, seen, defended, **changes)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def full_page(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    return write(tmp_path_factory.mktemp("page"), seen, tiny_pipeline)
+
+
+def cells(html: str) -> dict[str, list[list[str]]]:
+    """The rows of every table by its caption."""
+    found = re.findall(r"<caption[^>]*>(.*?)</caption>(.*?)</table>", html, flags=re.S)
+    return {
+        caption: [
+            [unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall(CELL, row, flags=re.S)]
+            for row in re.findall("<tr>(.*?)</tr>", table, flags=re.S)
+        ]
+        for caption, table in found
+    }
+
+
+CELL = "<t[hd][^>]*>(.*?)</t[hd]>"
+
+
+def headings(html: str) -> list[str]:
+    return re.findall("<h2[^>]*>(.*?)</h2>", html)
+
+
+def test_the_page_needs_nothing_but_itself(full_page: str) -> None:
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', full_page)
+    assert len(addresses) > 15
+    assert all(address.startswith(("data:image/", "#")) for address in addresses)
+    for word in ("<script", "<link", "<iframe", "@import", "url(", "http-equiv"):
+        assert word not in full_page
+    assert len(full_page) < 2e6
+
+
+def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
+    names = headings(full_page)
+    assert names == [
+        "Verdict",
+        "The ladder",
+        "Robust accuracy over eps",
+        "Rejection",
+        "Detectors",
+        "Suspicion",
+        "Features",
+        "Classes",
+        "Self-checks",
+        "Threat model and recipe",
+    ]
+    ids = re.findall(r'id="([^"]*)"', full_page)
+    assert len(set(ids)) == len(ids)
+    named = re.findall(r'(?:href="#|aria-labelledby=")([^"]*)"', full_page)
+    assert set(named) <= set(ids)
+
+
+def test_every_figure_of_the_card_is_shown_as_the_card_has_it(
+    seen: Evaluation, full_page: str
+) -> None:
+    tables = cells(full_page)
+    for row in rows_of(seen):
+        who = row["subject"] + ("" if row["variant"] == "-" else f" {row['variant']}")
+        (shown,) = (r for r in tables[f"All figures of {who}"] if r[0] == row["name"])
+        number = float(re.match(r"[+-]?[\d.]+", shown[1])[0])  # type: ignore[index]
+        unit = 1 if row["name"].startswith("auroc") else 100
+        assert number == pytest.approx(unit * row["value"], abs=0.0501 * unit / 100)
+        ends = [float(end.strip("%")) for end in shown[2].split(" to ")]
+        expected = [unit * end for end in row["interval"]]
+        assert ends == pytest.approx(expected, abs=0.0501 * unit / 100)
+        assert shown[3] == (f"{row['norm']} {row['eps']}" if "eps" in row else "-")
+        assert shown[4] == str(row["n"])
+        assert row.get("attack", "") in shown[5]
+
+
+def test_every_picture_has_words(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    html = write(tmp_path, seen, tiny_pipeline, pictures=page.gallery(seen, tiny_pipeline))
+    images = re.findall("<img[^>]*>", html)
+    assert len(images) == 11 + 4 * page.SHOWN
+    assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
+
+
+def test_a_failed_check_is_said_in_words_at_the_top_and_in_its_place(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, full_page: str, tmp_path: Path
+) -> None:
+    assert "A self-check FAILED" in full_page
+    assert [row[0] for row in cells(full_page)["Self-checks"]] == ["result", "passed", "FAILED"]
+    assert full_page.index(FAILED.seen) < full_page.index("The ladder")
+    passed = write(tmp_path, seen._replace(checks=CHECKS[:1]), tiny_pipeline)
+    assert "FAILED" not in passed
+
+
+def test_names_from_outside_are_text(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    hostile = "<script>alert(1)</script>$x_\"'&"
+    images = seen.images
+    named = Images(images.image, images.label, (hostile, *images.classes[1:]))
+    html = write(
+        tmp_path,
+        seen._replace(images=named),
+        tiny_pipeline,
+        card={"model": hostile, "commands": [hostile], "training": {hostile: hostile}},
+        pictures=page.Pictures(images.image[:1], images.image[:1], [hostile], hostile),
+    )
+    assert "<script" not in html
+    assert "alert(1)" in unescape(html)
+
+
+GONE = {
+    "no twin": ((("undefended",), ("transfer",)), []),
+    "no full variant": ((("pipeline full", "max_softmax full"), ()), ["Features", "Classes"]),
+    "no max-softmax": ((("max_softmax full", "max_softmax lean"), ()), []),
+    "no joint attack": (((), ("joint_apgd",)), ["Rejection"]),
+    "no PGD-20": (((), ("pgd20",)), []),
+    "no pipeline": (
+        (("pipeline full", "pipeline lean", "max_softmax full", "max_softmax lean"), ()),
+        ["Robust accuracy over eps", "Rejection", "Detectors", "Suspicion", "Features", "Classes"],
+    ),
+    "no attack on this pipeline": (
+        ((), ("joint_apgd", "pgd20")),
+        ["Rejection", "Detectors", "Features"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+def test_what_was_not_seen_is_left_out(
+    what: str,
+    seen: Evaluation,
+    full_page: str,
+    tiny_pipeline: DefendedClassifier,
+    tmp_path: Path,
+) -> None:
+    (names, rungs), lost = GONE[what]
+    html = write(tmp_path, without(seen, names, rungs), tiny_pipeline)
+    assert headings(html) == [name for name in headings(full_page) if name not in lost]
+    assert not any(f'<th scope="row">{name}' in html for name in names)
+
+
+def test_a_part_of_the_ladder_gives_no_verdict(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    clean = [m for m in seen.metrics if m.name in ("clean", "pgd20")]
+    html = write(tmp_path, seen._replace(metrics=clean, checks=[]), tiny_pipeline)
+    assert "there is no worst case and no verdict" in html
+    assert "Self-checks" not in headings(html)
+
+
+def test_the_verdict_says_what_the_figures_do(seen: Evaluation, full_page: str) -> None:
+    said = unescape(full_page)
+    for m in seen.metrics:
+        value = f"{m.value:.1%} ("
+        if m.subject == "pipeline" and m.name == "robust":
+            start = f"pipeline {m.variant}: in the worst case over all attacks up to Linf 8/255,"
+            assert f"{start} the label of {value}" in said
+        if m.subject == "pipeline" and m.name == "stratified@0.25eps":
+            assert f"moved by up to eps/4 is an error, {value}" in said
+        if m.subject == "undefended" and m.name == "robust":
+            assert f"the same attacks leave {value}" in said
+
+
+def test_where_no_label_is_wrong_there_is_nothing_to_detect(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    every = np.ones(len(seen.images), bool)
+    records = {
+        name: r._replace(under=[(g, a._replace(right=every)) for g, a in r.under])
+        for name, r in seen.records.items()
+    }
+    html = write(tmp_path, seen._replace(records=records), tiny_pipeline)
+    assert "Detectors" not in headings(html)
+    assert "accepts 0.0% of the attacked ones" in html
+
+
+def test_the_lean_variant_has_no_purified_images(
+    seen: Evaluation, tiny_folder: Path, tmp_path: Path
+) -> None:
+    lean, _ = pipeline.load(tiny_folder / "weights.safetensors", "lean")
+    html = write(tmp_path, seen, lean, pictures=page.gallery(seen, lean))
+    assert "purified:" not in html
+    assert "t-SNE of clean, attacked images" in html
+
+
+def test_pixels_come_only_from_the_pictures_given(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, full_page: str, tmp_path: Path
+) -> None:
+    assert "image/png" not in full_page
+    own = page.gallery(seen, tiny_pipeline)
+    assert own is not None
+    shown = write(tmp_path, seen, tiny_pipeline, pictures=own)
+    assert shown.count("data:image/png") == 4 * page.SHOWN
+    evaluated = [plots.png(image.numpy()) for image in seen.images.image]
+    assert sum(address in shown for address in evaluated) == page.SHOWN
+    cat = torch.full_like(own.clean[:1], 90)
+    given = page.Pictures(cat, cat, ["cat"], "CC0")
+    shipped = write(tmp_path, seen, tiny_pipeline, pictures=given)
+    assert shipped.count("data:image/png") == 4
+    assert not any(address in shipped for address in evaluated)
+    assert "cat, clean: " in shipped
+
+
+def test_attacked_pictures_lie_within_eps(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier
+) -> None:
+    shown = page.gallery(seen, tiny_pipeline)
+    assert shown is not None
+    change = (shown.attacked.int() - shown.clean.int()).abs()
+    assert 0 < int(change.max()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ([-0.01, 0.02], "adds nothing that 617 images can show: +0.5 points (-1.0 to +2.0)"),
+        ([0.0, 0.0], "adds nothing that 617 images can show: +0.5 points (+0.0 to +0.0)"),
+        ([0.001, 0.01], "is better: +0.5 points (+0.1 to +1.0)"),
+        ([-0.02, -0.01], "is worse: +0.5 points (-2.0 to -1.0)"),
+    ],
+)
+def test_a_gain_counts_only_if_its_interval_leaves_zero(interval: list[float], words: str) -> None:
+    gain = {"name": "gain_over_classifier", "value": 0.005, "n": 617, "interval": interval}
+    assert page.adds(gain) == words
+
+
+def test_the_curve_passes_through_the_figures_named_beside_it() -> None:
+    generator = np.random.default_rng(0)
+    # Rounded, so that there are ties.
+    clean, wrong = generator.normal(0, 1, 400).round(1), generator.normal(1, 1, 77).round(1)
+    rate, flagged = page.sweep(clean, wrong)
+    for allowed in (0.01, 0.05, 0.5):
+        at = int(np.flatnonzero(np.isclose(rate, allowed))[0])
+        assert flagged[at] / 77 == pytest.approx(tpr_at_fpr(clean, wrong, allowed))
+    assert (rate[0], rate[-1], flagged[-1]) == (0, 1, 77)
+    assert (np.diff(flagged) >= 0).all()
+
+
+def test_the_same_evaluation_makes_the_same_page(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, full_page: str, tmp_path: Path
+) -> None:
+    assert write(tmp_path, seen, tiny_pipeline) == full_page
+
+
+CHROMIUM = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--allow-file-access-from-files", "--hide-scrollbars", "--dump-dom"),
+)
+# Headless windows are at least 500 pixels wide, a frame is as wide as it is told to be.
+FRAME = """<!DOCTYPE html><iframe id="f" src="page.html" style="width:390px;height:800px;border:0">
+</iframe><script>addEventListener("load", () => {
+  const page = document.getElementById("f").contentDocument;
+  const broken = [...page.images].filter(image => !image.naturalWidth).length;
+  document.title = `${page.documentElement.scrollWidth} wide, ${broken} broken`;
+})</script>"""
+
+
+def test_a_phone_shows_every_drawing_and_scrolls_in_one_direction_only(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs Chromium: install the Debian package chromium")
+    write(tmp_path, seen, tiny_pipeline, pictures=page.gallery(seen, tiny_pipeline))
+    (tmp_path / "frame.html").write_text(FRAME)
+    address = (tmp_path / "frame.html").as_uri()
+    folder = f"--user-data-dir={tmp_path / 'browser'}"
+    done = subprocess.run(
+        [browser, *CHROMIUM, folder, address], capture_output=True, text=True, timeout=120
+    )
+    assert "<title>390 wide, 0 broken</title>" in done.stdout, done.stderr
