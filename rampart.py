@@ -248,27 +248,39 @@ def evaluate(
 
     from hardening import evaluate as evaluation
     from hardening import page, report
-    from hardening.data import load, split, spread
+    from hardening.data import hold_out, load, split, spread
     from hardening.pipeline import load_classifier
     from hardening.rungs import QUICK, Budget
 
     where, threat = pick_device(device), threat_of(norm, eps)
     size = load_classifier(model / "weights.safetensors").config.image_size
-    images = load(data, train=False, size=size)
-    source = f"{part} split of {data_name or data.name}" if part else data_name or data.name
-    every = split(images, part) if part else images
+    every = load(data, train=False, size=size)
+    source = data_name or data.name
+    if part:
+        # Of a folder the same tenth is held out as in training; a file holds held-out images.
+        held = every if data.suffix == ".npz" else hold_out(load(data, size=size), None)[1]
+        every, source = split(held, part), f"{part} split of {source}"
     images = spread(every, limit or (100 if quick else None)).to(where)
     source = source if len(images) == len(every) else f"{len(images)} of {source}"
+    if source == report.read_card(model).get("data"):
+        typer.echo(
+            f"{data} has the name of the training data: on images that were trained on, every"
+            " figure is too high",
+            err=True,
+        )
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
-    typer.echo(f"{len(images)} images; at most {seconds / 60:.0f} minutes, Ctrl-C is safe")
+    typer.echo(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
     result = evaluation.evaluate(
         victims, images, threat, budget, rate=rate, folder=cache, only=only or []
     )
     rows = [report.row(m, data=source, command=command_line()) for m in result.metrics]
     card = report.read_card(model)
-    card |= {"threat_model": str(threat), "versions": versions()}
+    card |= {"versions": versions()}
+    if not only:
+        card |= {"threat_model": str(threat)}
+    card.setdefault("threat_model", str(threat))
     card |= {"metrics": report.merge(card.get("metrics", []), rows)}
     if result.checks:
         card |= {"checks": [check._asdict() for check in result.checks]}

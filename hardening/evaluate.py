@@ -11,18 +11,18 @@ import hashlib
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hardening import attacks, cache, checks, objectives, rungs
+from hardening import cache, checks, rungs
 from hardening.attacks import Threat
 from hardening.checks import Check
 from hardening.data import Images, batches, to_float
-from hardening.metrics import Bools, Metric, auroc, difference, tpr_at_fpr
+from hardening.metrics import Bools, Metric, detection, difference
 from hardening.rungs import Budget, in_8_bits
 from hardening.victims import Answer, Victim, max_softmax_victim
 
@@ -31,6 +31,12 @@ SMALL = (0.25, 0.5)
 # Images that the self-checks look at, and queries of theirs to Square.
 CHECKED, QUERIES = 40, 200
 PGD20 = "PGD, 20 steps of eps/4"
+# fmt: off
+ATTACKED_CODE = (
+    "attacks", "calibrate", "detectors", "models", "objectives", "pipeline", "purifier", "rungs",
+    "victims",
+)
+# fmt: on
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 
 
@@ -43,37 +49,38 @@ class Rung(NamedTuple):
     threat: Threat
     passes: float
     craft: cache.Craft
+    fingerprint: str  # what it depends on beside attack and threat
 
 
 def label_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[Rung]:
     """Attacks on a victim's label alone."""
-    look = objectives.without_rejection(victim.look)
+    look, key = victim.label_look, victim.label_fingerprint
     pgd20 = partial(rungs.pgd20, look, threat=threat)
-    yield Rung("pgd20", victim, PGD20, threat, 21, pgd20)
+    yield Rung("pgd20", victim, PGD20, threat, 21, pgd20, key)
     standard = budget.standard
     name = "autoattack" if standard else "autoattack_short"
     what = "AutoAttack, standard" if standard else f"APGD-CE + APGD-T + Square, {budget}"
-    passes = (budget.steps * (1 + budget.targets / 2) + budget.queries / 6) * (1 + standard / 2)
+    passes = (budget.steps * (1 + budget.targets) + budget.queries / 3) * (2 if standard else 1)
     craft = partial(rungs.autoattack, look, threat=threat, budget=budget)
-    yield Rung(name, victim, what, threat, passes, craft)
+    yield Rung(name, victim, what, threat, passes, craft, key)
 
 
 def rejection_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[Rung]:
     """Attacks on label and detectors together, and on the detectors alone."""
-    steps = budget.steps
-    joint = partial(rungs.joint_apgd, victim.look, threat=threat, budget=budget)
+    look, key, steps = victim.look, victim.fingerprint, budget.steps
+    joint = partial(rungs.joint_apgd, look, threat=threat, budget=budget)
     what = f"joint APGD (penalty, selective, orthogonal, targeted), {budget}"
-    yield Rung("joint_apgd", victim, what, threat, steps * (3 + budget.targets / 2), joint)
+    yield Rung("joint_apgd", victim, what, threat, steps * (4 + budget.targets), joint, key)
     if victim.subject == "max_softmax":
         return
     flood = f"APGD on the detectors alone, {steps} steps"
     for share in (*SMALL, 1.0):
         near = threat._replace(eps=threat.eps * share)
-        flooding = partial(rungs.forced_rejection, victim.look, threat=near, budget=budget)
-        yield Rung("forced_rejection", victim, flood, near, steps, flooding)
+        flooding = partial(rungs.forced_rejection, look, threat=near, budget=budget)
+        yield Rung("forced_rejection", victim, flood, near, steps, flooding, key)
         if share < 1:
-            pgd20 = partial(rungs.pgd20, victim.look, threat=near)
-            yield Rung("pgd20", victim, PGD20, near, 21, pgd20)
+            pgd20 = partial(rungs.pgd20, victim.label_look, threat=near)
+            yield Rung("pgd20", victim, PGD20, near, 21, pgd20, victim.label_fingerprint)
 
 
 class Replay(NamedTuple):
@@ -83,6 +90,7 @@ class Replay(NamedTuple):
     safe: Bools  # (N,) the label is right, or the image rejected
     rejected: Bools  # (N,) rejected in either form
     deployed: Answer
+    fooled: Bools  # (N,) the deployed label is wrong
 
 
 class Found(NamedTuple):
@@ -100,7 +108,7 @@ def replay(victim: Victim, x: Tensor, images: Images, threat: Threat) -> Replay:
     right = [answer.guess == label for answer in both]
     safe = [r | ~answer.accepted for r, answer in zip(right, both, strict=True)]
     rejected = ~both[0].accepted | ~both[1].accepted
-    return Replay(right[0] & right[1], safe[0] & safe[1], rejected, deployed)
+    return Replay(right[0] & right[1], safe[0] & safe[1], rejected, deployed, ~right[1])
 
 
 def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
@@ -108,34 +116,46 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     source = attack_source()
     found = []
     for rung in ladder:
-        key = f"{source} {rung.victim.fingerprint} {rung.name} {rung.attack} {rung.threat}"
+        key = f"{source} {rung.fingerprint} {rung.name} {rung.attack} {rung.threat}"
         title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
         found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
     return found
 
 
 def attack_source() -> str:
-    """Stands for the code that attacks: an example of other code must not be taken for its own."""
-    files = (Path(str(module.__file__)) for module in (attacks, objectives, rungs))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    """Stands for the code that attacks and is attacked: what other code found is not reused."""
+    folder = Path(__file__).parent
+    files = [folder / f"{name}.py" for name in ATTACKED_CODE]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return f"{digest.hexdigest()[:16]} pyautoattack {version('pyautoattack')}"
 
 
 def estimate(
     victims: list[Victim], images: Images, threat: Threat, budget: Budget, *, only: list[str]
 ) -> float:
-    """Seconds that `evaluate` will take at most, from one timed pass through each victim."""
+    """Seconds that `evaluate` will take, from one timed pass through each victim.
+
+    Half of all passes are counted: images that fall early are attacked no further.
+    """
     x, label = next(iter(batches(images, 16)))
     total = 0.0
     for victim in victims:
-        planned = [r for r in ladder([victim], threat, budget) if not only or r.name in only]
+        planned = chosen(ladder([victim], threat, budget), threat, only)
         # The max-softmax alternative is attacked with the same budget.
         planned += [rung for rung in planned if rung.name == "joint_apgd"]
         checks.gradients(victim.look, x, label, victim.name)  # the first pass warms up
         begin = time.perf_counter()
         checks.gradients(victim.look, x, label, victim.name)
         seconds = (time.perf_counter() - begin) / len(x)
-        total += seconds * sum(rung.passes for rung in planned) * len(images)
+        total += seconds * sum(rung.passes for rung in planned) / 2 * len(images)
+        if has_own_label(victim) and not only:
+            total += seconds * CHECKED * (sum(checks.STEPS) + 200 + QUERIES / 3)
     return total
+
+
+def chosen(every: list[Rung], threat: Threat, only: list[str]) -> list[Rung]:
+    """The rungs at full eps that `only` names; all, at every eps, where it names none."""
+    return [r for r in every if not only or (r.name in only and r.threat == threat)]
 
 
 class Record(NamedTuple):
@@ -144,6 +164,7 @@ class Record(NamedTuple):
     victim: Victim
     clean: Replay
     under: list[tuple[Rung, Replay]]
+    budget: str
 
     def own(self, name: str) -> tuple[Rung, Replay]:
         """The attack called `name` on this victim at full eps; `lean` labels as the classifier."""
@@ -169,16 +190,17 @@ class Record(NamedTuple):
     def everything(self) -> Rung:
         """What stands beside a worst case."""
         largest = max((rung for rung, _ in self.under), key=lambda rung: rung.threat.eps)
-        return largest._replace(
-            attack=f"worst case over {len(self.under)} attacks, in float and 8-bit"
-        )
+        short = any(rung.name == "autoattack_short" for rung, _ in self.under)
+        what = f"worst case over {len(self.under)} attacks in float and 8-bit"
+        effort = f"short AutoAttack, {self.budget}" if short else f"AutoAttack, {self.budget}"
+        return largest._replace(attack=f"{what} ({effort})")
 
 
-def record(victim: Victim, found: list[Found], images: Images) -> Record:
+def record(victim: Victim, found: list[Found], images: Images, budget: str) -> Record:
     """Put everything that was found to one victim."""
     clean = replay(victim, to_float(images.image), images, Threat(eps=0.0))
     under = [(item.rung, replay(victim, item.x, images, item.rung.threat)) for item in found]
-    return Record(victim, clean, under)
+    return Record(victim, clean, under, budget)
 
 
 def label_figures(seen: Record) -> Iterator[Metric]:
@@ -197,11 +219,21 @@ def label_figures(seen: Record) -> Iterator[Metric]:
                 yield seen.metric("transfer", seen.clean.right & after.right, how)
 
 
+def detector_figures(seen: Record) -> Iterator[Metric]:
+    """The attacks on label and detectors, and on the detectors alone."""
+    names = {rung.name for rung, _ in seen.under}
+    if "joint_apgd" in names:
+        rung, after = seen.own("joint_apgd")
+        yield seen.metric("joint_apgd", seen.clean.safe & after.safe, rung)
+    if "forced_rejection" in names:
+        rung, _ = seen.own("forced_rejection")
+        floods = [after.rejected for r, after in seen.under if r.name == rung.name]
+        yield seen.metric("forced_rejection", np.logical_or.reduce(floods), rung)
+
+
 def rejection_figures(seen: Record, plain: Record, rate: float) -> Iterator[Metric]:
     """What rejecting adds, beside max-softmax rejection (`plain`) at the same clean rate."""
     percent = f"{100 * rate:g}%"
-    rung, after = seen.own("joint_apgd")
-    yield seen.metric("joint_apgd", seen.clean.safe & after.safe, rung)
     safe, everything = seen.worst("safe"), seen.everything()
     yield seen.metric(f"robust_with_rejection@{percent}", safe, everything)
     yield seen.metric("accepted_and_wrong", ~safe, everything)
@@ -210,10 +242,8 @@ def rejection_figures(seen: Record, plain: Record, rate: float) -> Iterator[Metr
     gap, interval = difference(safe, simple)
     gain = seen.metric("gain_over_max_softmax", safe, everything)
     yield gain._replace(value=gap, interval=interval)
-    flooded, flood = seen.own("forced_rejection")
-    yield seen.metric("forced_rejection", flood.rejected, flooded)
     yield from stratified(seen, safe)
-    yield from detection(seen)
+    yield from detection_figures(seen)
 
 
 def stratified(seen: Record, safe: Bools) -> Iterator[Metric]:
@@ -228,20 +258,23 @@ def stratified(seen: Record, safe: Bools) -> Iterator[Metric]:
         yield seen.metric(f"stratified@{share:g}eps", np.logical_and.reduce([safe, *held]), rung)
 
 
-def detection(seen: Record) -> Iterator[Metric]:
-    """How well suspicion alone tells wrong attacked images from clean ones; AUROC last."""
-    clean = seen.clean.deployed.suspicion
-    for name in ("pgd20", "joint_apgd"):
+def detection_figures(seen: Record) -> Iterator[Metric]:
+    """How well suspicion tells images that an attack on the label made wrong; AUROC last.
+
+    The joint attack stops at the threshold, so of its images only the share caught says anything.
+    """
+    for name in ("joint_apgd", "pgd20"):
         rung, after = seen.own(name)
-        caught = after.deployed.suspicion[~after.right]
-        if not len(caught):
+        wrong = seen.clean.right & after.fooled
+        if not wrong.any():
             continue
-        base = seen.metric("", after.right, rung)._replace(n=len(caught))
-        for rate in (0.01, 0.05):
-            value = tpr_at_fpr(clean, caught, rate)
-            yield base._replace(name=f"tpr@{100 * rate:g}%fpr:{name}", value=value)
-        value, interval = auroc(clean, caught)
-        yield base._replace(name=f"auroc:{name}", value=value, interval=interval)
+        if name == "joint_apgd":
+            yield seen.metric(f"caught:{name}", ~after.deployed.accepted[wrong], rung)
+            continue
+        base = seen.metric("", wrong[wrong], rung)
+        clean, attacked = seen.clean.deployed.suspicion, after.deployed.suspicion[wrong]
+        for title, (value, interval) in detection(clean, attacked).items():
+            yield base._replace(name=f"{title}:{name}", value=value, interval=interval)
 
 
 class Evaluation(NamedTuple):
@@ -291,11 +324,14 @@ def evaluate(
     known = sorted({rung.name for rung in whole})
     if unknown := sorted(set(only) - set(known)):
         raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(known)}")
-    found = climb([r for r in whole if not only or r.name in only], images, folder)
-    records = {v.name: record(v, found, images) for v in [*victims, *plain.values()]}
+    found = climb(chosen(whole, threat, only), images, folder)
+    everyone = [*victims, *plain.values()]
+    records = {v.name: record(v, found, images, str(budget)) for v in everyone}
     metrics: list[Metric] = []
     for seen in (records[v.name] for v in victims):
         metrics += label_figures(seen)
+        if seen.victim.rejects:
+            metrics += detector_figures(seen)
         if only:
             continue
         metrics.append(seen.metric("robust", seen.worst("right"), seen.everything()))
@@ -320,17 +356,30 @@ def added(records: dict[str, Record], names: list[str]) -> Iterator[Metric]:
 def self_checks(
     victims: list[Victim], records: dict[str, Record], images: Images, threat: Threat
 ) -> list[Check]:
-    """Every check on every defended victim, on images that it gets right."""
+    """Every check on every defended victim, on images that it gets right and accepts."""
     out: list[Check] = []
     for victim in (v for v in victims if v.subject != "undefended"):
         seen = records[victim.name]
-        right = torch.from_numpy(seen.clean.right).nonzero().squeeze(1)[:CHECKED]
+        right = np.flatnonzero(seen.clean.right & ~seen.clean.rejected)
         if not len(right):
             raise ValueError(f"{victim.name} gets no image right: there is nothing to attack")
+        # Evenly spaced: a folder of images is sorted by class.
+        few = right[np.linspace(0, len(right) - 1, min(CHECKED, len(right))).astype(int)]
+        x, label = to_float(images.image[few]), images.label[few]
         if has_own_label(victim):
-            look = objectives.without_rejection(victim.look)
-            x, label = to_float(images.image[right]), images.label[right]
+            look = victim.label_look
             out += checks.check_look(look, x, label, threat, victim.name, queries=QUERIES)
+        if victim.rejects:
+            joint = float(seen.own("joint_apgd")[1].safe[few].mean())
+            out += checks.check_detectors(
+                victim.look,
+                x,
+                label,
+                threat,
+                f"{victim.name}, detectors",
+                queries=QUERIES,
+                joint=joint,
+            )
         out += outcome_checks(seen)
     return out
 
@@ -348,6 +397,6 @@ def outcome_checks(seen: Record) -> Iterator[Check]:
             yield checks.black_box(white, blind, name, "transfer from the undefended twin")
     if seen.victim.rejects:
         joint = seen.own("joint_apgd")[1]
-        yield checks.adaptive(
+        yield from checks.adaptive(
             share((clean.safe, static.safe)), share((clean.safe, joint.safe)), name
         )

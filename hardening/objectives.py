@@ -39,7 +39,10 @@ HANDLINGS = ("penalty", "selective", "orthogonal")
 
 
 def look_at(pipeline: DefendedClassifier, calibration: Calibration, rate: float) -> Look:
-    """The whole pipeline, differentiable: rejected where its p-value is below `rate`."""
+    """The whole pipeline, differentiable: rejected where its p-value is below `rate`.
+
+    Nothing is ever rejected where the calibration has too few images for `rate`.
+    """
     never = math.isinf(threshold(calibration, rate))
 
     def look(x: Tensor) -> Seen:
@@ -49,23 +52,6 @@ def look_at(pipeline: DefendedClassifier, calibration: Calibration, rate: float)
         return Seen(out.logits, detection_margin(out.scores, calibration, rate))
 
     return look
-
-
-def without_rejection(look: Look) -> Look:
-    """The same victim to an attacker to whom detectors are no concern."""
-    return lambda x: Seen(look(x).logits)
-
-
-def eot(look: Look, samples: int) -> Look:
-    """Expectation over transformation (Athalye et al. 2018): the mean over `samples` looks."""
-
-    def mean(x: Tensor) -> Seen:
-        seen = [look(x) for _ in range(samples)]
-        margins = [s.margin for s in seen if s.margin is not None]
-        logits = torch.stack([s.logits for s in seen]).mean(0)
-        return Seen(logits, torch.stack(margins).mean(0) if margins else None)
-
-    return mean
 
 
 def untargeted(label: Tensor) -> ClassLoss:

@@ -52,6 +52,11 @@ class DefendedClassifier(nn.Module):
         scores = self.detectors(Views(x, purified, raw_logits, logits, features))
         return Outputs(logits, raw_logits, scores, purified)
 
+    def label_logits(self, x: Tensor) -> Tensor:
+        """The `logits` of `defend` and nothing else, at half the cost: (N, K) of x (N, 3, H, W)."""
+        logits: Tensor = self.classifier(x if self.purifier is None else self.purifier(x))
+        return logits
+
     def forward(self, image: Tensor) -> Outputs:
         """The entry that is exported: image uint8 (N, H, W, 3)."""
         out = self.defend(to_float(image))

@@ -41,8 +41,12 @@ def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`new` rows, and those `old` ones that no new row replaces (same figure, threat and data)."""
-    keys = ("subject", "variant", "name", "norm", "eps", "data")
+    """`new` rows, and those `old` ones that no new row replaces.
+
+    Replaced is the same figure under the same threat, attack and data: a weaker attack never takes
+    the place of a stronger one.
+    """
+    keys = ("subject", "variant", "name", "norm", "eps", "attack", "data")
     replaced = {tuple(r.get(key) for key in keys) for r in new}
     return [r for r in old if tuple(r.get(key) for key in keys) not in replaced] + new
 
@@ -83,16 +87,27 @@ FENCE = ("<!-- figures: made by `rampart table`, do not edit -->", "<!-- end of 
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card's main figures as a Markdown table; of figures on several sets, the largest."""
-    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """The card's main figures at the eps of its threat model, one Markdown table for each data set.
+
+    Where a figure was made by several attacks, the lowest counts.
+    """
+    tables: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
     for r in card.get("metrics", []):
+        lowest = tables.setdefault(f"{r['data']} (n = {r['n']})", {})
         key = (r["subject"], r["variant"], r["name"])
-        if r["n"] > best.get(key, {"n": 0})["n"] and r.get("eps") in (None, eps_of(card)):
-            best[key] = r
-    columns = {title: name for title, name in COLUMNS.items() if name in {k[2] for k in best}}
+        shown = r["name"] in COLUMNS.values() and r.get("eps") in (None, eps_of(card))
+        if shown and r["value"] <= lowest.get(key, {"value": 1})["value"]:
+            lowest[key] = r
+    return "\n\n".join(f"{title}:\n\n{one_table(rows)}" for title, rows in tables.items() if rows)
+
+
+def one_table(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """Figures by (subject, variant, name) as a Markdown table."""
+    names = {name for _, _, name in rows}
+    columns = {title: name for title, name in COLUMNS.items() if name in names}
     lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for (subject, variant), title in SUBJECTS.items():
-        cells = [best.get((subject, variant, name)) for name in columns.values()]
+        cells = [rows.get((subject, variant, name)) for name in columns.values()]
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cell_text(cell) for cell in cells) + " |")
     return "\n".join(lines)
@@ -104,11 +119,11 @@ def eps_of(card: dict[str, Any]) -> str:
 
 
 def cell_text(r: dict[str, Any] | None) -> str:
-    """One figure of a card with its interval and count."""
+    """One figure of a card with its interval."""
     if r is None:
         return "-"
     low, high = r["interval"]
-    return f"{r['value']:.1%} ({low:.1%} to {high:.1%}, n = {r['n']})"
+    return f"{r['value']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def with_table(text: str, card: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What is attacked: each victim as an attacker sees it, and as it answers when deployed."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from handlers.engine import Engine
 from handlers.verdict import Calibration, combine, p_values
+from hardening.calibrate import threshold
 from hardening.data import to_float
 from hardening.metrics import Bools, Floats
 from hardening.objectives import Look, Seen, look_at
@@ -33,6 +35,9 @@ class Victim(NamedTuple):
     fingerprint: str  # changes with anything that changes an attack on it
     rejects: bool
     look: Look
+    # The label alone, which is cheaper to differentiate, and what it depends on.
+    label_look: Look
+    label_fingerprint: str
     answer: Callable[[Tensor], Answer]  # x (N, 3, H, W) in [0, 1]
     deployed: Callable[[Tensor], Answer]  # uint8 (N, H, W, 3)
 
@@ -59,7 +64,9 @@ def label_victim(subject: str, model: Callable[[Tensor], Tensor], fingerprint: s
         return answer(to_float(image))
 
     look = lambda x: Seen(model(x))  # noqa: E731
-    return Victim(subject, "-", fingerprint, False, look, answer, deployed)
+    return Victim(
+        subject, "-", fingerprint, False, look, look, fingerprint, answer=answer, deployed=deployed
+    )
 
 
 def pipeline_victim(
@@ -72,8 +79,14 @@ def pipeline_victim(
 ) -> Victim:
     """The pipeline as the endpoint decides: rejected where p < `rate`.
 
-    `engine` runs its exported graph; without one, 8-bit images go through torch.
+    `engine` runs its exported graph; without one, 8-bit images go through torch. Raises ValueError
+    where the calibration has too few images for `rate`: then nothing would ever be rejected.
     """
+    if math.isinf(threshold(calibration, rate)):
+        raise ValueError(
+            f"{calibration.images} calibration images cannot back a false-alarm rate of {rate:g}:"
+            f" the least is {2 / (calibration.images + 1):.2g}"
+        )
 
     def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:
         accepted = p_values(scores.astype(np.float64), calibration) >= rate
@@ -92,9 +105,18 @@ def pipeline_victim(
         return judge(out.logits, out.scores)
 
     table = hashlib.sha256(calibration.combined.tobytes() + calibration.knots.tobytes())
-    fingerprint = f"{fingerprint} {calibration.variant} {table.hexdigest()[:16]} {rate}"
-    look = look_at(pipeline, calibration, rate)
-    return Victim("pipeline", calibration.variant, fingerprint, True, look, answer, deployed)
+    own = f"{fingerprint} {calibration.variant}"
+    return Victim(
+        "pipeline",
+        calibration.variant,
+        f"{own} {table.hexdigest()[:16]} {rate}",
+        True,
+        look_at(pipeline, calibration, rate),
+        lambda x: Seen(pipeline.label_logits(x)),
+        own,
+        answer=answer,
+        deployed=deployed,
+    )
 
 
 def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
@@ -104,7 +126,7 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     """
 
     def confidence(x: Tensor) -> Tensor:
-        return victim.look(x).logits.softmax(1).amax(1)
+        return victim.label_look(x).logits.softmax(1).amax(1)
 
     with torch.no_grad():
         clean = torch.cat([confidence(part) for part in batches_of(to_float(image))])
@@ -112,7 +134,7 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
 
     def look(x: Tensor) -> Seen:
-        logits = victim.look(x).logits
+        logits = victim.label_look(x).logits
         return Seen(logits, bar - logits.softmax(1).amax(1) - 1e-7)
 
     def answer(x: Tensor) -> Answer:
@@ -121,6 +143,10 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
         logits, margin = (torch.cat([s[i] for s in seen]).cpu().numpy() for i in (0, 1))  # type: ignore[misc]
         return Answer(logits.argmax(1), margin <= 0, margin.astype(np.float64))
 
-    fingerprint = f"{victim.fingerprint} max-softmax {bar:.6f}"
-    deployed = lambda image: answer(to_float(image))  # noqa: E731
-    return Victim("max_softmax", victim.variant, fingerprint, True, look, answer, deployed)
+    return victim._replace(
+        subject="max_softmax",
+        fingerprint=f"{victim.label_fingerprint} max-softmax {bar:.6f}",
+        look=look,
+        answer=answer,
+        deployed=lambda image: answer(to_float(image)),
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from blobs import Learned
 
-from hardening import checks, objectives, rungs
+from hardening import checks, rungs
 from hardening.checks import Check
 from hardening.objectives import Look, Seen
 
@@ -77,8 +77,49 @@ def test_a_detector_trained_on_the_test_attack_is_caught(learned: Learned) -> No
     joint = safe(rungs.joint_apgd(look, x, label, threat, budget))
     static = safe(attacked)
     assert static > 0.9
-    caught = checks.adaptive(static, joint, "overfitted")
-    assert (caught.name, caught.passed) == ("adaptive", False)
+    caught = {check.name: check.passed for check in checks.adaptive(static, joint, "overfitted")}
+    assert caught == {"adaptive": False, "weak_joint": True}
+
+
+def test_a_detector_that_hides_its_gradient_behind_rounding_is_caught(learned: Learned) -> None:
+    level = float(learned.x.mean(dim=(1, 2, 3)).quantile(0.7))
+
+    def look(x: torch.Tensor) -> Seen:
+        brightness = (x * 255).round().mean(dim=(1, 2, 3)) / 255
+        return Seen(learned.model(x), brightness - level)
+
+    x, label, threat = learned.x, learned.label, learned.threat
+    done = checks.check_detectors(look, x, label, threat, "masked", queries=150, joint=1.0)
+    assert {check.name for check in done if not check.passed} >= {"zero_detector_gradients"}
+
+
+def test_a_joint_attack_weaker_than_one_that_ignores_detectors_is_caught() -> None:
+    found = {check.name: check.passed for check in checks.adaptive(0.2, 0.9, "net")}
+    assert found == {"adaptive": True, "weak_joint": False}
+
+
+def test_square_beats_a_victim_with_detectors_only_where_it_accepts(learned: Learned) -> None:
+    x, label, threat = learned.x, learned.label, learned.threat
+
+    def strict(x: torch.Tensor) -> Seen:
+        return Seen(learned.model(x), torch.ones(len(x)))
+
+    assert checks.square(strict, x, label, threat, queries=50) == 1.0
+    assert checks.square(learned.look, x, label, threat, queries=50) < 1.0
+
+
+def test_an_attack_that_weakens_with_more_steps_is_caught(
+    learned: Learned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.3, 0.5, 0.4])
+    monkeypatch.setattr(checks, "robust_at", lambda *_, **__: next(shares))
+    x, label = learned.x, learned.label
+    assert not checks.more_steps(learned.look, x, label, learned.threat, "net").passed
+
+
+def test_a_small_eps_is_no_reason_to_distrust_an_honest_network(learned: Learned) -> None:
+    tiny = learned.threat._replace(eps=1 / 255)
+    assert checks.larger_eps(learned.look, learned.x, learned.label, tiny, "net").passed
 
 
 def test_probabilities_are_no_logits(learned: Learned) -> None:
@@ -94,19 +135,6 @@ def test_probabilities_are_no_logits(learned: Learned) -> None:
 )
 def test_a_share_may_rise_by_no_more_than_the_tolerance(values: list[float], passed: bool) -> None:
     assert checks.falls(values) is passed
-
-
-def test_eot_averages_over_looks_and_keeps_the_margin() -> None:
-    calls = iter([1.0, 3.0])
-
-    def look(x: torch.Tensor) -> Seen:
-        value = next(calls)
-        return Seen(x * value, torch.full((2,), value))
-
-    seen = objectives.eot(look, 2)(torch.ones(2, 3))
-    assert torch.equal(seen.logits, torch.full((2, 3), 2.0))
-    assert seen.margin is not None
-    assert seen.margin.tolist() == [2.0, 2.0]
 
 
 def test_a_failed_check_says_so() -> None:

@@ -110,7 +110,10 @@ def test_every_defended_victim_is_checked(whole: Evaluation) -> None:
     names = {(check.subject, check.name) for check in whole.checks}
     for subject in ("classifier", "pipeline full"):
         assert {(subject, "zero_gradients"), (subject, "black_box")} <= names
-    assert {("pipeline full", "adaptive"), ("pipeline lean", "adaptive")} <= names
+    for variant in ("full", "lean"):
+        assert {(f"pipeline {variant}", "adaptive"), (f"pipeline {variant}", "weak_joint")} <= names
+        subject = f"pipeline {variant}, detectors"
+        assert {(subject, "zero_detector_gradients"), (subject, "black_box")} <= names
 
 
 def test_a_second_run_crafts_nothing_anew(
@@ -123,6 +126,30 @@ def test_a_second_run_crafts_nothing_anew(
     assert again.metrics == first.metrics
     assert not first.checks
     assert not [m for m in first.metrics if m.name == "robust"]
+
+
+def test_one_attack_alone_is_reported_at_full_eps(
+    attacked: list[Victim], few: Images, tmp_path: Path
+) -> None:
+    done = run(attacked[2:3], few, tmp_path, "joint_apgd")
+    assert [m.name for m in done.metrics] == ["clean", "clean_rejection", "joint_apgd"]
+    assert {found.rung.threat for found in done.found} == {THREAT}
+
+
+def test_a_rate_that_the_calibration_cannot_back_is_refused_at_once(tiny_folder: Path) -> None:
+    pipeline, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
+    calibration = calibrate.load_variant(tiny_folder, "lean")
+    with pytest.raises(ValueError, match="calibration images cannot back"):
+        victims.pipeline_victim(pipeline, calibration, "", rate=1e-6)
+
+
+def test_a_label_attack_does_not_depend_on_the_calibration(attacked: list[Victim]) -> None:
+    full = attacked[1]
+    other = full._replace(fingerprint="another rate")
+    for one, two in zip(
+        *(evaluation.ladder([v], THREAT, BUDGET) for v in (full, other)), strict=True
+    ):
+        assert (one.fingerprint == two.fingerprint) == (one.name in evaluation.LABEL_RUNGS)
 
 
 def test_an_unknown_attack_is_named_with_the_known_ones(

@@ -21,7 +21,14 @@ def test_a_difference_is_paired() -> None:
     assert gap == pytest.approx(0.10)
     # Ten images of a hundred differ, all one way: +-1.96 sqrt(0.1 * 0.9 / 100) = +-0.059.
     assert (low, high) == pytest.approx((0.041, 0.159), abs=0.02)
-    assert metrics.difference(first, first) == (0.0, (0.0, 0.0))
+
+
+def test_no_difference_in_n_images_leaves_room_for_three_in_n() -> None:
+    same = np.arange(100) < 60
+    assert metrics.difference(same, same) == (0.0, (-0.03, 0.03))
+    assert metrics.difference(same, ~same)[0] == pytest.approx(0.2)
+    everywhere = np.ones(100, bool)
+    assert metrics.difference(everywhere, ~everywhere) == (1.0, (0.97, 1.0))
 
 
 def test_the_true_positive_rate_is_taken_where_no_more_clean_images_are_flagged() -> None:
@@ -32,9 +39,19 @@ def test_the_true_positive_rate_is_taken_where_no_more_clean_images_are_flagged(
     assert metrics.tpr_at_fpr(clean, attacked, 0.06) == 0.75
 
 
+def test_detection_figures_come_with_intervals_that_hold_them() -> None:
+    generator = np.random.default_rng(0)
+    clean, attacked = generator.normal(size=80), generator.normal(1.0, size=60)
+    done = metrics.detection(clean, attacked)
+    assert list(done) == ["tpr@1%fpr", "tpr@5%fpr", "auroc"]
+    for value, (low, high) in done.values():
+        assert low <= value <= high
+    value, (low, high) = done["auroc"]
+    assert value == pytest.approx(0.76, abs=0.08)  # Phi(1 / sqrt(2))
+    assert 0.05 < high - low < 0.25
+
+
 def test_an_auroc_of_one_half_means_no_separation() -> None:
     clean = np.arange(50, dtype=float)
-    area, (low, high) = metrics.auroc(clean, clean)
-    assert area == 0.5
-    assert low < 0.5 < high
-    assert metrics.auroc(clean, clean + 100)[0] == 1.0
+    assert metrics.auroc(clean, clean) == 0.5
+    assert metrics.auroc(clean, clean + 100) == 1.0

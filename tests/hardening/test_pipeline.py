@@ -94,5 +94,19 @@ def test_a_file_without_a_purifier_says_what_to_pass(tmp_path: Path, tiny_folder
     pipelines.checkpoint.save(file, alone, {"classifier": alone.config._asdict()})
     with pytest.raises(ValueError, match="rampart purifier"):
         pipelines.load_purifier(file)
-    with pytest.raises(ValueError, match="lean is made from it"):
-        pipelines.save(file, DefendedClassifier(alone, None, LEAN), ())
+
+
+def test_a_model_without_a_purifier_is_lean_only(tmp_path: Path, tiny_folder: Path) -> None:
+    alone = pipelines.load_classifier(tiny_folder / "weights.safetensors")
+    file, x = tmp_path / "weights.safetensors", torch.rand(2, 3, 32, 32)
+    pipelines.save(file, DefendedClassifier(alone, None, FULL), ("a", "b"))
+    lean, classes = pipelines.load(file, "lean")
+    assert torch.equal(lean.label_logits(x), alone(x))
+    assert classes == ("a", "b")
+    with pytest.raises(ValueError, match="only variant is lean"):
+        pipelines.load(file, "full")
+
+
+def test_the_label_alone_is_that_of_the_whole_pipeline(tiny_pipeline: DefendedClassifier) -> None:
+    x = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(tiny_pipeline.label_logits(x), tiny_pipeline.defend(x).logits)

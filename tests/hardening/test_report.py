@@ -42,6 +42,17 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
     ]
 
 
+def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
+    strong, weak = (
+        report.row(Metric("pipeline", "full", "robust", v, 10, Threat(), a), data="d", command="c")
+        for v, a in ((0.3, "100 steps"), (0.4, "20 steps"))
+    )
+    assert report.merge([strong], [weak]) == [strong, weak]
+    card = {"threat_model": "Linf 8/255", "metrics": [strong, weak]}
+    assert "30.0%" in report.markdown(card)
+    assert "40.0%" not in report.markdown(card)
+
+
 def test_the_table_shows_every_figure_with_its_interval() -> None:
     metric = Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
     text = report.table([report.row(metric, data="", command="")])
@@ -78,7 +89,7 @@ def test_a_card_that_breaks_its_schema_is_refused_with_the_place() -> None:
         report.check_card(card)
 
 
-def test_the_readme_table_takes_each_figure_from_the_most_images_at_the_cards_eps() -> None:
+def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
     card = card_of(
         Metric("pipeline", "full", "pgd20", 0.4, 10, Threat(), "PGD"),
         Metric("pipeline", "full", "pgd20", 0.42, 100, Threat(), "PGD"),
@@ -86,7 +97,8 @@ def test_the_readme_table_takes_each_figure_from_the_most_images_at_the_cards_ep
         Metric("pipeline", "full", "clean", 0.7, 100),
     )
     text = report.with_table(f"above\n{report.FENCE[0]}\nold\n{report.FENCE[1]}\nbelow", card)
-    assert "| `full` | 70.0% (60.4% to 78.1%, n = 100) | 42.0% (" in text
+    assert "test (n = 10):" in text
+    assert "| `full` | 70.0% (60.4% to 78.1%) | 42.0% (" in text
     assert "60.0%" not in text
     assert "old" not in text
     assert text.startswith("above")

@@ -58,6 +58,15 @@ def test_the_joint_attack_gets_past_detectors_that_stop_an_attack_on_the_label(
     assert joint > static + 3
 
 
+def test_what_came_closest_is_kept_where_nothing_wins(learned: Learned) -> None:
+    x, label = learned.x[:6], learned.label[:6]
+    few = learned.threat._replace(eps=1 / 255)
+    found = rungs.joint_apgd(learned.look, x, label, few, SMALL)
+    loss = torch.nn.functional.cross_entropy
+    before = loss(learned.model(x), label, reduction="none")
+    assert (loss(learned.model(found), label, reduction="none") > before).all()
+
+
 def test_forced_rejection_makes_accepted_images_suspicious(learned: Learned) -> None:
     look = guarded(learned)
     before = look(learned.x).margin
@@ -76,8 +85,10 @@ def test_two_classes_are_enough_for_every_rung(learned: Learned) -> None:
 
     x = learned.x[:4]
     label = look(x).logits.argmax(1)
+    threat = learned.threat._replace(eps=0.3)
     for attack in (rungs.autoattack, rungs.joint_apgd):
-        assert attack(look, x, label, learned.threat, SMALL).shape == x.shape
+        found = attack(look, x, label, threat, SMALL)
+        assert (look(found).logits.argmax(1) != label).all()
 
 
 def test_rounding_to_8_bits_never_leaves_an_linf_ball(tiny_images: Images) -> None:
