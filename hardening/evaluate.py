@@ -142,7 +142,7 @@ def estimate(
     for victim in victims:
         planned = chosen(ladder([victim], threat, budget), threat, only)
         # The max-softmax alternative is attacked with the same budget.
-        planned += [rung for rung in planned if rung.name == "joint_apgd"]
+        planned += [rung for rung in planned if rung.name == "joint_apgd" and not only]
         checks.gradients(victim.look, x, label, victim.name)  # the first pass warms up
         begin = time.perf_counter()
         checks.gradients(victim.look, x, label, victim.name)
@@ -319,7 +319,9 @@ def evaluate(
     `victims` hold the classifier first, then pipelines and, as a control, an undefended twin. Worst
     cases and self-checks need the whole ladder. Raises ValueError where `only` names no rung.
     """
-    plain = {v.name: max_softmax_victim(v, images.image) for v in victims if v.rejects}
+    # The plain alternative plays a part in worst cases alone.
+    rejecting = [] if only else [v for v in victims if v.rejects]
+    plain = {v.name: max_softmax_victim(v, images.image) for v in rejecting}
     whole = ladder([*victims, *plain.values()], threat, budget)
     known = sorted({rung.name for rung in whole})
     if unknown := sorted(set(only) - set(known)):

@@ -73,6 +73,7 @@ COLUMNS = {
     "PGD-20": "pgd20",
     "AutoAttack": "autoattack",
     "AutoAttack, short": "autoattack_short",
+    "joint attack, right or rejected": "joint_apgd",
     "worst case, label right": "robust",
     "worst case, right or rejected": "robust_with_rejection@1%",
 }

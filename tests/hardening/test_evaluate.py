@@ -133,7 +133,7 @@ def test_one_attack_alone_is_reported_at_full_eps(
 ) -> None:
     done = run(attacked[2:3], few, tmp_path, "joint_apgd")
     assert [m.name for m in done.metrics] == ["clean", "clean_rejection", "joint_apgd"]
-    assert {found.rung.threat for found in done.found} == {THREAT}
+    assert {(f.rung.victim.subject, f.rung.threat) for f in done.found} == {("pipeline", THREAT)}
 
 
 def test_a_rate_that_the_calibration_cannot_back_is_refused_at_once(tiny_folder: Path) -> None:
