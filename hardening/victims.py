@@ -63,7 +63,9 @@ def label_victim(subject: str, model: Callable[[Tensor], Tensor], fingerprint: s
     def deployed(image: Tensor) -> Answer:
         return answer(to_float(image))
 
-    look = lambda x: Seen(model(x))  # noqa: E731
+    def look(x: Tensor) -> Seen:
+        return Seen(model(x))
+
     return Victim(
         subject, "-", fingerprint, False, look, look, fingerprint, answer=answer, deployed=deployed
     )
@@ -133,15 +135,18 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     rejected = int((~victim.deployed(image).accepted).sum())
     bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
 
+    def margin_of(logits: Tensor) -> Tensor:
+        return bar - logits.softmax(1).amax(1) - 1e-7
+
     def look(x: Tensor) -> Seen:
         logits = victim.label_look(x).logits
-        return Seen(logits, bar - logits.softmax(1).amax(1) - 1e-7)
+        return Seen(logits, margin_of(logits))
 
     def answer(x: Tensor) -> Answer:
         with torch.no_grad():
-            seen = [look(part) for part in batches_of(x)]
-        logits, margin = (torch.cat([s[i] for s in seen]).cpu().numpy() for i in (0, 1))  # type: ignore[misc]
-        return Answer(logits.argmax(1), margin <= 0, margin.astype(np.float64))
+            logits = torch.cat([victim.label_look(part).logits for part in batches_of(x)])
+        margin = margin_of(logits).cpu().numpy()
+        return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 
     return victim._replace(
         subject="max_softmax",
