@@ -26,7 +26,8 @@ Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat mo
 Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
-Variant = Annotated[Literal["full", "lean"], typer.Option(help="full, or lean for tight latency")]
+VARIANT = "full, or lean for tight latency; default full where the model has a purifier"
+Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
 Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
@@ -315,13 +316,23 @@ def cat(model: Path, threat: "Threat", *, rate: float) -> "tuple[DefendedClassif
     from hardening.page import Pictures
     from hardening.rungs import QUICK, fool
 
-    variant = VARIANTS[0] if (model / "calibration-full.json").is_file() else VARIANTS[1]
+    variant = best_variant(model)
     pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
     size = pipeline.classifier.config.image_size
     pixels = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes(), size))[None]
     look = look_at(pipeline, load_variant(model, variant), rate)
     source = f"scikit-image's CC0 cat (chelsea), decoded to {size}x{size}"
     return pipeline, Pictures(pixels, fool(look, pixels, threat, QUICK), ["cat"], source)
+
+
+def variants_in(model: Path) -> list[Literal["full", "lean"]]:
+    """The variants that a model folder is calibrated for, `full` first."""
+    return [v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()]
+
+
+def best_variant(model: Path) -> Literal["full", "lean"]:
+    """The variant that is taken where none is asked for; an empty folder is complained of later."""
+    return next(iter(variants_in(model)), VARIANTS[0])
 
 
 def sibling(model: Path) -> Path | None:
@@ -350,7 +361,7 @@ def victims_of(
     weights = model / "weights.safetensors"
     net = pipelines.load_classifier(weights).to(device)
     out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
-    for variant in (v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()):
+    for variant in variants_in(model):
         pipeline, known = pipelines.load(weights, variant)
         if known != classes:
             raise ValueError(f"the images have the classes {classes}, the model {known}")
@@ -391,13 +402,14 @@ def table(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .onnx file to write")],
-    variant: Variant = "full",
+    variant: Variant = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     from export.archive import export_variant
 
-    typer.echo(export_variant(model, variant, out, images=gate_images(model, data)))
+    chosen = variant or best_variant(model)
+    typer.echo(export_variant(model, chosen, out, images=gate_images(model, data)))
     typer.echo(out)
 
 
@@ -416,7 +428,7 @@ def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
 def archive(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
-    variant: Variant = "full",
+    variant: Variant = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
     rate: Rate = 0.01,
     on_detection: Literal["flag", "reject"] = "flag",
@@ -430,7 +442,7 @@ def archive(
     parity = archives.archive(
         model,
         target,
-        variant=variant,
+        variant=variant or best_variant(model),
         images=gate_images(model, data),
         settings={"rampart": policy},
     )
@@ -445,7 +457,7 @@ def attack(
     ] = None,
     model: Annotated[Path, typer.Option(help="Folder of the model")] = Path("model_store/cifar10"),
     out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("attacked"),
-    variant: Variant = "full",
+    variant: Variant = None,
     norm: Norm = "Linf",
     eps: Eps = None,
     rate: Rate = 0.01,
@@ -462,6 +474,7 @@ def attack(
     from hardening.objectives import look_at
     from hardening.rungs import QUICK, fool
 
+    variant = variant or best_variant(model)
     pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
     calibration = load_variant(model, variant)
     source = image or Path(data_dir) / "chelsea.png"

@@ -1,9 +1,11 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -47,6 +49,14 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path)
     assert all(m["n"] == 16 and len(m["interval"]) == 2 and m["command"] for m in metrics)
     assert "parity on" in run("archive", model, "--data", tmp_path / "test.npz")
     assert (tmp_path / "toy.mar").is_file()
+
+
+def test_a_model_without_a_purifier_is_archived_as_lean(tmp_path: Path, tiny_folder: Path) -> None:
+    model = tmp_path / "bare"
+    shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
+    run("archive", model)
+    with ZipFile(tmp_path / "bare.mar") as archive:
+        assert json.loads(archive.read("card.json"))["variant"] == "lean"
 
 
 def test_training_goes_on_from_earlier_weights_and_remembers_both_recipes(tmp_path: Path) -> None:
