@@ -535,7 +535,9 @@ def redteam(
         seed=seed,
     )
     typer.echo(team.summary(outcomes))
-    runs = {str(out): outcomes} | ({str(beside): team.read(beside)} if beside else {})
+    runs = {out.name: outcomes}
+    if beside:
+        runs[beside.name if beside.name != out.name else str(beside)] = team.read(beside)
     typer.echo(team.picture(runs, out / "queries.png"))
 
 
