@@ -24,6 +24,12 @@ Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run t
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
 Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
 Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
+ARCH = "Name of torchvision's (resnet18, vgg11_bn, alexnet, googlenet ...), or timm:NAME"
+NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
+NORM += "ImageNet's above"
+Arch = Annotated[str, typer.Option(help=ARCH)]
+Width = Annotated[float, typer.Option(help="Factor on the channels of a ResNet or VGG")]
+Size = Annotated[int, typer.Option(help="Pixels per side")]
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default full where the model has a purifier"
@@ -105,9 +111,9 @@ def train(
     data: Data,
     out: Out,
     held: Held = None,
-    arch: Annotated[str, typer.Option(help="resnet10, resnet18 or resnet34")] = "resnet18",
-    width: Annotated[float, typer.Option(help="Factor on every channel count")] = 1.0,
-    image_size: Annotated[int, typer.Option(help="Pixels per side")] = 32,
+    arch: Arch = "resnet18",
+    width: Width = 1.0,
+    image_size: Size = 32,
     attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10, pgd20; none: a control")] = (
         "n_fgsm"
     ),
@@ -133,7 +139,7 @@ def train(
 
     if image_size < 16 or image_size % 8:
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
-    start = load_classifier(init) if init else None
+    start = load_classifier(init, auxiliary=True) if init else None
     images, held_out = read_data(data, held, start.config.image_size if start else image_size)
     if start and start.config.classes != len(images.classes):
         raise ValueError(
@@ -141,7 +147,8 @@ def train(
             f" {len(images.classes)}: train from new weights, without --init"
         )
     torch.manual_seed(seed)
-    net = start or Classifier(ClassifierConfig(arch, len(images.classes), width, image_size))
+    config = ClassifierConfig(arch, len(images.classes), width, image_size)
+    net = start or Classifier(config, auxiliary=True)
     after = checkpoint.read(init)[0].get("training", init.name) if init else ""
     recipe = Recipe(
         attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed, after=str(after)
@@ -149,6 +156,33 @@ def train(
     validation = split(held_out, "validation")[slice(validate_on)]
     best = train_classifier(net.to(pick_device(device)), recipe, out, (images, validation))
     typer.echo(f"best classifier: {best}")
+
+
+CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@app.command()
+def adopt(
+    weights: Annotated[Path, typer.Argument(help="state dict: .pth, .pt or .safetensors")],
+    out: Annotated[Path, typer.Option(help="The classifier.safetensors to write")],
+    arch: Arch,
+    classes: Annotated[int, typer.Option(help="How many it tells apart")],
+    width: Width = 1.0,
+    image_size: Size = 224,
+    mean: Annotated[tuple[float, float, float] | None, typer.Option(help=NORM)] = None,
+    std: Annotated[tuple[float, float, float] | None, typer.Option(help="Likewise")] = None,
+) -> None:
+    """Bring weights from elsewhere into the form that the other commands take."""
+    from hardening import checkpoint, foreign
+    from hardening.models import SMALL, ClassifierConfig
+
+    usual = CIFAR10_NORM if image_size <= SMALL else IMAGENET_NORM
+    config = ClassifierConfig(arch, classes, width, image_size, mean or usual[0], std or usual[1])
+    net = foreign.adopt(weights, config)
+    content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
+    checkpoint.save(out, net, content)
+    typer.echo(f"{out}: {arch}, mean {net.config.mean}, std {net.config.std}")
 
 
 @app.command()

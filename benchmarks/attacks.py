@@ -42,7 +42,7 @@ def official(look: Look, x: Tensor, label: Tensor) -> Tensor:
         with torch.no_grad():
             left = (logits(found).argmax(1) == label).nonzero().squeeze(1)
         if len(left):
-            found[left] = attack.perturb(x[left].contiguous(), label[left])
+            found[left] = attack.perturb(x[left].contiguous(), label[left]).detach()
     return found
 
 

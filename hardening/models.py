@@ -1,13 +1,28 @@
-"""Classifiers: torchvision's ResNet with a small-image stem, normalization inside."""
+"""Classifiers by name, with normalization inside: torchvision's own definitions, and timm's.
 
-from typing import NamedTuple
+Up to 64 pixels a side a torchvision network gets a stem that keeps the resolution (3x3, no early
+pooling), and VGG and AlexNet a head that fits what is left of so few pixels.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
-# Blocks in each of the four stages (He et al., 2016, table 1).
-ARCHITECTURES = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+# fmt: off
+RESNETS = (
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
+)
+VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+# fmt: on
+ARCHITECTURES = (*RESNETS, *VGGS, "alexnet", "googlenet", "squeezenet1_1")
+TIMM = "timm:"
+SMALL = 64  # pixels a side
+HIDDEN = 1024  # of AlexNet's head for small images
+# Weight of an auxiliary head's loss (Szegedy et al., 2015, section 5).
+AUXILIARY = 0.3
 
 
 class ClassifierConfig(NamedTuple):
@@ -22,18 +37,17 @@ class ClassifierConfig(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Pixels in [0, 1] to logits; the pooled features are what detectors see."""
+    """Pixels in [0, 1] to logits; the pooled features are what detectors see.
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    `auxiliary` adds the heads that GoogLeNet has in training only. `head_name` is what the library
+    calls the last layer, here split off as `head`. Raises ValueError for what cannot be built.
+    """
+
+    def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:
         super().__init__()
-        if config.arch not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise ValueError(f"unknown architecture {config.arch!r}: choose one of {known}")
         self.config = config
-        self.backbone = small_resnet(config)
-        self.feature_size: int = self.backbone.fc.in_features
-        self.head = self.backbone.fc
-        self.backbone.fc = nn.Identity()
+        self.backbone = build(config, auxiliary=auxiliary)
+        self.head_name, self.head, self.feature_size = split_head(self.backbone, config)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -41,7 +55,8 @@ class Classifier(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Pooled features (N, F) of x (N, 3, H, W) in [0, 1]."""
-        features: Tensor = self.backbone((x - self.mean) / self.std)
+        out = self.backbone((x - self.mean) / self.std)
+        features: Tensor = out if isinstance(out, Tensor) else out[0]
         return features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,43 +64,138 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.embed(x))
         return logits
 
+    def training_loss(self, x: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy, auxiliary heads' included, of x (N, 3, H, W) and label (N,)."""
+        out = self.backbone((x - self.mean) / self.std)
+        features, *others = (out,) if isinstance(out, Tensor) else out
+        loss = nn.functional.cross_entropy(self.head(features).float(), label)
+        for logits in others:
+            loss = loss + AUXILIARY * nn.functional.cross_entropy(logits.float(), label)
+        return loss
 
-def small_resnet(config: ClassifierConfig) -> ResNet:
-    """ResNet of basic blocks; at 64 pixels and below a 3x3 stem that keeps the resolution."""
-    net = ResNet(BasicBlock, list(ARCHITECTURES[config.arch]), num_classes=config.classes)
+
+def build(config: ClassifierConfig, *, auxiliary: bool) -> nn.Module:
+    """The library's network for `config`, its stem, head and width changed where asked for."""
+    if config.arch.startswith(TIMM):
+        net = timm_model(config)
+    elif config.arch in ARCHITECTURES:
+        net = torchvision_model(config, auxiliary=auxiliary)
+        if config.image_size <= SMALL:
+            fit_small_images(net, config)
+    else:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown architecture {config.arch!r}: choose one of {known}, timm:NAME")
     if config.width != 1.0:
+        if config.arch not in (*RESNETS, *VGGS):
+            raise ValueError(f"{config.arch} has no --width: only ResNet and VGG are scaled")
         scale_width(net, config.width)
-    if config.image_size <= 64:
-        stem = net.conv1.out_channels
-        net.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
 
 
-def scale_width(net: ResNet, width: float) -> None:
+def torchvision_model(config: ClassifierConfig, *, auxiliary: bool) -> nn.Module:
+    """The network as torchvision defines it, with new weights."""
+    if config.arch == "resnet10":  # the smallest; He et al. (2016) and torchvision begin at 18
+        smallest: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=config.classes)
+        return smallest
+    options: dict[str, Any] = {"num_classes": config.classes}
+    if config.arch == "googlenet":
+        options |= {"aux_logits": auxiliary, "init_weights": True}
+    net: nn.Module = get_model(config.arch, weights=None, **options)
+    return net
+
+
+def timm_model(config: ClassifierConfig) -> nn.Module:
+    """The network as timm defines it, with new weights, and its stem as it is."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"{config.arch} needs timm: `pip install timm`") from error
+    name = config.arch.removeprefix(TIMM)
+    if name not in timm.list_models():
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "timm.list_models()"
+        raise ValueError(f"timm knows no {name!r}: try {close}")
+    options: dict[str, Any] = {"num_classes": config.classes}
+    try:  # networks of tokens are built for one size, others refuse to hear of it
+        sized: nn.Module = timm.create_model(name, img_size=config.image_size, **options)
+    except TypeError:
+        unsized: nn.Module = timm.create_model(name, **options)
+        return unsized
+    return sized
+
+
+def fit_small_images(net: Any, config: ClassifierConfig) -> None:
+    """Let few pixels through: a 3x3 stem of stride 1, no early pooling, a head that fits."""
+    if config.arch in RESNETS:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    elif config.arch in VGGS:
+        net.avgpool = nn.AdaptiveAvgPool2d(1)
+        net.classifier = nn.Sequential(nn.Linear(512, config.classes))
+    elif config.arch == "alexnet":
+        net.features[0] = nn.Conv2d(3, 64, 3, padding=1)
+        net.features[2] = nn.Identity()
+        net.avgpool = nn.AdaptiveAvgPool2d(1)
+        first, last = nn.Linear(256, HIDDEN), nn.Linear(HIDDEN, config.classes)
+        net.classifier[1], net.classifier[4], net.classifier[6] = (
+            first,
+            nn.Linear(HIDDEN, HIDDEN),
+            last,
+        )
+    elif config.arch == "googlenet":
+        net.conv1.conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        net.maxpool1 = net.maxpool2 = nn.Identity()
+    else:  # squeezenet1_1
+        net.features[0] = nn.Conv2d(3, 64, 3, padding=1)
+        net.features[2] = nn.Identity()
+
+
+def split_head(net: nn.Module, config: ClassifierConfig) -> tuple[str, nn.Module, int]:
+    """Take the last layer off `net`: (its name there, the layer, features that go into it).
+
+    SqueezeNet has none: it pools logits, which so are its features.
+    """
+    if config.arch == "squeezenet1_1":
+        return "", nn.Identity(), config.classes
+    linear = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    linear = [pair for pair in linear if not pair[0].startswith("aux")]
+    name, head = linear[-1] if linear else ("", None)
+    if head is None or head.out_features != config.classes:
+        raise ValueError(f"{config.arch} does not end in one linear layer: take another")
+    parent, _, last = name.rpartition(".")
+    setattr(net.get_submodule(parent), last, nn.Identity())
+    return name, head, head.in_features
+
+
+def scale_width(net: nn.Module, width: float) -> None:
     """Rebuild each layer of the unscaled `net` with its channel counts times `width`."""
 
     def scaled(channels: int) -> int:
         return channels if channels == 3 else max(8, round(channels * width / 8) * 8)
 
-    for parent in list(net.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Conv2d):
-                new: nn.Module = nn.Conv2d(
-                    scaled(layer.in_channels),
-                    scaled(layer.out_channels),
-                    layer.kernel_size,  # type: ignore[arg-type]
-                    layer.stride,  # type: ignore[arg-type]
-                    layer.padding,  # type: ignore[arg-type]
-                    bias=False,
-                )
-            elif isinstance(layer, nn.BatchNorm2d):
-                new = nn.BatchNorm2d(scaled(layer.num_features))
-            elif isinstance(layer, nn.Linear):
-                new = nn.Linear(scaled(layer.in_features), layer.out_features)
-            else:
-                continue
-            setattr(parent, name, new)
+    every = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    new: nn.Module
+    before = 0  # channels of the layer before, as they were; flattening repeats each of them
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, nn.Conv2d):
+            new = convolution = nn.Conv2d(
+                scaled(layer.in_channels),
+                scaled(layer.out_channels),
+                layer.kernel_size,  # type: ignore[arg-type]
+                layer.stride,  # type: ignore[arg-type]
+                layer.padding,  # type: ignore[arg-type]
+                bias=layer.bias is not None,
+            )
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            before = layer.out_channels
+        elif isinstance(layer, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(scaled(layer.num_features))
+        elif isinstance(layer, nn.Linear):
+            inputs = layer.in_features // before * scaled(before)
+            outputs = layer.out_features
+            new = nn.Linear(inputs, outputs if name == every[-1] else scaled(outputs))
+            before = outputs
+        else:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, new)

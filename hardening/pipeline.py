@@ -100,13 +100,20 @@ def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
     return ClassifierConfig(**values)
 
 
-def load_classifier(path: Path) -> Classifier:
-    """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen."""
+def load_classifier(path: Path, *, auxiliary: bool = False) -> Classifier:
+    """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen.
+
+    GoogLeNet's `auxiliary` heads, which train alone needs, are left out unless asked for.
+    """
     config, state = checkpoint.read(path)
-    classifier = Classifier(classifier_config(config))
     prefix = "classifier."
     own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    classifier.load_state_dict(own or state)
+    state = own or state
+    heads = {name for name in state if name.startswith("backbone.aux")}
+    auxiliary = auxiliary and bool(heads)
+    classifier = Classifier(classifier_config(config), auxiliary=auxiliary)
+    kept = {name: t for name, t in state.items() if auxiliary or name not in heads}
+    classifier.load_state_dict(kept)
     return classifier.eval().requires_grad_(False)
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from hardening import checkpoint
@@ -204,7 +203,7 @@ class Trainer:
                 loss = cross_entropy(self.model, label)
                 x = ATTACKS[recipe.attack](loss, x, recipe.threat, generator=self.run.generator)
             self.model.train()
-            value = F.cross_entropy(self.model(x).float(), label)
+            value = self.model.training_loss(x, label)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

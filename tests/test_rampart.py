@@ -13,6 +13,7 @@ import torch
 import typer
 from blobs import blobs
 from PIL import Image
+from torchvision.models import get_model
 from typer.testing import CliRunner
 
 import rampart
@@ -79,6 +80,19 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_recipes(tmp_pa
             torch.testing.assert_close(state[name], tensor, msg=name)
     with pytest.raises(ValueError, match=r"10 classes apart"):
         run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
+
+
+def test_adopted_weights_calibrate_as_trained_ones_do(tmp_path: Path) -> None:
+    images = blobs(400, size=96)
+    np.savez(tmp_path / "held", image=images.image.numpy(), label=images.label.numpy())
+    net = get_model("squeezenet1_1", weights=None, num_classes=10)
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "w.pth")
+    classifier = tmp_path / "classifier.safetensors"
+    what = ["--arch", "squeezenet1_1", "--classes", 10, "--image-size", 96]
+    assert "mean (0.485" in run("adopt", tmp_path / "w.pth", "--out", classifier, *what)
+    data = ["--data", tmp_path / "held.npz", "--held", tmp_path / "held.npz"]
+    run("calibrate", tmp_path / "mine", *data, "--classifier", classifier)
+    assert report.read_card(tmp_path / "mine")["training"]["classifier"] == "adopted from w.pth"
 
 
 def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(

@@ -1,7 +1,11 @@
 import pytest
 import torch
+from torch.nn import functional as F
+from torchvision.models import get_model
 
-from hardening.models import Classifier, ClassifierConfig
+from hardening.models import ARCHITECTURES, AUXILIARY, Classifier, ClassifierConfig
+
+FAMILIES = ("resnet50", "vgg11_bn", "alexnet", "googlenet", "squeezenet1_1", "timm:resnet10t")
 
 
 def test_the_half_width_resnet18_has_2_8_million_parameters() -> None:
@@ -32,6 +36,73 @@ def test_normalization_is_inside() -> None:
     torch.testing.assert_close(net.embed(grey), net.backbone(torch.zeros(1, 3, 32, 32)))
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_gives_features_and_logits_of_small_images(arch: str) -> None:
+    net = Classifier(ClassifierConfig(arch, 7)).eval()
+    x = torch.rand(2, 3, 32, 32)
+    features = net.embed(x)
+    assert features.shape == (2, net.feature_size)
+    torch.testing.assert_close(net.head(features), net(x))
+    assert net(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "alexnet", "googlenet", "squeezenet1_1"])
+def test_large_images_go_through_torchvisions_own_network(arch: str) -> None:
+    options = {"init_weights": True, "aux_logits": False} if arch == "googlenet" else {}
+    with torch.device("meta"):
+        ours = Classifier(ClassifierConfig(arch, 10, image_size=224))
+        theirs = get_model(arch, num_classes=10, **options)
+    shapes = sorted(tuple(p.shape) for p in ours.parameters())
+    assert shapes == sorted(tuple(p.shape) for p in theirs.parameters())
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet50", 32), ("vgg11", 32), ("vgg11_bn", 96)])
+def test_width_scales_every_layer_but_the_last(arch: str, size: int) -> None:
+    full, half = (Classifier(ClassifierConfig(arch, 10, w, size)).eval() for w in (1.0, 0.5))
+    assert half(torch.rand(1, 3, size, size)).shape == (1, 10)
+    assert half.feature_size * 2 == full.feature_size
+    ratio = sum(p.numel() for p in half.parameters()) / sum(p.numel() for p in full.parameters())
+    assert 0.24 < ratio < 0.27
+
+
+def test_a_network_that_has_no_width_says_so() -> None:
+    with pytest.raises(ValueError, match=r"alexnet has no --width"):
+        Classifier(ClassifierConfig("alexnet", 10, width=0.5))
+
+
+def test_googlenets_auxiliary_heads_train_and_are_gone_in_inference() -> None:
+    torch.manual_seed(0)
+    net = Classifier(ClassifierConfig("googlenet", 10), auxiliary=True)
+    for module in net.modules():  # dropout would tell two passes apart
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    x, label = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
+    main, second, first = net.backbone((x - net.mean) / net.std)
+    losses = [F.cross_entropy(y, label) for y in (net.head(main), second, first)]
+    expected = losses[0] + AUXILIARY * (losses[1] + losses[2])
+    loss = net.training_loss(x, label)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert net.backbone.aux1.fc2.weight.grad.abs().sum() > 0
+    assert net.eval()(x).shape == (2, 10)
+    names = Classifier(ClassifierConfig("googlenet", 10)).state_dict()
+    assert set(net.state_dict()) - set(names)
+    assert not [name for name in names if "aux" in name]
+
+
 def test_an_unknown_architecture_names_the_choices() -> None:
     with pytest.raises(ValueError, match=r"resnet19.*resnet10, resnet18"):
         Classifier(ClassifierConfig("resnet19", 10))
+    with pytest.raises(ValueError, match=r"timm knows no 'resnt'"):
+        Classifier(ClassifierConfig("timm:resnt", 10))
+
+
+def test_the_architectures_are_torchvisions_names() -> None:
+    with torch.device("meta"):
+        for arch in set(ARCHITECTURES) - {"resnet10"}:
+            assert get_model(
+                arch,
+                weights=None,
+                num_classes=2,
+                **{"init_weights": True} if arch == "googlenet" else {},
+            )
