@@ -61,8 +61,10 @@ class FeatureDistance(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Distances (N,) of features (N, F)."""
-        white, means = features @ self.whiten, self.means @ self.whiten
-        # |a - b|^2 expanded, so that no (N, K, F) array is made.
+        # |a - b|^2 expanded, so that no (N, K, F) array is made; around the centre, so that little
+        # cancels where features vary little.
+        centre = self.means.mean(0)
+        white, means = (features - centre) @ self.whiten, (self.means - centre) @ self.whiten
         square = white.square().sum(1, keepdim=True) - 2 * white @ means.T + means.square().sum(1)
         return square.min(dim=1).values.clamp_min(1e-6).sqrt()
 
