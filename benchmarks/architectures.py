@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
-import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -97,7 +96,9 @@ def served(archive: Path, picture: torch.Tensor, folder: Path) -> str:
     verdict = json.loads(answer)
     if statuses != [200]:
         raise RuntimeError(f"the handler answers {statuses}: {verdict}")
-    return f"served: {verdict['label']}, {verdict['decision']}, p {verdict['detail']['p_value']:.2f}"
+    return (
+        f"served: {verdict['label']}, {verdict['decision']}, p {verdict['detail']['p_value']:.2f}"
+    )
 
 
 def rows() -> Iterator[tuple[str, int]]:
@@ -113,7 +114,9 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="an architecture; repeatable")
     only = parser.parse_args().only
     failed = 0
-    print(f"{'architecture':18} {'pixels':>6} {'weights':>9} {'logits differ':>13} {'s':>5}  answer")
+    print(
+        f"{'architecture':18} {'pixels':>6} {'weights':>9} {'logits differ':>13} {'s':>5}  answer"
+    )
     for arch, size in rows():
         if only and arch not in only:
             continue

@@ -24,10 +24,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClas
     return Engine(to_onnx(tiny_pipeline, tmp_path_factory.mktemp("p") / "g.onnx"), device="cpu")
 
 
+@pytest.mark.parametrize("rate", [0, 0.01])
 def test_the_gate_passes_the_graph_of_the_same_pipeline(
-    engine: Engine, tiny_pipeline: DefendedClassifier, calibration: Calibration, tiny_images: Images
+    rate: float,
+    engine: Engine,
+    tiny_pipeline: DefendedClassifier,
+    calibration: Calibration,
+    tiny_images: Images,
 ) -> None:
-    found = parity.compare(tiny_pipeline, engine, calibration, tiny_images.image[:16])
+    found = parity.compare(tiny_pipeline, engine, calibration, tiny_images.image[:16], rate=rate)
     assert found.images == 48
     assert found.labels_differ == found.decisions_differ == 0
     assert 0 < found.logits < 1e-3
