@@ -114,8 +114,8 @@ def train(
     arch: Arch = "resnet18",
     width: Width = 1.0,
     image_size: Size = 32,
-    attack: Annotated[str, typer.Option(help="n_fgsm, fgsm, pgd10, pgd20; none: a control")] = (
-        "n_fgsm"
+    method: Annotated[str, typer.Option(help="nfgsm, pgd, trades, mart; standard: a control")] = (
+        "nfgsm"
     ),
     norm: Norm = "Linf",
     eps: Eps = None,
@@ -123,6 +123,9 @@ def train(
     batch_size: int = 128,
     lr: float = 0.2,
     ema: Annotated[float, typer.Option(help="Decay of the weight average")] = 0.998,
+    awp: Annotated[float, typer.Option(help="Adversarial weights: parts of their norm, 0.005")] = 0,
+    smoothing: Annotated[float, typer.Option(help="Label smoothing")] = 0,
+    ramp: Annotated[float, typer.Option(help="Part of the run in which eps grows from 0")] = 0,
     init: Annotated[Path | None, typer.Option(help=INIT)] = None,
     validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
@@ -151,7 +154,17 @@ def train(
     net = start or Classifier(config, auxiliary=True)
     after = checkpoint.read(init)[0].get("training", init.name) if init else ""
     recipe = Recipe(
-        attack, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed, after=str(after)
+        method,
+        threat_of(norm, eps),
+        epochs,
+        batch_size,
+        lr,
+        ema=ema,
+        seed=seed,
+        smoothing=smoothing,
+        awp=awp,
+        ramp=ramp,
+        after=str(after),
     )
     validation = split(held_out, "validation")[slice(validate_on)]
     best = train_classifier(net.to(pick_device(device)), recipe, out, (images, validation))

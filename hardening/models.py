@@ -21,8 +21,6 @@ ARCHITECTURES = (*RESNETS, *VGGS, "alexnet", "googlenet", "squeezenet1_1")
 TIMM = "timm:"
 SMALL = 64  # pixels a side
 HIDDEN = 1024  # of AlexNet's head for small images
-# Weight of an auxiliary head's loss (Szegedy et al., 2015, section 5).
-AUXILIARY = 0.3
 
 
 class ClassifierConfig(NamedTuple):
@@ -64,14 +62,11 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.embed(x))
         return logits
 
-    def training_loss(self, x: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy, auxiliary heads' included, of x (N, 3, H, W) and label (N,)."""
+    def all_logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`forward`, and in training what auxiliary heads say too, each (N, K)."""
         out = self.backbone((x - self.mean) / self.std)
         features, *others = (out,) if isinstance(out, Tensor) else out
-        loss = nn.functional.cross_entropy(self.head(features).float(), label)
-        for logits in others:
-            loss = loss + AUXILIARY * nn.functional.cross_entropy(logits.float(), label)
-        return loss
+        return (self.head(features), *others)
 
 
 def build(config: ClassifierConfig, *, auxiliary: bool) -> nn.Module:

@@ -7,13 +7,14 @@ colour to be told apart. A drawing is as wide as a phone shows it without shrink
 import base64
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -193,3 +194,27 @@ def dots(labels: Sequence[str], every: Sequence[Shares], *, x_label: str) -> str
         axes.xaxis.set_major_formatter(PERCENT)
 
     return svg(draw, height=1.2 + len(labels) * (0.12 + 0.09 * len(every)))
+
+
+def learning_curve(history: Sequence[dict[str, float]], path: Path) -> Path:
+    """Validation accuracy of each epoch, clean and under PGD-10, as a PNG with the best marked.
+
+    `history` are the rows of a training run: `epoch`, `pgd10` and, where it was measured, `clean`.
+    """
+    epoch = [row["epoch"] for row in history]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        for name, title, ink in (("clean", "clean", "clean"), ("pgd10", "PGD-10", "pgd20")):
+            if name in history[0]:
+                colour, marker, line = INKS[ink]
+                share = [row[name] for row in history]
+                axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
+        best = max(history, key=lambda row: row["pgd10"])
+        axes.axvline(best["epoch"], color="#666666", lw=1, label="most robust epoch")
+        axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.legend(loc="upper left", ncols=3)
+        figure.savefig(path)
+    return path

@@ -10,6 +10,8 @@ overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while craft
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,9 @@ from tqdm import tqdm
 from hardening import checkpoint
 from hardening.attacks import ATTACKS, Threat, cross_entropy
 from hardening.data import Images, batches
+from hardening.methods import METHODS, adversarial_weights
 from hardening.models import Classifier
 
-# The recipe's attack where there is none: the control that robustness is measured against.
-UNDEFENDED = "none"
 Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Tensor, Tensor, float], float]
 
@@ -31,7 +32,7 @@ Step = Callable[[Tensor, Tensor, float], float]
 class Recipe(NamedTuple):
     """Hyperparameters of a training run; a run resumes only under the recipe it began with."""
 
-    attack: str = "n_fgsm"
+    method: str = "nfgsm"
     threat: Threat = Threat()
     epochs: int = 30
     batch_size: int = 128
@@ -39,6 +40,9 @@ class Recipe(NamedTuple):
     weight_decay: float = 5e-4
     ema: float = 0.998
     seed: int = 0
+    smoothing: float = 0.0  # share of each label that goes to all classes alike
+    awp: float = 0.0  # how far weights are moved against themselves, in parts of their norm
+    ramp: float = 0.0  # part of the run during which eps grows from 0
     # The recipe that made the weights this run goes on from, where it does not start afresh.
     after: str = ""
 
@@ -46,6 +50,11 @@ class Recipe(NamedTuple):
 def one_cycle(progress: float, *, warmup: float = 0.2) -> float:
     """Learning-rate factor at `progress` in [0, 1]: linear up to 1 at `warmup`, then to 0."""
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+
+
+def ramp(progress: float, length: float) -> float:
+    """Share of eps at `progress` in [0, 1]: grows in a line up to `length`, then stays 1."""
+    return min(1.0, progress / length) if length else 1.0
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -162,15 +171,24 @@ class Run:
             self.history.append(row)
             self.epoch += 1
             self.save()
+            self.draw()
+
+    def draw(self) -> None:
+        """The learning curve beside the run, where matplotlib is installed."""
+        with suppress(ImportError):
+            from hardening.plots import learning_curve
+
+            learning_curve(self.history, self.folder / "curve.png")
 
 
 class Trainer:
     """Adversarial training of one classifier, from the weights it has."""
 
     def __init__(self, classifier: Classifier, recipe: Recipe, folder: Path) -> None:
-        if recipe.attack not in (*ATTACKS, UNDEFENDED):
-            known = ", ".join((*ATTACKS, UNDEFENDED))
-            raise ValueError(f"unknown attack {recipe.attack!r}: choose one of {known}")
+        if recipe.method not in METHODS:
+            raise ValueError(
+                f"unknown method {recipe.method!r}: choose one of {', '.join(METHODS)}"
+            )
         self.recipe, self.device = recipe, classifier.mean.device
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -197,15 +215,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(progress)
         x = x.contiguous(memory_format=torch.channels_last)
+        method, threat = METHODS[recipe.method], recipe.threat
+        threat = threat._replace(eps=threat.eps * ramp(progress, recipe.ramp))
         with autocast(self.device):
-            if recipe.attack != UNDEFENDED:
-                self.model.eval()
-                loss = cross_entropy(self.model, label)
-                x = ATTACKS[recipe.attack](loss, x, recipe.threat, generator=self.run.generator)
+            # BatchNorm's statistics are those of images that are learned from.
+            self.model.eval()
+            attacked = method.craft(self.model, x, label, threat, self.run.generator)
             self.model.train()
-            value = self.model.training_loss(x, label)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+            loss = partial(method.loss, self.model, x, attacked, label, recipe.smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            with adversarial_weights(self.model, loss, recipe.awp):
+                value = loss()
+                value.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
@@ -235,6 +256,6 @@ def train_classifier(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         keep=keep,
-        best="clean" if recipe.attack == UNDEFENDED else "pgd10",
+        best="clean" if recipe.method == "standard" else "pgd10",
     )
     return best

@@ -3,12 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from blobs import blobs
+from PIL import Image
 
 from hardening import checkpoint
 from hardening.attacks import Threat
+from hardening.methods import METHODS
 from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_classifier
-from hardening.train import Recipe, Run, Trainer, accuracy, one_cycle, train_classifier
+from hardening.train import Recipe, Run, Trainer, accuracy, one_cycle, ramp, train_classifier
 
 CONFIG = ClassifierConfig("resnet10", 10, width=0.125, image_size=16)
 RECIPE = Recipe(threat=Threat("Linf", 2 / 255), epochs=2, batch_size=32, lr=0.1, ema=0.5)
@@ -22,6 +24,8 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> Path:
 
 def test_training_learns_to_withstand_the_attack(tmp_path: Path) -> None:
     best = load_classifier(train(tmp_path, RECIPE._replace(epochs=5)))
+    with Image.open(tmp_path / "curve.png") as curve:
+        assert curve.size == (840, 480)
     fresh = blobs(128, size=16, seed=2)
     # Chance is 10%.
     assert accuracy(best, fresh, attack="pgd10", threat=RECIPE.threat) > 0.4
@@ -90,13 +94,26 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
     )
     monkeypatch.setattr("hardening.train.checkpoint.save", lambda *_: chosen.append(len(chosen)))
     monkeypatch.setattr("hardening.train.ATTACKS", {})
-    train(tmp_path, RECIPE._replace(attack="none", epochs=3))
+    train(tmp_path, RECIPE._replace(method="standard", epochs=3))
     assert len(chosen) == 2
 
 
-def test_an_unknown_attack_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'fsgm': choose one of .*none"):
-        train(tmp_path, RECIPE._replace(attack="fsgm"))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_with_all_its_options(method: str, tmp_path: Path) -> None:
+    options = {"method": method, "awp": 0.005, "smoothing": 0.1, "ramp": 0.5, "epochs": 4}
+    best = load_classifier(train(tmp_path, RECIPE._replace(**options)))
+    # Chance is 10%.
+    assert accuracy(best, blobs(128, size=16, seed=2), threat=RECIPE.threat) > 0.4
+
+
+def test_eps_grows_in_a_line_and_then_stays() -> None:
+    assert [ramp(progress, 0.5) for progress in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+    assert ramp(0.0, 0.0) == 1.0
+
+
+def test_an_unknown_method_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'fsgm': choose one of standard, nfgsm"):
+        train(tmp_path, RECIPE._replace(method="fsgm"))
 
 
 def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> None:
