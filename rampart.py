@@ -1,5 +1,6 @@
 """The command line: one function per verb, each a thin call into the packages."""
 
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Data = Annotated[Path, typer.Option(help="Training images: CIFAR-10 folder, ImageFolder or .npz")]
 Held = Annotated[Path | None, typer.Option(help="Held-out images; without it a tenth of --data")]
 Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run there continues")]
+METHOD = "nfgsm, pgd, trades or mart; standard makes an undefended control"
+Method = Annotated[str, typer.Option(help=METHOD)]
+CLASSIFIER = "classifier.safetensors"
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
 Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
 Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
@@ -114,9 +118,7 @@ def train(
     arch: Arch = "resnet18",
     width: Width = 1.0,
     image_size: Size = 32,
-    method: Annotated[str, typer.Option(help="nfgsm, pgd, trades, mart; standard: a control")] = (
-        "nfgsm"
-    ),
+    method: Method = "nfgsm",
     norm: Norm = "Linf",
     eps: Eps = None,
     epochs: int = 30,
@@ -349,6 +351,101 @@ def evaluate(
         raise ValueError(
             f"self-checks failed: {', '.join(failed)}. Before you know why, do not use the figures"
         )
+
+
+@app.command()
+def harden(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The .mar to write, as model_store/mine.mar")],
+    held: Held = None,
+    weights: Annotated[Path | None, typer.Option(help="Yours, as `adopt` takes them")] = None,
+    arch: Arch = "resnet18",
+    width: Width = 1.0,
+    image_size: Size = 32,
+    method: Method = "nfgsm",
+    norm: Norm = "Linf",
+    eps: Eps = None,
+    epochs: Annotated[int, typer.Option(help="Of training; 0 keeps --weights as they are")] = 30,
+    purifier_epochs: Annotated[int, typer.Option(help="0: no purifier, variant lean")] = 2,
+    evaluate_on: Annotated[int, typer.Option(help="Validation images to attack; 0: none")] = 100,
+    runs: Annotated[Path, typer.Option(help="Folder for what the stages make")] = Path("runs"),
+    device: Device = "auto",
+) -> None:
+    """The whole way from images, and weights if you have some, to an archive that can be served.
+
+    Each stage is done once: the same command goes on where it was interrupted, and does again only
+    what other inputs change.
+    """
+    from hardening import report
+    from hardening.stages import Stages
+
+    if not (weights or epochs):
+        raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
+    if out.suffix != ".mar":
+        raise ValueError(f"--out {out}: TorchServe loads files that end in .mar; name it so")
+    images, held_out = read_data(data, held, image_size)
+    source: dict[str, Any] = {"images": images, "held": held_out}
+    net: dict[str, Any] = {"arch": arch, "width": width, "image_size": image_size}
+    threat: dict[str, Any] = {"norm": norm, "eps": eps, "device": device}
+    wanted = (weights, epochs, purifier_epochs, "calibrate", evaluate_on, "archive")
+    stages = Stages(runs / out.stem, sum(map(bool, wanted)), typer.echo)
+    parts: dict[str, Any] = {}
+    if weights:
+        take = {**net, "classes": len(images.classes)}
+        make = partial(adopt_into, weights, take)
+        parts["classifier"] = stages.once("adopt", {**take, "weights": weights}, make) / CLASSIFIER
+    if epochs:
+        how = {**net, **threat, "method": method, "epochs": epochs}
+        how["init"] = parts.get("classifier")
+        make = partial(train, data, held=held, **how)
+        parts["classifier"] = stages.once("train", {**source, **how}, make) / CLASSIFIER
+    if purifier_epochs:
+        how = {**threat, **parts, "epochs": purifier_epochs}
+        make = partial(purifier_into, data, {"held": held, **how})
+        folder = stages.once("purifier", {**source, **how}, make)
+        parts["purifier"] = folder / "purifier.safetensors"
+    make = partial(calibrate_into, out.stem, data, {"held": held, **parts})
+    model = stages.once("calibrate", {**source, **parts, "name": out.stem}, make) / out.stem
+    if evaluate_on:
+        known = {**source, **threat, **contents(model), "n": evaluate_on}
+        options = {"part": "validation", "quick": True, "limit": evaluate_on, **threat}
+        make = partial(evaluate_into, model, held or data, options)
+        model = stages.once("evaluate", known, make) / out.stem
+    packed = stages.once(
+        "archive", contents(model), lambda folder: archive(model, folder / out.name)
+    )
+    for variant in VARIANTS:  # an earlier model's would not fit this one's weights
+        (out.with_suffix("") / f"calibration-{variant}.json").unlink(missing_ok=True)
+    shutil.copytree(model, out.with_suffix(""), dirs_exist_ok=True)
+    shutil.copy(packed / out.name, out)
+    typer.echo(f"\n{report.markdown(report.read_card(model))}\n")
+    typer.echo(f"{out}: serve it with `rampart serve --model {out}`")
+
+
+def adopt_into(weights: Path, options: dict[str, Any], folder: Path) -> None:
+    """`adopt` as a stage."""
+    adopt(weights, folder / CLASSIFIER, **options)
+
+
+def purifier_into(data: Path, options: dict[str, Any], folder: Path) -> None:
+    """`purifier` as a stage."""
+    purifier(data, out=folder, **options)
+
+
+def calibrate_into(name: str, data: Path, options: dict[str, Any], folder: Path) -> None:
+    """`calibrate` as a stage."""
+    calibrate(folder / name, data, **options)
+
+
+def evaluate_into(model: Path, data: Path, options: dict[str, Any], folder: Path) -> None:
+    """`evaluate` as a stage, on a copy of the model folder."""
+    shutil.copytree(model, folder / model.name, dirs_exist_ok=True)
+    evaluate(folder / model.name, data, **options)
+
+
+def contents(model: Path) -> dict[str, Any]:
+    """The files of a model folder, by name."""
+    return {file.name: file for file in sorted(model.iterdir()) if file.is_file()}
 
 
 def cat(model: Path, threat: "Threat", *, rate: float) -> "tuple[DefendedClassifier, Pictures]":

@@ -52,6 +52,39 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path)
     assert (tmp_path / "toy.mar").is_file()
 
 
+def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count, seed in (("train", 64, 0), ("held", 400, 1)):
+        images = blobs(count, seed=seed)
+        np.savez(name, image=images.image.numpy(), label=images.label.numpy())
+    data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
+    net = ["--arch", "resnet10", "--width", 0.125, "--epochs", 1]
+    command = ["harden", *data, *net, "--out", "store/mine.mar", "--purifier-epochs"]
+    first = run(*command, 1)
+    assert [line for line in first.splitlines() if line.startswith("[")] == [
+        "[1/4] train",
+        "[2/4] purifier",
+        "[3/4] calibrate",
+        "[4/4] archive",
+    ]
+    assert Path("store/mine.mar").is_file()
+    assert Path("store/mine/weights.safetensors").is_file()
+    assert run(*command, 1).count("done before") == 4
+    lean = run(*command, 0)
+    assert "[1/3] train: done before" in lean
+    assert lean.count("done before") == 1
+    with ZipFile("store/mine.mar") as archive:
+        assert json.loads(archive.read("card.json"))["variant"] == "lean"
+    assert rampart.variants_in(Path("store/mine")) == ["lean"]
+
+
+def test_harden_without_weights_or_training_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pass --weights, or --epochs"):
+        run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar", "--epochs", 0)
+
+
 def test_a_model_without_a_purifier_is_archived_as_lean(tmp_path: Path, tiny_folder: Path) -> None:
     model = tmp_path / "bare"
     shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
