@@ -236,6 +236,7 @@ def rejection_figures(seen: Record, plain: Record, rate: float) -> Iterator[Metr
     yield seen.metric(f"robust_with_rejection@{percent}", safe, everything)
     yield seen.metric("accepted_and_wrong", ~safe, everything)
     simple = plain.worst("safe")
+    yield plain.metric("clean_rejection", ~plain.clean.deployed.accepted)
     yield plain.metric(f"robust_with_rejection@{percent}", simple, everything)
     gap, interval = difference(safe, simple)
     gain = seen.metric("gain_over_max_softmax", safe, everything)

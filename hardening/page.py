@@ -613,10 +613,11 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
     )
     caption = f"{seen.victim.name}: label right by class, with 95% intervals."
     drawing = Figure(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
+    attack = seen.everything().attack
     fewest = min(int((label == index).sum()) for index in shown)
     words = [
         f"{len(shown)} of {len(there)} classes, the weakest first; the smallest has {fewest}"
-        f" images. {seen.everything().attack.capitalize()}."
+        f" images. {attack[0].upper()}{attack[1:]}."
     ]
     yield Section("Classes", words, [drawing])
 
