@@ -4,7 +4,7 @@
 
 Expected: our Auto-PGD is at most 0.5 points weaker than AutoAttack's APGD-CE + APGD-T, on the
 classifier and, with rejection off, through the purifier; ART's PGD is nowhere stronger.
-About an hour on 2 cores; what is found is kept in --cache, so an interrupted run goes on.
+About two hours on one core; what is found is kept in --cache, so an interrupted run goes on.
 """
 
 import argparse
