@@ -74,14 +74,16 @@ class FeatureDistance(nn.Module):
         Raises ValueError where a class has no image.
         """
         with torch.no_grad():
-            features = torch.cat([classifier.embed(x) for x, _ in batches(images, 256)])
+            # In float64: with more features than images, rounding would make eigenvalues negative.
+            features = torch.cat([classifier.embed(x) for x, _ in batches(images, 256)]).double()
         counts = torch.bincount(images.label, minlength=len(self.means))
         if (counts == 0).any():
             names = [images.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
             raise ValueError(f"held-out images lack the classes {names}: add some of each")
-        sums = torch.zeros_like(self.means).index_add_(0, images.label, features)
-        self.means.copy_(sums / counts[:, None])
-        centred = features - self.means[images.label]
+        sums = features.new_zeros(self.means.shape).index_add_(0, images.label, features)
+        means = sums / counts[:, None]
+        self.means.copy_(means)
+        centred = features - means[images.label]
         covariance = centred.T @ centred / len(centred)
         diagonal = covariance.diagonal().diag() + 1e-6 * torch.eye(len(covariance)).to(features)
         values, vectors = torch.linalg.eigh(covariance.lerp(diagonal, shrinkage))

@@ -74,6 +74,22 @@ def test_feature_distance_is_the_mahalanobis_distance_to_the_nearest_mean() -> N
     assert 0.2 < float(centred.square().mean()) < 2
 
 
+class Mixed(torch.nn.Module):
+    """Many large features (N, 1024) of few pixels."""
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = x.flatten(1)
+        mix = torch.randn(pixels.shape[1], 1024, generator=torch.Generator().manual_seed(0))
+        mix[:, ::2] = 0  # features that never fire
+        return 100 * (pixels @ mix).relu()
+
+
+def test_feature_distance_is_finite_with_more_features_than_images() -> None:
+    distance = FeatureDistance(10, 1024)
+    distance.fit(Mixed(), blobs(60, size=16))
+    assert distance.whiten.isfinite().all()
+
+
 def test_a_class_without_images_is_named() -> None:
     images = Images(
         torch.zeros(2, 16, 16, 3, dtype=torch.uint8), torch.tensor([0, 1]), tuple("abc")
