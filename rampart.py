@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from hardening.attacks import Threat
-    from hardening.data import Images
+    from hardening.data import Folder, Images
     from hardening.page import Pictures
     from hardening.pipeline import DefendedClassifier
     from hardening.victims import Victim
@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Data = Annotated[Path, typer.Option(help="Training images: CIFAR-10 folder, ImageFolder or .npz")]
 Held = Annotated[Path | None, typer.Option(help="Held-out images; without it a tenth of --data")]
 Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run there continues")]
-METHOD = "nfgsm, pgd, trades or mart; standard makes an undefended control"
+METHOD = "nfgsm, pgd, trades, mart, rslad; standard makes an undefended control"
 Method = Annotated[str, typer.Option(help=METHOD)]
 CLASSIFIER = "classifier.safetensors"
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
@@ -34,6 +34,10 @@ NORM += "ImageNet's above"
 Arch = Annotated[str, typer.Option(help=ARCH)]
 Width = Annotated[float, typer.Option(help="Factor on the channels of a ResNet or VGG")]
 Size = Annotated[int, typer.Option(help="Pixels per side")]
+STEPS = "Of the attack in pgd, trades, mart and rslad"
+TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
+RECTIFY = "Train a second head beside: rectified rejection"
+COMPILE = "torch.compile: a minute or more first, faster steps then"
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default full where the model has a purifier"
@@ -67,17 +71,20 @@ def pick_device(name: str) -> "torch.device":
     )
 
 
-def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images, Images]":
+def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images | Folder, Images]":
     """(training images, held-out images) of the options --data and --held."""
-    from hardening.data import hold_out, load
+    from hardening import distributed
+    from hardening.data import hold_out, load, load_training
 
-    train, out = hold_out(load(data, size=size), load(held, size=size) if held else None)
+    held_out = load(held, size=size) if held else None
+    train, out = hold_out(load_training(data, size=size), held_out)
     if len(out) < 200:
         raise ValueError(
             f"{held or data} leaves {len(out)} held-out images: calibration needs 200 or more, so"
             " pass at least 2,000 images as --data, or a set of its own as --held"
         )
-    typer.echo(f"{len(train)} training images, {len(out)} held out")
+    if distributed.first():
+        typer.echo(f"{len(train)} training images, {len(out)} held out")
     return train, out
 
 
@@ -128,15 +135,23 @@ def train(
     awp: Annotated[float, typer.Option(help="Adversarial weights: parts of their norm, 0.005")] = 0,
     smoothing: Annotated[float, typer.Option(help="Label smoothing")] = 0,
     ramp: Annotated[float, typer.Option(help="Part of the run in which eps grows from 0")] = 0,
+    steps: Annotated[int, typer.Option(help=STEPS)] = 10,
+    teacher: Annotated[Path | None, typer.Option(help=TEACHER)] = None,
+    rectify: Annotated[bool, typer.Option("--rectify", help=RECTIFY)] = False,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the arithmetic")] = "bf16",
+    compile: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, typer.Option(help=INIT)] = None,
     validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a classifier adversarially. Ctrl-C is safe: the same command continues."""
+    """Train a classifier adversarially. Ctrl-C is safe: the same command continues.
+
+    Started by torchrun, all its processes train the one classifier.
+    """
     import torch
 
-    from hardening import checkpoint
+    from hardening import checkpoint, distributed
     from hardening.data import split
     from hardening.models import Classifier, ClassifierConfig
     from hardening.pipeline import load_classifier
@@ -144,7 +159,10 @@ def train(
 
     if image_size < 16 or image_size % 8:
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
-    start = load_classifier(init, auxiliary=True) if init else None
+    if (method == "rslad") != bool(teacher):
+        raise ValueError("--method rslad and --teacher go together: one distils, from the other")
+    where = distributed.join(pick_device(device))
+    start = load_classifier(init, auxiliary=True, rectified=rectify) if init else None
     images, held_out = read_data(data, held, start.config.image_size if start else image_size)
     if start and start.config.classes != len(images.classes):
         raise ValueError(
@@ -152,8 +170,9 @@ def train(
             f" {len(images.classes)}: train from new weights, without --init"
         )
     torch.manual_seed(seed)
-    config = ClassifierConfig(arch, len(images.classes), width, image_size)
+    config = ClassifierConfig(arch, len(images.classes), width, image_size, rectified=rectify)
     net = start or Classifier(config, auxiliary=True)
+    robust = load_classifier(teacher).to(where) if teacher else None
     after = checkpoint.read(init)[0].get("training", init.name) if init else ""
     recipe = Recipe(
         method,
@@ -166,11 +185,18 @@ def train(
         smoothing=smoothing,
         awp=awp,
         ramp=ramp,
+        steps=steps,
+        precision=precision,
+        teacher=checkpoint.digest(robust) if robust else "",
         after=str(after),
     )
+    if compile:
+        net.backbone.compile()
     validation = split(held_out, "validation")[slice(validate_on)]
-    best = train_classifier(net.to(pick_device(device)), recipe, out, (images, validation))
-    typer.echo(f"best classifier: {best}")
+    net, parts = net.to(where), (images, validation)
+    best = train_classifier(net, recipe, out, parts, teacher=robust)
+    if distributed.first():
+        typer.echo(f"best classifier: {best}")
 
 
 CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -215,17 +241,19 @@ def purifier(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Train the GAN purifier in front of a frozen classifier. Ctrl-C is safe here too."""
+    """Train the GAN purifier in front of a frozen classifier. Ctrl-C and torchrun as in `train`."""
+    from hardening import distributed
     from hardening.data import split
     from hardening.pipeline import load_classifier
     from hardening.purifier import PurifierConfig, PurifierRecipe, train_purifier
 
-    net = load_classifier(classifier).to(pick_device(device))
+    net = load_classifier(classifier).to(distributed.join(pick_device(device)))
     images, held_out = read_data(data, held, net.config.image_size)
     validation = split(held_out, "validation")[slice(validate_on)]
     recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
     best = train_purifier(net, PurifierConfig(), recipe, out, (images, validation))
-    typer.echo(f"best purifier: {best}")
+    if distributed.first():
+        typer.echo(f"best purifier: {best}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from handlers.verdict import Calibration, p_values
 from hardening.attacks import Threat, pgd10
 from hardening.calibrate import detection_margin
 from hardening.data import to_float, to_uint8
+from hardening.noise import Noise
 from hardening.objectives import as_loss, look_at, mislead, untargeted
 from hardening.pipeline import DefendedClassifier
 
@@ -47,10 +48,9 @@ def samples(
     x = to_float(image)
     with torch.no_grad():
         label = pipeline.defend(x).logits.argmax(1)
-    generator = torch.Generator().manual_seed(0)
     look = look_at(pipeline, calibration, rate)
     objective = mislead(look, untargeted(label), label, handling="penalty")
-    attacked = pgd10(as_loss(objective, len(x)), x, Threat(), generator=generator)
+    attacked = pgd10(as_loss(objective, len(x)), x, Threat(), noise=Noise(torch.arange(len(x))))
     near = near_threshold(pipeline, calibration, x, rate=rate)
     return torch.cat([image, to_uint8(attacked), to_uint8(near)])
 
@@ -59,7 +59,7 @@ def near_threshold(
     pipeline: DefendedClassifier, calibration: Calibration, x: Tensor, *, rate: float
 ) -> Tensor:
     """Mix noise into x (N, 3, H, W) until each image sits just below the threshold (bisection)."""
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    noise = Noise(torch.arange(len(x)), seed=1).uniform(*x.shape[1:])
     low, high = torch.zeros(len(x), 1, 1, 1), torch.ones(len(x), 1, 1, 1)
     for _ in range(10):
         middle = (low + high) / 2

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hardening.noise import Noise
+
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -42,13 +44,12 @@ def flat_norm(d: Tensor) -> Tensor:
     return norms.view(-1, 1, 1, 1)
 
 
-def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+def random_start(x: Tensor, threat: Threat, noise: Noise) -> Tensor:
     """A perturbation drawn uniformly from the ball, shaped like x."""
     if threat.norm == "Linf":
-        noise = torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1
-        return threat.eps * noise
-    direction = torch.randn(x.shape, generator=generator, device=x.device)
-    radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        return threat.eps * (noise.uniform(*x.shape[1:]) * 2 - 1)
+    direction = noise.normal(*x.shape[1:])
+    radius = noise.uniform(1, 1, 1)
     return threat.eps * radius ** (1 / x[0].numel()) * direction / flat_norm(direction)
 
 
@@ -206,28 +207,28 @@ def cross_entropy(model: Callable[[Tensor], Tensor], label: Tensor) -> Loss:
     return lambda x: F.cross_entropy(model(x).float(), label, reduction="none")
 
 
-def n_fgsm(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+def n_fgsm(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
     """One step of size eps from noise of 2 eps, without projection onto the ball."""
-    start = random_start(x, threat._replace(eps=2 * threat.eps), generator)
+    start = random_start(x, threat._replace(eps=2 * threat.eps), noise)
     free = threat._replace(eps=float("inf"))
     return pgd(loss, x, free, steps=1, step_size=threat.eps, start=start, keep_best=False)
 
 
-def fgsm(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
-    """One step of size eps from the image itself (Goodfellow et al. 2015); generator unused."""
+def fgsm(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
+    """One step of size eps from the image itself (Goodfellow et al. 2015); `noise` is not used."""
     zero = torch.zeros_like(x)
     return pgd(loss, x, threat, steps=1, step_size=threat.eps, start=zero, keep_best=False)
 
 
-def pgd10(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+def pgd10(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
     """Ten steps of eps/4 from a random start."""
-    start = random_start(x, threat, generator)
+    start = random_start(x, threat, noise)
     return pgd(loss, x, threat, steps=10, step_size=threat.eps / 4, start=start)
 
 
-def pgd20(loss: Loss, x: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+def pgd20(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
     """Twenty steps of eps/4 (2/255 at 8/255) from one random start."""
-    start = random_start(x, threat, generator)
+    start = random_start(x, threat, noise)
     return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hardening.attacks import Threat, apgd, random_start
+from hardening.noise import Noise
 from hardening.objectives import Look, Seen, mislead, untargeted
 
 # Shares of images, but for `randomness`, which is a distance between logits.
@@ -83,7 +84,7 @@ def logits_are_logits(look: Look, x: Tensor, subject: str) -> Check:
 def robust_at(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
     """Share of x that withstands one Auto-PGD of `steps` on the label."""
     objective = mislead(lambda x: Seen(look(x).logits), untargeted(label), label)
-    start = random_start(x, threat, torch.Generator(x.device).manual_seed(0))
+    start = random_start(x, threat, Noise(torch.arange(len(x), device=x.device)))
     _, won = apgd(objective, x, threat, steps=steps, start=start)
     return 1 - float(won.float().mean())
 

@@ -1,13 +1,19 @@
-"""Labelled images as one uint8 tensor, from CIFAR-10, an ImageFolder directory or an .npz file.
+"""Labelled images from CIFAR-10, an ImageFolder directory or an .npz file.
 
-Small images fit in memory whole (CIFAR-10: 150 MB), so a data set is one tensor and a batch is one
-index operation; augmentation is two tensor functions.
+Small images fit in memory whole (CIFAR-10: 150 MB), so a data set is one uint8 tensor, on the GPU
+where there is one, and a batch is one index operation. What does not fit is decoded as training
+goes on. Augmentation is two tensor functions.
 """
 
+import hashlib
 import math
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handlers.image import ImageError, decode
+from hardening import distributed
+from hardening.noise import Noise
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Shares of the held-out images: (split, first, last) in parts of 5,170. Checkpoints are chosen on
 # validation, detectors combined on tuning, thresholds set on calibration.
 PARTS = 5170
 SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500, 5170)}
+# Decoded training images up to this size are kept in memory; beyond, files are read as needed.
+MEMORY = 4 * 2**30
+AHEAD = 2  # batches decoded before they are asked for
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,92 @@ class Images:
         paths = tuple(self.paths[i] for i in chosen.tolist()) if self.paths else ()
         return Images(self.image[chosen], self.label[chosen], self.classes, paths)
 
+    def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (image, label) for each index tensor of `rows`."""
+        for index in rows:
+            chosen = index.to(self.label.device)
+            yield self.image[chosen], self.label[chosen]
+
+    def digest(self) -> str:
+        """Stands for the pixels, labels and classes."""
+        total = hashlib.sha256(self.image.cpu().numpy().tobytes())
+        total.update(self.label.cpu().numpy().tobytes())
+        total.update(repr(self.classes).encode())
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Pictures on disk, decoded to `size` when they are needed; `device` is where batches go."""
+
+    files: tuple[Path, ...]
+    label: Tensor  # (N,) int64
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    size: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def to(self, device: torch.device) -> "Folder":
+        """The same pictures, read for `device`."""
+        return Folder(self.files, self.label, self.classes, self.paths, self.size, device)
+
+    def __getitem__(self, index: Tensor) -> "Folder":
+        rows = index.tolist()
+        files, paths = tuple(self.files[i] for i in rows), tuple(self.paths[i] for i in rows)
+        return Folder(files, self.label[index], self.classes, paths, self.size, self.device)
+
+    def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads.
+
+        Pillow decodes and scales without Python's lock, so threads keep all cores busy.
+        """
+        pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // distributed.beside()))
+        waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
+        try:
+            for index in rows:
+                pictures = [pool.submit(self.picture, row) for row in index.tolist()]
+                waiting.append((index, pictures))
+                if len(waiting) > AHEAD:
+                    yield self.collect(*waiting.popleft())
+            while waiting:
+                yield self.collect(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def picture(self, row: int) -> Tensor:
+        """One picture as uint8 (H, W, 3), decoded as the endpoint decodes it."""
+        try:
+            return torch.from_numpy(decode(self.files[row].read_bytes(), self.size))
+        except ImageError as error:
+            raise ValueError(f"{self.files[row]}: {error.message}") from error
+
+    def collect(self, index: Tensor, pictures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
+        """(image, label) of a batch on the device, without waiting for the way there."""
+        image = torch.stack([picture.result() for picture in pictures])
+        if self.device.type == "cuda":
+            image = image.pin_memory()
+        return image.to(self.device, non_blocking=True), self.label[index].to(self.device)
+
+    def whole(self) -> Images:
+        """All pictures, decoded."""
+        image = torch.empty((len(self), self.size, self.size, 3), dtype=torch.uint8)
+        rows = torch.split(torch.arange(len(self)), 64)
+        bar = tqdm(total=len(self), desc="reading pictures", leave=False)
+        for index, (some, _) in zip(rows, self.read(rows), strict=True):
+            image[index] = some.cpu()
+            bar.update(len(index))
+        bar.close()
+        return Images(image, self.label, self.classes, self.paths)
+
+    def digest(self) -> str:
+        """Stands for the files, without reading them: names, sizes, times of the last change."""
+        stats = [file.stat() for file in self.files]
+        known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(self.paths, stats, strict=True)]
+        return hashlib.sha256(repr((known, self.classes, self.size)).encode()).hexdigest()
+
 
 def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
@@ -62,7 +159,7 @@ def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     elif (path / "cifar-10-batches-py").is_dir():
         images = load_cifar10(path, train=train)
     elif path.is_dir():
-        images = load_folder(path, size=size)
+        images = find_pictures(path, size=size).whole()
     else:
         raise FileNotFoundError(
             f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
@@ -112,29 +209,34 @@ def load_npz(path: Path) -> Images:
     return Images(torch.from_numpy(image), torch.from_numpy(label), classes, paths)
 
 
-def load_folder(path: Path, *, size: int) -> Images:
-    """Read every picture of an ImageFolder directory, with the decoder that serves."""
+def load_training(path: Path, *, size: int) -> Images | Folder:
+    """As `load`, but a folder whose pictures would fill memory is left on disk."""
+    if not path.is_dir() or (path / "cifar-10-batches-py").is_dir():
+        return load(path, size=size)
+    folder = find_pictures(path, size=size)
+    return folder if len(folder) * size * size * 3 > MEMORY else folder.whole()
+
+
+def find_pictures(path: Path, *, size: int) -> Folder:
+    """The pictures of an ImageFolder directory, each class in a folder of its own.
+
+    Raises ValueError where there is none, or where the folders are splits.
+    """
     found = {
         entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in SUFFIXES)
         for entry in sorted(path.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
     classes = tuple(name for name, pictures in found.items() if pictures)
-    files = [(file, index) for index, name in enumerate(classes) for file in found[name]]
+    files = tuple(file for name in classes for file in found[name])
     if not files:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     if set(classes) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(f"{path} holds splits and not classes: pass one, as {path / classes[0]}")
-    image = np.empty((len(files), size, size, 3), np.uint8)
-    for row, (file, _) in enumerate(tqdm(files, desc=f"reading {path.name}", leave=False)):
-        try:
-            image[row] = decode(file.read_bytes(), size)
-        except ImageError as error:
-            raise ValueError(f"{file}: {error.message}") from error
-    label = torch.tensor([index for _, index in files])
+    label = torch.tensor([index for index, name in enumerate(classes) for _ in found[name]])
     root = path.resolve().name
-    names = tuple(f"{root}/{file.relative_to(path)}" for file, _ in files)
-    return Images(torch.from_numpy(image), label, classes, names)
+    names = tuple(f"{root}/{file.relative_to(path)}" for file in files)
+    return Folder(files, label, classes, names, size, torch.device("cpu"))
 
 
 def split(held: Images, name: str) -> Images:
@@ -143,21 +245,24 @@ def split(held: Images, name: str) -> Images:
     return held[slice(len(held) * first // PARTS, len(held) * last // PARTS)]
 
 
-def hold_out(images: Images, held: Images | None, *, seed: int = 0) -> tuple[Images, Images]:
+def hold_out(
+    images: Images | Folder, held: Images | None, *, seed: int = 0
+) -> tuple[Images | Folder, Images]:
     """Divide into (training images, held-out images).
 
     With `held`, its images are left out of training where its `paths` name them (the lossless
-    twins of JPEG training images) or their pixels are the same. Without it a tenth, at most 5,170,
-    is drawn with `seed`. Raises ValueError where both name classes differently, or where `held`
-    names twins and none is found.
+    twins of JPEG training images) or, of images in memory, their pixels are the same. Without it a
+    tenth, at most 5,170, is drawn with `seed`. Raises ValueError where both name classes
+    differently, or where `held` names twins and none is found.
     """
     if held is not None:
         if held.classes != images.classes:
             raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
         twins, pixels = set(held.paths), {image.tobytes() for image in held.image.numpy()}
         paths = images.paths or ("",) * len(images)
-        rows = zip(paths, images.image.numpy(), strict=True)
-        keep = torch.tensor([p not in twins and i.tobytes() not in pixels for p, i in rows])
+        keep = torch.tensor([path not in twins for path in paths])
+        if isinstance(images, Images):
+            keep &= torch.tensor([i.tobytes() not in pixels for i in images.image.numpy()])
         if twins and keep.all():
             raise ValueError(
                 f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
@@ -166,7 +271,8 @@ def hold_out(images: Images, held: Images | None, *, seed: int = 0) -> tuple[Ima
         return images[keep.nonzero().flatten()], held
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = min(PARTS, math.ceil(len(images) / 10))
-    return images[order[count:]], images[order[:count]]
+    drawn = images[order[:count]]
+    return images[order[count:]], drawn.whole() if isinstance(drawn, Folder) else drawn
 
 
 def spread(images: Images, count: int | None) -> Images:
@@ -186,40 +292,51 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
 
 
-def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+def flip(x: Tensor, noise: Noise) -> Tensor:
     """Mirror each image of x (N, 3, H, W) with probability 1/2."""
-    coin = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(coin, x.flip(-1), x)
+    return torch.where(noise.uniform(1, 1, 1) < 0.5, x.flip(-1), x)
 
 
-def crop(x: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:
+def crop(x: Tensor, noise: Noise, *, padding: int = 4) -> Tensor:
     """Shift each image of x (N, 3, H, W) by up to `padding` pixels, filling with reflections."""
     n, _, height, width = x.shape
     padded = torch.nn.functional.pad(x, (padding,) * 4, mode="reflect")
-    shift = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=x.device)
-    rows = (shift[0] + torch.arange(height, device=x.device))[:, :, None]  # (N, H, 1)
-    columns = (shift[1] + torch.arange(width, device=x.device))[:, None, :]  # (N, 1, W)
+    shift = (noise.uniform(2) * (2 * padding + 1)).long()  # (N, 2)
+    rows = (shift[:, :1] + torch.arange(height, device=x.device))[:, :, None]  # (N, H, 1)
+    columns = (shift[:, 1:] + torch.arange(width, device=x.device))[:, None, :]  # (N, 1, W)
     image = torch.arange(n, device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)
 
 
-def batches(
-    images: Images, size: int, *, generator: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (x float (B, 3, H, W), label (B,)); with a generator shuffled and augmented.
+class Batch(NamedTuple):
+    """What a training step learns from; `noise` draws for each of its images."""
 
-    The generator must live on the images' device.
+    x: Tensor  # (B, 3, H, W) in [0, 1]
+    label: Tensor  # (B,)
+    noise: Noise
+    soft: Tensor | None = None  # (B, K) what a teacher says of x, probabilities
+
+
+def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x float (B, 3, H, W), label (B,)) of all images, in order."""
+    for start in range(0, len(images), size):
+        chosen = slice(start, start + size)
+        yield to_float(images.image[chosen]), images.label[chosen]
+
+
+def shuffled(
+    images: Images | Folder, size: int, *, seed: int, epoch: int, skip: int = 0
+) -> Iterator[Batch]:
+    """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
+
+    Order and augmentation follow from `seed`, `epoch` and the image alone. A short last batch would
+    unbalance BatchNorm's statistics, so it is dropped.
     """
-    count, device = len(images), images.image.device
-    if generator is None:
-        order, last = torch.arange(count, device=device), count
-    else:
-        order = torch.randperm(count, generator=generator, device=device)
-        # A short last batch would unbalance BatchNorm's statistics, so training drops it.
-        last = max(count - count % size, min(count, size))
-    for start in range(0, last, size):
-        chosen = order[start : start + size]
-        x = to_float(images.image[chosen])
-        if generator:
-            x = crop(flip(x, generator), generator)
-        yield x, images.label[chosen]
+    draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(images), generator=draws)
+    last = max(len(order) - len(order) % size, min(len(order), size))
+    whole = torch.split(order[:last], size)
+    rows = [distributed.mine(index) for index in whole[skip:]]
+    for index, (image, label) in zip(rows, images.read(rows), strict=True):
+        noise = Noise(index.to(label.device), seed=seed, epoch=epoch)
+        yield Batch(crop(flip(to_float(image), noise), noise), label, noise)

@@ -32,6 +32,7 @@ class Views(NamedTuple):
     raw_logits: Tensor  # (N, K) of x
     logits: Tensor  # (N, K) of purified
     features: Tensor  # (N, F) of x
+    rectified: Tensor  # (N,) rectified confidence in x
 
 
 def median3x3(x: Tensor) -> Tensor:
@@ -100,14 +101,15 @@ FULL = (
     "feature_distance",
 )
 LEAN = ("confidence", "energy")
+RECTIFIED = "rectified"  # where the classifier has the second head of Pang et al. 2022
 
 
 class Detectors(nn.Module):
-    """The named detectors, in order; FULL needs two views, LEAN looks at the logits only."""
+    """The named detectors, in order; FULL needs two views, LEAN looks at the last layers only."""
 
     def __init__(self, names: tuple[str, ...], classes: int, feature_size: int) -> None:
         super().__init__()
-        unknown = set(names) - set(FULL)
+        unknown = set(names) - {*FULL, RECTIFIED}
         if unknown:
             raise ValueError(f"unknown detectors {sorted(unknown)}: choose among {', '.join(FULL)}")
         self.names = names
@@ -133,6 +135,8 @@ class Detectors(nn.Module):
                 return 1 - views.logits.softmax(1).amax(1)
             case "energy":
                 return -views.logits.logsumexp(1)
+            case "rectified":
+                return 1 - views.rectified
             case _:
                 distance: Tensor = self.feature_distance(views.features)
                 return distance

@@ -1,7 +1,8 @@
 """How a training step makes a batch hard, and the loss that it descends.
 
 Sources: N-FGSM, de Jorge et al. 2022; PGD training, Madry et al. 2018; TRADES, Zhang et al. 2019
-(equation 5); MART, Wang et al. 2020 (equation 10); adversarial weights, Wu et al. 2020 (section 4).
+(equation 5); MART, Wang et al. 2020 (equation 10); RSLAD, Zi et al. 2021 (equation 4); adversarial
+weights, Wu et al. 2020 (section 4); rectified rejection, Pang et al. 2022 (section 4).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,51 +13,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.attacks import ATTACKS, Loss, Threat, cross_entropy, pgd
+from hardening import distributed
+from hardening.attacks import Loss, Threat, cross_entropy, n_fgsm, pgd, random_start
+from hardening.data import Batch
 from hardening.models import Classifier
 
 AUXILIARY = 0.3  # weight of GoogLeNet's auxiliary heads (Szegedy et al. 2015, section 5)
 # What stands before the robust part of the loss: TRADES' beta, MART's lambda.
 TRADES_BETA, MART_LAMBDA = 6.0, 5.0
+RSLAD_ALPHA = 5 / 6  # weight of attacked images, clean ones have the rest
 
 
 class Method(NamedTuple):
     """A way to train: `craft` attacks images, `loss` is descended on clean and attacked ones."""
 
-    craft: Callable[[Classifier, Tensor, Tensor, Threat, torch.Generator], Tensor]
-    loss: Callable[[Classifier, Tensor, Tensor, Tensor, float], Tensor]
+    craft: Callable[[Classifier, Batch, Threat, int], Tensor]
+    loss: Callable[[Classifier, Batch, Tensor, float], Tensor]
 
 
-def crafted_by(
-    name: str,
-) -> Callable[[Classifier, Tensor, Tensor, Threat, torch.Generator], Tensor]:
-    """Images that ATTACKS[name] moves away from their label."""
-
-    def craft(
-        model: Classifier, x: Tensor, label: Tensor, threat: Threat, generator: torch.Generator
-    ) -> Tensor:
-        return ATTACKS[name](cross_entropy(model, label), x, threat, generator=generator)
-
-    return craft
+def step_size(threat: Threat, steps: int) -> float:
+    """A step of PGD-`steps`: eps/4 at ten, in proportion at others, at most eps."""
+    return threat.eps * min(1.0, 2.5 / steps)
 
 
-def as_they_are(
-    model: Classifier, x: Tensor, label: Tensor, threat: Threat, generator: torch.Generator
-) -> Tensor:
+def as_they_are(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """No attack: the control that robustness is measured against."""
-    return x
+    return batch.x
 
 
-def away_from_itself(
-    model: Classifier, x: Tensor, label: Tensor, threat: Threat, generator: torch.Generator
-) -> Tensor:
-    """Ten steps of eps/4 that move the prediction away from that for x, whatever the label."""
+def in_one_step(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """N-FGSM, whatever `steps`."""
+    return n_fgsm(cross_entropy(model, batch.label), batch.x, threat, noise=batch.noise)
+
+
+def away_from_the_label(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """PGD on the cross-entropy, from a random start."""
+    start = random_start(batch.x, threat, batch.noise)
+    loss, size = cross_entropy(model, batch.label), step_size(threat, steps)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+
+
+def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """PGD that moves the prediction away from that for x, whatever the label."""
     with torch.no_grad():
-        clean = F.softmax(model(x).float(), 1)
-    start = 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    return pgd(
-        divergence_from(model, clean), x, threat, steps=10, step_size=threat.eps / 4, start=start
-    )
+        clean = F.softmax(model(batch.x).float(), 1)
+    # At x itself the divergence has no slope.
+    start = 0.001 * batch.noise.normal(*batch.x.shape[1:])
+    loss, size = divergence_from(model, clean), step_size(threat, steps)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+
+
+def away_from_the_teacher(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """PGD that moves the prediction away from the teacher's for x."""
+    start = random_start(batch.x, threat, batch.noise)
+    loss, size = divergence_from(model, taught(batch)), step_size(threat, steps)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+
+
+def taught(batch: Batch) -> Tensor:
+    """What the teacher says of the batch, (B, K). Raises ValueError where there is none."""
+    if batch.soft is None:
+        raise ValueError("distillation needs a teacher: pass --teacher classifier.safetensors")
+    return batch.soft
 
 
 def divergence_from(model: Classifier, clean: Tensor) -> Loss:
@@ -70,25 +88,22 @@ def classification(logits: tuple[Tensor, ...], label: Tensor, smoothing: float) 
     return main + AUXILIARY * sum(others, torch.zeros_like(main))
 
 
-def on_attacked(
-    model: Classifier, x: Tensor, attacked: Tensor, label: Tensor, smoothing: float
-) -> Tensor:
+def on_attacked(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy on the attacked images."""
-    return classification(model.all_logits(attacked), label, smoothing)
+    return classification(model.all_logits(attacked), batch.label, smoothing)
 
 
-def trades(
-    model: Classifier, x: Tensor, attacked: Tensor, label: Tensor, smoothing: float
-) -> Tensor:
+def trades(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy on clean images, plus how far the attacked predictions are from theirs."""
-    every = model.all_logits(x)
+    every = model.all_logits(batch.x)
     gap = divergence_from(model, F.softmax(every[0].float(), 1))(attacked)
-    return classification(every, label, smoothing) + TRADES_BETA * gap.mean()
+    return classification(every, batch.label, smoothing) + TRADES_BETA * gap.mean()
 
 
-def mart(model: Classifier, x: Tensor, attacked: Tensor, label: Tensor, smoothing: float) -> Tensor:
+def mart(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
     """Margin-boosted cross-entropy on attacked images; misclassified ones weigh more."""
-    clean = F.softmax(model(x).float(), 1)
+    label = batch.label
+    clean = F.softmax(model(batch.x).float(), 1)
     attacked_logits = model(attacked).float()
     wrong = F.softmax(attacked_logits, 1).scatter(1, label[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(attacked_logits, label, label_smoothing=smoothing)
@@ -98,13 +113,34 @@ def mart(model: Classifier, x: Tensor, attacked: Tensor, label: Tensor, smoothin
     return boosted + MART_LAMBDA * (gap * doubt).mean()
 
 
+def rslad(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
+    """How far the student is from the robust teacher's word on x, at x and at the attacked."""
+    gap = divergence_from(model, taught(batch))
+    loss: Tensor = RSLAD_ALPHA * gap(attacked).mean() + (1 - RSLAD_ALPHA) * gap(batch.x).mean()
+    return loss
+
+
 METHODS = {
     "standard": Method(as_they_are, on_attacked),
-    "nfgsm": Method(crafted_by("n_fgsm"), on_attacked),
-    "pgd": Method(crafted_by("pgd10"), on_attacked),
+    "nfgsm": Method(in_one_step, on_attacked),
+    "pgd": Method(away_from_the_label, on_attacked),
     "trades": Method(away_from_itself, trades),
-    "mart": Method(crafted_by("pgd10"), mart),
+    "mart": Method(away_from_the_label, mart),
+    "rslad": Method(away_from_the_teacher, rslad),
 }
+
+
+def rectification(model: Classifier, features: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy between rectified confidence and the probability of the true label.
+
+    `features` (N, F) come without gradients: the head is trained beside the classifier, which
+    stays what it would be without one (Pang et al. train both, and stop some of the gradients).
+    """
+    with torch.no_grad():
+        logits = model.head(features)
+        true = F.softmax(logits.float(), 1).gather(1, label[:, None]).squeeze(1)
+    trusted = model.rectified_confidence(features, logits).clamp(1e-6, 1 - 1e-6)
+    return -(true * trusted.log() + (1 - true) * (1 - trusted).log()).mean()
 
 
 @contextmanager
@@ -120,6 +156,7 @@ def adversarial_weights(
         return
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    distributed.average(gradient for gradient in gradients if gradient is not None)
     steps = [
         gamma * w.norm() / (g.norm() + 1e-12) * g
         for w, g in zip(weights, gradients, strict=True)

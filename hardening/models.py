@@ -21,6 +21,7 @@ ARCHITECTURES = (*RESNETS, *VGGS, "alexnet", "googlenet", "squeezenet1_1")
 TIMM = "timm:"
 SMALL = 64  # pixels a side
 HIDDEN = 1024  # of AlexNet's head for small images
+DOUBTS = 64  # hidden units of the rectifier
 
 
 class ClassifierConfig(NamedTuple):
@@ -32,13 +33,15 @@ class ClassifierConfig(NamedTuple):
     image_size: int = 32
     mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616)
+    rectified: bool = False
 
 
 class Classifier(nn.Module):
     """Pixels in [0, 1] to logits; the pooled features are what detectors see.
 
     `auxiliary` adds the heads that GoogLeNet has in training only. `head_name` is what the library
-    calls the last layer, here split off as `head`. Raises ValueError for what cannot be built.
+    calls the last layer, here split off as `head`. With `config.rectified` there is a second head,
+    of rectified rejection (Pang et al. 2022). Raises ValueError for what cannot be built.
     """
 
     def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:
@@ -46,6 +49,10 @@ class Classifier(nn.Module):
         self.config = config
         self.backbone = build(config, auxiliary=auxiliary)
         self.head_name, self.head, self.feature_size = split_head(self.backbone, config)
+        self.rectifier: nn.Module | None = None
+        if config.rectified:
+            layers = nn.Linear(self.feature_size, DOUBTS), nn.ReLU(), nn.Linear(DOUBTS, 1)
+            self.rectifier = nn.Sequential(*layers)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -67,6 +74,14 @@ class Classifier(nn.Module):
         out = self.backbone((x - self.mean) / self.std)
         features, *others = (out,) if isinstance(out, Tensor) else out
         return (self.head(features), *others)
+
+    def rectified_confidence(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Confidence (N,) times how far the second head trusts it, where there is one."""
+        confidence = logits.float().softmax(1).amax(1)
+        if self.rectifier is None:
+            return confidence
+        trust: Tensor = self.rectifier(features).float().sigmoid().squeeze(1)
+        return confidence * trust
 
 
 def build(config: ClassifierConfig, *, auxiliary: bool) -> nn.Module:

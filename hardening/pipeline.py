@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hardening import checkpoint
 from hardening.data import to_float
-from hardening.detectors import FULL, LEAN, Detectors, Views
+from hardening.detectors import FULL, LEAN, RECTIFIED, Detectors, Views
 from hardening.models import Classifier, ClassifierConfig
 from hardening.purifier import Purifier, PurifierConfig
 
@@ -27,7 +27,8 @@ class Outputs(NamedTuple):
 class DefendedClassifier(nn.Module):
     """Purifier, classifier and detectors as one module without branches on data or randomness.
 
-    Without a purifier the purified view is the image itself and there is one classifier pass.
+    Without a purifier the purified view is the image itself and there is one classifier pass. A
+    classifier with the head of rectified rejection adds its detector to `names`.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class DefendedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.purifier = classifier, purifier
+        if classifier.rectifier is not None:
+            names = (*names, RECTIFIED)
         self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
 
     def defend(self, x: Tensor) -> Outputs:
@@ -49,7 +52,8 @@ class DefendedClassifier(nn.Module):
             # Slices keep the exported batch dynamic; chunk(2) would freeze it.
             features, all_logits = both[:n], self.classifier.head(both)
             raw_logits, logits = all_logits[:n], all_logits[n:]
-        scores = self.detectors(Views(x, purified, raw_logits, logits, features))
+        rectified = self.classifier.rectified_confidence(features, raw_logits)
+        scores = self.detectors(Views(x, purified, raw_logits, logits, features, rectified))
         return Outputs(logits, raw_logits, scores, purified)
 
     def label_logits(self, x: Tensor) -> Tensor:
@@ -100,10 +104,11 @@ def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
     return ClassifierConfig(**values)
 
 
-def load_classifier(path: Path, *, auxiliary: bool = False) -> Classifier:
+def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = False) -> Classifier:
     """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen.
 
-    GoogLeNet's `auxiliary` heads, which train alone needs, are left out unless asked for.
+    GoogLeNet's `auxiliary` heads, which train alone needs, are left out unless asked for. With
+    `rectified` a network that has no head of rectified rejection gets a new one.
     """
     config, state = checkpoint.read(path)
     prefix = "classifier."
@@ -111,9 +116,12 @@ def load_classifier(path: Path, *, auxiliary: bool = False) -> Classifier:
     state = own or state
     heads = {name for name in state if name.startswith("backbone.aux")}
     auxiliary = auxiliary and bool(heads)
-    classifier = Classifier(classifier_config(config), auxiliary=auxiliary)
+    known = classifier_config(config)
+    known = known._replace(rectified=known.rectified or rectified)
+    classifier = Classifier(known, auxiliary=auxiliary)
     kept = {name: t for name, t in state.items() if auxiliary or name not in heads}
-    classifier.load_state_dict(kept)
+    new = {name: t for name, t in classifier.state_dict().items() if name.startswith("rectifier.")}
+    classifier.load_state_dict({**new, **kept})
     return classifier.eval().requires_grad_(False)
 
 

@@ -17,13 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm import tqdm
 
-from hardening import checkpoint
+from hardening import checkpoint, distributed
 from hardening.attacks import Threat, cross_entropy, pgd, random_start
-from hardening.data import Images
+from hardening.data import Batch, Folder, Images
 from hardening.models import Classifier
-from hardening.train import Part, Run, accuracy, autocast, one_cycle, update_ema, validate
+from hardening.train import (
+    Part,
+    Run,
+    accuracy,
+    autocast,
+    one_cycle,
+    one_part,
+    say,
+    update_ema,
+    validate,
+)
 
 
 class PurifierConfig(NamedTuple):
@@ -95,6 +104,7 @@ class PurifierTrainer:
     def __init__(
         self, classifier: Classifier, config: PurifierConfig, recipe: PurifierRecipe, folder: Path
     ) -> None:
+        one_part(recipe.batch_size)
         torch.manual_seed(recipe.seed)
         self.classifier, self.recipe = classifier.eval().requires_grad_(False), recipe
         self.device = classifier.mean.device
@@ -109,21 +119,20 @@ class PurifierTrainer:
             "optimizer": self.optimizer,
             "critic_optimizer": self.critic_optimizer,
         }
-        generator = torch.Generator(self.device).manual_seed(recipe.seed)
         # A purifier belongs to one classifier: a run must not go on with another.
         settings = repr((config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, generator)
+        self.run = Run(folder, settings, parts, seed=recipe.seed)
 
-    def craft(self, x: Tensor, label: Tensor) -> Tensor:
-        """Perturb x against the purified prediction, gradients through both networks."""
+    def craft(self, batch: Batch) -> Tensor:
+        """Perturb images against the purified prediction, gradients through both networks."""
         recipe = self.recipe
         return pgd(
-            cross_entropy(lambda x: self.classifier(self.model(x)), label),
-            x,
+            cross_entropy(lambda x: self.classifier(self.model(x)), batch.label),
+            batch.x,
             recipe.threat,
             steps=recipe.steps,
             step_size=recipe.threat.eps * 1.25 / recipe.steps,
-            start=random_start(x, recipe.threat, self.run.generator),
+            start=random_start(batch.x, recipe.threat, batch.noise),
             keep_best=False,
         )
 
@@ -134,16 +143,18 @@ class PurifierTrainer:
             loss = up.mean() + down.mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        distributed.average(p.grad for p in self.critic.parameters() if p.grad is not None)
         self.critic_optimizer.step()
 
-    def step(self, x: Tensor, label: Tensor, progress: float) -> float:
+    def step(self, batch: Batch, progress: float) -> Tensor:
         """One batch for the critic and the generator; returns the task loss."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(progress)
-        x = x.contiguous(memory_format=torch.channels_last)
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        x, label = batch.x, batch.label
         with autocast(self.device):
-            purified = self.model(self.craft(x, label))
+            purified = self.model(self.craft(batch))
         self.critic_step(x, purified.detach())
         # A context of its own: autocast caches weights, and the critic's have just moved.
         with autocast(self.device):
@@ -155,10 +166,13 @@ class PurifierTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        task = task.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        distributed.average([*gradients, task])
         self.optimizer.step()
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
-        return float(task.detach())
+        return task
 
 
 def train_purifier(
@@ -166,16 +180,16 @@ def train_purifier(
     config: PurifierConfig,
     recipe: PurifierRecipe,
     folder: Path,
-    images: tuple[Images, Images],
+    images: tuple[Images | Folder, Images],
 ) -> Path:
     """Train a purifier for the frozen `classifier`; `images` are (training, validation).
 
     Returns the file of the epoch with the best robust validation accuracy through both.
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
-    train, validation = (part.to(trainer.device) for part in images)
+    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
     alone = accuracy(classifier, validation, attack="pgd10", threat=recipe.threat)
-    tqdm.write(f"without the purifier: pgd10 {alone:.4g}")
+    say(f"without the purifier: pgd10 {alone:.4g}")
     both = nn.Sequential(trainer.ema, classifier)
     best = folder / "purifier.safetensors"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hardening.attacks import Objective, Threat, apgd, pgd, random_start
 from hardening.data import to_float, to_uint8
+from hardening.noise import Noise
 from hardening.objectives import (
     HANDLINGS,
     Look,
@@ -42,9 +43,9 @@ WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
 
 
-def seeded(x: Tensor, seed: int) -> torch.Generator:
-    """A generator of x's device, the same in every batch: an image's attack repeats exactly."""
-    return torch.Generator(x.device).manual_seed(seed)
+def seeded(x: Tensor, seed: int) -> Noise:
+    """The same noise in every batch of as many images as x has."""
+    return Noise(torch.arange(len(x), device=x.device), seed=seed)
 
 
 def pgd20(look: Look, x: Tensor, label: Tensor, threat: Threat) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hardening.data import Images
+from hardening.data import Folder, Images
 
 
 class Stages:
@@ -41,11 +41,8 @@ class Stages:
 
 def digest(value: object) -> str:
     """What an input was: the hash of images or of a file, the text of anything else."""
-    if isinstance(value, Images):
-        total = hashlib.sha256(value.image.numpy().tobytes())
-        total.update(value.label.numpy().tobytes())
-        total.update(repr(value.classes).encode())
-        return total.hexdigest()
+    if isinstance(value, Images | Folder):
+        return value.digest()
     if isinstance(value, Path):
         return hashlib.sha256(value.read_bytes()).hexdigest()
     return str(value)

@@ -1,6 +1,7 @@
 """Adversarial training: SGD on perturbed images, one-cycle schedule, EMA, resumable.
 
     rampart train --data cifar10/ --arch resnet18 --width 0.5 --epochs 12 --out runs/half
+    torchrun --nproc-per-node 8 --no-python rampart train --data imagenet/train ...
 
 Sources: N-FGSM, de Jorge et al. 2022; one-cycle, Smith 2018; weight averaging against robust
 overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while crafting, Pang et al.
@@ -9,24 +10,29 @@ overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while craft
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from hardening import checkpoint
+from hardening import checkpoint, distributed
 from hardening.attacks import ATTACKS, Threat, cross_entropy
-from hardening.data import Images, batches
-from hardening.methods import METHODS, adversarial_weights
+from hardening.data import Batch, Folder, Images, shuffled, to_float
+from hardening.methods import METHODS, adversarial_weights, rectification
 from hardening.models import Classifier
+from hardening.noise import Noise
 
 Part = nn.Module | torch.optim.Optimizer
-Step = Callable[[Tensor, Tensor, float], float]
+Step = Callable[[Batch, float], Tensor]
+Precision = Literal["bf16", "fp32"]
 
 
 class Recipe(NamedTuple):
@@ -43,6 +49,9 @@ class Recipe(NamedTuple):
     smoothing: float = 0.0  # share of each label that goes to all classes alike
     awp: float = 0.0  # how far weights are moved against themselves, in parts of their norm
     ramp: float = 0.0  # part of the run during which eps grows from 0
+    steps: int = 10  # of the attack, where the method has more than one
+    precision: Precision = "bf16"
+    teacher: str = ""  # stands for the weights of the network that is distilled from
     # The recipe that made the weights this run goes on from, where it does not start afresh.
     after: str = ""
 
@@ -57,96 +66,138 @@ def ramp(progress: float, length: float) -> float:
     return min(1.0, progress / length) if length else 1.0
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Mixed precision in bfloat16, which needs no loss scaling."""
-    return torch.autocast(device.type, torch.bfloat16)
+def autocast(device: torch.device, precision: Precision = "bf16") -> torch.autocast:
+    """Mixed precision in bfloat16, which needs no loss scaling; nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's; BatchNorm's statistics are averaged too."""
-    with torch.no_grad():
-        for slow, fast in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-            if slow.dtype.is_floating_point:
-                slow.lerp_(fast, 1 - decay)
-            else:
-                slow.copy_(fast)
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
+    floating = [pair for pair in pairs if pair[0].dtype.is_floating_point]
+    slow, fast = map(list, zip(*floating, strict=True))
+    get_ema_multi_avg_fn(decay)(slow, fast, None)  # type: ignore[no-untyped-call]
+    for counter, now in pairs:
+        if not counter.dtype.is_floating_point:
+            counter.copy_(now)
 
 
 def accuracy(
     model: nn.Module, images: Images, *, attack: str | None = None, threat: Threat, seed: int = 0
 ) -> float:
-    """Share of `images` that `model` labels right, under ATTACKS[attack] where one is named."""
-    device = images.image.device
-    generator = torch.Generator(device).manual_seed(seed)
-    right = 0
-    for x, label in batches(images, 128):
+    """Share of `images` that `model` labels right, under ATTACKS[attack] where one is named.
+
+    Several processes share the images; each returns the figure of all.
+    """
+    every = distributed.mine(torch.arange(len(images), device=images.label.device))
+    right = torch.zeros((), dtype=torch.int64, device=every.device)
+    for index in torch.split(every, 128):
+        x, label = to_float(images.image[index]), images.label[index]
         if attack:
-            x = ATTACKS[attack](cross_entropy(model, label), x, threat, generator=generator)
+            noise = Noise(index, seed=seed)
+            x = ATTACKS[attack](cross_entropy(model, label), x, threat, noise=noise)
         with torch.no_grad():
-            right += int((model(x).argmax(1) == label).sum())
-    return right / len(images)
+            right += (model(x).argmax(1) == label).sum()
+    return int(distributed.total(right)) / len(images)
 
 
 def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, float]:
     """The figures of an epoch: clean and PGD-10 accuracy."""
+    # Each process has seen its own part of every batch.
+    distributed.average(b for b in model.buffers() if b.dtype.is_floating_point)
     clean = accuracy(model, images, threat=threat)
     return {"clean": clean, "pgd10": accuracy(model, images, attack="pgd10", threat=threat)}
 
 
 class Run:
-    """A resumable run: named parts that have a state, a position, and the figures so far."""
+    """A resumable run: named parts that have a state, a position, and the figures so far.
+
+    Its state is that of every process, so it goes on with any number of them.
+    """
 
     def __init__(
-        self, folder: Path, settings: str, parts: dict[str, Part], generator: torch.Generator
+        self,
+        folder: Path,
+        settings: str,
+        parts: dict[str, Part],
+        *,
+        seed: int = 0,
+        save_every: float = 300.0,
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
-        self.generator = generator
-        self.epoch, self.steps = 0, 0
+        self.seed, self.save_every, self.saved = seed, save_every, time.monotonic()
+        self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
+        self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.history: list[dict[str, float]] = []
+
+    def check(self) -> None:
+        """Raise FloatingPointError where the loss is no longer a number."""
+        if not math.isfinite(float(self.loss)):
+            raise FloatingPointError(f"training diverged in epoch {self.epoch + 1}: lower --lr")
 
     def save(self) -> None:
         """Write the whole state; a crash in between leaves the last one intact."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()
+        self.saved = time.monotonic()
+        if not distributed.first():
+            return
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"recipe": self.settings, "generator": self.generator.get_state()}
-        state |= {"epoch": self.epoch, "steps": self.steps, "history": self.history}
-        torch.save(state, self.folder / "state.partial")
-        (self.folder / "state.partial").replace(self.folder / "state.pt")
+        state |= {"settings": self.settings, "history": self.history, "loss": self.loss.cpu()}
+        state |= {"epoch": self.epoch, "done": self.done, "steps": self.steps}
+        checkpoint.save_state(self.folder, state)
 
     def resume(self) -> None:
         """Continue the run that the folder holds, if any.
 
         Raises ValueError when it was begun with other settings.
         """
-        file = self.folder / "state.pt"
-        if not file.is_file():
+        state = checkpoint.read_state(self.folder) if distributed.first() else None
+        state = distributed.from_first(state)
+        if state is None:
             return
-        state: dict[str, Any] = torch.load(file, "cpu", weights_only=True)
-        if state["recipe"] != self.settings:
+        if state["settings"] != self.settings:
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {state['recipe']}."
+                f"{self.folder} holds a run with other settings: {state['settings']}."
                 " Continue it with those, or choose another --out"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        self.epoch, self.steps, self.history = state["epoch"], state["steps"], state["history"]
-        tqdm.write(f"continuing {self.folder} after epoch {self.epoch}")
+        self.epoch, self.done, self.steps = state["epoch"], state["done"], state["steps"]
+        self.history, self.loss = state["history"], state["loss"]
+        where = f"epoch {self.epoch + 1}, step {self.done + 1}"
+        say(f"continuing {self.folder} at {where}")
 
-    def pass_over(self, images: Images, step: Step, *, epochs: int, batch_size: int) -> float:
-        """One epoch of `step(x, label, progress)`; returns the mean of what it returns."""
+    def pass_over(
+        self, images: Images | Folder, step: Step, *, epochs: int, batch_size: int
+    ) -> float:
+        """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
+        rank, world = distributed.place()
         count = max(1, len(images) // batch_size)
-        total = 0.0
-        rounds = batches(images, batch_size, generator=self.generator)
-        bar = tqdm(rounds, total=count, desc=f"epoch {self.epoch + 1}/{epochs}")
-        for done, (x, label) in enumerate(bar):
-            total += step(x, label, (self.epoch + done / count) / epochs)
-            bar.set_postfix(loss=f"{total / (done + 1):.3f}")
-        return total / count
+        rounds = shuffled(images, batch_size, seed=self.seed, epoch=self.epoch, skip=self.done)
+        with tqdm(
+            total=count,
+            initial=self.done,
+            desc=f"epoch {self.epoch + 1}/{epochs}",
+            disable=not distributed.first(),
+        ) as bar:
+            shown = time.monotonic()
+            for batch in rounds:
+                torch.manual_seed(self.seed + self.steps * world + rank)  # for dropout
+                loss = step(batch, (self.epoch + self.done / count) / epochs)
+                self.loss = self.loss.to(loss.device) + loss
+                self.done += 1
+                bar.update()
+                # Reading the loss waits for the device, so it is read once a second.
+                if time.monotonic() - shown > 1:
+                    bar.set_postfix(loss=f"{float(self.loss) / self.done:.3f}")
+                    shown = time.monotonic()
+                if time.monotonic() - self.saved > self.save_every:
+                    self.save()
+        return float(self.loss) / count
 
     def fit(
         self,
-        images: Images,
+        images: Images | Folder,
         step: Step,
         evaluate: Callable[[], dict[str, float]],
         *,
@@ -157,39 +208,62 @@ class Run:
     ) -> None:
         """Run all epochs; `keep` is called when an epoch has the best figure `best` so far.
 
-        Ctrl-C loses at most the epoch in progress: the same command continues after the last.
+        A run that was cut off loses at most `save_every` seconds: the same command continues it.
         """
         self.resume()
         while self.epoch < epochs:
             loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"training diverged in epoch {self.epoch + 1}: lower --lr")
+            self.check()
             row = {"epoch": self.epoch + 1, "loss": loss} | evaluate()
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if row[best] > max((old[best] for old in self.history), default=-1.0):
+            say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            better = row[best] > max((old[best] for old in self.history), default=-1.0)
+            if better and distributed.first():
                 keep()
             self.history.append(row)
-            self.epoch += 1
+            self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
             self.save()
             self.draw()
 
     def draw(self) -> None:
         """The learning curve beside the run, where matplotlib is installed."""
+        if not distributed.first():
+            return
         with suppress(ImportError):
             from hardening.plots import learning_curve
 
             learning_curve(self.history, self.folder / "curve.png")
 
 
+def say(line: str) -> None:
+    """Print a line, from one process, without breaking a progress bar."""
+    if distributed.first():
+        tqdm.write(line)
+
+
+def one_part(batch_size: int) -> None:
+    """Raise ValueError where batches cannot be shared out evenly."""
+    _, world = distributed.place()
+    if batch_size % world:
+        raise ValueError(f"--batch-size {batch_size} does not divide among {world} processes")
+
+
 class Trainer:
     """Adversarial training of one classifier, from the weights it has."""
 
-    def __init__(self, classifier: Classifier, recipe: Recipe, folder: Path) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        teacher: Classifier | None = None,
+    ) -> None:
         if recipe.method not in METHODS:
             raise ValueError(
                 f"unknown method {recipe.method!r}: choose one of {', '.join(METHODS)}"
             )
-        self.recipe, self.device = recipe, classifier.mean.device
+        one_part(recipe.batch_size)
+        self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -205,44 +279,68 @@ class Trainer:
             "ema": self.ema,
             "optimizer": self.optimizer,
         }
-        generator = torch.Generator(self.device).manual_seed(recipe.seed)
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, generator)
+        self.run = Run(folder, settings, parts, seed=recipe.seed)
 
-    def step(self, x: Tensor, label: Tensor, progress: float) -> float:
+    def step(self, batch: Batch, progress: float) -> Tensor:
         """Craft, descend, average; returns the loss on the perturbed batch."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(progress)
-        x = x.contiguous(memory_format=torch.channels_last)
-        method, threat = METHODS[recipe.method], recipe.threat
-        threat = threat._replace(eps=threat.eps * ramp(progress, recipe.ramp))
-        with autocast(self.device):
-            # BatchNorm's statistics are those of images that are learned from.
-            self.model.eval()
-            attacked = method.craft(self.model, x, label, threat, self.run.generator)
-            self.model.train()
-            loss = partial(method.loss, self.model, x, attacked, label, recipe.smoothing)
-            self.optimizer.zero_grad(set_to_none=True)
-            with adversarial_weights(self.model, loss, recipe.awp):
-                value = loss()
-                value.backward()  # type: ignore[no-untyped-call]
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        with autocast(self.device, recipe.precision):
+            loss = self.descend(self.taught(batch), progress)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        distributed.average([*gradients, loss])
         self.optimizer.step()
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
-        return float(value.detach())
+        return loss
+
+    def taught(self, batch: Batch) -> Batch:
+        """The batch with the teacher's word on it, where there is one."""
+        if self.teacher is None:
+            return batch
+        with torch.no_grad():
+            return batch._replace(soft=F.softmax(self.teacher(batch.x).float(), 1))
+
+    def descend(self, batch: Batch, progress: float) -> Tensor:
+        """Leave the gradients of this process's part of a batch; returns its loss."""
+        recipe, model = self.recipe, self.model
+        method, threat = METHODS[recipe.method], recipe.threat
+        threat = threat._replace(eps=threat.eps * ramp(progress, recipe.ramp))
+        # BatchNorm's statistics are those of images that are learned from.
+        model.eval()
+        attacked = method.craft(model, batch, threat, recipe.steps)
+        if model.rectifier is not None:
+            with torch.no_grad():
+                features = model.embed(attacked)
+        model.train()
+        loss = partial(method.loss, model, batch, attacked, recipe.smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        with adversarial_weights(model, loss, recipe.awp):
+            value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+        if model.rectifier is not None:
+            rectification(model, features, batch.label).backward()  # type: ignore[no-untyped-call]
+        return value.detach()
 
 
 def train_classifier(
-    classifier: Classifier, recipe: Recipe, folder: Path, images: tuple[Images, Images]
+    classifier: Classifier,
+    recipe: Recipe,
+    folder: Path,
+    images: tuple[Images | Folder, Images],
+    *,
+    teacher: Classifier | None = None,
 ) -> Path:
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
     Returns the file of the epoch with the best validation accuracy: robust, but for a network that
     is to be the undefended control.
     """
-    trainer = Trainer(classifier, recipe, folder)
-    train, validation = (part.to(trainer.device) for part in images)
+    trainer = Trainer(classifier, recipe, folder, teacher=teacher)
+    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
     best = folder / "classifier.safetensors"
 
     def keep() -> None:

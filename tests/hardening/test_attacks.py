@@ -16,6 +16,7 @@ from hardening.attacks import (
     pgd,
     random_start,
 )
+from hardening.noise import Noise
 
 THREATS = [Threat("Linf", 8 / 255), Threat("L2", 0.5)]
 
@@ -48,7 +49,7 @@ def test_every_attack_raises_the_loss_and_returns_images_in_range(
 ) -> None:
     x, label = batch
     loss = cross_entropy(model, label)
-    adversarial = ATTACKS[name](loss, x, threat, generator=torch.Generator().manual_seed(0))
+    adversarial = ATTACKS[name](loss, x, threat, noise=Noise(torch.arange(len(x))))
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     assert float((loss(adversarial) - loss(x)).detach().mean()) > 0.01
@@ -64,7 +65,7 @@ def test_more_steps_never_give_a_weaker_attack_on_any_image(
 ) -> None:
     x, label = batch
     loss = cross_entropy(model, label)
-    start = random_start(x, threat, torch.Generator().manual_seed(0))
+    start = random_start(x, threat, Noise(torch.arange(len(x))))
     found = [
         loss(pgd(loss, x, threat, steps=n, step_size=threat.eps / 4, start=start)).detach()
         for n in (0, 1, 5, 20)
@@ -75,7 +76,7 @@ def test_more_steps_never_give_a_weaker_attack_on_any_image(
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_the_random_start_fills_the_ball_and_stays_inside(threat: Threat) -> None:
-    start = random_start(torch.zeros(64, 3, 8, 8), threat, torch.Generator().manual_seed(0))
+    start = random_start(torch.zeros(64, 3, 8, 8), threat, Noise(torch.arange(64)))
     assert 0.9 * threat.eps < size(start, threat) <= threat.eps + 1e-6
 
 
@@ -85,7 +86,7 @@ def test_an_attack_is_reproducible_from_its_seed(
     x, label = batch
     first, again, other = (
         ATTACKS["pgd20"](
-            cross_entropy(model, label), x, Threat(), generator=torch.Generator().manual_seed(seed)
+            cross_entropy(model, label), x, Threat(), noise=Noise(torch.arange(len(x)), seed=seed)
         )
         for seed in (0, 0, 1)
     )
@@ -117,7 +118,7 @@ def test_auto_pgd_finds_the_losses_that_the_official_one_finds_from_the_same_sta
     with torch.no_grad():
         for layer in (model[0], model[-1]):
             layer.weight.mul_(4)
-    start = random_start(x, threat, torch.Generator().manual_seed(0))
+    start = random_start(x, threat, Noise(torch.arange(len(x))))
     found, won = apgd(standing(model, label), x, threat, steps=50, start=start)
     assert not won.any()
     official = APGDAttack(model, n_iter=50, norm=threat.norm, eps=threat.eps, seed=0, device="cpu")

@@ -8,6 +8,7 @@ from blobs import blobs
 from PIL import Image
 
 from hardening import data
+from hardening.noise import Noise
 
 
 def save_npz(path: Path, count: int) -> data.Images:
@@ -159,7 +160,7 @@ def test_pixels_survive_the_way_to_float_and_back() -> None:
 
 def test_flip_mirrors_about_half_and_changes_nothing_else() -> None:
     x = torch.rand(200, 3, 4, 4)
-    flipped = data.flip(x, torch.Generator().manual_seed(0))
+    flipped = data.flip(x, Noise(torch.arange(200)))
     mirrored = (flipped == x.flip(-1)).all(dim=(1, 2, 3))
     assert 60 < int(mirrored.sum()) < 140
     assert torch.equal(flipped[~mirrored], x[~mirrored])
@@ -167,7 +168,7 @@ def test_flip_mirrors_about_half_and_changes_nothing_else() -> None:
 
 def test_crop_shifts_by_at_most_the_padding() -> None:
     x = torch.rand(50, 3, 12, 12)
-    shifted = data.crop(x, torch.Generator().manual_seed(0), padding=2)
+    shifted = data.crop(x, Noise(torch.arange(50)), padding=2)
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
     windows = [padded[:, :, i : i + 12, j : j + 12] for i in range(5) for j in range(5)]
     found = torch.stack([(shifted == window).all(dim=(1, 2, 3)) for window in windows])
@@ -175,17 +176,78 @@ def test_crop_shifts_by_at_most_the_padding() -> None:
     assert int(found.any(1).sum()) > 10
 
 
-def test_training_batches_are_shuffled_whole_and_reproducible() -> None:
+def test_training_batches_are_shuffled_whole_and_follow_from_seed_and_epoch() -> None:
     images = blobs(70)
-    labels = [
-        torch.cat(
-            [y for _, y in data.batches(images, 32, generator=torch.Generator().manual_seed(s))]
-        )
-        for s in (0, 0, 1)
+    runs = [
+        list(data.shuffled(images, 32, seed=seed, epoch=epoch))
+        for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1))
     ]
-    assert len(labels[0]) == 64
-    assert torch.equal(labels[0], labels[1])
-    assert not torch.equal(labels[0], labels[2])
+    assert [len(batch.x) for batch in runs[0]] == [32, 32]
+    x = [torch.cat([batch.x for batch in run]) for run in runs]
+    assert torch.equal(x[0], x[1])
+    assert not any(torch.equal(x[0], other) for other in x[2:])
+    labels = [torch.cat([batch.label for batch in run]) for run in runs]
+    assert not any(torch.equal(labels[0], other) for other in labels[2:])
+
+
+def test_skipped_batches_change_nothing_in_those_that_follow() -> None:
+    images = blobs(70)
+    whole = list(data.shuffled(images, 16, seed=3, epoch=2))
+    rest = list(data.shuffled(images, 16, seed=3, epoch=2, skip=3))
+    assert len(rest) == 1
+    assert torch.equal(rest[0].x, whole[3].x)
+    assert torch.equal(rest[0].noise.uniform(4), whole[3].noise.uniform(4))
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch() -> None:
+    small, large = (
+        torch.cat([b.x for b in data.shuffled(blobs(64), size, seed=0, epoch=0)])
+        for size in (8, 32)
+    )
+    assert torch.equal(small, large)
+
+
+def picture_folder(path: Path, count: int) -> Path:
+    for i, pixels in enumerate(blobs(count).image.numpy()):
+        (path / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path / f"class{i % 2}" / f"{i:03}.png")
+    return path
+
+
+def test_a_folder_that_fills_memory_is_read_while_training_and_gives_the_same_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = picture_folder(tmp_path / "pictures", 40)
+    held = data.hold_out(data.load_training(path, size=32), None)
+    monkeypatch.setattr(data, "MEMORY", 1000)
+    streamed = data.load_training(path, size=32)
+    assert isinstance(streamed, data.Folder)
+    again = data.hold_out(streamed, None)
+    assert isinstance(again[0], data.Folder)
+    assert torch.equal(again[1].image, held[1].image)
+    for one, other in zip(
+        data.shuffled(again[0], 12, seed=0, epoch=1),
+        data.shuffled(held[0], 12, seed=0, epoch=1),
+        strict=True,
+    ):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.label, other.label)
+
+
+def test_a_picture_that_breaks_while_training_is_named(tmp_path: Path) -> None:
+    path = picture_folder(tmp_path / "pictures", 4)
+    folder = data.find_pictures(path, size=32)
+    (path / "class1" / "003.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"class1/003\.png"):
+        list(data.shuffled(folder, 4, seed=0, epoch=0))
+
+
+def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
+    path = picture_folder(tmp_path / "pictures", 4)
+    before = data.find_pictures(path, size=32).digest()
+    assert data.find_pictures(path, size=32).digest() == before
+    (path / "class0" / "000.png").write_bytes(b"other")
+    assert data.find_pictures(path, size=32).digest() != before
 
 
 def test_plain_batches_cover_every_image_in_order() -> None:

@@ -3,15 +3,16 @@ import torch
 from blobs import blobs
 
 from hardening.data import Images
-from hardening.detectors import FULL, Detectors, FeatureDistance, Views, median3x3, rms
+from hardening.detectors import FULL, RECTIFIED, Detectors, FeatureDistance, Views, median3x3, rms
 from hardening.models import Classifier, ClassifierConfig
 
 
 def views(**changes: torch.Tensor) -> Views:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (4, 3, 8, 8), generator=generator) / 255
-    logits = torch.randn(4, 10, generator=generator)
-    return Views(x, x, logits, logits, torch.randn(4, 6, generator=generator))._replace(**changes)
+    logits, trust = torch.randn(4, 10, generator=generator), torch.rand(4, generator=generator)
+    features = torch.randn(4, 6, generator=generator)
+    return Views(x, x, logits, logits, features, trust)._replace(**changes)
 
 
 def scores(name: str, of: Views) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_unknown_detectors_are_named_with_the_choices() -> None:
         Detectors(("lid",), 10, 6)
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", [*FULL, RECTIFIED])
 def test_every_detector_gives_an_attacker_its_true_gradient(name: str) -> None:
     torch.manual_seed(0)
     leaf = {k: v.clone().requires_grad_() for k, v in views()._asdict().items()}

@@ -5,6 +5,7 @@ from blobs import Learned
 from handlers.verdict import Calibration
 from hardening.attacks import Threat, pgd, random_start
 from hardening.data import Images, to_float
+from hardening.noise import Noise
 from hardening.objectives import (
     HANDLINGS,
     RANK,
@@ -82,7 +83,7 @@ def test_every_handling_brings_wrong_images_closer_to_being_accepted(
     margins = []
     for view in (lambda x: Seen(look(x).logits), look):
         objective = mislead(view, untargeted(label), label, handling=handling, weight=3.0)
-        start = random_start(x, threat, torch.Generator().manual_seed(0))
+        start = random_start(x, threat, Noise(torch.arange(len(x))))
         loss = as_loss(objective, len(x))
         found = pgd(loss, x, threat, steps=10, step_size=threat.eps / 4, start=start)
         with torch.no_grad():

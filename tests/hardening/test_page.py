@@ -19,6 +19,7 @@ from hardening.checks import Check
 from hardening.data import Images, to_float
 from hardening.evaluate import Evaluation, Found, Rung
 from hardening.metrics import tpr_at_fpr
+from hardening.noise import Noise
 from hardening.pipeline import DefendedClassifier
 from hardening.rungs import QUICK
 
@@ -33,7 +34,8 @@ def one_step(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     for rung in ladder:
         look = rung.victim.label_look
         loss = cross_entropy(lambda x, look=look: look(x).logits, images.label)  # type: ignore[misc]
-        x = fgsm(loss, to_float(images.image), rung.threat, generator=torch.Generator())
+        noise = Noise(torch.arange(len(images)))
+        x = fgsm(loss, to_float(images.image), rung.threat, noise=noise)
         found.append(Found(rung, x))
     return found
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from blobs import blobs
 
+from hardening import checkpoint
 from hardening.attacks import Threat
 from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_purifier
@@ -45,7 +46,8 @@ def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alo
     recipe = PurifierRecipe(Threat("Linf", 2 / 255), epochs=3, batch_size=32, ema=0.5)
     images = blobs(256, size=16), blobs(64, size=16, seed=1)
     best = train_purifier(classifier, SMALL, recipe, tmp_path, images)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state = checkpoint.read_state(tmp_path)
+    assert state is not None
     losses = [row["loss"] for row in state["history"]]
     assert losses[-1] < losses[0]
     other = Classifier(classifier.config)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from blobs import blobs
 from PIL import Image
+from trajectory import trajectory
 
 from hardening import checkpoint
 from hardening.attacks import Threat
@@ -31,26 +32,29 @@ def test_training_learns_to_withstand_the_attack(tmp_path: Path) -> None:
     assert accuracy(best, fresh, attack="pgd10", threat=RECIPE.threat) > 0.4
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("arch", "method"), [("resnet10", "trades"), ("squeezenet1_1", "nfgsm")])
+def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
+    arch: str, method: str, tmp_path: Path
 ) -> None:
-    whole = checkpoint.read(train(tmp_path / "whole"))[1]
-    step, calls = Trainer.step, iter(range(100))
+    whole = trajectory(tmp_path / "whole", arch, method)
+    cut = trajectory(tmp_path / "cut", arch, method, kill_at=8)
+    rest = trajectory(tmp_path / "cut", arch, method)
+    assert min(rest) in (8, 9)  # the ninth step was perhaps not saved
+    assert list(whole) == sorted(cut | rest)
+    assert cut | rest == pytest.approx(whole, abs=1e-6)
+    histories = [checkpoint.read_state(tmp_path / name)["history"] for name in ("whole", "cut")]
+    for row, other in zip(*histories, strict=True):
+        assert other == pytest.approx(row, abs=1e-6)
 
-    def interrupted(self: Trainer, *args: object) -> float:
-        if next(calls) == 8:
-            raise KeyboardInterrupt
-        return step(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "cut")
-    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
-    assert state["epoch"] == 1
-    continued = checkpoint.read(train(tmp_path / "cut"))[1]
-    for name, tensor in whole.items():
-        torch.testing.assert_close(continued[name], tensor, msg=name)
+def test_a_state_is_written_when_its_time_has_come(tmp_path: Path) -> None:
+    folders = []
+    for every in (0.0, 1000.0):
+        trainer = Trainer(Classifier(CONFIG), RECIPE, tmp_path / str(every))
+        trainer.run.save_every = every
+        trainer.run.pass_over(blobs(64, size=16), trainer.step, epochs=1, batch_size=32)
+        folders.append(len(list((tmp_path / str(every)).glob("state-*"))))
+    assert folders == [1, 0]
 
 
 def test_a_run_refuses_to_continue_under_another_recipe(tmp_path: Path) -> None:
@@ -71,10 +75,10 @@ def test_a_run_refuses_to_continue_from_other_first_weights(tmp_path: Path) -> N
 def test_the_kept_checkpoint_is_the_epoch_with_the_best_robust_accuracy(tmp_path: Path) -> None:
     kept: list[int] = []
     figures = iter([0.2, 0.5, 0.4])
-    run = Run(tmp_path, "settings", {}, torch.Generator())
+    run = Run(tmp_path, "settings", {})
     run.fit(
         blobs(4),
-        lambda *_: 1.0,
+        lambda *_: torch.tensor(1.0),
         lambda: {"pgd10": next(figures)},
         epochs=3,
         batch_size=2,
@@ -101,9 +105,34 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_with_all_its_options(method: str, tmp_path: Path) -> None:
     options = {"method": method, "awp": 0.005, "smoothing": 0.1, "ramp": 0.5, "epochs": 4}
-    best = load_classifier(train(tmp_path, RECIPE._replace(**options)))
+    recipe = RECIPE._replace(**options, steps=2, precision="fp32")
+    images = blobs(192, size=16), blobs(64, size=16, seed=1)
+    torch.manual_seed(0)
+    teacher = None
+    if method == "rslad":
+        teacher = load_classifier(train(tmp_path / "teacher", RECIPE._replace(epochs=4)))
+    student = Classifier(CONFIG._replace(rectified=True))
+    file = train_classifier(student, recipe, tmp_path / "run", images, teacher=teacher)
+    best = load_classifier(file)
+    assert best.config.rectified
     # Chance is 10%.
     assert accuracy(best, blobs(128, size=16, seed=2), threat=RECIPE.threat) > 0.4
+
+
+def test_a_second_head_leaves_the_classifier_what_it_is_without_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Classifier(CONFIG)
+    rectified = Classifier(CONFIG._replace(rectified=True))
+    rectified.load_state_dict(plain.state_dict(), strict=False)
+    start = {n: t.clone() for n, t in rectified.state_dict().items() if "rectifier" in n}
+    images = blobs(192, size=16), blobs(64, size=16, seed=1)
+    files = [
+        train_classifier(net, RECIPE, tmp_path / str(i), images)
+        for i, net in enumerate((plain, rectified))
+    ]
+    one, other = (checkpoint.read(file)[1] for file in files)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    assert not any(torch.equal(other[name], value) for name, value in start.items())
 
 
 def test_eps_grows_in_a_line_and_then_stays() -> None:
@@ -117,9 +146,16 @@ def test_an_unknown_method_is_named(tmp_path: Path) -> None:
 
 
 def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> None:
-    run = Run(tmp_path, "settings", {}, torch.Generator())
+    run = Run(tmp_path, "settings", {})
     with pytest.raises(FloatingPointError, match="lower --lr"):
-        run.fit(blobs(4), lambda *_: float("nan"), dict, epochs=1, batch_size=2, keep=lambda: None)
+        run.fit(
+            blobs(4),
+            lambda *_: torch.tensor(torch.nan),
+            dict,
+            epochs=1,
+            batch_size=2,
+            keep=lambda: None,
+        )
 
 
 def test_the_learning_rate_rises_to_one_and_falls_to_zero() -> None:
