@@ -334,6 +334,8 @@ def shuffled(
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=draws)
+    if isinstance(images, Images):
+        order = order.to(images.label.device)  # once, and not at every step
     last = max(len(order) - len(order) % size, min(len(order), size))
     whole = torch.split(order[:last], size)
     rows = [distributed.mine(index) for index in whole[skip:]]

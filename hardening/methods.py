@@ -50,7 +50,7 @@ def away_from_the_label(model: Classifier, batch: Batch, threat: Threat, steps: 
     """PGD on the cross-entropy, from a random start."""
     start = random_start(batch.x, threat, batch.noise)
     loss, size = cross_entropy(model, batch.label), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
 def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
@@ -60,14 +60,14 @@ def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int
     # At x itself the divergence has no slope.
     start = 0.001 * batch.noise.normal(*batch.x.shape[1:])
     loss, size = divergence_from(model, clean), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
 def away_from_the_teacher(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """PGD that moves the prediction away from the teacher's for x."""
     start = random_start(batch.x, threat, batch.noise)
     loss, size = divergence_from(model, taught(batch)), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
 def taught(batch: Batch) -> Tensor:

@@ -194,7 +194,8 @@ def train_purifier(
     best = folder / "purifier.safetensors"
 
     def keep() -> None:
-        checkpoint.save(best, trainer.ema, {"purifier": config._asdict(), "training": repr(recipe)})
+        content = {"purifier": config._asdict(), "training": repr(recipe)}
+        checkpoint.save(best, trainer.ema, content | {"history": trainer.run.history})
 
     trainer.run.fit(
         train,

@@ -125,10 +125,15 @@ class Run:
         save_every: float = 300.0,
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
-        self.seed, self.save_every, self.saved = seed, save_every, time.monotonic()
+        self.seed, self.save_every = seed, save_every
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
+        self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
         self.history: list[dict[str, float]] = []
+
+    def worked(self) -> float:
+        """Minutes of wall clock in all, of what was saved and kept."""
+        return self.minutes + (time.monotonic() - self.since) / 60
 
     def check(self) -> None:
         """Raise FloatingPointError where the loss is no longer a number."""
@@ -138,12 +143,13 @@ class Run:
     def save(self) -> None:
         """Write the whole state; a crash in between leaves the last one intact."""
         self.check()
-        self.saved = time.monotonic()
+        self.minutes, self.since = self.worked(), time.monotonic()
         if not distributed.first():
             return
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"settings": self.settings, "history": self.history, "loss": self.loss.cpu()}
         state |= {"epoch": self.epoch, "done": self.done, "steps": self.steps}
+        state |= {"minutes": self.minutes}
         checkpoint.save_state(self.folder, state)
 
     def resume(self) -> None:
@@ -163,7 +169,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.epoch, self.done, self.steps = state["epoch"], state["done"], state["steps"]
-        self.history, self.loss = state["history"], state["loss"]
+        self.history, self.loss, self.minutes = state["history"], state["loss"], state["minutes"]
         where = f"epoch {self.epoch + 1}, step {self.done + 1}"
         say(f"continuing {self.folder} at {where}")
 
@@ -191,7 +197,7 @@ class Run:
                 if time.monotonic() - shown > 1:
                     bar.set_postfix(loss=f"{float(self.loss) / self.done:.3f}")
                     shown = time.monotonic()
-                if time.monotonic() - self.saved > self.save_every:
+                if time.monotonic() - self.since > self.save_every:
                     self.save()
         return float(self.loss) / count
 
@@ -214,12 +220,12 @@ class Run:
         while self.epoch < epochs:
             loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
             self.check()
-            row = {"epoch": self.epoch + 1, "loss": loss} | evaluate()
+            row = {"epoch": self.epoch + 1, "loss": loss} | evaluate() | {"minutes": self.worked()}
             say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
             better = row[best] > max((old[best] for old in self.history), default=-1.0)
+            self.history.append(row)
             if better and distributed.first():
                 keep()
-            self.history.append(row)
             self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
             self.save()
             self.draw()
@@ -345,7 +351,7 @@ def train_classifier(
 
     def keep() -> None:
         content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
-        checkpoint.save(best, trainer.ema, content)
+        checkpoint.save(best, trainer.ema, content | {"history": trainer.run.history})
 
     trainer.run.fit(
         train,

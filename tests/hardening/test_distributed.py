@@ -31,7 +31,8 @@ def test_two_processes_train_as_one_does(arch: str, method: str, tmp_path: Path)
     assert states[0] is not None
     assert states[1] is not None
     for row, other in zip(states[0]["history"], states[1]["history"], strict=True):
-        assert other == pytest.approx(row, abs=1e-4)
+        known = {name: row[name] for name in ("loss", "clean", "pgd10")}
+        assert {name: other[name] for name in known} == pytest.approx(known, abs=1e-4)
 
 
 def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
