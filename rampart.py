@@ -47,6 +47,13 @@ Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
 
 
+def say(what: object) -> None:
+    """Print a line, above whatever progress bars there are."""
+    from tqdm import tqdm
+
+    tqdm.write(str(what))
+
+
 def threat_of(norm: str, eps: float | None) -> "Threat":
     """The threat model of the options --norm and --eps."""
     from hardening.attacks import Threat
@@ -84,7 +91,7 @@ def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images | Folde
             " pass at least 2,000 images as --data, or a set of its own as --held"
         )
     if distributed.first():
-        typer.echo(f"{len(train)} training images, {len(out)} held out")
+        say(f"{len(train)} training images, {len(out)} held out")
     return train, out
 
 
@@ -114,7 +121,7 @@ def download(folder: Path) -> None:
     from hardening.data import load_cifar10
 
     images = load_cifar10(folder, download=True)
-    typer.echo(f"{len(images)} training images in {folder}: pass it as --data")
+    say(f"{len(images)} training images in {folder}: pass it as --data")
 
 
 @app.command()
@@ -196,7 +203,7 @@ def train(
     net, parts = net.to(where), (images, validation)
     best = train_classifier(net, recipe, out, parts, teacher=robust)
     if distributed.first():
-        typer.echo(f"best classifier: {best}")
+        say(f"best classifier: {best}")
 
 
 CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -223,7 +230,7 @@ def adopt(
     net = foreign.adopt(weights, config)
     content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
     checkpoint.save(out, net, content)
-    typer.echo(f"{out}: {arch}, mean {net.config.mean}, std {net.config.std}")
+    say(f"{out}: {arch}, mean {net.config.mean}, std {net.config.std}")
 
 
 @app.command()
@@ -253,7 +260,7 @@ def purifier(
     recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
     best = train_purifier(net, PurifierConfig(), recipe, out, (images, validation))
     if distributed.first():
-        typer.echo(f"best purifier: {best}")
+        say(f"best purifier: {best}")
 
 
 @app.command()
@@ -284,7 +291,7 @@ def calibrate(
     for variant in VARIANTS if purifier else VARIANTS[1:]:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
-        typer.echo(calibration.write(model, made, f"{(held or data).name}, calibration split"))
+        say(calibration.write(model, made, f"{(held or data).name}, calibration split"))
     report.write_card(
         model,
         {
@@ -349,7 +356,7 @@ def evaluate(
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
-    typer.echo(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
+    say(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
     result = evaluation.evaluate(
         victims, images, threat, budget, rate=rate, folder=cache, only=only or []
     )
@@ -365,16 +372,16 @@ def evaluate(
     report.check_card(card)
     report.write_card(model, card)
     report.log_evaluation(model, {"data": source, "n": len(images), "command": command_line()})
-    typer.echo(report.table(rows))
+    say(report.table(rows))
     for check in result.checks:
-        typer.echo(check)
+        say(check)
     if not only:
         pipeline, pictures = cat(model, threat, rate=rate)
         pipeline = pipeline.to(where)
         write = partial(page.write, card=card, rows=rows, evaluation=result, pipeline=pipeline)
-        typer.echo(write(model / "report.html", pictures=pictures))
+        say(write(model / "report.html", pictures=pictures))
         if gallery:
-            typer.echo(write(gallery, pictures=page.gallery(result, pipeline)))
+            say(write(gallery, pictures=page.gallery(result, pipeline)))
     if failed := [f"{check.name} ({check.subject})" for check in result.checks if not check.passed]:
         raise ValueError(
             f"self-checks failed: {', '.join(failed)}. Before you know why, do not use the figures"
@@ -405,7 +412,7 @@ def harden(
     what other inputs change.
     """
     from hardening import report
-    from hardening.stages import Stages
+    from hardening.stages import stages
 
     if not (weights or epochs):
         raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
@@ -416,38 +423,38 @@ def harden(
     net: dict[str, Any] = {"arch": arch, "width": width, "image_size": image_size}
     threat: dict[str, Any] = {"norm": norm, "eps": eps, "device": device}
     wanted = (weights, epochs, purifier_epochs, "calibrate", evaluate_on, "archive")
-    stages = Stages(runs / out.stem, sum(map(bool, wanted)), typer.echo)
     parts: dict[str, Any] = {}
-    if weights:
-        take = {**net, "classes": len(images.classes)}
-        make = partial(adopt_into, weights, take)
-        parts["classifier"] = stages.once("adopt", {**take, "weights": weights}, make) / CLASSIFIER
-    if epochs:
-        how = {**net, **threat, "method": method, "epochs": epochs}
-        how["init"] = parts.get("classifier")
-        make = partial(train, data, held=held, **how)
-        parts["classifier"] = stages.once("train", {**source, **how}, make) / CLASSIFIER
-    if purifier_epochs:
-        how = {**threat, **parts, "epochs": purifier_epochs}
-        make = partial(purifier_into, data, {"held": held, **how})
-        folder = stages.once("purifier", {**source, **how}, make)
-        parts["purifier"] = folder / "purifier.safetensors"
-    make = partial(calibrate_into, out.stem, data, {"held": held, **parts})
-    model = stages.once("calibrate", {**source, **parts, "name": out.stem}, make) / out.stem
-    if evaluate_on:
-        known = {**source, **threat, **contents(model), "n": evaluate_on}
-        options = {"part": "validation", "quick": True, "limit": evaluate_on, **threat}
-        make = partial(evaluate_into, model, held or data, options)
-        model = stages.once("evaluate", known, make) / out.stem
-    packed = stages.once(
-        "archive", contents(model), lambda folder: archive(model, folder / out.name)
-    )
+    with stages(runs / out.stem, sum(map(bool, wanted))) as job:
+        if weights:
+            take = {**net, "classes": len(images.classes)}
+            make = partial(adopt_into, weights, take)
+            parts["classifier"] = job.once("adopt", {**take, "weights": weights}, make) / CLASSIFIER
+        if epochs:
+            how = {**net, **threat, "method": method, "epochs": epochs}
+            how["init"] = parts.get("classifier")
+            make = partial(train, data, held=held, **how)
+            parts["classifier"] = job.once("train", {**source, **how}, make) / CLASSIFIER
+        if purifier_epochs:
+            how = {**threat, **parts, "epochs": purifier_epochs}
+            make = partial(purifier_into, data, {"held": held, **how})
+            folder = job.once("purifier", {**source, **how}, make)
+            parts["purifier"] = folder / "purifier.safetensors"
+        make = partial(calibrate_into, out.stem, data, {"held": held, **parts})
+        model = job.once("calibrate", {**source, **parts, "name": out.stem}, make) / out.stem
+        if evaluate_on:
+            known = {**source, **threat, **contents(model), "n": evaluate_on}
+            options = {"part": "validation", "quick": True, "limit": evaluate_on, **threat}
+            make = partial(evaluate_into, model, held or data, options)
+            model = job.once("evaluate", known, make) / out.stem
+        packed = job.once(
+            "archive", contents(model), lambda folder: archive(model, folder / out.name)
+        )
     for variant in VARIANTS:  # an earlier model's would not fit this one's weights
         (out.with_suffix("") / f"calibration-{variant}.json").unlink(missing_ok=True)
     shutil.copytree(model, out.with_suffix(""), dirs_exist_ok=True)
     shutil.copy(packed / out.name, out)
-    typer.echo(f"\n{report.markdown(report.read_card(model))}\n")
-    typer.echo(f"{out}: serve it with `rampart serve --model {out}`")
+    say(f"\n{report.markdown(report.read_card(model))}\n")
+    say(f"{out}: serve it with `rampart serve --model {out}`")
 
 
 def adopt_into(weights: Path, options: dict[str, Any], folder: Path) -> None:
@@ -567,7 +574,7 @@ def table(
 
     card = report.read_card(model)
     readme.write_text(report.with_table(readme.read_text(), card))
-    typer.echo(report.markdown(card))
+    say(report.markdown(card))
 
 
 @app.command()
@@ -581,8 +588,8 @@ def export(
     from export.archive import export_variant
 
     chosen = variant or best_variant(model)
-    typer.echo(export_variant(model, chosen, out, images=gate_images(model, data)))
-    typer.echo(out)
+    say(export_variant(model, chosen, out, images=gate_images(model, data)))
+    say(out)
 
 
 def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
@@ -618,8 +625,8 @@ def archive(
         images=gate_images(model, data),
         settings={"rampart": policy},
     )
-    typer.echo(parity)
-    typer.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    say(parity)
+    say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -662,10 +669,10 @@ def attack(
     for name, picture in (("clean", pixels), ("attacked", attacked)):
         caption = report.describe(pipeline, calibration, picture, classes, rate=rate)
         Image.fromarray(picture[0].numpy()).save(out / f"{name}.png")
-        typer.echo(f"{out / name}.png: {caption}")
+        say(f"{out / name}.png: {caption}")
         panels.append((name, picture[0].numpy(), caption))
     panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
-    typer.echo(report.picture(panels, out / "panel.png"))
+    say(report.picture(panels, out / "panel.png"))
 
 
 @app.command()
@@ -706,11 +713,11 @@ def redteam(
         budget=queries,
         seed=seed,
     )
-    typer.echo(team.summary(outcomes))
+    say(team.summary(outcomes))
     runs = {out.name: outcomes}
     if beside:
         runs[beside.name if beside.name != out.name else str(beside)] = team.read(beside)
-    typer.echo(team.picture(runs, out / "queries.png"))
+    say(team.picture(runs, out / "queries.png"))
 
 
 @app.command()

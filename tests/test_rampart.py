@@ -25,7 +25,7 @@ README = Path(rampart.__file__).parent / "README.md"
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(rampart.app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path) -> None:

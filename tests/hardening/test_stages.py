@@ -3,26 +3,32 @@ from pathlib import Path
 import pytest
 from blobs import blobs
 
-from hardening.stages import Stages, digest
+from hardening.stages import digest, stages
 
 
 class Job:
     """One stage that counts how often it runs."""
 
     def __init__(self, home: Path) -> None:
-        self.home, self.said = home, []
+        self.home = home
         self.folders: list[Path] = []
 
     def run(self, **inputs: object) -> Path:
-        return Stages(self.home, 1, self.said.append).once("train", inputs, self.folders.append)
+        with stages(self.home, 1) as job:
+            return job.once("train", inputs, self.folders.append)
 
 
-def test_a_stage_runs_once_for_the_same_inputs_and_says_so(tmp_path: Path) -> None:
+def test_a_stage_runs_once_for_the_same_inputs_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = Job(tmp_path)
     folders = {job.run(images=blobs(4), epochs=3) for _ in range(2)}
     assert folders == set(job.folders)
     assert len(job.folders) == 1
-    assert job.said == ["[1/1] train", f"[1/1] train: done before, in {job.folders[0]}"]
+    out, bar = capsys.readouterr()
+    said = ["[1/1] train", f"[1/1] train: done before, in {job.folders[0]}"]
+    assert out.splitlines() == said
+    assert "1/1 stages" in bar
 
 
 @pytest.mark.parametrize("change", ["epochs", "images", "file"])
@@ -45,8 +51,8 @@ def test_an_interrupted_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
         (folder / "state").write_text("half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        Stages(tmp_path, 1, print).once("train", {"epochs": 3}, interrupted)
+    with pytest.raises(KeyboardInterrupt), stages(tmp_path, 1) as whole:
+        whole.once("train", {"epochs": 3}, interrupted)
     job = Job(tmp_path)
     assert (job.run(epochs=3) / "state").read_text() == "half"
     assert len(job.folders) == 1
