@@ -180,7 +180,7 @@ def train(
     config = ClassifierConfig(arch, len(images.classes), width, image_size, rectified=rectify)
     net = start or Classifier(config, auxiliary=True)
     robust = load_classifier(teacher).to(where) if teacher else None
-    after = checkpoint.read(init)[0].get("training", init.name) if init else ""
+    known = checkpoint.read(init)[0] if init else {}
     recipe = Recipe(
         method,
         threat_of(norm, eps),
@@ -195,13 +195,14 @@ def train(
         steps=steps,
         precision=precision,
         teacher=checkpoint.digest(robust) if robust else "",
-        after=str(after),
+        after=str(known.get("training", init.name)) if init else "",
     )
     if compile:
         net.backbone.compile()
     validation = split(held_out, "validation")[slice(validate_on)]
     net, parts = net.to(where), (images, validation)
-    best = train_classifier(net, recipe, out, parts, teacher=robust)
+    earlier = known.get("history", [])
+    best = train_classifier(net, recipe, out, parts, teacher=robust, earlier=earlier)
     if distributed.first():
         say(f"best classifier: {best}")
 
@@ -281,6 +282,7 @@ def calibrate(
     from hardening import pipeline as pipelines
     from hardening.data import split
     from hardening.detectors import FULL
+    from hardening.train import draw
 
     net = pipelines.load_classifier(classifier)
     generator = pipelines.load_purifier(purifier) if purifier else None
@@ -292,6 +294,9 @@ def calibrate(
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
         say(calibration.write(model, made, f"{(held or data).name}, calibration split"))
+    history = checkpoint.read(classifier)[0].get("history", [])
+    if history:
+        draw(history, model / "curve.png")
     report.write_card(
         model,
         {
@@ -302,6 +307,7 @@ def calibrate(
                 for part in (classifier, purifier)
                 if part
             },
+            "history": history,
             "classifier": net.config._asdict(),
             "calibration_images": made.images,
             "commands": [command_line()],
@@ -564,17 +570,16 @@ def victims_of(
 
 @app.command()
 def table(
-    model: Model,
+    models: Annotated[list[Path], typer.Argument(help="Folders of models, the default one first")],
     readme: Annotated[Path, typer.Option(help="File whose table is brought up to date")] = Path(
         "README.md"
     ),
 ) -> None:
-    """Write the table of a card's main figures into README.md."""
+    """Write into README.md what the models' cards say: all in one table, the first in detail."""
     from hardening import report
 
-    card = report.read_card(model)
-    readme.write_text(report.with_table(readme.read_text(), card))
-    say(report.markdown(card))
+    readme.write_text(report.with_tables(readme.read_text(), models))
+    say(report.model_table(models))
 
 
 @app.command()

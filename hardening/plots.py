@@ -196,22 +196,25 @@ def dots(labels: Sequence[str], every: Sequence[Shares], *, x_label: str) -> str
     return svg(draw, height=1.2 + len(labels) * (0.12 + 0.09 * len(every)))
 
 
-def learning_curve(history: Sequence[dict[str, float]], path: Path) -> Path:
+def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Path:
     """Validation accuracy of each epoch, clean and under PGD-10, as a PNG with the best marked.
 
-    `history` are the rows of a training run: `epoch`, `pgd10` and, where it was measured, `clean`.
+    `runs` are the histories of training runs that went on from one another, a row an epoch: `clean`
+    and `pgd10`. Where a run begins anew its learning rate does.
     """
-    epoch = [row["epoch"] for row in history]
+    history = [row for run in runs for row in run]
+    epoch = list(range(1, len(history) + 1))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         for name, title, ink in (("clean", "clean", "clean"), ("pgd10", "PGD-10", "pgd20")):
-            if name in history[0]:
-                colour, marker, line = INKS[ink]
-                share = [row[name] for row in history]
-                axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
-        best = max(history, key=lambda row: row["pgd10"])
-        axes.axvline(best["epoch"], color="#666666", lw=1, label="most robust epoch")
+            colour, marker, line = INKS[ink]
+            share = [row[name] for row in history]
+            axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
+        best = max(epoch, key=lambda number: history[number - 1]["pgd10"])
+        axes.axvline(best, color="#666666", lw=1, label="most robust epoch")
+        for start in np.cumsum([len(run) for run in runs])[:-1]:
+            axes.axvline(start + 0.5, color="#999999", lw=1, ls=":")
         axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PERCENT)

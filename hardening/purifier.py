@@ -195,7 +195,7 @@ def train_purifier(
 
     def keep() -> None:
         content = {"purifier": config._asdict(), "training": repr(recipe)}
-        checkpoint.save(best, trainer.ema, content | {"history": trainer.run.history})
+        checkpoint.save(best, trainer.ema, content | {"history": [trainer.run.history]})
 
     trainer.run.fit(
         train,

@@ -84,7 +84,6 @@ SUBJECTS = {
     ("max_softmax", "full"): "`full`, rejecting by max-softmax instead",
     ("undefended", "-"): "undefended twin",
 }
-FENCE = ("<!-- figures: made by `rampart table`, do not edit -->", "<!-- end of figures -->")
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -127,16 +126,48 @@ def cell_text(r: dict[str, Any] | None) -> str:
     return f"{r['value']:.1%} ({low:.1%} to {high:.1%})"
 
 
-def with_table(text: str, card: dict[str, Any]) -> str:
-    """`text` with what stands between the two FENCE lines replaced by the card's table.
+def model_table(folders: Sequence[Path]) -> str:
+    """The models side by side as a Markdown table: network, size, training, main figures."""
+    titles = ("model", "network", "weights", "training", "clean accuracy", "standard AutoAttack")
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    for folder in folders:
+        card = read_card(folder)
+        net, runs = card["classifier"], card.get("history", [])
+        width = f" x {net['width']:g}" if net["width"] != 1 else ""
+        size = (folder / "weights.safetensors").stat().st_size / 1e6
+        epochs, minutes = sum(map(len, runs)), sum(run[-1]["minutes"] for run in runs)
+        training = f"{epochs} epochs, {minutes / 60:.1f} h" if runs else "-"
+        cells = [f"`{folder.name}`", net["arch"] + width, f"{size:.1f} MB", training]
+        for name in ("clean", "autoattack"):
+            rows = [
+                r
+                for r in card.get("metrics", [])
+                if (r["subject"], r["name"]) == ("classifier", name)
+                and r.get("eps") in (None, eps_of(card))
+            ]
+            best = max(rows, key=lambda r: r["n"], default=None)
+            cells.append(cell_text(best) + (f", n = {best['n']}" if best else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str, folders: Sequence[Path]) -> str:
+    """`text` with its fenced parts made anew: "models" of all folders, "figures" of the first."""
+    text = fenced(text, "models", model_table(folders))
+    return fenced(text, "figures", markdown(read_card(folders[0])))
+
+
+def fenced(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the two comment lines of `name` replaced by `content`.
 
     Raises ValueError where it has no such lines.
     """
-    first, last = FENCE
+    first = f"<!-- {name}: made by `rampart table`, do not edit -->"
+    last = f"<!-- end of {name} -->"
     if text.count(first) != 1 or text.count(last) != 1:
         raise ValueError(f"the text needs one line {first!r} and, below it, one {last!r}")
     head, rest = text.split(first)
-    return f"{head}{first}\n\n{markdown(card)}\n\n{last}{rest.split(last)[1]}"
+    return f"{head}{first}\n\n{content}\n\n{last}{rest.split(last)[1]}"
 
 
 def check_card(card: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while craft
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from hardening.noise import Noise
 Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Batch, float], Tensor]
 Precision = Literal["bf16", "fp32"]
+History = list[dict[str, float]]  # a row an epoch
 
 
 class Recipe(NamedTuple):
@@ -129,7 +130,8 @@ class Run:
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
+        self.earlier: list[History] = []  # of the runs that made the weights this one began with
 
     def worked(self) -> float:
         """Minutes of wall clock in all, of what was saved and kept."""
@@ -228,16 +230,17 @@ class Run:
                 keep()
             self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
             self.save()
-            self.draw()
+            draw([*self.earlier, self.history], self.folder / "curve.png")
 
-    def draw(self) -> None:
-        """The learning curve beside the run, where matplotlib is installed."""
-        if not distributed.first():
-            return
-        with suppress(ImportError):
-            from hardening.plots import learning_curve
 
-            learning_curve(self.history, self.folder / "curve.png")
+def draw(runs: Sequence[History], file: Path) -> None:
+    """Write the learning curve of `runs`, where matplotlib is installed."""
+    if not distributed.first():
+        return
+    with suppress(ImportError):
+        from hardening.plots import learning_curve
+
+        learning_curve(runs, file)
 
 
 def say(line: str) -> None:
@@ -339,19 +342,22 @@ def train_classifier(
     images: tuple[Images | Folder, Images],
     *,
     teacher: Classifier | None = None,
+    earlier: Sequence[History] = (),
 ) -> Path:
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
-    Returns the file of the epoch with the best validation accuracy: robust, but for a network that
-    is to be the undefended control.
+    `earlier` are the histories of the runs that made its weights, which stay with them. Returns the
+    file of the epoch with the best validation accuracy: robust, but for a network that is to be the
+    undefended control.
     """
     trainer = Trainer(classifier, recipe, folder, teacher=teacher)
+    trainer.run.earlier = list(earlier)
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
     best = folder / "classifier.safetensors"
 
     def keep() -> None:
         content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
-        checkpoint.save(best, trainer.ema, content | {"history": trainer.run.history})
+        checkpoint.save(best, trainer.ema, content | {"history": [*earlier, trainer.run.history]})
 
     trainer.run.fit(
         train,

@@ -67,6 +67,13 @@ def test_a_card_comes_back_and_a_missing_one_is_empty(tmp_path: Path) -> None:
     assert report.read_card(tmp_path) == {"metrics": []}
 
 
+PLACE = """above
+<!-- figures: made by `rampart table`, do not edit -->
+old
+<!-- end of figures -->
+below"""
+
+
 def card_of(*metrics: Metric) -> dict[str, Any]:
     rows = [report.row(m, data="test", command="rampart evaluate") for m in metrics]
     return {
@@ -96,19 +103,39 @@ def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
         Metric("pipeline", "full", "pgd20", 0.6, 1000, Threat(eps=2 / 255), "PGD"),
         Metric("pipeline", "full", "clean", 0.7, 100),
     )
-    text = report.with_table(f"above\n{report.FENCE[0]}\nold\n{report.FENCE[1]}\nbelow", card)
+    text = report.fenced(PLACE, "figures", report.markdown(card))
     assert "test (n = 10):" in text
     assert "| `full` | 70.0% (60.4% to 78.1%) | 42.0% (" in text
     assert "60.0%" not in text
     assert "old" not in text
     assert text.startswith("above")
     assert text.endswith("below")
-    assert report.with_table(text, card) == text
+    assert report.fenced(text, "figures", report.markdown(card)) == text
 
 
 def test_a_text_without_a_place_for_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="end of figures"):
-        report.with_table("nothing", card_of())
+        report.fenced("nothing", "figures", "new")
+
+
+def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluation(
+    tmp_path: Path,
+) -> None:
+    runs = [[{"clean": 0.5, "pgd10": 0.3, "minutes": 30.0}] * 3, [{"minutes": 60.0}] * 2]
+    figures = [
+        Metric("classifier", "-", "clean", 0.9, 10),
+        Metric("classifier", "-", "clean", 0.7, 100),
+        Metric("classifier", "-", "autoattack", 0.4, 100, Threat(), "AutoAttack"),
+        Metric("classifier", "-", "autoattack", 0.6, 100, Threat(eps=2 / 255), "AutoAttack"),
+    ]
+    for name, more in (("first", {"history": runs}), ("second", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"0" * 1_500_000)
+        report.write_card(tmp_path / name, card_of(*figures) | more)
+    lines = report.model_table([tmp_path / "first", tmp_path / "second"]).splitlines()
+    assert lines[2].startswith("| `first` | resnet10 x 0.125 | 1.5 MB | 5 epochs, 1.5 h | 70.0% (")
+    assert lines[3].startswith("| `second` | resnet10 x 0.125 | 1.5 MB | - | 70.0% (")
+    assert lines[2].endswith("n = 100 | 40.0% (30.9% to 49.8%), n = 100 |")
 
 
 def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:

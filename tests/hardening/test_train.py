@@ -74,6 +74,17 @@ def test_a_run_refuses_to_continue_from_other_first_weights(tmp_path: Path) -> N
         train_classifier(other, RECIPE._replace(epochs=1), tmp_path, images)
 
 
+def test_the_history_of_earlier_runs_stays_with_the_weights(tmp_path: Path) -> None:
+    before = [{"clean": 0.3, "pgd10": 0.2, "minutes": 1.0}]
+    images = blobs(64, size=16), blobs(32, size=16)
+    recipe = RECIPE._replace(epochs=1)
+    file = train_classifier(Classifier(CONFIG), recipe, tmp_path, images, earlier=[before])
+    history = checkpoint.read(file)[0]["history"]
+    assert history[0] == before
+    assert [row["epoch"] for row in history[1]] == [1]
+    assert 0 < history[1][0]["minutes"] < 1
+
+
 def test_the_kept_checkpoint_is_the_epoch_with_the_best_robust_accuracy(tmp_path: Path) -> None:
     kept: list[int] = []
     figures = iter([0.2, 0.5, 0.4])
@@ -81,7 +92,7 @@ def test_the_kept_checkpoint_is_the_epoch_with_the_best_robust_accuracy(tmp_path
     run.fit(
         blobs(4),
         lambda *_: torch.tensor(1.0),
-        lambda: {"pgd10": next(figures)},
+        lambda: {"clean": 0.9, "pgd10": next(figures)},
         epochs=3,
         batch_size=2,
         keep=lambda: kept.append(run.epoch),
