@@ -6,6 +6,13 @@ BIN := .venv/bin
 ARCHIVE := model_store/$(MODEL).mar
 SOURCES := $(wildcard handlers/*.py hardening/*.py export/*.py) rampart.py
 
+ifneq ($(filter serve,$(or $(MAKECMDGOALS),serve)),)
+ifeq ($(wildcard model_store/$(MODEL)/weights.safetensors $(ARCHIVE)),)
+SHIPPED := $(patsubst model_store/%/weights.safetensors,%,$(wildcard model_store/*/weights.safetensors))
+$(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHIPPED))
+endif
+endif
+
 .PHONY: serve test check format lock clean
 
 serve: $(ARCHIVE)

@@ -211,8 +211,9 @@ def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Pa
             colour, marker, line = INKS[ink]
             share = [row[name] for row in history]
             axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
-        best = max(epoch, key=lambda number: history[number - 1]["pgd10"])
-        axes.axvline(best, color="#666666", lw=1, label="most robust epoch")
+        last = epoch[-len(runs[-1]) :]
+        best = max(last, key=lambda number: history[number - 1]["pgd10"])
+        axes.axvline(best, color="#666666", lw=1, label="most robust epoch of the last run")
         for start in np.cumsum([len(run) for run in runs])[:-1]:
             axes.axvline(start + 0.5, color="#999999", lw=1, ls=":")
         axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
