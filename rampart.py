@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,6 +78,7 @@ def pick_device(name: str) -> "torch.device":
     )
 
 
+@lru_cache(maxsize=1)  # the stages of `harden` read the same
 def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images | Folder, Images]":
     """(training images, held-out images) of the options --data and --held."""
     from hardening import distributed

@@ -103,7 +103,7 @@ class Hunt:
     def try_all(self, objective: Objective) -> None:
         """Attack what is standing from a new random start."""
         left = (~self.won).nonzero().squeeze(1)
-        start = random_start(self.x[left], self.threat, seeded(self.x, self.attacks))
+        start = random_start(self.x[left], self.threat, Noise(left, seed=self.attacks))
         self.attacks += 1
         if not len(left):
             return
@@ -147,7 +147,7 @@ def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -
     few, label, wins = x[::every], label[::every], {}
     for weight in WEIGHTS:
         objective = mislead(look, untargeted(label), label, handling="penalty", weight=weight)
-        start = random_start(few, threat, seeded(x, 0))
+        start = random_start(few, threat, seeded(few, 0))
         wins[weight] = int(apgd(objective, few, threat, steps=steps, start=start)[1].sum())
     return max(wins, key=lambda weight: wins[weight])
 
