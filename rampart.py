@@ -1,7 +1,9 @@
 """The command line: one function per verb, each a thin call into the packages."""
 
+import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -85,6 +87,11 @@ def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images | Folde
     from hardening.data import hold_out, load, load_training
 
     held_out = load(held, size=size) if held else None
+    if held and held_out and held.is_dir():
+        if held.resolve().is_relative_to(data.resolve()):
+            raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")
+        # Names in a folder are its own; only a file of twins names pictures of another.
+        held_out = replace(held_out, paths=())
     train, out = hold_out(load_training(data, size=size), held_out)
     if len(out) < 200:
         raise ValueError(
@@ -169,7 +176,10 @@ def train(
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
     if (method == "rslad") != bool(teacher):
         raise ValueError("--method rslad and --teacher go together: one distils, from the other")
+    if validate_on < 1:
+        raise ValueError(f"--validate-on {validate_on}: take one image or more")
     where = distributed.join(pick_device(device))
+    torch.manual_seed(seed)  # new layers of --init are drawn from it too
     start = load_classifier(init, auxiliary=True, rectified=rectify) if init else None
     images, held_out = read_data(data, held, start.config.image_size if start else image_size)
     if start and start.config.classes != len(images.classes):
@@ -177,7 +187,6 @@ def train(
             f"--init {init} tells {start.config.classes} classes apart, but {data} has"
             f" {len(images.classes)}: train from new weights, without --init"
         )
-    torch.manual_seed(seed)
     config = ClassifierConfig(arch, len(images.classes), width, image_size, rectified=rectify)
     net = start or Classifier(config, auxiliary=True)
     robust = load_classifier(teacher).to(where) if teacher else None
@@ -340,18 +349,20 @@ def evaluate(
 
     from hardening import evaluate as evaluation
     from hardening import page, report
-    from hardening.data import hold_out, load, split, spread
+    from hardening.data import hold_out, load, load_training, split, spread
     from hardening.pipeline import load_classifier
     from hardening.rungs import QUICK, Budget
 
     where, threat = pick_device(device), threat_of(norm, eps)
     size = load_classifier(model / "weights.safetensors").config.image_size
-    every = load(data, train=False, size=size)
     source = data_name or data.name
-    if part:
+    if part and data.suffix != ".npz":
         # Of a folder the same tenth is held out as in training; a file holds held-out images.
-        held = every if data.suffix == ".npz" else hold_out(load(data, size=size), None)[1]
-        every, source = split(held, part), f"{part} split of {source}"
+        every = hold_out(load_training(data, size=size), None)[1]
+    else:
+        every = load(data, train=False, size=size)
+    if part:
+        every, source = split(every, part), f"{part} split of {source}"
     images = spread(every, limit or (100 if quick else None)).to(where)
     source = source if len(images) == len(every) else f"{len(images)} of {source}"
     if source == report.read_card(model).get("data"):
@@ -421,6 +432,8 @@ def harden(
     from hardening import report
     from hardening.stages import stages
 
+    if "RANK" in os.environ:
+        raise ValueError("torchrun starts `rampart train` and `rampart purifier`, not the others")
     if not (weights or epochs):
         raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
     if out.suffix != ".mar":

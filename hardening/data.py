@@ -60,10 +60,9 @@ class Images:
         return Images(self.image[chosen], self.label[chosen], self.classes, paths)
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (image, label) for each index tensor of `rows`."""
+        """Yield (image, label) for each index tensor of `rows`, which are on the same device."""
         for index in rows:
-            chosen = index.to(self.label.device)
-            yield self.image[chosen], self.label[chosen]
+            yield self.image[index], self.label[index]
 
     def digest(self) -> str:
         """Stands for the pixels, labels and classes."""
@@ -122,11 +121,15 @@ class Folder:
             raise ValueError(f"{self.files[row]}: {error.message}") from error
 
     def collect(self, index: Tensor, pictures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
-        """(image, label) of a batch on the device, without waiting for the way there."""
+        """(image, label) of a batch on the device."""
         image = torch.stack([picture.result() for picture in pictures])
+        return self.send(image), self.send(self.label[index])
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device, without waiting for the way there."""
         if self.device.type == "cuda":
-            image = image.pin_memory()
-        return image.to(self.device, non_blocking=True), self.label[index].to(self.device)
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def whole(self) -> Images:
         """All pictures, decoded."""
@@ -214,7 +217,8 @@ def load_training(path: Path, *, size: int) -> Images | Folder:
     if not path.is_dir() or (path / "cifar-10-batches-py").is_dir():
         return load(path, size=size)
     folder = find_pictures(path, size=size)
-    return folder if len(folder) * size * size * 3 > MEMORY else folder.whole()
+    room = MEMORY // distributed.beside()
+    return folder if len(folder) * size * size * 3 > room else folder.whole()
 
 
 def find_pictures(path: Path, *, size: int) -> Folder:
@@ -258,11 +262,12 @@ def hold_out(
     if held is not None:
         if held.classes != images.classes:
             raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
-        twins, pixels = set(held.paths), {image.tobytes() for image in held.image.numpy()}
+        twins = set(held.paths)
         paths = images.paths or ("",) * len(images)
         keep = torch.tensor([path not in twins for path in paths])
         if isinstance(images, Images):
-            keep &= torch.tensor([i.tobytes() not in pixels for i in images.image.numpy()])
+            pixels = {short(image) for image in held.image.numpy()}
+            keep &= torch.tensor([short(image) not in pixels for image in images.image.numpy()])
         if twins and keep.all():
             raise ValueError(
                 f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
@@ -273,6 +278,11 @@ def hold_out(
     count = min(PARTS, math.ceil(len(images) / 10))
     drawn = images[order[:count]]
     return images[order[count:]], drawn.whole() if isinstance(drawn, Folder) else drawn
+
+
+def short(image: np.ndarray) -> bytes:
+    """Stands for the pixels of one image."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def spread(images: Images, count: int | None) -> Images:
@@ -336,9 +346,12 @@ def shuffled(
     order = torch.randperm(len(images), generator=draws)
     if isinstance(images, Images):
         order = order.to(images.label.device)  # once, and not at every step
-    last = max(len(order) - len(order) % size, min(len(order), size))
+    size = min(size, len(order))
+    size -= size % distributed.place()[1]
+    last = len(order) - len(order) % size
     whole = torch.split(order[:last], size)
     rows = [distributed.mine(index) for index in whole[skip:]]
     for index, (image, label) in zip(rows, images.read(rows), strict=True):
-        noise = Noise(index.to(label.device), seed=seed, epoch=epoch)
+        key = images.send(index) if isinstance(images, Folder) else index
+        noise = Noise(key, seed=seed, epoch=epoch)
         yield Batch(crop(flip(to_float(image), noise), noise), label, noise)

@@ -68,6 +68,15 @@ def total(count: Tensor) -> Tensor:
     return count
 
 
+def agree(value: str) -> bool:
+    """Whether all processes pass the same."""
+    _, world = place()
+    every = [value] * world
+    if world > 1:
+        dist.all_gather_object(every, value)
+    return len(set(every)) == 1
+
+
 def from_first(value: Any) -> Any:
     """What the first process passes, in all of them."""
     if place()[1] == 1:

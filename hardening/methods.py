@@ -32,7 +32,12 @@ class Method(NamedTuple):
 
 
 def step_size(threat: Threat, steps: int) -> float:
-    """A step of PGD-`steps`: eps/4 at ten, in proportion at others, at most eps."""
+    """A step of PGD-`steps`: eps/4 at ten, in proportion at others, at most eps.
+
+    Raises ValueError below one step.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: an attack takes one step or more")
     return threat.eps * min(1.0, 2.5 / steps)
 
 
@@ -167,9 +172,12 @@ def adversarial_weights(
     with torch.no_grad():
         for weight, step in zip(moved, steps, strict=True):
             weight.add_(step)
+    # Autocast keeps bfloat16 copies of weights, and does not see that these have moved.
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, value in zip(moved, before, strict=True):
                 weight.copy_(value)
+        torch.clear_autocast_cache()

@@ -32,8 +32,9 @@ class Noise:
     """Draws for N samples, each from its own key: `index` int64 (N,), `seed` and `epoch`."""
 
     def __init__(self, index: Tensor, *, seed: int = 0, epoch: int = 0) -> None:
-        run = mix(torch.tensor(seed) * GOLDEN + epoch + 1)
-        self.keys = mix(index * GOLDEN + run.to(index.device))
+        # A number, not a tensor: nothing has to go to the device.
+        run = int(mix(torch.tensor(seed) * GOLDEN + epoch + 1))
+        self.keys = mix(index * GOLDEN + run)
         self.drawn = 0
 
     def uniform(self, *shape: int) -> Tensor:

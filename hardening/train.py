@@ -104,8 +104,6 @@ def accuracy(
 
 def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, float]:
     """The figures of an epoch: clean and PGD-10 accuracy."""
-    # Each process has seen its own part of every batch.
-    distributed.average(b for b in model.buffers() if b.dtype.is_floating_point)
     clean = accuracy(model, images, threat=threat)
     return {"clean": clean, "pgd10": accuracy(model, images, attack="pgd10", threat=threat)}
 
@@ -157,15 +155,21 @@ class Run:
     def resume(self) -> None:
         """Continue the run that the folder holds, if any.
 
-        Raises ValueError when it was begun with other settings.
+        Raises ValueError when it was begun with other settings or images, or when processes differ
+        in theirs.
         """
+        if not distributed.agree(self.settings):
+            raise ValueError(
+                "the processes do not begin with the same images and weights: give each machine"
+                " the same files"
+            )
         state = checkpoint.read_state(self.folder) if distributed.first() else None
         state = distributed.from_first(state)
         if state is None:
             return
         if state["settings"] != self.settings:
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {state['settings']}."
+                f"{self.folder} holds a run with other settings or images: {state['settings']}."
                 " Continue it with those, or choose another --out"
             )
         for name, part in self.parts.items():
@@ -218,6 +222,9 @@ class Run:
 
         A run that was cut off loses at most `save_every` seconds: the same command continues it.
         """
+        if not len(images):
+            raise ValueError("no image is left to train on: all are among the held-out ones")
+        self.settings += f" on images {images.digest()[:16]}"
         self.resume()
         while self.epoch < epochs:
             loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
@@ -271,6 +278,8 @@ class Trainer:
             raise ValueError(
                 f"unknown method {recipe.method!r}: choose one of {', '.join(METHODS)}"
             )
+        if recipe.method == "rslad" and recipe.smoothing:
+            raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
         one_part(recipe.batch_size)
         self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher
         self.model = classifier.requires_grad_(True)
@@ -300,7 +309,9 @@ class Trainer:
         with autocast(self.device, recipe.precision):
             loss = self.descend(self.taught(batch), progress)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        distributed.average([*gradients, loss])
+        # BatchNorm's, of which each process has seen its own part of the batch.
+        seen = [b for name, b in self.model.named_buffers() if "running_" in name]
+        distributed.average([*gradients, *seen, loss])
         self.optimizer.step()
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
@@ -354,6 +365,8 @@ def train_classifier(
     trainer.run.earlier = list(earlier)
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
     best = folder / "classifier.safetensors"
+    if best.exists() and checkpoint.read_state(folder) is None:
+        raise ValueError(f"{best} is there, but no state to go on from: choose another --out")
 
     def keep() -> None:
         content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}

@@ -80,6 +80,37 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     assert rampart.variants_in(Path("store/mine")) == ["lean"]
 
 
+def test_what_cannot_be_shared_out_refuses_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="`rampart train` and `rampart purifier`, not the others"):
+        run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar")
+
+
+def test_a_folder_of_held_out_pictures_has_names_of_its_own(tmp_path: Path) -> None:
+    for part, count in (("train", 60), ("held", 210)):
+        for i, pixels in enumerate(blobs(count, seed=len(part)).image.numpy()):
+            (tmp_path / part / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / part / f"class{i % 2}" / f"{i:03}.png")
+    images, held = rampart.read_data(tmp_path / "train", tmp_path / "held", 32)
+    assert (len(images), len(held)) == (60, 210)
+    with pytest.raises(ValueError, match="would be trained on"):
+        rampart.read_data(tmp_path, tmp_path / "held", 32)
+
+
+def test_a_second_head_is_the_same_whenever_the_command_runs(tmp_path: Path) -> None:
+    images = blobs(2000, size=16)
+    np.savez(tmp_path / "images", image=images.image.numpy(), label=images.label.numpy())
+    data = ["--data", tmp_path / "images.npz", "--validate-on", 8, "--device", "cpu"]
+    small = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--epochs", 1]
+    run("train", *data, *small, "--out", tmp_path / "a")
+    first = tmp_path / "a" / "classifier.safetensors"
+    again = ["train", *data, "--epochs", 1, "--init", first, "--rectify", "--out", tmp_path / "b"]
+    run(*again)
+    assert "continuing" in run(*again)
+
+
 def test_harden_without_weights_or_training_says_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pass --weights, or --epochs"):
         run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar", "--epochs", 0)

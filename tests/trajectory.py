@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,33 +31,38 @@ def trajectory(
 ) -> dict[int, float]:
     """The loss by step of this script, run as so many processes, killed as it says `kill_at`."""
     start = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    with subprocess.Popen(
-        [*start, __file__, str(folder), arch, method],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    ) as run:
+    log = folder.with_suffix(".log")
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [*start, __file__, str(folder), arch, method],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as run,
+    ):
         assert run.stdout is not None
-        assert run.stderr is not None
-        losses = {}
+        losses, workers = {}, [run.pid]
         for line in run.stdout:
-            if not line.startswith("step "):
-                continue
-            _, step, loss = line.split()
-            losses[int(step)] = float(loss)
-            if int(step) == kill_at:
-                os.killpg(run.pid, signal.SIGKILL)
-                return losses
-        error = run.stderr.read()
-    assert run.returncode == 0, error
+            match line.split():
+                case ["worker", pid]:
+                    workers.append(int(pid))
+                case ["step", step, loss]:
+                    losses[int(step)] = float(loss)
+                    if int(step) == kill_at:
+                        for pid in workers:
+                            with suppress(ProcessLookupError):
+                                os.kill(pid, signal.SIGKILL)
+                        return losses
+    assert run.returncode == 0, log.read_text()
     return losses
 
 
 def main(folder: str, arch: str, method: str) -> None:
     """Two epochs of six steps of 16 images."""
     distributed.join(torch.device("cpu"))
+    print(f"worker {os.getpid()}", flush=True)
     torch.manual_seed(0)
     threat = Threat("Linf", 4 / 255)
     options = {"method": method, "epochs": 2, "batch_size": 16, "precision": "fp32", "steps": 3}

@@ -242,6 +242,11 @@ def test_a_picture_that_breaks_while_training_is_named(tmp_path: Path) -> None:
         list(data.shuffled(folder, 4, seed=0, epoch=0))
 
 
+def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
+    (batch,) = data.shuffled(blobs(5), 16, seed=0, epoch=0)
+    assert len(batch.x) == 5
+
+
 def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
     path = picture_folder(tmp_path / "pictures", 4)
     before = data.find_pictures(path, size=32).digest()

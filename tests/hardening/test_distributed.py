@@ -44,6 +44,33 @@ def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
     assert cut | rest == pytest.approx(whole, abs=1e-4)
 
 
+def test_a_killed_run_with_batch_statistics_takes_up_its_trajectory(tmp_path: Path) -> None:
+    whole = trajectory(tmp_path / "whole", "resnet10", "nfgsm", processes=2)
+    cut = trajectory(tmp_path / "cut", "resnet10", "nfgsm", processes=2, kill_at=8)
+    rest = trajectory(tmp_path / "cut", "resnet10", "nfgsm", processes=2)
+    assert cut | rest == pytest.approx(whole, abs=1e-6)
+
+
+def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> None:
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import torch\nfrom pathlib import Path\nfrom blobs import blobs\n"
+        "from hardening import distributed\nfrom hardening.train import Run\n"
+        "distributed.join(torch.device('cpu'))\n"
+        "images = blobs(8 + distributed.place()[0])\n"
+        f"run = Run(Path({str(tmp_path)!r}), 'settings', {{}})\n"
+        "run.fit(images, print, dict, epochs=1, batch_size=4, keep=print)\n"
+    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [*TORCHRUN, "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode != 0
+    assert "do not begin with the same images and weights" in done.stderr
+
+
 def test_the_command_line_under_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:
     images = blobs(2000, size=32)
     data, out = tmp_path / "images.npz", tmp_path / "run"

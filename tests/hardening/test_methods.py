@@ -187,6 +187,22 @@ def test_adversarial_weights_hurt_within_and_are_gone_afterwards(
     assert net.head.weight.grad.abs().sum() > 0
 
 
+def test_adversarial_weights_hurt_in_mixed_precision_too(net: Classifier, batch: Batch) -> None:
+    def loss() -> Tensor:
+        return METHODS["pgd"].loss(net, batch, batch.x, 0.0)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        unmoved = loss().detach()
+        with adversarial_weights(net, loss, 0.02):
+            assert loss().detach() > unmoved + 0.01
+        assert torch.equal(loss().detach(), unmoved)
+
+
+def test_an_attack_without_steps_is_refused(net: Classifier, batch: Batch) -> None:
+    with pytest.raises(ValueError, match="--steps 0"):
+        METHODS["pgd"].craft(net, batch, THREAT, 0)
+
+
 def test_without_gamma_weights_stay(net: Classifier, x: Tensor, label: Tensor) -> None:
     def loss() -> Tensor:
         raise AssertionError("one pass too many")

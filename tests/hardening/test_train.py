@@ -49,6 +49,26 @@ def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
         assert other == pytest.approx(row, abs=1e-6)
 
 
+def test_a_run_refuses_to_continue_on_other_images(tmp_path: Path) -> None:
+    train(tmp_path, RECIPE._replace(epochs=1))
+    images = blobs(191, size=16), blobs(64, size=16, seed=1)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="other settings or images"):
+        train_classifier(Classifier(CONFIG), RECIPE._replace(epochs=1), tmp_path, images)
+
+
+def test_weights_without_a_state_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "classifier.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="choose another --out"):
+        train(tmp_path)
+    assert (tmp_path / "classifier.safetensors").read_bytes() == b"somebody's"
+
+
+def test_label_smoothing_is_refused_where_a_teacher_gives_the_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no part in rslad"):
+        train(tmp_path, RECIPE._replace(method="rslad", smoothing=0.1))
+
+
 def test_a_state_is_written_when_its_time_has_come(tmp_path: Path) -> None:
     folders = []
     for every in (0.0, 1000.0):
@@ -118,7 +138,9 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_with_all_its_options(method: str, tmp_path: Path) -> None:
     options = {"method": method, "awp": 0.005, "smoothing": 0.1, "ramp": 0.5, "epochs": 4}
-    recipe = RECIPE._replace(**options, steps=2, precision="fp32")
+    if method == "rslad":
+        options["smoothing"] = 0.0
+    recipe = RECIPE._replace(**options, steps=2)
     images = blobs(192, size=16), blobs(64, size=16, seed=1)
     torch.manual_seed(0)
     teacher = None
@@ -156,6 +178,12 @@ def test_eps_grows_in_a_line_and_then_stays() -> None:
 def test_an_unknown_method_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'fsgm': choose one of standard, nfgsm"):
         train(tmp_path, RECIPE._replace(method="fsgm"))
+
+
+def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
+    run = Run(tmp_path, "settings", {})
+    with pytest.raises(ValueError, match="no image is left"):
+        run.fit(blobs(4)[:0], print, dict, epochs=1, batch_size=2, keep=print)
 
 
 def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> None:
