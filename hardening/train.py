@@ -231,7 +231,9 @@ class Run:
             self.check()
             row = {"epoch": self.epoch + 1, "loss": loss} | evaluate() | {"minutes": self.worked()}
             say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            better = row[best] > max((old[best] for old in self.history), default=-1.0)
+            # Of two epochs that are as robust, the more accurate one.
+            merit = [(old[best], old["clean"]) for old in [*self.history, row]]
+            better = merit[-1] > max(merit[:-1], default=(-1.0, -1.0))
             self.history.append(row)
             if better and distributed.first():
                 keep()
