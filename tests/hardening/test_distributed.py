@@ -71,19 +71,36 @@ def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> N
     assert "do not begin with the same images and weights" in done.stderr
 
 
+def rampart(*arguments: object, processes: int) -> str:
+    """What `rampart` prints as so many processes."""
+    command = [str(Path(sys.executable).with_name("rampart")), *map(str, arguments)]
+    start = [*TORCHRUN, str(processes), "--no-python"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_command_line_under_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:
     images = blobs(2000, size=32)
-    data, out = tmp_path / "images.npz", tmp_path / "run"
-    np.savez(data, image=images.image.numpy(), label=images.label.numpy())
-    command = [*TORCHRUN, "2", "--no-python", str(Path(sys.executable).with_name("rampart"))]
-    command += ["train", "--data", str(data), "--out", str(out), "--arch", "vgg11", "--width"]
-    command += ["0.125", "--lr", "0.01", "--epochs", "1", "--batch-size", "64"]
-    command += ["--validate-on", "20", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training images") == done.stdout.count("best classifier") == 1
-    assert (out / "classifier.safetensors").is_file()
+    np.savez(tmp_path / "images", image=images.image.numpy(), label=images.label.numpy())
+    small = ["--data", tmp_path / "images.npz", "--epochs", 1, "--batch-size", 64]
+    small += ["--validate-on", 20, "--device", "cpu"]
+    net = ["--arch", "vgg11", "--width", 0.125, "--lr", 0.01]
+    said = rampart("train", *small, *net, "--out", tmp_path / "c", processes=2)
+    assert said.count("training images") == said.count("best classifier") == 1
+    classifier = tmp_path / "c" / "classifier.safetensors"
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / f"p{processes}"
+        said = rampart(
+            *("purifier", *small, "--classifier", classifier, "--out", out), processes=processes
+        )
+        assert said.count("best purifier") == 1
+        losses.append(checkpoint.read(out / "purifier.safetensors")[0]["history"][0][0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # in bfloat16
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
