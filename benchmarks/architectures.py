@@ -24,7 +24,7 @@ from PIL import Image
 from export.archive import archive
 from handlers.defended import DefendedHandler
 from hardening import calibrate, pipeline
-from hardening.data import Images, split
+from hardening.data import Images, batches, split
 from hardening.detectors import FULL
 from hardening.models import ARCHITECTURES, Classifier, ClassifierConfig
 from hardening.purifier import Purifier, PurifierConfig
@@ -53,10 +53,26 @@ def train(arch: str, size: int, folder: Path) -> Classifier:
     net = Classifier(ClassifierConfig(arch, 10, image_size=size), auxiliary=True)
     trainer = Trainer(net, Recipe(epochs=1, batch_size=BATCH, lr=0.01), folder)
     images = pictures(STEPS * BATCH, size)
+    settle(net, images)
     trainer.run.pass_over(images, trainer.step, epochs=1, batch_size=BATCH)
+    settle(net, images)
     kept = Classifier(net.config)
     kept.load_state_dict({n: t for n, t in net.state_dict().items() if "backbone.aux" not in n})
     return kept.eval().requires_grad_(False)
+
+
+def settle(net: Classifier, images: Images) -> None:
+    """Measure BatchNorm's statistics: five steps are too few for the running mean of 152 layers."""
+    norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    before = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of all that is seen
+    with torch.no_grad():
+        for x, _ in batches(images, BATCH):
+            net.train()(x)
+    for layer, momentum in zip(norms, before, strict=True):
+        layer.momentum = momentum
 
 
 def pack(net: Classifier, held: Images, folder: Path) -> tuple[Path, str]:
