@@ -6,6 +6,7 @@ DistributedDataParallel does, would gain little; and that wraps one forward of o
 step here has several, of moved weights and of two networks in turns.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,8 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Left to the interpreter's end, its threads now and then take the process down.
+        atexit.register(dist.destroy_process_group)
     return device
 
 
