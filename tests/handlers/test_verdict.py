@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handlers.verdict import Calibration, Judge, Policy, combine, p_values
+from handlers.verdict import Calibration, Judge, Policy, combine, drift, p_values
 
 RNG = np.random.default_rng(0)
 KNOTS = np.array([[0.0, 1.0, 2.0, 4.0], [-1.0, -1.0, 0.5, 0.5]])
@@ -226,3 +226,13 @@ def test_a_rate_finer_than_the_calibration_is_refused() -> None:
     with pytest.raises(ValueError, match="199 calibration images cannot tell"):
         judge(false_alarm_rate=0.005)
     assert judge(false_alarm_rate=0.0051)
+
+
+def test_drift_is_small_for_uniform_p_values_and_large_for_others() -> None:
+    generator = np.random.default_rng(0)
+    chance = [drift(generator.random(400)) for _ in range(500)]
+    # Kolmogorov's 95% point.
+    assert 0.02 < np.mean([value > 1.36 / 400**0.5 for value in chance]) < 0.08
+    assert drift(generator.random(400) ** 3) > 0.3
+    assert drift(np.ones(10)) == pytest.approx(1.0)
+    assert drift(np.full(10, 0.5)) == pytest.approx(0.5)

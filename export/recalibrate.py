@@ -1,0 +1,136 @@
+"""A new calibration for a finished archive, from pictures like those its endpoint receives.
+
+    rampart calibrate --model model_store/NAME.mar --images my_traffic/
+
+The graph stays as it is, byte for byte, and so does the way scores are combined: what is made anew
+is the ranking that turns a combined score into a p-value. On pictures exchangeable with these the
+promised false-alarm rate holds again (split conformal: Vovk et al. 2005).
+"""
+
+import json
+import tempfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from export.archive import hash_tree, sha256
+from handlers.defended import read_policy, verify
+from handlers.engine import Engine
+from handlers.image import ImageError, decode
+from handlers.verdict import Calibration, Judge, combine, drift, p_values
+from hardening.data import SUFFIXES
+
+FEWEST = 100  # for a false-alarm rate of 1%
+
+
+class Recalibrated(NamedTuple):
+    """What the new archive was made from, and how far the old calibration was off."""
+
+    images: int
+    refused: list[str]  # pictures that the endpoint would not take, and why
+    flagged: float  # share of the images that the old calibration flags
+    rate: float  # share that it promises
+    drift: float  # of the old calibration's p-values from what they should be
+
+
+def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibrated:
+    """Write `archive` with the ranks of `pictures`, a folder at any depth, as `out`.
+
+    Raises ValueError, naming the remedy, where an input is not what it should be, and before
+    anything is written.
+    """
+    if out.resolve() == archive.resolve() or out.suffix != ".mar":
+        raise ValueError(f"--out {out}: name a new file that ends in .mar")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        names = unpack(archive, work)
+        engine = Engine(work / "graph.onnx", device="cpu")
+        images, refused = read_pictures(pictures, engine.image_shape[0])
+        old = Calibration.load(work / "calibration.json")
+        scores = engine.run(images).scores
+        new = replace(old, combined=np.sort(combine(scores, old)), images=len(images))
+        policy = read_policy(settings_of(work))
+        Judge(labels_of(work), new, policy, {})  # refuses a rate that the images cannot back
+        p = p_values(scores, old)
+        write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
+        repack(work, names, out)
+    rate = policy.false_alarm_rate
+    return Recalibrated(len(images), refused, float((p < rate).mean()), rate, drift(p))
+
+
+def unpack(archive: Path, work: Path) -> list[str]:
+    """The files of an archive in `work`, checked; returns their names in order."""
+    if not archive.is_file():
+        raise FileNotFoundError(f"no archive at {archive}: make one with `rampart archive`")
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(work)
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} is not an archive of TorchServe: {error}") from error
+    try:
+        verify(work)
+    except ValueError as error:
+        raise ValueError(f"{archive}: {error}") from error
+    return names
+
+
+def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Pictures below `folder` as uint8 (N, size, size, 3), and what the endpoint would refuse."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    images, refused = [], []
+    for file in tqdm(files, desc="reading pictures", leave=False):
+        try:
+            images.append(decode(file.read_bytes(), size))
+        except ImageError as error:
+            refused.append(f"{file.relative_to(folder)}: {error.message}")
+    if len(images) < FEWEST:
+        raise ValueError(
+            f"{folder} holds {len(images)} usable pictures: a false-alarm rate of 1% needs at"
+            f" least {FEWEST}, so pass more of what your clients send"
+        )
+    return np.stack(images), refused
+
+
+def settings_of(work: Path) -> dict[str, object]:
+    """The policy and other settings of ours in the model YAML."""
+    config = yaml.safe_load((work / "model-config.yaml").read_text())
+    settings: dict[str, object] = config.get("rampart") or {}
+    return settings
+
+
+def labels_of(work: Path) -> tuple[str, ...]:
+    """The names of the classes."""
+    return tuple(map(str, json.loads((work / "labels.json").read_text())))
+
+
+def write(work: Path, calibration: Calibration, *, data: str, command: str) -> None:
+    """Put the new ranks into calibration.json, and what changed into the card and the hashes."""
+    file = work / "calibration.json"
+    content = json.loads(file.read_text())
+    content |= {"combined": calibration.combined.tolist(), "images": calibration.images}
+    file.write_text(json.dumps(content | {"data": data}) + "\n")
+    card = json.loads((work / "card.json").read_text())
+    card |= {"calibration_images": calibration.images, "recalibrated_on": data}
+    card["commands"] = [*card.get("commands", []), command]
+    card["sha256"] = card.get("sha256", {}) | {"calibration.json": sha256(file)}
+    (work / "card.json").write_text(json.dumps(card, indent=1))
+    listed = json.loads((work / "sha256.json").read_text())
+    found = hash_tree(work)
+    (work / "sha256.json").write_text(json.dumps({name: found[name] for name in listed}, indent=1))
+
+
+def repack(work: Path, names: list[str], out: Path) -> None:
+    """The files of `work` as an archive; the finished file replaces an older one at once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in names:
+            packed.write(work / name, name)
+    partial.replace(out)

@@ -1,0 +1,119 @@
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.recalibrate import recalibrate
+from handlers.defended import verify
+from handlers.engine import Engine
+from handlers.verdict import Calibration, p_values
+from hardening.data import Images
+
+
+@pytest.fixture(scope="module")
+def traffic(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -> Path:
+    """What clients send here: noisier than what the archive was calibrated on."""
+    folder = tmp_path_factory.mktemp("traffic")
+    generator = np.random.default_rng(0)
+    for number, image in enumerate(tiny_images.image[:150].numpy()):
+        noisy = image + generator.normal(0, 4, image.shape)
+        home = folder / f"day{number % 3}"
+        home.mkdir(exist_ok=True)
+        picture = Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
+        picture.save(home / f"{number}.png")
+    (folder / "day0" / "cut.png").write_bytes((folder / "day0" / "0.png").read_bytes()[:200])
+    return folder
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as mar:
+        return {name: mar.read(name) for name in mar.namelist()}
+
+
+def flag_rate(archive: Path, folder: Path, image: np.ndarray, rate: float) -> float:
+    with zipfile.ZipFile(archive) as mar:
+        mar.extractall(folder)
+    verify(folder)
+    scores = Engine(folder / "graph.onnx").run(image).scores
+    return float((p_values(scores, Calibration.load(folder / "calibration.json")) < rate).mean())
+
+
+def test_the_new_archive_keeps_its_promise_on_the_traffic(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new.mar"
+    made = recalibrate(tiny_archive, traffic, out, command="rampart calibrate")
+    pictures = sorted(traffic.glob("*/[0-9]*.png"))
+    image = np.stack([np.asarray(Image.open(file)) for file in pictures])
+    before = flag_rate(tiny_archive, tmp_path / "old", image, 0.05)
+    after = flag_rate(out, tmp_path / "new", image, 0.05)
+    assert before > 0.5
+    assert 0.02 < after <= 0.05
+    assert made.images == len(image) == 150
+    assert made.drift > 0.5 > 1.36 / 150**0.5
+    assert made.flagged > 0.5
+    assert made.rate == 0.01
+
+
+def test_only_calibration_card_and_hashes_differ(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    recalibrate(tiny_archive, traffic, tmp_path / "new.mar", command="rampart calibrate x")
+    old, new = contents(tiny_archive), contents(tmp_path / "new.mar")
+    old = {name: data for name, data in old.items() if not name.endswith("/")}
+    assert list(old) == list(new)
+    changed = {name for name in old if old[name] != new[name]}
+    assert changed == {"calibration.json", "card.json", "sha256.json"}
+    card = json.loads(new["card.json"])
+    assert card["calibration_images"] == 150
+    assert card["commands"][-1] == "rampart calibrate x"
+    assert card["sha256"]["calibration.json"] == json.loads(new["sha256.json"])["calibration.json"]
+    before, after = (json.loads(files["calibration.json"]) for files in (old, new))
+    assert after["knots"] == before["knots"]
+    assert after["data"] == f"150 pictures of {traffic.name}"
+
+
+def test_pictures_that_the_endpoint_refuses_are_named(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    made = recalibrate(tiny_archive, traffic, tmp_path / "new.mar", command="")
+    assert len(made.refused) == 1
+    assert made.refused[0].startswith("day0/cut.png: ")
+
+
+def test_too_few_pictures_are_refused_and_nothing_is_written(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"holds 50 usable pictures: .*at least 100"):
+        recalibrate(tiny_archive, traffic / "day1", tmp_path / "new.mar", command="")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["same", "new.zip"])
+def test_the_new_archive_has_a_name_of_its_own(
+    tiny_archive: Path, traffic: Path, tmp_path: Path, name: str
+) -> None:
+    out = tiny_archive if name == "same" else tmp_path / name
+    before = tiny_archive.read_bytes()
+    with pytest.raises(ValueError, match=r"name a new file that ends in \.mar"):
+        recalibrate(tiny_archive, traffic, out, command="")
+    assert tiny_archive.read_bytes() == before
+
+
+def test_an_archive_that_was_tampered_with_is_refused(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    forged = tmp_path / "forged.mar"
+    with zipfile.ZipFile(forged, "w") as mar:
+        for name, data in contents(tiny_archive).items():
+            mar.writestr(name, data + b" " if name == "labels.json" else data)
+    with pytest.raises(ValueError, match=r"forged\.mar: labels\.json is not the file"):
+        recalibrate(forged, traffic, tmp_path / "new.mar", command="")
+    (tmp_path / "text.mar").write_text("no archive")
+    with pytest.raises(ValueError, match="not an archive"):
+        recalibrate(tmp_path / "text.mar", traffic, tmp_path / "new.mar", command="")
+    with pytest.raises(FileNotFoundError, match="rampart archive"):
+        recalibrate(tmp_path / "none.mar", traffic, tmp_path / "new.mar", command="")
