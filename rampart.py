@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from handlers.engine import Engine
     from hardening.attacks import Threat
     from hardening.data import Folder, Images
     from hardening.page import Pictures
@@ -42,7 +43,7 @@ RECTIFY = "Train a second head beside: rectified rejection"
 COMPILE = "torch.compile: a minute or more first, faster steps then"
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
-VARIANT = "full, or lean for tight latency; default full where the model has a purifier"
+VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
 Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
@@ -276,17 +277,59 @@ def purifier(
 
 @app.command()
 def calibrate(
-    model: Model,
-    data: Data,
-    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
+    folder: Annotated[Path | None, typer.Argument(help="Folder of the model to make")] = None,
+    data: Annotated[Path | None, typer.Option(help="Training images, as `rampart train`")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="File of `rampart train`")] = None,
     purifier: Annotated[Path | None, typer.Option(help="File of `rampart purifier`")] = None,
     held: Held = None,
     data_name: Annotated[str, typer.Option(help="What the card calls the training data")] = "",
+    model: Annotated[Path | None, typer.Option(help="A finished .mar, to calibrate anew")] = None,
+    images: Annotated[Path | None, typer.Option(help="What its clients send: a folder")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new .mar; NAME-recalibrated.mar")] = None,
 ) -> None:
-    """Put classifier and purifier together as a model folder and calibrate both variants.
+    """Put classifier and purifier together as a model folder and calibrate its variants.
 
-    Without a purifier the folder has the variant `lean` only.
+    Without a purifier the folder has the variant `lean` only. With --model and --images, a finished
+    archive is calibrated on pictures of your traffic instead; its graph stays as it is.
     """
+    if model and images:
+        if folder or data or classifier or purifier:
+            raise ValueError("--model and --images go alone, with --out: the archive has the rest")
+        recalibrate(model, images, out or model.with_stem(f"{model.stem}-recalibrated"))
+    elif folder and data and classifier and not (model or images):
+        assemble(folder, data, classifier, purifier, held=held, data_name=data_name)
+    else:
+        raise ValueError(
+            "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --model"
+            " FILE.mar --images FOLDER to calibrate an archive anew"
+        )
+
+
+def recalibrate(model: Path, images: Path, out: Path) -> None:
+    """A new archive, with the ranks of the pictures below `images`."""
+    from export.recalibrate import recalibrate as remake
+
+    made = remake(model, images, out, command=command_line())
+    for line in made.refused:
+        say(f"left out, as the endpoint would: {line}")
+    say(
+        f"the old calibration flags {made.flagged:.1%} of these {made.images} pictures where it"
+        f" promises {made.rate:.1%}; drift {made.drift:.3f}, by chance up to"
+        f" {1.36 / made.images**0.5:.3f}"
+    )
+    say(f"{out}: serve it with `rampart serve --model {out}`")
+
+
+def assemble(
+    model: Path,
+    data: Path,
+    classifier: Path,
+    purifier: Path | None,
+    *,
+    held: Path | None,
+    data_name: str,
+) -> None:
+    """Make a model folder: weights, a calibration for each variant, a card."""
     from hardening import calibrate as calibration
     from hardening import checkpoint, report
     from hardening import pipeline as pipelines
@@ -530,8 +573,15 @@ def variants_in(model: Path) -> list[Literal["full", "lean"]]:
 
 
 def best_variant(model: Path) -> Literal["full", "lean"]:
-    """The variant that is taken where none is asked for; an empty folder is complained of later."""
-    return next(iter(variants_in(model)), VARIANTS[0])
+    """The variant that is taken where none is asked for: what the ablation chose, else `full`.
+
+    An empty folder is complained of later.
+    """
+    from hardening.report import read_card
+
+    known = variants_in(model)
+    chosen = read_card(model).get("ablation", {}).get("default", {}).get("variant")
+    return chosen if chosen in known else next(iter(known), VARIANTS[0])
 
 
 def sibling(model: Path) -> Path | None:
@@ -549,10 +599,6 @@ def victims_of(
     device: "torch.device",
 ) -> "list[Victim]":
     """The classifier of a model folder, its variants with their exported graphs, and the twin."""
-    import tempfile
-
-    from export.to_onnx import to_onnx
-    from handlers.engine import Engine
     from hardening import checkpoint, victims
     from hardening import pipeline as pipelines
     from hardening.calibrate import load_variant
@@ -564,8 +610,7 @@ def victims_of(
         pipeline, known = pipelines.load(weights, variant)
         if known != classes:
             raise ValueError(f"the images have the classes {classes}, the model {known}")
-        with tempfile.TemporaryDirectory() as folder:
-            engine = Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), device="cpu")
+        engine = to_engine(pipeline)
         digest = checkpoint.digest(pipeline)
         out.append(
             victims.pipeline_victim(
@@ -580,6 +625,74 @@ def victims_of(
         net = pipelines.load_classifier(twin / "weights.safetensors").to(device)
         out.append(victims.label_victim("undefended", net, checkpoint.digest(net)))
     return out
+
+
+@app.command()
+def ablate(
+    model: Model,
+    data: Data,
+    held: Held = None,
+    limit: Annotated[int, typer.Option(help="So many validation images, evenly spaced")] = 200,
+    steps: Annotated[int, typer.Option(help="Of each attack")] = 20,
+    norm: Norm = "Linf",
+    eps: Eps = None,
+    cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
+    twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
+    device: Device = "auto",
+) -> None:
+    """What each part adds under attack, and costs; the outcome names the default variant."""
+    import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
+
+    from hardening import ablation, checkpoint, plots, report
+    from hardening import pipeline as pipelines
+    from hardening.data import split, spread
+    from hardening.rungs import QUICK
+    from hardening.victims import label_victim
+
+    where, weights = pick_device(device), model / "weights.safetensors"
+    pipeline, known = pipelines.load(weights, variants_in(model)[0])
+    _, images = read_data(data, held, pipeline.classifier.config.image_size)
+    if known != images.classes:
+        raise ValueError(f"the images have the classes {images.classes}, the model {known}")
+    images = images.to(where)
+    few = spread(split(images, "validation"), limit)
+    every = [
+        ablation.arm(pipeline.to(where), setup, images, partial(to_engine, threads=1))
+        for setup in ablation.setups(pipeline)
+    ]
+    if control := twin or sibling(model):
+        net = pipelines.load_classifier(control / "weights.safetensors").to(where)
+        victim = label_victim("undefended", net, checkpoint.digest(net))
+        every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
+    threat, budget = threat_of(norm, eps), QUICK._replace(steps=steps)
+    outcomes = ablation.ablate(every, few, threat, budget, folder=cache)
+    rows = ablation.rows(outcomes)
+    card = report.read_card(model)
+    card["ablation"] = {
+        "data": f"{len(few)} validation images of {(held or data).name}",
+        "n": len(few),
+        "threat_model": str(threat),
+        "attack": f"PGD-20, APGD-CE, APGD-T and Square; joint APGD at each rate; {budget}",
+        "rows": rows,
+        "default": ablation.default(rows),
+        "command": command_line(),
+    }
+    report.check_card(card)
+    report.write_card(model, card)
+    say(ablation.text(rows))
+    say(card["ablation"]["default"])
+    say(plots.ablation(rows, model / "ablation.png"))
+
+
+def to_engine(pipeline: "DefendedClassifier", *, threads: int = 0) -> "Engine":
+    """The exported graph of a pipeline in ONNX Runtime, on the CPU; 0 threads are all."""
+    import tempfile
+
+    from export.to_onnx import to_onnx
+    from handlers.engine import Engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        return Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), threads=threads)
 
 
 @app.command()

@@ -27,8 +27,7 @@ class Outputs(NamedTuple):
 class DefendedClassifier(nn.Module):
     """Purifier, classifier and detectors as one module without branches on data or randomness.
 
-    Without a purifier the purified view is the image itself and there is one classifier pass. A
-    classifier with the head of rectified rejection adds its detector to `names`.
+    Without a purifier the purified view is the image itself and there is one classifier pass.
     """
 
     def __init__(
@@ -36,8 +35,6 @@ class DefendedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.purifier = classifier, purifier
-        if classifier.rectifier is not None:
-            names = (*names, RECTIFIED)
         self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
 
     def defend(self, x: Tensor) -> Outputs:
@@ -85,13 +82,16 @@ def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tup
     """
     config, state = checkpoint.read(path)
     classifier = Classifier(classifier_config(config))
+    names = FULL if variant == "full" else LEAN
+    if classifier.rectifier is not None:
+        names = (*names, RECTIFIED)
     if variant == "full":
         if "purifier" not in config:
             raise ValueError(f"{path} has no purifier: its only variant is lean (--variant lean)")
-        purifier: Purifier | None = Purifier(PurifierConfig(**config["purifier"]))
-        pipeline = DefendedClassifier(classifier, purifier, FULL)
+        purifier = Purifier(PurifierConfig(**config["purifier"]))
+        pipeline = DefendedClassifier(classifier, purifier, names)
     else:
-        pipeline = DefendedClassifier(classifier, None, LEAN)
+        pipeline = DefendedClassifier(classifier, None, names)
         state = {name: t for name, t in state.items() if not name.startswith("purifier.")}
     pipeline.load_state_dict(state)
     return pipeline.eval().requires_grad_(False), tuple(config["classes"])

@@ -61,6 +61,14 @@ INKS = {
 }
 
 
+# The setups of an ablation whose rejection is drawn.
+CURVES = {
+    "+ confidence": INKS["max_softmax full"],
+    "lean": INKS["pipeline lean"],
+    "full": INKS["pipeline full"],
+}
+
+
 class Curve(NamedTuple):
     """Points of what INKS calls `name`."""
 
@@ -220,5 +228,40 @@ def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Pa
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PERCENT)
         axes.legend(loc="upper left", ncols=3)
+        figure.savefig(path)
+    return path
+
+
+def ablation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """The setups of an ablation as a PNG: their label's robust accuracy, and what rejecting adds.
+
+    `rows` are as the card lists them; the curves are over the clean images that each rejects.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.4 + 0.3 * len(rows)), dpi=120, layout="constrained")
+        bars, curves = figure.subplots(1, 2, width_ratios=(1.2, 1))
+        for name, colour, marker in (("clean", "#0072B2", "o"), ("robust", "#D55E00", "s")):
+            for place, row in enumerate(rows):
+                bars.hlines(place, *row[name]["interval"], color=colour, lw=1)
+            share = [row[name]["value"] for row in rows]
+            bars.plot(share, range(len(rows)), marker, color=colour, label=name)
+        bars.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        bars.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="label right")
+        bars.xaxis.set_major_formatter(PERCENT)
+        bars.legend(loc="lower right")
+        rejecting = {row["name"]: row["at"] for row in rows if "at" in row}
+        for name, ink in CURVES.items():
+            points = rejecting.get(name, [])
+            x, y = (
+                [point[what]["value"] for point in points]
+                for what in ("clean_rejection", "robust_with_rejection")
+            )
+            curves.plot(x, y, color=ink.colour, marker=ink.marker, ls=ink.line, label=name)
+        bare = next(row for row in rows if row["name"] == "classifier")["robust"]["value"]
+        curves.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, nothing rejected")
+        curves.set(xlabel="clean images rejected", ylabel="right or rejected under attack")
+        curves.xaxis.set_major_formatter(PERCENT)
+        curves.yaxis.set_major_formatter(PERCENT)
+        curves.legend(loc="upper left")
         figure.savefig(path)
     return path

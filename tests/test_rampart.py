@@ -159,6 +159,65 @@ def test_adopted_weights_calibrate_as_trained_ones_do(tmp_path: Path) -> None:
     assert report.read_card(tmp_path / "mine")["training"]["classifier"] == "adopted from w.pth"
 
 
+def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    model = tmp_path / "bare"
+    shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
+    card = {"data": "blobs", "training": {}, "classifier": {}, "calibration_images": 100}
+    net = {"arch": "resnet10", "classes": 10, "width": 0.125, "image_size": 32}
+    report.write_card(model, {"model": "bare", **card, "classifier": net, "commands": []})
+    images = blobs(600)
+    np.savez(tmp_path / "held", image=images.image, label=images.label, classes=images.classes)
+    data = ["--data", tmp_path / "held.npz", "--held", tmp_path / "held.npz"]
+    output = run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found")
+    assert "| + feature_distance |" in output
+    seen = report.read_card(model)["ablation"]
+    assert seen["n"] == 4
+    assert seen["threat_model"] == "Linf 8/255"
+    assert seen["rows"][0]["name"] == "classifier"
+    assert seen["default"]["variant"] == rampart.best_variant(model) == "lean"
+    assert (model / "ablation.png").is_file()
+
+
+def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    assert rampart.best_variant(model) == "full"
+    report.write_card(model, {"ablation": {"default": {"variant": "lean"}}})
+    assert rampart.best_variant(model) == "lean"
+    (model / "calibration-lean.json").unlink()
+    assert rampart.best_variant(model) == "full"
+
+
+def test_an_archive_is_calibrated_anew_on_pictures_without_labels(
+    tmp_path: Path, tiny_archive: Path
+) -> None:
+    (tmp_path / "traffic").mkdir()
+    for number, image in enumerate(blobs(120, seed=3).image.numpy()):
+        Image.fromarray(image).save(tmp_path / "traffic" / f"{number}.png")
+    archive = shutil.copy(tiny_archive, tmp_path / "mine.mar")
+    output = run("calibrate", "--model", archive, "--images", tmp_path / "traffic")
+    assert re.search(
+        r"flags \d+\.\d% of these 120 pictures where it promises 1\.0%; drift 0", output
+    )
+    assert (tmp_path / "mine-recalibrated.mar").is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--model", "a.mar"], ["store/a", "--data", "d"], ["--images", "i"]]
+)
+def test_calibrate_without_all_it_needs_names_both_ways(options: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--classifier FILE .* or --model FILE\.mar --images"):
+        run("calibrate", *options)
+
+
+def test_an_archive_has_its_own_classifier_to_calibrate() -> None:
+    with pytest.raises(ValueError, match="go alone"):
+        run("calibrate", "store/a", "--model", "a.mar", "--images", "i")
+
+
 def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
     tmp_path: Path, tiny_folder: Path
 ) -> None:

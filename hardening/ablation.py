@@ -1,0 +1,232 @@
+"""What each part in front of the classifier costs and brings under one attack that sees all of it.
+
+    rampart ablate model_store/NAME --data cifar10/
+
+Every setup is calibrated like a model of its own and attacked with the same budget, and what was
+found against any of them is put to all. Of each image the least suspicious wrong answer is kept:
+it tells at once for every rate of false alarms whether the attacker gets through.
+"""
+
+import math
+import timeit
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from handlers.engine import Engine
+from handlers.verdict import Calibration
+from hardening import calibrate, checkpoint
+from hardening.attacks import Threat
+from hardening.data import Images, to_float
+from hardening.detectors import FULL, LEAN, RECTIFIED
+from hardening.evaluate import Rung, climb, label_rungs, rejection_rungs
+from hardening.metrics import Bools, Floats, difference, wilson
+from hardening.pipeline import DefendedClassifier
+from hardening.report import cell_text
+from hardening.rungs import Budget, in_8_bits
+from hardening.victims import Victim, label_victim, pipeline_victim
+
+# Rates of false alarms on the curve, and those at which the joint attack wants to be accepted.
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+AIMS = (0.02, 0.05, 0.2)
+DECIDING = 0.05
+TWO_VIEWS = ("reconstruction", "disagreement")  # compare the image with its purified view
+ROUNDS = 200
+
+ToEngine = Callable[[DefendedClassifier], Engine]
+
+
+class Setup(NamedTuple):
+    """What stands in front of the classifier; without `detectors` nothing is ever rejected."""
+
+    name: str
+    purified: bool = False
+    detectors: tuple[str, ...] = ()
+
+
+class Attacked(NamedTuple):
+    """A setup as it is attacked: a victim for each rate of AIMS, or one that never rejects."""
+
+    setup: Setup
+    calibration: Calibration | None
+    victims: list[Victim]
+    engine: Engine | None  # none for the undefended twin, which is no setup to serve
+
+
+class Outcome(NamedTuple):
+    """What became of N images in front of one setup."""
+
+    attacked: Attacked
+    right: Bools  # (N,) clean
+    suspicion: Floats  # (N,) clean
+    least: Floats  # (N,) of the least suspicious wrong answer; infinite where there was none
+
+    def passes(self, rate: float, suspicion: Floats) -> Bools:
+        """Which images are accepted where clean ones are rejected at `rate`."""
+        if self.attacked.calibration is None:
+            return suspicion < math.inf
+        return suspicion <= calibrate.threshold(self.attacked.calibration, rate)
+
+    def safe(self, rate: float) -> Bools:
+        """Images (N,) of which no wrong answer was accepted."""
+        return np.isinf(self.least) | ~self.passes(rate, self.least)
+
+
+def setups(pipeline: DefendedClassifier) -> list[Setup]:
+    """The rows for a model: each part alone, then the variants."""
+    head = () if pipeline.classifier.rectifier is None else (RECTIFIED,)
+    one_view = [name for name in (*FULL, *head) if name not in TWO_VIEWS]
+    out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
+    out.append(Setup("lean", False, (*LEAN, *head)))
+    if pipeline.purifier is not None:
+        out.append(Setup("+ purifier", True))
+        out += [Setup(f"+ purifier + {name}", True, (name,)) for name in TWO_VIEWS]
+        out.append(Setup("full", True, (*FULL, *head)))
+    return out
+
+
+def arm(pipeline: DefendedClassifier, setup: Setup, held: Images, to_engine: ToEngine) -> Attacked:
+    """The parts of `pipeline` that `setup` names, calibrated on `held`."""
+    purifier = pipeline.purifier if setup.purified else None
+    # Every graph has scores; those of a setup that rejects nothing are not looked at.
+    names = setup.detectors or LEAN[:1]
+    net = DefendedClassifier(pipeline.classifier, purifier, names)
+    net.detectors.feature_distance = pipeline.detectors.feature_distance
+    net = net.eval().requires_grad_(False)
+    engine, digest = to_engine(net), f"{checkpoint.digest(net)} {setup}"
+    if not setup.detectors:
+        victim = label_victim(setup.name, net.label_logits, digest)
+        return Attacked(setup, None, [victim], engine)
+    made = calibrate.calibrate(net, held, "full" if setup.purified else "lean")
+    victim_at = partial(pipeline_victim, net, made, digest, engine=engine)
+    victims = [victim_at(rate=rate)._replace(subject=setup.name, variant="-") for rate in AIMS]
+    return Attacked(setup, made, victims, engine)
+
+
+def ladder(every: list[Attacked], threat: Threat, budget: Budget) -> list[Rung]:
+    """Attacks on the label of what never rejects; joint ones, at each rate, on what does."""
+    out: list[Rung] = []
+    for victim in (victim for attacked in every for victim in attacked.victims):
+        if victim.rejects:
+            out.append(next(rejection_rungs(victim, threat, budget)))
+        else:
+            out += label_rungs(victim, threat, budget)
+    return out
+
+
+def outcome(attacked: Attacked, found: list[Tensor], images: Images, threat: Threat) -> Outcome:
+    """Put everything that was found, each (N, 3, H, W), to one setup: in float and in 8 bits."""
+    victim, label = attacked.victims[0], images.label.cpu().numpy()
+    clean = victim.deployed(images.image)
+    least = np.full(len(images), np.inf)
+    bar = tqdm(found, desc=f"{attacked.setup.name}: all that was found", leave=False)
+    for x in [to_float(images.image), *bar]:
+        for answer in (victim.answer(x), victim.deployed(in_8_bits(x, images.image, threat))):
+            wrong = np.where(answer.guess != label, answer.suspicion, np.inf)
+            least = np.minimum(least, wrong)
+    return Outcome(attacked, clean.guess == label, clean.suspicion, least)
+
+
+def ablate(
+    every: list[Attacked], images: Images, threat: Threat, budget: Budget, *, folder: Path
+) -> list[Outcome]:
+    """Attack every setup and put what was found to all; `folder` keeps it."""
+    found = [item.x for item in climb(ladder(every, threat, budget), images, folder)]
+    return [outcome(attacked, found, images, threat) for attacked in every]
+
+
+def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """The figures of every setup as the card lists them; gains are over the first."""
+    bare = np.isinf(outcomes[0].least)
+    took = timings([seen.attacked.engine for seen in outcomes])
+    return [figures(seen, bare, ms) for seen, ms in zip(outcomes, took, strict=True)]
+
+
+def figures(seen: Outcome, bare: Bools, milliseconds: float | None) -> dict[str, Any]:
+    """One setup's figures; `bare` (N,) is where the classifier alone holds."""
+    out: dict[str, Any] = {
+        "name": seen.attacked.setup.name,
+        "clean": share(seen.right),
+        "robust": share(np.isinf(seen.least)),
+        "milliseconds": milliseconds,
+    }
+    if seen.attacked.calibration is not None:
+        out["at"] = [
+            {
+                "rate": rate,
+                "clean_rejection": share(~seen.passes(rate, seen.suspicion)),
+                "robust_with_rejection": share(seen.safe(rate)),
+                "gain": rounded(*difference(seen.safe(rate), bare)),
+            }
+            for rate in RATES
+        ]
+    return out
+
+
+def share(held: Bools) -> dict[str, Any]:
+    """A share of images with its 95% interval."""
+    value = float(held.mean())
+    return rounded(value, wilson(value, len(held)))
+
+
+def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    """A figure with its interval."""
+    return {"value": round(value, 4), "interval": [round(bound, 4) for bound in interval]}
+
+
+def timings(engines: list[Engine | None]) -> list[float | None]:
+    """Median milliseconds of one image through each graph, in turns, so that all see the same."""
+    seconds: list[list[float]] = [[] for _ in engines]
+    for _ in range(ROUNDS):
+        for engine, took in zip(engines, seconds, strict=True):
+            if engine is not None:
+                image = np.zeros((1, *engine.image_shape), np.uint8)
+                took.append(timeit.timeit(partial(engine.run, image), number=1))
+    return [round(1000 * float(np.median(took)), 3) if took else None for took in seconds]
+
+
+def default(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The variant to serve, and why: `full` costs more, so it has to hold more images."""
+    held = {
+        row["name"]: at_rate(row, DECIDING)["robust_with_rejection"]["value"]
+        for row in rows
+        if "at" in row
+    }
+    if "full" not in held:
+        return {"variant": "lean", "why": "the model has no purifier"}
+    full, lean = held["full"], held["lean"]
+    why = f"right or rejected at {DECIDING:.0%} false alarms: full {full:.1%}, lean {lean:.1%}"
+    return {"variant": "full" if full > lean else "lean", "why": why}
+
+
+def at_rate(row: dict[str, Any], rate: float) -> dict[str, Any]:
+    """What a row of the card says of one rate of false alarms."""
+    found: dict[str, Any] = next(point for point in row["at"] if point["rate"] == rate)
+    return found
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, with rejection at 2% and 5% false alarms."""
+    head = ["in front of the classifier", "clean", "robust"]
+    for rate in AIMS[:2]:
+        head += [f"clean rejected at {rate:.0%}", "right or rejected", "gain, points"]
+    lines = ["| " + " | ".join([*head, "ms"]) + " |", "| --- " * (len(head) + 1) + "|"]
+    for row in rows:
+        cells = [row["name"], cell_text(row["clean"]), cell_text(row["robust"])]
+        for rate in AIMS[:2]:
+            cells += at_cells(at_rate(row, rate)) if "at" in row else ["-"] * 3
+        ms = row["milliseconds"]
+        lines.append("| " + " | ".join([*cells, f"{ms:.2f}" if ms else "-"]) + " |")
+    return "\n".join(lines)
+
+
+def at_cells(point: dict[str, Any]) -> list[str]:
+    """Rejection at one rate: its clean cost, what holds, and what that adds."""
+    low, high = (100 * bound for bound in point["gain"]["interval"])
+    added = f"{100 * point['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return [cell_text(point["clean_rejection"]), cell_text(point["robust_with_rejection"]), added]

@@ -1,0 +1,136 @@
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from hardening import ablation
+from hardening.ablation import Outcome
+from hardening.attacks import Threat
+from hardening.data import Images, to_float
+from hardening.pipeline import DefendedClassifier
+from hardening.rungs import Budget
+
+THREAT = Threat("Linf", 8 / 255)
+BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny_images: Images, tiny_pipeline: DefendedClassifier) -> Images:
+    """Sixteen images under the classifier's own labels, so that there is something to lose."""
+    few = tiny_images[slice(16)]
+    label = tiny_pipeline.classifier(to_float(few.image)).argmax(1)
+    return Images(few.image, label, few.classes)
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tiny_pipeline: DefendedClassifier,
+    tiny_images: Images,
+    labelled: Images,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Outcome]:
+    folder = tmp_path_factory.mktemp("ablation")
+
+    def to_engine(pipeline: DefendedClassifier) -> Engine:
+        return Engine(to_onnx(pipeline, folder / "graph.onnx"), threads=1)
+
+    arm = partial(ablation.arm, tiny_pipeline, held=tiny_images, to_engine=to_engine)
+    chosen = [s for s in ablation.setups(tiny_pipeline) if s.name in NAMES]
+    return ablation.ablate(
+        [arm(setup) for setup in chosen], labelled, THREAT, BUDGET, folder=folder / "found"
+    )
+
+
+NAMES = ("classifier", "+ confidence", "lean", "+ purifier", "full")
+
+
+def test_every_part_stands_alone_and_detectors_of_two_views_behind_the_purifier(
+    tiny_pipeline: DefendedClassifier,
+) -> None:
+    setups = {setup.name: setup for setup in ablation.setups(tiny_pipeline)}
+    assert next(iter(setups)) == "classifier"
+    assert {"+ confidence", "+ median", "+ feature_distance", "+ purifier"} < set(setups)
+    assert setups["+ purifier + disagreement"].purified
+    assert not setups["+ energy"].purified
+    assert setups["full"].detectors == tiny_pipeline.detectors.names
+    without = DefendedClassifier(tiny_pipeline.classifier, None, ("energy",))
+    assert not any(setup.purified for setup in ablation.setups(without))
+
+
+def test_rejecting_more_never_loses_an_image(outcomes: list[Outcome]) -> None:
+    for seen in outcomes:
+        held = [seen.safe(rate) for rate in ablation.RATES]
+        assert (held[0] >= np.isinf(seen.least)).all()
+        for less, more in pairwise(held):
+            assert (more >= less).all()
+
+
+def test_what_never_rejects_is_safe_only_where_no_answer_was_wrong(
+    outcomes: list[Outcome],
+) -> None:
+    bare = outcomes[0]
+    assert bare.attacked.calibration is None
+    for rate in ablation.RATES:
+        np.testing.assert_array_equal(bare.safe(rate), np.isinf(bare.least))
+        assert bare.passes(rate, bare.suspicion).all()
+
+
+def test_the_attack_finds_wrong_answers_and_accepted_ones(outcomes: list[Outcome]) -> None:
+    for seen in outcomes:
+        assert seen.right.mean() > np.isinf(seen.least).mean()
+        # Detectors of pixels see three steps in so smooth images.
+        assert seen.safe(0.02).all() == (seen.attacked.setup.name == "full")
+
+
+def test_an_image_found_against_one_setup_counts_against_those_of_the_same_label(
+    outcomes: list[Outcome],
+) -> None:
+    bare, confident = outcomes[0], outcomes[1]
+    np.testing.assert_array_equal(np.isinf(bare.least), np.isinf(confident.least))
+
+
+def test_a_wrong_clean_answer_is_already_a_win(outcomes: list[Outcome], labelled: Images) -> None:
+    other = Images(labelled.image, (labelled.label + 1) % 10, labelled.classes)
+    seen = ablation.outcome(outcomes[1].attacked, [], other, THREAT)
+    assert not seen.right.any()
+    np.testing.assert_allclose(seen.least, seen.suspicion, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None:
+    rows = {row["name"]: row for row in ablation.rows(outcomes)}
+    assert set(rows) == set(NAMES)
+    assert "at" not in rows["classifier"]
+    assert rows["full"]["milliseconds"] > rows["classifier"]["milliseconds"] > 0
+    for name in ("+ confidence", "lean", "full"):
+        assert [point["rate"] for point in rows[name]["at"]] == list(ablation.RATES)
+        for point in rows[name]["at"]:
+            held = point["robust_with_rejection"]["value"]
+            gain = held - rows["classifier"]["robust"]["value"]
+            assert point["gain"]["value"] == pytest.approx(gain, abs=2e-4)
+    text = ablation.text(list(rows.values()))
+    assert len(text.splitlines()) == len(NAMES) + 2
+
+
+def row(name: str, held: float) -> dict[str, object]:
+    point = {"rate": ablation.DECIDING, "robust_with_rejection": {"value": held}}
+    return {"name": name, "at": [point]}
+
+
+@pytest.mark.parametrize(
+    ("full", "chosen"), [(0.5, "full"), (0.4, "lean"), (0.45, "lean"), (None, "lean")]
+)
+def test_full_is_the_default_only_where_it_holds_more(full: float | None, chosen: str) -> None:
+    rows = [{"name": "classifier"}, row("lean", 0.45)]
+    rows += [row("full", full)] if full is not None else []
+    assert ablation.default(rows)["variant"] == chosen
+
+
+def test_the_picture_is_drawn(outcomes: list[Outcome], tmp_path: Path) -> None:
+    from hardening import plots
+
+    file = plots.ablation(ablation.rows(outcomes), tmp_path / "ablation.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
