@@ -679,9 +679,53 @@ def ablate(
     }
     report.check_card(card)
     report.write_card(model, card)
-    say(ablation.text(rows))
+    say(report.piped(*ablation.table(rows)))
     say(card["ablation"]["default"])
     say(plots.ablation(rows, model / "ablation.png"))
+
+
+@app.command()
+def alarms(
+    model: Model,
+    data: Data,
+    held: Held = None,
+    limit: Annotated[int, typer.Option(help="So many calibration images, evenly spaced")] = 1000,
+    rate: Rate = 0.01,
+    device: Device = "auto",
+) -> None:
+    """How often clean images are flagged, by the way they come; whether the promise holds."""
+    from hardening import alarms as false
+    from hardening import pipeline as pipelines
+    from hardening import report
+    from hardening.calibrate import load_variant
+    from hardening.data import split, spread
+
+    rows: list[dict[str, Any]] = []
+    coverage = {}
+    for variant in variants_in(model):
+        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+        _, images = read_data(data, held, pipeline.classifier.config.image_size)
+        ranked = split(images, "calibration").to(pick_device(device))
+        judged = false.Judged(pipeline.to(ranked.image.device), load_variant(model, variant))
+        coverage[variant] = list(false.coverage(false.suspicion(judged, ranked)))
+        rows += false.false_alarms(judged, spread(ranked, limit), rate=rate)
+    card = report.read_card(model)
+    card["false_alarms"] = {
+        "data": f"calibration images of {(held or data).name}",
+        "rate": rate,
+        "rows": rows,
+        "coverage": coverage,
+        "remedies": false.remedies(rows),
+        "command": command_line(),
+    }
+    report.check_card(card)
+    report.write_card(model, card)
+    say(report.piped(*false.table(rows)))
+    for variant, points in coverage.items():
+        for point in points:
+            say(f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}")
+    for line in card["false_alarms"]["remedies"]:
+        say(line)
 
 
 def to_engine(pipeline: "DefendedClassifier", *, threads: int = 0) -> "Engine":

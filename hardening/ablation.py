@@ -210,19 +210,19 @@ def at_rate(row: dict[str, Any], rate: float) -> dict[str, Any]:
     return found
 
 
-def text(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with rejection at 2% and 5% false alarms."""
+def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of the rows, with rejection at 2% and 5% false alarms."""
     head = ["in front of the classifier", "clean", "robust"]
     for rate in AIMS[:2]:
         head += [f"clean rejected at {rate:.0%}", "right or rejected", "gain, points"]
-    lines = ["| " + " | ".join([*head, "ms"]) + " |", "| --- " * (len(head) + 1) + "|"]
+    body = []
     for row in rows:
         cells = [row["name"], cell_text(row["clean"]), cell_text(row["robust"])]
         for rate in AIMS[:2]:
             cells += at_cells(at_rate(row, rate)) if "at" in row else ["-"] * 3
         ms = row["milliseconds"]
-        lines.append("| " + " | ".join([*cells, f"{ms:.2f}" if ms else "-"]) + " |")
-    return "\n".join(lines)
+        body.append((*cells, f"{ms:.2f}" if ms else "-"))
+    return (*head, "ms"), body
 
 
 def at_cells(point: dict[str, Any]) -> list[str]:

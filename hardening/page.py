@@ -5,6 +5,7 @@ image enters a page unless the caller passes it as `pictures`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from hardening import plots
+from hardening import ablation, plots
+from hardening.alarms import in_words
+from hardening.alarms import table as alarm_table
 from hardening.attacks import Threat
 from hardening.checks import Check
 from hardening.data import to_float
@@ -53,6 +56,7 @@ STATIC, JOINT = "pgd20", "joint_apgd"
 QUARTER = "stratified@0.25eps"
 EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
 MOST_CLASSES = 25
+SHOWN_ELSEWHERE = ("metrics", "checks", "history", "ablation", "false_alarms")
 
 
 class Figure(NamedTuple):
@@ -113,6 +117,8 @@ def write(
         *features(evaluation, pipeline),
         *grid(evaluation, pipeline, pictures),
         *classes(evaluation, pipeline),
+        *parts(card),
+        *alarms(card),
         *self_checks(evaluation.checks),
         recipe(card, evaluation),
     ]
@@ -635,6 +641,58 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
     yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
 
 
+def parts(card: dict[str, Any]) -> Iterator[Section]:
+    """What each part in front of the classifier costs and adds, where that was measured."""
+    if "ablation" not in card:
+        return
+    seen = card["ablation"]
+    rows, default = seen["rows"], seen["default"]
+    words = [
+        f"{seen['data']}, {seen['threat_model']}. Each setup was calibrated like a model of its own"
+        f" and attacked with full knowledge ({seen['attack']}); what was found against any was put"
+        " to all.",
+        f"Served by default: {default['variant']} ({default['why']}).",
+    ]
+    figures = [
+        Figure(
+            plots.svg(partial(plots.setup_labels, rows=rows), height=1.2 + 0.25 * len(rows)),
+            "Dot plot of clean and robust label accuracy of every setup, as in the table.",
+            "Label accuracy of every setup.",
+        ),
+        Figure(
+            plots.svg(partial(plots.setup_rejection, rows=rows)),
+            "Line plot of images right or rejected under attack over clean images rejected.",
+            "What rejecting adds, over what it costs.",
+        ),
+    ]
+    yield Section("What each part adds", words, figures, [Table("Ablation", *ablation.table(rows))])
+
+
+def alarms(card: dict[str, Any]) -> Iterator[Section]:
+    """False alarms by the way clean images come, and whether the promise holds."""
+    if "false_alarms" not in card:
+        return
+    seen = card["false_alarms"]
+    words = [
+        f"{seen['data']}; promised are {seen['rate']:.1%}. The promise holds for images like those"
+        " of the calibration; others may be flagged more often, though nothing is wrong with them."
+        " Drift is the Kolmogorov-Smirnov distance of p-values from uniform.",
+        *seen["remedies"],
+    ]
+    spread = "; ".join(
+        f"{variant}, promised {point['alpha']:.0%}: {in_words(point)}"
+        for variant, points in seen["coverage"].items()
+        for point in points
+    )
+    picture = Figure(
+        plots.coverage(seen["coverage"]),
+        f"Share of clean images flagged over random splits. {spread}.",
+        f"A random half of the calibration images ranks the other half, again and again. {spread}.",
+    )
+    tables = [Table("False alarms", *alarm_table(seen["rows"]))]
+    yield Section("False alarms", words, [picture], tables)
+
+
 def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
     """What was defended, against whom, and how all of it was made."""
     reach = {"Linf": "moves every pixel of", "L2": "moves, in the L2 norm with pixels from 0 to 1,"}
@@ -644,7 +702,7 @@ def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
         " Not covered: other norms, patches, poisoned training data, theft of the model, and"
         " attacks stronger than those listed here."
     ]
-    known = {key: value for key, value in card.items() if key not in ("metrics", "checks")}
+    known = {key: value for key, value in card.items() if key not in SHOWN_ELSEWHERE}
     body = list(flat(known))
     body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
     commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))

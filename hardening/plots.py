@@ -232,36 +232,60 @@ def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Pa
     return path
 
 
-def ablation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """The setups of an ablation as a PNG: their label's robust accuracy, and what rejecting adds.
+def setup_labels(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Label accuracy of each setup of an ablation, clean and under attack; rows as in the card."""
+    for name, ink in (("clean", INKS["clean"]), ("robust", INKS["attacked"])):
+        for place, row in enumerate(rows):
+            axes.hlines(place, *row[name]["interval"], color=ink.colour, lw=1)
+        share = [row[name]["value"] for row in rows]
+        axes.plot(share, range(len(rows)), ink.marker, color=ink.colour, label=name)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="label right")
+    axes.xaxis.set_major_formatter(PERCENT)
 
-    `rows` are as the card lists them; the curves are over the clean images that each rejects.
-    """
+
+def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """What rejecting adds under attack over the clean images it costs; rows as in the card."""
+    for row in rows:
+        if row["name"] == "classifier":
+            bare = row["robust"]["value"]
+            axes.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, rejects nothing")
+        if ink := CURVES.get(row["name"]):
+            x = [point["clean_rejection"]["value"] for point in row["at"]]
+            y = [point["robust_with_rejection"]["value"] for point in row["at"]]
+            axes.plot(x, y, ink.marker, color=ink.colour, ls=ink.line, label=row["name"])
+    axes.set(xlabel="clean images rejected", ylabel="right or rejected under attack")
+    axes.xaxis.set_major_formatter(PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
+
+
+def ablation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Both pictures of an ablation side by side, as a PNG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 1.4 + 0.3 * len(rows)), dpi=120, layout="constrained")
-        bars, curves = figure.subplots(1, 2, width_ratios=(1.2, 1))
-        for name, colour, marker in (("clean", "#0072B2", "o"), ("robust", "#D55E00", "s")):
-            for place, row in enumerate(rows):
-                bars.hlines(place, *row[name]["interval"], color=colour, lw=1)
-            share = [row[name]["value"] for row in rows]
-            bars.plot(share, range(len(rows)), marker, color=colour, label=name)
-        bars.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        bars.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="label right")
-        bars.xaxis.set_major_formatter(PERCENT)
-        bars.legend(loc="lower right")
-        rejecting = {row["name"]: row["at"] for row in rows if "at" in row}
-        for name, ink in CURVES.items():
-            points = rejecting.get(name, [])
-            x, y = (
-                [point[what]["value"] for point in points]
-                for what in ("clean_rejection", "robust_with_rejection")
-            )
-            curves.plot(x, y, color=ink.colour, marker=ink.marker, ls=ink.line, label=name)
-        bare = next(row for row in rows if row["name"] == "classifier")["robust"]["value"]
-        curves.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, nothing rejected")
-        curves.set(xlabel="clean images rejected", ylabel="right or rejected under attack")
-        curves.xaxis.set_major_formatter(PERCENT)
-        curves.yaxis.set_major_formatter(PERCENT)
-        curves.legend(loc="upper left")
+        labels, rejection = figure.subplots(1, 2, width_ratios=(1.2, 1))
+        setup_labels(labels, rows)
+        labels.legend(loc="lower left")
+        setup_rejection(rejection, rows)
+        rejection.legend(loc="upper left")
         figure.savefig(path)
     return path
+
+
+def coverage(points: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """Share of clean images flagged over random splits beside the promised one, by variant."""
+
+    def draw(axes: Axes) -> None:
+        most = max(point["alpha"] for every in points.values() for point in every)
+        axes.plot([0, 1.2 * most], [0, 1.2 * most], color="#000000", lw=1, label="promised")
+        for number, (variant, every) in enumerate(points.items()):
+            ink = INKS[f"pipeline {variant}"]
+            x = np.array([point["alpha"] for point in every]) + 0.001 * number
+            axes.vlines(x, *np.array([point["middle_95%"] for point in every]).T, color=ink.colour)
+            share = [point["flagged"] for point in every]
+            axes.plot(x, share, ink.marker, color=ink.colour, label=variant)
+        axes.set(xlabel="promised share of false alarms", ylabel="clean images flagged")
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
+
+    return svg(draw)

@@ -113,6 +113,12 @@ def one_table(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def eps_of(card: dict[str, Any]) -> str:
     """The perturbation size of the card's threat model, as its metrics write it."""
     return str(card["threat_model"]).split()[-1]

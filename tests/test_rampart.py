@@ -159,17 +159,35 @@ def test_adopted_weights_calibrate_as_trained_ones_do(tmp_path: Path) -> None:
     assert report.read_card(tmp_path / "mine")["training"]["classifier"] == "adopted from w.pth"
 
 
-def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
+@pytest.fixture
+def lean_only(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A model folder without the full variant, and beside it held.npz to measure it on."""
     model = tmp_path / "bare"
     shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
-    card = {"data": "blobs", "training": {}, "classifier": {}, "calibration_images": 100}
+    card = {"model": "bare", "data": "blobs", "training": {}, "calibration_images": 100}
     net = {"arch": "resnet10", "classes": 10, "width": 0.125, "image_size": 32}
-    report.write_card(model, {"model": "bare", **card, "classifier": net, "commands": []})
+    report.write_card(model, card | {"classifier": net, "commands": []})
     images = blobs(600)
     np.savez(tmp_path / "held", image=images.image, label=images.label, classes=images.classes)
-    data = ["--data", tmp_path / "held.npz", "--held", tmp_path / "held.npz"]
+    return model
+
+
+def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> None:
+    held = lean_only.with_name("held.npz")
+    output = run("alarms", lean_only, "--data", held, "--held", held, "--limit", 50)
+    seen = report.read_card(lean_only)["false_alarms"]
+    assert list(seen["coverage"]) == ["lean"]
+    assert {row["variant"] for row in seen["rows"]} == {"lean"}
+    assert len(seen["remedies"]) == sum(row["too_many"] for row in seen["rows"])
+    assert "| JPEG, quality 75 | 50 |" in output
+    assert "lean, promised 5%: " in output
+
+
+def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    data = ["--data", held, "--held", held]
     output = run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found")
     assert "| + feature_distance |" in output
     seen = report.read_card(model)["ablation"]

@@ -111,8 +111,9 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
             held = point["robust_with_rejection"]["value"]
             gain = held - rows["classifier"]["robust"]["value"]
             assert point["gain"]["value"] == pytest.approx(gain, abs=2e-4)
-    text = ablation.text(list(rows.values()))
-    assert len(text.splitlines()) == len(NAMES) + 2
+    head, body = ablation.table(list(rows.values()))
+    assert [cells[0] for cells in body] == list(NAMES)
+    assert {len(cells) for cells in body} == {len(head)}
 
 
 def row(name: str, held: float) -> dict[str, object]:

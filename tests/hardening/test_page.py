@@ -87,10 +87,50 @@ def rows_of(seen: Evaluation) -> list[dict[str, Any]]:
     return [report.row(m, data="blobs", command="rampart evaluate tiny") for m in seen.metrics]
 
 
+def share(value: float) -> dict[str, Any]:
+    return {"value": value, "interval": [value - 0.1, value + 0.1]}
+
+
+def setup(name: str, **more: Any) -> dict[str, Any]:
+    figures = {"clean": share(0.75), "robust": share(0.45), "milliseconds": 1.25}
+    return {"name": name, **figures, **more}
+
+
+AT = [
+    {"rate": rate, "clean_rejection": share(rate), "robust_with_rejection": share(0.5 + rate)}
+    | {"gain": share(0.05 + rate)}
+    for rate in (0.02, 0.05)
+]
+MEASURED = {
+    "ablation": {
+        "data": "8 validation images of blobs",
+        "threat_model": "Linf 8/255",
+        "attack": "PGD-20",
+        "rows": [setup("classifier"), setup("lean", at=AT)],
+        "default": {"variant": "lean", "why": "the model has no purifier"},
+    },
+    "false_alarms": {
+        "data": "calibration images of blobs",
+        "rate": 0.01,
+        "rows": [
+            {"way": "JPEG", "variant": "lean", **share(0.2), "n": 40, "drift": 0.3}
+            | {"too_many": True}
+        ],
+        "coverage": {
+            "lean": [
+                {"alpha": 0.05, "splits": 9, "flagged": 0.049, "middle_95%": [0.03, 0.06]}
+                | {"theory": 0.0494, "theory_95%": [0.031, 0.067]}
+            ]
+        },
+        "remedies": ["lean: JPEG flags 20.0%: calibrate anew"],
+    },
+}
+
+
 def write(folder: Path, seen: Evaluation, defended: DefendedClassifier, **changes: Any) -> str:
     rows = rows_of(seen)
     card = {"model": "tiny", "metrics": rows, "versions": {"torch": "2.12"}}
-    card |= changes.pop("card", {})
+    card |= changes.pop("card", MEASURED)
     changes = {"pictures": None} | changes
     path = page.write(folder / "page.html", card, rows, seen, defended, **changes)
     return path.read_text(encoding="utf-8")
@@ -142,6 +182,8 @@ def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
         "Suspicion",
         "Features",
         "Classes",
+        "What each part adds",
+        "False alarms",
         "Self-checks",
         "Threat model and recipe",
     ]
@@ -167,6 +209,24 @@ def test_every_figure_of_the_card_is_shown_as_the_card_has_it(
         assert shown[3] == (f"{row['norm']} {row['eps']}" if "eps" in row else "-")
         assert shown[4] == str(row["n"])
         assert row.get("attack", "") in shown[5]
+
+
+def test_what_was_not_measured_is_left_out(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    names = headings(write(tmp_path, seen, tiny_pipeline, card={}))
+    assert not {"What each part adds", "False alarms"} & set(names)
+
+
+def test_what_parts_add_and_false_alarms_are_shown_as_the_card_has_them(full_page: str) -> None:
+    tables = cells(full_page)
+    *_, lean = tables["Ablation"]
+    assert lean[:3] == ["lean", "75.0% (65.0% to 85.0%)", "45.0% (35.0% to 55.0%)"]
+    assert lean[-3:] == ["55.0% (45.0% to 65.0%)", "+10.0 (+0.0 to +20.0)", "1.25"]
+    assert "Served by default: lean (the model has no purifier)." in full_page
+    assert tables["False alarms"][1] == ["JPEG", "40", "20.0% (10.0% to 30.0%) too many", "0.300"]
+    assert "lean: JPEG flags 20.0%: calibrate anew" in full_page
+    assert "4.90% flagged over 9 splits (3.00% to 6.00%); theory 4.94%" in full_page
 
 
 def test_every_picture_has_words(

@@ -1,0 +1,226 @@
+"""False alarms on what clients really send, and whether the promised rate holds.
+
+    rampart alarms model_store/NAME --data cifar10/
+
+The promise covers images exchangeable with the calibration images. Clients send the same scenes by
+other ways: enlarged, compressed, photographed from a screen. Each way is tried on the calibration
+images, from file bytes through the endpoint's own decoder, and on photographs that the classifier
+has never seen the like of.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from scipy.stats import betabinom
+from skimage.data import data_dir
+from torch import Tensor
+from tqdm import tqdm
+
+from handlers.image import decode
+from handlers.verdict import Calibration, combine, drift, p_values
+from hardening.calibrate import scores_of
+from hardening.data import Images
+from hardening.metrics import Floats, wilson
+from hardening.pipeline import DefendedClassifier
+from hardening.report import cell_text
+
+Pixels = NDArray[np.uint8]
+Send = Callable[[Image.Image], bytes]
+
+# Colour photographs that scikit-image carries, and how many crops of each are sent.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+CROPS = 40
+ALPHAS = (0.01, 0.05, 0.1)
+SPLITS = 1000
+WORTH_NAMING = 2  # times the promised rate
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+    """The picture as a file."""
+    buffer = BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def scaled(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
+    """The picture with its sides multiplied."""
+    width, height = picture.size
+    return picture.resize((round(width * factor), round(height * factor)), how)
+
+
+def photograph(picture: Image.Image) -> bytes:
+    """Seven times larger, as a camera has it; the endpoint scales it down."""
+    return saved(scaled(picture, 7, Image.Resampling.BICUBIC), "JPEG", quality=95)
+
+
+def screenshot(picture: Image.Image) -> bytes:
+    """As a browser shows it at two and a half times its size."""
+    return saved(scaled(picture, 2.5, Image.Resampling.BILINEAR))
+
+
+def blurred(picture: Image.Image) -> bytes:
+    """Slightly out of focus: a Gaussian of half a pixel."""
+    return saved(picture.filter(ImageFilter.GaussianBlur(0.5)))
+
+
+def cropped(picture: Image.Image) -> bytes:
+    """A tenth of each side cut away; the endpoint scales it up again."""
+    width, height = picture.size
+    left, top = width // 10, height // 10
+    return saved(picture.crop((left, top, width, height)))
+
+
+def noisy(picture: Image.Image) -> bytes:
+    """Sensor noise of three levels, the same for the same picture, then a phone's JPEG."""
+    pixels = np.asarray(picture)
+    draws = np.random.default_rng(int(pixels.sum()))
+    grain = (pixels + draws.normal(0, 3, pixels.shape)).round().clip(0, 255)
+    return saved(Image.fromarray(grain.astype(np.uint8)), "JPEG", quality=90)
+
+
+WAYS: dict[str, Send] = {
+    "PNG": saved,
+    "photograph, scaled down": photograph,
+    "JPEG, quality 95": lambda picture: saved(picture, "JPEG", quality=95),
+    "JPEG, quality 75": lambda picture: saved(picture, "JPEG", quality=75),
+    "JPEG, quality 50": lambda picture: saved(picture, "JPEG", quality=50),
+    "screenshot": screenshot,
+    "slight blur": blurred,
+    "small crop": cropped,
+    "phone noise": noisy,
+}
+
+
+def sent(image: Tensor, way: Send) -> Tensor:
+    """Images uint8 (N, H, W, 3) as the endpoint decodes them after they came that `way`."""
+    size = image.shape[1]
+    pixels = [decode(way(Image.fromarray(one)), size) for one in image.cpu().numpy()]
+    return torch.from_numpy(np.stack(pixels)).to(image.device)
+
+
+def photographs(size: int) -> Tensor:
+    """Crops of photographs, uint8 (N, size, size, 3): scenes that nobody calibrated on."""
+    draws, out = np.random.default_rng(0), []
+    for name in PHOTOGRAPHS:
+        with Image.open(Path(data_dir) / name) as file:
+            picture = file.convert("RGB")
+        for _ in range(CROPS):
+            side = int(draws.integers(min(64, *picture.size), min(picture.size) + 1))
+            left = int(draws.integers(picture.width - side + 1))
+            top = int(draws.integers(picture.height - side + 1))
+            crop = picture.crop((left, top, left + side, top + side))
+            out.append(decode(saved(crop), size))
+    return torch.from_numpy(np.stack(out))
+
+
+class Judged(NamedTuple):
+    """A variant with the calibration that it is served with."""
+
+    pipeline: DefendedClassifier
+    calibration: Calibration
+
+
+def false_alarms(judged: Judged, images: Images, *, rate: float) -> Iterator[dict[str, Any]]:
+    """How many of `images` are flagged at `rate`, by the way they came, as the card lists it."""
+    pixels = {name: sent(images.image, way) for name, way in tqdm(WAYS.items(), leave=False)}
+    pixels["photographs of other things"] = photographs(images.image.shape[1])
+    for name, image in pixels.items():
+        p = p_of(judged, image)
+        flagged = float((p < rate).mean())
+        low, high = wilson(flagged, len(p))
+        yield {
+            "way": name,
+            "variant": judged.calibration.variant,
+            "value": round(flagged, 4),
+            "interval": [round(low, 4), round(high, 4)],
+            "n": len(p),
+            "drift": round(drift(p), 3),
+            # Beyond doubt: chance alone takes a figure above its promise half of the time.
+            "too_many": low > rate and flagged > WORTH_NAMING * rate,
+        }
+
+
+def p_of(judged: Judged, image: Tensor) -> Floats:
+    """p-values (N,) of images uint8 (N, H, W, 3)."""
+    labels = torch.zeros(len(image), dtype=torch.int64)
+    scores = scores_of(judged.pipeline, Images(image, labels, ()))
+    return p_values(scores.double().cpu().numpy(), judged.calibration)
+
+
+def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
+    """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half.
+
+    Beside it what the theory says: k of n + 1 ranks flag, so the count among m images is
+    beta-binomial with parameters k and n + 1 - k (Vovk 2012, section 2).
+    """
+    draws, half = np.random.default_rng(0), len(suspicion) // 2
+    rest = len(suspicion) - half
+    flags = {alpha: np.empty(splits) for alpha in ALPHAS}
+    for number in range(splits):
+        order = draws.permutation(len(suspicion))
+        ranked, others = np.sort(suspicion[order[:half]]), suspicion[order[half:]]
+        at_least = half - np.searchsorted(ranked, others, "left")
+        for alpha, share in flags.items():
+            share[number] = ((1 + at_least) / (half + 1) < alpha).mean()
+    for alpha, share in flags.items():
+        ranks = int(np.ceil(alpha * (half + 1) - 1e-9)) - 1
+        theory = betabinom(rest, ranks, half + 1 - ranks)
+        yield {
+            "alpha": alpha,
+            "splits": splits,
+            "flagged": round(float(share.mean()), 5),
+            "middle_95%": [round(float(bound), 5) for bound in np.quantile(share, (0.025, 0.975))],
+            "theory": round(ranks / (half + 1), 5),
+            "theory_95%": [round(float(theory.ppf(q)) / rest, 5) for q in (0.025, 0.975)],
+        }
+
+
+def suspicion(judged: Judged, images: Images) -> Floats:
+    """The combined scores (N,) of clean images."""
+    scores = scores_of(judged.pipeline, images).double().cpu().numpy()
+    return combine(scores, judged.calibration)
+
+
+def remedies(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each way that flags too many."""
+    remedy = (
+        "if your clients send such pictures, collect a hundred or more clean ones and run"
+        " `rampart calibrate --model FILE.mar --images FOLDER`"
+    )
+    return [
+        f"{row['variant']}: {row['way']} flags {row['value']:.1%}: {remedy}"
+        for row in rows
+        if row["too_many"]
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of the rows, two columns a variant."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    head = ["clean images as they come", "images"]
+    for variant in variants:
+        head += [f"{variant}: flagged", "drift"]
+    body = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        cells = [way, str(mine[0]["n"])]
+        for row in mine:
+            much = " too many" if row["too_many"] else ""
+            cells += [cell_text(row) + much, f"{row['drift']:.3f}"]
+        body.append(tuple(cells))
+    return tuple(head), body
+
+
+def in_words(point: dict[str, Any]) -> str:
+    """What `coverage` found at one rate, beside the theory."""
+    (low, high), (least, most) = point["middle_95%"], point["theory_95%"]
+    return (
+        f"{point['flagged']:.2%} flagged over {point['splits']} splits ({low:.2%} to {high:.2%});"
+        f" theory {point['theory']:.2%} ({least:.2%} to {most:.2%})"
+    )

@@ -1,0 +1,97 @@
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hardening import alarms, calibrate
+from hardening import pipeline as pipelines
+from hardening.alarms import Judged
+from hardening.data import Images, split
+
+
+@pytest.fixture(scope="module")
+def lean(tiny_folder: Path) -> Judged:
+    pipeline, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
+    return Judged(pipeline, calibrate.load_variant(tiny_folder, "lean"))
+
+
+@pytest.mark.parametrize("name", alarms.WAYS)
+def test_every_way_gives_the_endpoint_the_same_scene(name: str) -> None:
+    few = alarms.photographs(32)[::50]
+    arrived = alarms.sent(few, alarms.WAYS[name])
+    assert arrived.shape == few.shape
+    assert arrived.dtype == torch.uint8
+    changed = (arrived.int() - few.int()).abs().float()
+    assert changed.mean() < 32
+    assert (changed.max() == 0) == (name == "PNG")
+    assert torch.equal(arrived, alarms.sent(few, alarms.WAYS[name]))
+
+
+def test_jpeg_loses_more_at_lower_quality(tiny_images: Images) -> None:
+    few = tiny_images.image[:4]
+    lost = [
+        (alarms.sent(few, alarms.WAYS[f"JPEG, quality {q}"]).int() - few.int()).abs().float().mean()
+        for q in (95, 75, 50)
+    ]
+    assert lost == sorted(lost)
+    assert lost[0] < lost[2]
+
+
+def test_a_photograph_and_a_screenshot_are_larger_than_the_model_takes(
+    tiny_images: Images,
+) -> None:
+    picture = Image.fromarray(tiny_images.image[0].numpy())
+    for way, side in ((alarms.photograph, 224), (alarms.screenshot, 80)):
+        with Image.open(BytesIO(way(picture))) as file:
+            assert file.size == (side, side)
+
+
+def test_photographs_are_many_different_pictures() -> None:
+    pictures = alarms.photographs(32)
+    assert pictures.shape == (len(alarms.PHOTOGRAPHS) * alarms.CROPS, 32, 32, 3)
+    assert len({picture.numpy().tobytes() for picture in pictures}) > 190
+    assert torch.equal(pictures, alarms.photographs(32))
+
+
+def test_images_as_calibrated_keep_the_promise_and_other_pictures_break_it(
+    lean: Judged, tiny_images: Images
+) -> None:
+    ranked = split(tiny_images, "calibration")
+    rows = {row["way"]: row for row in alarms.false_alarms(lean, ranked, rate=0.1)}
+    assert set(rows) == {*alarms.WAYS, "photographs of other things"}
+    # The same images that are ranked: one rank more than promised is impossible.
+    assert rows["PNG"]["value"] <= 0.1
+    assert rows["PNG"]["drift"] < 0.02
+    assert not rows["PNG"]["too_many"]
+    for row in rows.values():
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
+        assert row["too_many"] <= (row["value"] > 0.2)
+
+
+def test_what_flags_too_many_is_named_with_the_remedy() -> None:
+    row = {"way": "screenshot", "variant": "full", "value": 0.2, "too_many": True}
+    fine = {**row, "way": "PNG", "too_many": False}
+    (line,) = alarms.remedies([row, fine])
+    assert line.startswith("full: screenshot flags 20.0%: ")
+    assert "rampart calibrate --model" in line
+
+
+def test_coverage_over_random_splits_is_what_the_theory_says() -> None:
+    scores = np.random.default_rng(1).normal(size=1000)
+    for point in alarms.coverage(scores, splits=2000):
+        assert point["theory"] <= point["alpha"]
+        assert point["flagged"] == pytest.approx(point["theory"], rel=0.03)
+        np.testing.assert_allclose(point["middle_95%"], point["theory_95%"], atol=0.005)
+    assert [point["alpha"] for point in alarms.coverage(scores, splits=1)] == [0.01, 0.05, 0.1]
+
+
+def test_the_table_has_its_columns_for_each_variant() -> None:
+    row = {"way": "PNG", "value": 0.01, "interval": [0.005, 0.02], "n": 10, "drift": 0.002}
+    rows = [{**row, "variant": v, "too_many": v == "lean"} for v in ("full", "lean")]
+    head, body = alarms.table(rows)
+    assert head[2::2] == ("full: flagged", "lean: flagged")
+    share = "1.0% (0.5% to 2.0%)"
+    assert body == [("PNG", "10", share, "0.002", f"{share} too many", "0.002")]
