@@ -1,4 +1,7 @@
+import hashlib
 import pickle
+import tarfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +269,30 @@ def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None
     assert held.classes == data.CIFAR10_CLASSES
     assert len(set(held.paths)) == 5170
     assert len(data.load(rampart_data / "cifar10-test-lossless.npz")) == 617
+
+
+def test_no_image_is_in_two_splits(rampart_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(rampart_data / "cifar10-jpeg.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    every = data.find_pictures(tmp_path / "train", size=32)
+    held = data.load(rampart_data / "cifar10-train-lossless.npz")
+    train, held = data.hold_out(every, held)
+    test = data.load(rampart_data / "cifar10-test-lossless.npz")
+    parts = {name: data.split(held, name) for name in data.SPLITS} | {"test": test}
+    assert [len(part) for part in parts.values()] == [1500, 1000, 2670, 617]
+    # Training images are JPEGs: as files they differ from the others' JPEG twins, and as pixels
+    # from the lossless ones.
+    hashes = {
+        name: {digest((tmp_path / path).read_bytes()) for path in part.paths}
+        | {digest(image.tobytes()) for image in part.image.numpy()}
+        for name, part in parts.items()
+    }
+    assert isinstance(train, data.Folder)
+    hashes["training"] = {digest(file.read_bytes()) for file in train.files}
+    hashes["training"] |= {digest(image.tobytes()) for image in train.whole().image.numpy()}
+    for one, two in combinations(hashes, 2):
+        assert not hashes[one] & hashes[two], (one, two)
+
+
+def digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
