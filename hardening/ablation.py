@@ -25,9 +25,9 @@ from hardening.attacks import Threat
 from hardening.data import Images, to_float
 from hardening.detectors import FULL, LEAN, RECTIFIED
 from hardening.evaluate import Rung, climb, label_rungs, rejection_rungs
-from hardening.metrics import Bools, Floats, difference, wilson
+from hardening.metrics import Bools, Floats, difference
 from hardening.pipeline import DefendedClassifier
-from hardening.report import cell_text
+from hardening.report import cell_text, rounded, share
 from hardening.rungs import Budget, in_8_bits
 from hardening.victims import Victim, label_victim, pipeline_victim
 
@@ -166,17 +166,6 @@ def figures(seen: Outcome, bare: Bools, milliseconds: float | None) -> dict[str,
             for rate in RATES
         ]
     return out
-
-
-def share(held: Bools) -> dict[str, Any]:
-    """A share of images with its 95% interval."""
-    value = float(held.mean())
-    return rounded(value, wilson(value, len(held)))
-
-
-def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
-    """A figure with its interval."""
-    return {"value": round(value, 4), "interval": [round(bound, 4) for bound in interval]}
 
 
 def timings(engines: list[Engine | None]) -> list[float | None]:

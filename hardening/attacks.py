@@ -50,7 +50,7 @@ def random_start(x: Tensor, threat: Threat, noise: Noise) -> Tensor:
         return threat.eps * (noise.uniform(*x.shape[1:]) * 2 - 1)
     direction = noise.normal(*x.shape[1:])
     radius = noise.uniform(1, 1, 1)
-    return threat.eps * radius ** (1 / x[0].numel()) * direction / flat_norm(direction)
+    return threat.eps * radius ** (1 / x.shape[1:].numel()) * direction / flat_norm(direction)
 
 
 def ascent_direction(gradient: Tensor, norm: str) -> Tensor:

@@ -122,10 +122,13 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     return found
 
 
-def attack_source() -> str:
-    """Stands for the code that attacks and is attacked: what other code found is not reused."""
+def attack_source(*more: str) -> str:
+    """Stands for the code that attacks and is attacked, and for `more` modules of this package.
+
+    What other code found is not reused.
+    """
     folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ATTACKED_CODE]
+    files = [folder / f"{name}.py" for name in (*ATTACKED_CODE, *more)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     return f"{digest.hexdigest()[:16]} pyautoattack {version('pyautoattack')}"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from hardening import ablation, plots
+from hardening import ablation, outside, plots
 from hardening.alarms import in_words
 from hardening.alarms import table as alarm_table
 from hardening.attacks import Threat
@@ -56,7 +56,7 @@ STATIC, JOINT = "pgd20", "joint_apgd"
 QUARTER = "stratified@0.25eps"
 EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
 MOST_CLASSES = 25
-SHOWN_ELSEWHERE = ("metrics", "checks", "history", "ablation", "false_alarms")
+SHOWN_ELSEWHERE = ("metrics", "checks", "history", "ablation", "false_alarms", "outside")
 
 
 class Figure(NamedTuple):
@@ -119,6 +119,7 @@ def write(
         *classes(evaluation, pipeline),
         *parts(card),
         *alarms(card),
+        *outside_threat(card),
         *self_checks(evaluation.checks),
         recipe(card, evaluation),
     ]
@@ -691,6 +692,20 @@ def alarms(card: dict[str, Any]) -> Iterator[Section]:
     )
     tables = [Table("False alarms", *alarm_table(seen["rows"]))]
     yield Section("False alarms", words, [picture], tables)
+
+
+def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
+    """What attackers outside the threat model, and the weather, do to every victim."""
+    if "outside" not in card:
+        return
+    seen = card["outside"]
+    words = [
+        f"{seen['data']}, in 8 bits; rejected where p < {seen['rate']:g}. Nothing was trained or"
+        f" calibrated for these: {seen['attack']}. Corruptions are torchvision's, at one strength.",
+        f"{outside.in_words(seen['scaling'])}.",
+    ]
+    tables = [Table("Outside the threat model", *outside.table(seen["rows"]))]
+    yield Section("Outside the threat model", words, tables=tables)
 
 
 def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:

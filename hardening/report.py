@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from handlers.verdict import Calibration, p_values
-from hardening.metrics import Metric, wilson
+from hardening.metrics import Bools, Metric, wilson
 from hardening.pipeline import DefendedClassifier
 
 
@@ -38,6 +38,17 @@ def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
     if metric.attack:
         out |= {"attack": metric.attack}
     return out
+
+
+def share(held: Bools) -> dict[str, Any]:
+    """A share of images with its 95% interval."""
+    value = float(held.mean())
+    return rounded(value, wilson(value, len(held)))
+
+
+def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    """A figure with its interval."""
+    return {"value": round(value, 4), "interval": [round(bound, 4) for bound in interval]}
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -80,6 +80,26 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     assert rampart.variants_in(Path("store/mine")) == ["lean"]
 
 
+def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
+    check = {"name": "adaptive", "subject": "pipeline full", "seen": "", "passed": False}
+    fine = check | {"name": "logits", "passed": True}
+    with pytest.raises(rampart.ChecksFailed, match=r"failed: adaptive \(pipeline full\)\."):
+        rampart.insist({"checks": [fine, check]})
+    rampart.insist({"checks": [fine]})
+    rampart.insist({})
+
+
+def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) -> None:
+    held = lean_only.with_name("held.npz")
+    found = lean_only.with_name("found")
+    output = run("outside", lean_only, "--data", held, "--limit", 4, "--cache", found)
+    seen = report.read_card(lean_only)["outside"]
+    assert {row["threat"] for row in seen["rows"]} > {"L2 0.5", "patch", "fog"}
+    assert {row["n"] for row in seen["rows"]} == {4}
+    assert "| JPEG, quality 25 | 4 |" in output
+    assert "image scaling: " in output
+
+
 def test_what_cannot_be_shared_out_refuses_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

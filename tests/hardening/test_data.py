@@ -258,6 +258,19 @@ def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
     assert data.find_pictures(path, size=32).digest() != before
 
 
+def test_digits_are_three_disjoint_files_that_load(tmp_path: Path) -> None:
+    counts = data.write_digits(tmp_path / "digits")
+    assert counts == {"train": 1097, "held": 400, "test": 300}
+    parts = [data.load(tmp_path / "digits" / f"{name}.npz") for name in counts]
+    for part in parts:
+        assert part.image.shape[1:] == (32, 32, 3)
+        assert part.classes == tuple("0123456789")
+        assert torch.bincount(part.label).min() > 20
+        assert part.image.max() == 255
+    pixels = [image.tobytes() for part in parts for image in part.image.numpy()]
+    assert len(set(pixels)) == 1797
+
+
 def test_plain_batches_cover_every_image_in_order() -> None:
     images = blobs(70)
     assert torch.equal(torch.cat([y for _, y in data.batches(images, 32)]), images.label)

@@ -124,6 +124,16 @@ MEASURED = {
         },
         "remedies": ["lean: JPEG flags 20.0%: calibrate anew"],
     },
+    "outside": {
+        "data": "8 of blobs",
+        "attack": "joint APGD in L2",
+        "rate": 0.01,
+        "rows": [
+            {"threat": "fog", "subject": "pipeline", "variant": "lean", "n": 8}
+            | {"right": share(0.4), "right_or_rejected": share(0.5)}
+        ],
+        "scaling": {"pictures": 5, "pixels": [256, 32], "psnr": 9.7, "psnr_nearest": 27.5},
+    },
 }
 
 
@@ -184,6 +194,7 @@ def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
         "Classes",
         "What each part adds",
         "False alarms",
+        "Outside the threat model",
         "Self-checks",
         "Threat model and recipe",
     ]
@@ -215,7 +226,8 @@ def test_what_was_not_measured_is_left_out(
     seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
 ) -> None:
     names = headings(write(tmp_path, seen, tiny_pipeline, card={}))
-    assert not {"What each part adds", "False alarms"} & set(names)
+    absent = {"What each part adds", "False alarms", "Outside the threat model"}
+    assert not absent & set(names)
 
 
 def test_what_parts_add_and_false_alarms_are_shown_as_the_card_has_them(full_page: str) -> None:
@@ -226,6 +238,9 @@ def test_what_parts_add_and_false_alarms_are_shown_as_the_card_has_them(full_pag
     assert "Served by default: lean (the model has no purifier)." in full_page
     assert tables["False alarms"][1] == ["JPEG", "40", "20.0% (10.0% to 30.0%) too many", "0.300"]
     assert "lean: JPEG flags 20.0%: calibrate anew" in full_page
+    fog = ["fog", "8", "40.0% (30.0% to 50.0%)", "50.0% (40.0% to 60.0%)"]
+    assert tables["Outside the threat model"][1] == fog
+    assert "until 9.7 dB PSNR are left" in full_page
     assert "4.90% flagged over 9 splits (3.00% to 6.00%); theory 4.94%" in full_page
 
 

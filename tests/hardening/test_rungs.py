@@ -33,6 +33,13 @@ def test_every_rung_stays_in_the_ball_and_in_range(name: str, learned: Learned) 
     assert found.max() <= 1
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_images_that_are_wrong_already_leave_nothing_to_attack(norm: str, learned: Learned) -> None:
+    wrong = (learned.label + 1) % 10
+    found = rungs.joint_apgd(learned.look, learned.x, wrong, Threat(norm, 0.01), SMALL)
+    assert (learned.model(found).argmax(1) != wrong).all()
+
+
 def test_autoattack_finds_what_pgd_finds_and_more(learned: Learned) -> None:
     robust = {}
     for name, budget in (("pgd20", ()), ("autoattack", (SMALL,))):
