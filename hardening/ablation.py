@@ -23,7 +23,7 @@ from handlers.verdict import Calibration
 from hardening import calibrate, checkpoint
 from hardening.attacks import Threat
 from hardening.data import Images, to_float
-from hardening.detectors import FULL, LEAN, RECTIFIED
+from hardening.detectors import FULL, LEAN, RECTIFIED, SQUEEZING
 from hardening.evaluate import Rung, climb, label_rungs, rejection_rungs
 from hardening.metrics import Bools, Floats, difference
 from hardening.pipeline import DefendedClassifier
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 def setups(pipeline: DefendedClassifier) -> list[Setup]:
     """The rows for a model: each part alone, then the variants."""
     head = () if pipeline.classifier.rectifier is None else (RECTIFIED,)
-    one_view = [name for name in (*FULL, *head) if name not in TWO_VIEWS]
+    one_view = [name for name in (*FULL, *head, SQUEEZING) if name not in TWO_VIEWS]
     out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
     out.append(Setup("lean", False, (*LEAN, *head)))
     if pipeline.purifier is not None:

@@ -1,8 +1,9 @@
 """Scores of suspicion from two views of one image; higher = more suspicious.
 
-All reuse the two classifier passes (the image as sent and its purified view) or look at pixels
-only. Sources: median and bit-depth squeezers, Xu et al. 2018 (section 3); reconstruction distance,
-Meng and Chen 2017; energy, Liu et al. 2020; feature distance, Lee et al. 2018 (section 2.1).
+All but classic feature squeezing reuse the two classifier passes (the image as sent and its
+purified view) or look at pixels only. Sources: squeezers, Xu et al. 2018 (section 3);
+reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020; feature distance, Lee et al.
+2018 (section 2.1); rectified rejection, Pang et al. 2022.
 """
 
 from typing import NamedTuple
@@ -33,6 +34,7 @@ class Views(NamedTuple):
     logits: Tensor  # (N, K) of purified
     features: Tensor  # (N, F) of x
     rectified: Tensor  # (N,) rectified confidence in x
+    squeezed_logits: tuple[Tensor, ...] = ()  # (N, K) of each squeezed view of x
 
 
 def median3x3(x: Tensor) -> Tensor:
@@ -43,6 +45,16 @@ def median3x3(x: Tensor) -> Tensor:
     for low, high in MEDIAN_OF_9:
         p[low], p[high] = torch.minimum(p[low], p[high]), torch.maximum(p[low], p[high])
     return p[4]
+
+
+def squeezed(x: Tensor) -> tuple[Tensor, ...]:
+    """What feature squeezing compares x (N, 3, H, W) with: 5 bits of colour, and its median.
+
+    Rounding passes gradients as if it were not there: what an attacker does (BPDA, Athalye et al.
+    2018, section 4.1).
+    """
+    rounded = (x * 31).round() / 31
+    return x + (rounded - x).detach(), median3x3(x)
 
 
 def rms(d: Tensor) -> Tensor:
@@ -101,6 +113,7 @@ FULL = (
     "feature_distance",
 )
 LEAN = ("confidence", "energy")
+SQUEEZING = "squeezing"  # classic feature squeezing: two more classifier passes
 RECTIFIED = "rectified"  # where the classifier has the second head of Pang et al. 2022
 
 
@@ -109,7 +122,7 @@ class Detectors(nn.Module):
 
     def __init__(self, names: tuple[str, ...], classes: int, feature_size: int) -> None:
         super().__init__()
-        unknown = set(names) - {*FULL, RECTIFIED}
+        unknown = set(names) - {*FULL, RECTIFIED, SQUEEZING}
         if unknown:
             raise ValueError(f"unknown detectors {sorted(unknown)}: choose among {', '.join(FULL)}")
         self.names = names
@@ -137,6 +150,10 @@ class Detectors(nn.Module):
                 return -views.logits.logsumexp(1)
             case "rectified":
                 return 1 - views.rectified
+            case "squeezing":
+                own = views.raw_logits.softmax(1)
+                moved = [(own - other.softmax(1)).abs().sum(1) for other in views.squeezed_logits]
+                return torch.stack(moved).amax(0)
             case _:
                 distance: Tensor = self.feature_distance(views.features)
                 return distance

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hardening import checkpoint
 from hardening.data import to_float
-from hardening.detectors import FULL, LEAN, RECTIFIED, Detectors, Views
+from hardening.detectors import FULL, LEAN, RECTIFIED, SQUEEZING, Detectors, Views, squeezed
 from hardening.models import Classifier, ClassifierConfig
 from hardening.purifier import Purifier, PurifierConfig
 
@@ -40,18 +40,20 @@ class DefendedClassifier(nn.Module):
     def defend(self, x: Tensor) -> Outputs:
         """The float entry, for attacks: x (N, 3, H, W) in [0, 1]."""
         n = x.shape[0]
-        if self.purifier is None:
-            purified, features = x, self.classifier.embed(x)
-            logits = raw_logits = self.classifier.head(features)
-        else:
-            purified = self.purifier(x)
-            both = self.classifier.embed(torch.cat([x, purified]))  # (2N, F)
-            # Slices keep the exported batch dynamic; chunk(2) would freeze it.
-            features, all_logits = both[:n], self.classifier.head(both)
-            raw_logits, logits = all_logits[:n], all_logits[n:]
+        purified = x if self.purifier is None else self.purifier(x)
+        views: list[Tensor] = [x] if self.purifier is None else [x, purified]
+        own = len(views)
+        if SQUEEZING in self.detectors.names:
+            views.extend(squeezed(x))
+        embedded = self.classifier.embed(torch.cat(views) if len(views) > 1 else x)
+        logits = self.classifier.head(embedded)
+        # Slices keep the exported batch dynamic; chunk() would freeze it.
+        parts = [slice(i * n, (i + 1) * n) for i in range(len(views))]
+        each = [logits[part] for part in parts] if len(views) > 1 else [logits]
+        features, raw_logits = embedded[:n], each[0]
         rectified = self.classifier.rectified_confidence(features, raw_logits)
-        scores = self.detectors(Views(x, purified, raw_logits, logits, features, rectified))
-        return Outputs(logits, raw_logits, scores, purified)
+        seen = Views(x, purified, raw_logits, each[own - 1], features, rectified, tuple(each[own:]))
+        return Outputs(each[own - 1], raw_logits, self.detectors(seen), purified)
 
     def label_logits(self, x: Tensor) -> Tensor:
         """The `logits` of `defend` and nothing else, at half the cost: (N, K) of x (N, 3, H, W)."""

@@ -108,7 +108,8 @@ def test_unknown_detectors_are_named_with_the_choices() -> None:
 @pytest.mark.parametrize("name", [*FULL, RECTIFIED])
 def test_every_detector_gives_an_attacker_its_true_gradient(name: str) -> None:
     torch.manual_seed(0)
-    leaf = {k: v.clone().requires_grad_() for k, v in views()._asdict().items()}
+    tensors = {k: v for k, v in views()._asdict().items() if isinstance(v, torch.Tensor)}
+    leaf = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     base = Views(**leaf)._replace(
         purified=leaf["x"] * 0.9 + 0.02, logits=leaf["logits"] + 0.1 * leaf["features"][:, :1]
     )

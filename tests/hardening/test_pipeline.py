@@ -1,11 +1,14 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
 from hardening import pipeline as pipelines
 from hardening.data import Images, to_float, to_uint8
-from hardening.detectors import FULL, LEAN
+from hardening.detectors import FULL, LEAN, median3x3
 from hardening.pipeline import DefendedClassifier
 
 
@@ -34,6 +37,29 @@ def test_lean_is_one_pass_without_a_purifier(tiny_folder: Path, tiny_images: Ima
     torch.testing.assert_close(out.logits, lean.classifier(to_float(image)))
     assert out.scores.shape == (4, len(LEAN))
     assert classes == tiny_images.classes
+
+
+@pytest.mark.parametrize("purified", [False, True])
+def test_feature_squeezing_compares_the_image_with_squeezed_views_of_it(
+    tiny_pipeline: DefendedClassifier, tiny_images: Images, tmp_path: Path, purified: bool
+) -> None:
+    purifier = tiny_pipeline.purifier if purified else None
+    net = DefendedClassifier(tiny_pipeline.classifier, purifier, ("squeezing",)).eval()
+    net.requires_grad_(False)
+    x = to_float(tiny_images.image[:3])
+    views = (x, (x * 31).round() / 31, median3x3(x))
+    raw, *others = (net.classifier(view).softmax(1) for view in views)
+    expected = torch.stack([(raw - other).abs().sum(1) for other in others]).amax(0)
+    out = net.defend(x)
+    torch.testing.assert_close(out.scores[:, 0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.logits, net.label_logits(x), rtol=1e-4, atol=1e-5)
+    engine = Engine(to_onnx(net, tmp_path / "graph.onnx"), threads=1)
+    for batch in (1, 3):
+        served = engine.run(tiny_images.image[:batch].numpy())
+        np.testing.assert_allclose(served.scores, out.scores[:batch], rtol=1e-3, atol=1e-4)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(net.defend(x).scores.sum(), x)
+    assert (gradient.flatten(1).abs().sum(1) > 0).all()
 
 
 def test_the_uint8_entry_is_the_float_entry_on_pixels(
