@@ -572,10 +572,6 @@ def contents(model: Path) -> dict[str, Any]:
 
 def cat(model: Path, threat: "Threat", *, rate: float) -> "tuple[DefendedClassifier, Pictures]":
     """The pipeline of a model folder, and pictures that a page may carry: scikit-image's cat."""
-    import torch
-    from skimage.data import data_dir
-
-    from handlers.image import decode
     from hardening import pipeline as pipelines
     from hardening.calibrate import load_variant
     from hardening.objectives import look_at
@@ -585,7 +581,7 @@ def cat(model: Path, threat: "Threat", *, rate: float) -> "tuple[DefendedClassif
     variant = best_variant(model)
     pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
     size = pipeline.classifier.config.image_size
-    pixels = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes(), size))[None]
+    pixels = picture(None, size)
     look = look_at(pipeline, load_variant(model, variant), rate)
     source = f"scikit-image's CC0 cat (chelsea), decoded to {size}x{size}"
     return pipeline, Pictures(pixels, fool(look, pixels, threat, QUICK), ["cat"], source)
@@ -881,11 +877,8 @@ def attack(
     rate: Rate = 0.01,
 ) -> None:
     """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution."""
-    import torch
     from PIL import Image
-    from skimage.data import data_dir
 
-    from handlers.image import ImageError, decode
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
@@ -895,23 +888,55 @@ def attack(
     variant = variant or best_variant(model)
     pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
     calibration = load_variant(model, variant)
-    source = image or Path(data_dir) / "chelsea.png"
-    try:
-        clean = decode(source.read_bytes(), pipeline.classifier.config.image_size)
-    except ImageError as error:
-        raise ValueError(f"{source}: {error.message}") from error
-    pixels = torch.from_numpy(clean)[None]
+    pixels = picture(image, pipeline.classifier.config.image_size)
     look = look_at(pipeline, calibration, rate)
     attacked = fool(look, pixels, threat_of(norm, eps), QUICK)
     panels = []
     out.mkdir(parents=True, exist_ok=True)
-    for name, picture in (("clean", pixels), ("attacked", attacked)):
-        caption = report.describe(pipeline, calibration, picture, classes, rate=rate)
-        Image.fromarray(picture[0].numpy()).save(out / f"{name}.png")
+    for name, image_sent in (("clean", pixels), ("attacked", attacked)):
+        caption = report.describe(pipeline, calibration, image_sent, classes, rate=rate)
+        Image.fromarray(image_sent[0].numpy()).save(out / f"{name}.png")
         say(f"{out / name}.png: {caption}")
-        panels.append((name, picture[0].numpy(), caption))
+        panels.append((name, image_sent[0].numpy(), caption))
     panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
     say(report.picture(panels, out / "panel.png"))
+
+
+def picture(file: Path | None, size: int) -> "torch.Tensor":
+    """A picture as uint8 (1, size, size, 3); without a file scikit-image's cat."""
+    import torch
+    from skimage.data import data_dir
+
+    from handlers.image import ImageError, decode
+
+    file = file or Path(data_dir) / "chelsea.png"
+    try:
+        return torch.from_numpy(decode(file.read_bytes(), size))[None]
+    except ImageError as error:
+        raise ValueError(f"{file}: {error.message}") from error
+
+
+@app.command()
+def certify(
+    image: Annotated[
+        Path | None, typer.Argument(help="Picture; default scikit-image's cat")
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Folder of the model")] = Path("model_store/cifar10"),
+    sigma: Annotated[float, typer.Option(help="Of the Gaussian noise, pixels in [0, 1]")] = 0.12,
+    samples: Annotated[int, typer.Option(help="Noisy copies that vote")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="How often the certificate may be wrong")] = 0.001,
+    device: Device = "auto",
+) -> None:
+    """A radius (L2) within which the smoothed classifier provably keeps its label, or abstains."""
+    from hardening import certify as certificates
+    from hardening import pipeline as pipelines
+    from hardening.data import to_float
+
+    pipeline, classes = pipelines.load(model / "weights.safetensors", "lean")
+    net = pipeline.classifier.to(pick_device(device))
+    x = to_float(picture(image, net.config.image_size)).to(net.mean.device)
+    made = certificates.certify(net, x, sigma=sigma, samples=samples, alpha=alpha)
+    say(certificates.in_words(made, classes))
 
 
 @app.command()

@@ -272,10 +272,20 @@ def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
         assert panel.size[0] > 3 * 288
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("verb", ["attack", "certify"])
+def test_a_picture_that_cannot_be_read_is_named(
+    tmp_path: Path, tiny_folder: Path, verb: str
+) -> None:
     (tmp_path / "note.txt").write_text("no picture")
     with pytest.raises(ValueError, match=r"note\.txt: .*PNG"):
-        run("attack", tmp_path / "note.txt", "--model", tiny_folder, "--out", tmp_path)
+        run(verb, tmp_path / "note.txt", "--model", tiny_folder)
+
+
+def test_a_picture_is_certified_or_abstained_on(tiny_folder: Path) -> None:
+    sure = run("certify", "--model", tiny_folder, "--samples", 300, "--sigma", 0.001)
+    assert re.search(r"certified within an L2 radius of 0\.00\d .* 300 of 300 noisy", sure)
+    lost = run("certify", "--model", tiny_folder, "--samples", 3, "--sigma", 0.001)
+    assert lost.startswith("abstains: ")
 
 
 def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
