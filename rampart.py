@@ -433,15 +433,12 @@ def evaluate(
     )
     rows = [report.row(m, data=source, command=command_line()) for m in result.metrics]
     card = report.read_card(model)
-    card |= {"versions": versions()}
-    if not only:
-        card |= {"threat_model": str(threat)}
-    card.setdefault("threat_model", str(threat))
-    card |= {"metrics": report.merge(card.get("metrics", []), rows)}
+    entries: dict[str, Any] = {"metrics": report.merge(card.get("metrics", []), rows)}
+    if not only or "threat_model" not in card:
+        entries |= {"threat_model": str(threat)}
     if result.checks:
-        card |= {"checks": [check._asdict() for check in result.checks]}
-    report.check_card(card)
-    report.write_card(model, card)
+        entries |= {"checks": [check._asdict() for check in result.checks]}
+    card = report.add_to_card(model, entries | {"versions": versions()})
     report.log_evaluation(model, {"data": source, "n": len(images), "command": command_line()})
     say(report.table(rows))
     for check in result.checks:
@@ -687,8 +684,7 @@ def ablate(
     threat, budget = threat_of(norm, eps), QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, threat, budget, folder=cache)
     rows = ablation.rows(outcomes)
-    card = report.read_card(model)
-    card["ablation"] = {
+    entry: dict[str, Any] = {
         "data": f"{len(few)} validation images of {(held or data).name}",
         "n": len(few),
         "threat_model": str(threat),
@@ -697,10 +693,9 @@ def ablate(
         "default": ablation.default(rows),
         "command": command_line(),
     }
-    report.check_card(card)
-    report.write_card(model, card)
+    report.add_to_card(model, {"ablation": entry})
     say(report.piped(*ablation.table(rows)))
-    say(card["ablation"]["default"])
+    say(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     say(plots.ablation(rows, model / "ablation.png"))
 
 
@@ -729,22 +724,15 @@ def alarms(
         judged = false.Judged(pipeline.to(ranked.image.device), load_variant(model, variant))
         coverage[variant] = list(false.coverage(false.suspicion(judged, ranked)))
         rows += false.false_alarms(judged, spread(ranked, limit), rate=rate)
-    card = report.read_card(model)
-    card["false_alarms"] = {
-        "data": f"calibration images of {(held or data).name}",
-        "rate": rate,
-        "rows": rows,
-        "coverage": coverage,
-        "remedies": false.remedies(rows),
-        "command": command_line(),
-    }
-    report.check_card(card)
-    report.write_card(model, card)
+    remedies = false.remedies(rows)
+    entry = {"data": f"calibration images of {(held or data).name}", "rate": rate, "rows": rows}
+    entry |= {"coverage": coverage, "remedies": remedies, "command": command_line()}
+    report.add_to_card(model, {"false_alarms": entry})
     say(report.piped(*false.table(rows)))
     for variant, points in coverage.items():
         for point in points:
             say(f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}")
-    for line in card["false_alarms"]["remedies"]:
+    for line in remedies:
         say(line)
 
 
@@ -771,8 +759,7 @@ def outside(
     victims = victims_of(model, None, images.classes, rate=rate, device=where)
     rows = list(beyond.rows(victims, images, QUICK, folder=cache))
     scaled = beyond.scaling(size)
-    card = report.read_card(model)
-    card["outside"] = {
+    entry = {
         "data": f"{len(images)} of {data_name or data.name}",
         "attack": f"joint APGD in L2; a patch of any colours, {beyond.PLACES} places of"
         f" {beyond.STEPS} steps; {QUICK}",
@@ -781,8 +768,7 @@ def outside(
         "scaling": scaled,
         "command": command_line(),
     }
-    report.check_card(card)
-    report.write_card(model, card)
+    report.add_to_card(model, {"outside": entry})
     say(report.piped(*beyond.table(rows)))
     say(beyond.in_words(scaled))
 

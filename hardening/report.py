@@ -211,6 +211,17 @@ def write_card(folder: Path, card: dict[str, Any]) -> Path:
     return file
 
 
+def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Put `entries` in place of the card's own of the same names; returns the card.
+
+    Raises ValueError, and writes nothing, where the card would break the schema.
+    """
+    card = read_card(folder) | entries
+    check_card(card)
+    write_card(folder, card)
+    return card
+
+
 def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
     """Append to the log of everything that was ever evaluated: nobody tunes on test unseen.
 

@@ -96,6 +96,18 @@ def test_a_card_that_breaks_its_schema_is_refused_with_the_place() -> None:
         report.check_card(card)
 
 
+def test_entries_go_into_a_card_and_a_broken_one_leaves_it_as_it_was(tmp_path: Path) -> None:
+    report.write_card(tmp_path, card_of() | {"threat_model": "Linf 8/255"})
+    entry = {"data": "d", "attack": "a", "rate": 0.01, "rows": [], "scaling": {}, "command": "c"}
+    assert report.add_to_card(tmp_path, {"outside": entry})["outside"] == entry
+    assert report.read_card(tmp_path)["threat_model"] == "Linf 8/255"
+    before = (tmp_path / "card.json").read_bytes()
+    del entry["rate"]
+    with pytest.raises(ValueError, match=r"\$\.outside: 'rate' is a required property"):
+        report.add_to_card(tmp_path, {"outside": entry})
+    assert (tmp_path / "card.json").read_bytes() == before
+
+
 def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
     card = card_of(
         Metric("pipeline", "full", "pgd20", 0.4, 10, Threat(), "PGD"),
