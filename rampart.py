@@ -303,10 +303,10 @@ def calibrate(
     archive is calibrated on pictures of your traffic instead; its graph stays as it is.
     """
     if model and images:
-        if folder or data or classifier or purifier:
+        if folder or data or classifier or purifier or held or data_name:
             raise ValueError("--model and --images go alone, with --out: the archive has the rest")
         recalibrate(model, images, out or model.with_stem(f"{model.stem}-recalibrated"))
-    elif folder and data and classifier and not (model or images):
+    elif folder and data and classifier and not (model or images or out):
         assemble(folder, data, classifier, purifier, held=held, data_name=data_name)
     else:
         raise ValueError(
@@ -324,9 +324,11 @@ def recalibrate(model: Path, images: Path, out: Path) -> None:
         say(f"left out, as the endpoint would: {line}")
     say(
         f"the old calibration flags {made.flagged:.1%} of these {made.images} pictures where it"
-        f" promises {made.rate:.1%}; drift {made.drift:.3f}, by chance up to"
-        f" {1.36 / made.images**0.5:.3f}"
+        f" promises {made.rate:.1%}; drift {made.drift:.3f}, by chance up to {made.chance:.3f}"
     )
+    low, high = made.spread
+    say(f"so many pictures put the true rate between {low:.1%} and {high:.1%}, 95 times in 100")
+    say("left out of its card: the pipeline's figures, which the old thresholds made")
     say(f"{out}: serve it with `rampart serve --model {out}`")
 
 
@@ -343,15 +345,17 @@ def assemble(
     from hardening import calibrate as calibration
     from hardening import checkpoint, report
     from hardening import pipeline as pipelines
-    from hardening.data import split
-    from hardening.detectors import FULL
+    from hardening.data import split, spread
+    from hardening.detectors import FITTED, FULL
     from hardening.train import draw
 
     net = pipelines.load_classifier(classifier)
     generator = pipelines.load_purifier(purifier) if purifier else None
-    _, images = read_data(data, held, net.config.image_size)
+    train, images = read_data(data, held, net.config.image_size)
     defended = pipelines.DefendedClassifier(net, generator, FULL).eval()
-    defended.detectors.feature_distance.fit(net, split(images, "validation"))
+    # On training images, since every held-out split is measured on, combined on or ranked.
+    few = spread(train, FITTED) if len(train) else split(images, "validation")
+    defended.detectors.feature_distance.fit(net, few)
     pipelines.save(model / "weights.safetensors", defended, images.classes)
     for variant in VARIANTS if purifier else VARIANTS[1:]:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
@@ -402,28 +406,11 @@ def evaluate(
 
     from hardening import evaluate as evaluation
     from hardening import page, report
-    from hardening.data import hold_out, load, load_training, split, spread
-    from hardening.pipeline import load_classifier
     from hardening.rungs import QUICK, Budget
 
     where, threat = pick_device(device), threat_of(norm, eps)
-    size = load_classifier(model / "weights.safetensors").config.image_size
-    source = data_name or data.name
-    if part and data.suffix != ".npz":
-        # Of a folder the same tenth is held out as in training; a file holds held-out images.
-        every = hold_out(load_training(data, size=size), None)[1]
-    else:
-        every = load(data, train=False, size=size)
-    if part:
-        every, source = split(every, part), f"{part} split of {source}"
-    images = spread(every, limit or (100 if quick else None)).to(where)
-    source = source if len(images) == len(every) else f"{len(images)} of {source}"
-    if source == report.read_card(model).get("data"):
-        typer.echo(
-            f"{data} has the name of the training data: on images that were trained on, every"
-            " figure is too high",
-            err=True,
-        )
+    chosen, source = measured(model, data, data_name, part, limit or (100 if quick else None))
+    images = chosen.to(where)
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
@@ -452,6 +439,34 @@ def evaluate(
             say(write(gallery, pictures=page.gallery(result, pipeline)))
     if result.checks:
         insist(card)
+
+
+def measured(
+    model: Path, data: Path, data_name: str, part: str | None, limit: int | None
+) -> "tuple[Images, str]":
+    """The images under `data` that a model is measured on, and what the card calls them."""
+    from hardening import report
+    from hardening.data import hold_out, load, load_training, split, spread
+    from hardening.pipeline import load_classifier
+
+    size = load_classifier(model / "weights.safetensors").config.image_size
+    source = data_name or data.name
+    if part and data.suffix != ".npz":
+        # Of a folder the same tenth is held out as in training; a file holds held-out images.
+        every = hold_out(load_training(data, size=size), None)[1]
+    else:
+        every = load(data, train=False, size=size)
+    if part:
+        every, source = split(every, part), f"{part} split of {source}"
+    images = spread(every, limit)
+    source = source if len(images) == len(every) else f"{len(images)} of {source}"
+    if source == report.read_card(model).get("data"):
+        typer.echo(
+            f"{data} has the name of the training data: on images that were trained on, every"
+            " figure is too high",
+            err=True,
+        )
+    return images, source
 
 
 class ChecksFailed(ValueError):
@@ -530,14 +545,33 @@ def harden(
         packed = job.once(
             "archive", contents(model), lambda folder: archive(model, folder / out.name)
         )
-    for variant in VARIANTS:  # an earlier model's would not fit this one's weights
-        (out.with_suffix("") / f"calibration-{variant}.json").unlink(missing_ok=True)
-    shutil.copytree(model, out.with_suffix(""), dirs_exist_ok=True)
+    deliver(model, out.with_suffix(""))
     shutil.copy(packed / out.name, out)
     card = report.read_card(model)
     say(f"\n{report.markdown(card)}\n")
     say(f"{out}: serve it with `rampart serve --model {out}`")
     insist(card)
+
+
+def deliver(model: Path, target: Path) -> None:
+    """Copy a finished model folder; what was measured since on the same model stays."""
+    from hardening import report
+
+    def decides(folder: Path) -> dict[str, bytes]:
+        files = [*folder.glob("weights.safetensors"), *folder.glob("calibration-*.json")]
+        return {file.name: file.read_bytes() for file in files}
+
+    log = target / "evaluations.jsonl"
+    known, lines = report.read_card(target), log.read_text() if log.is_file() else ""
+    same = decides(target) == decides(model)
+    for variant in VARIANTS:  # an earlier model's would not fit this one's weights
+        (target / f"calibration-{variant}.json").unlink(missing_ok=True)
+    shutil.copytree(model, target, dirs_exist_ok=True)
+    if same:
+        card = report.read_card(target)
+        rows = report.merge(known.get("metrics", []), card.get("metrics", []))
+        report.write_card(target, known | card | {"metrics": rows})
+        log.write_text(lines or (log.read_text() if log.is_file() else ""))
 
 
 def adopt_into(weights: Path, options: dict[str, Any], folder: Path) -> None:
@@ -667,36 +701,32 @@ def ablate(
     from hardening.victims import label_victim
 
     where, weights = pick_device(device), model / "weights.safetensors"
+    if not variants_in(model):
+        raise ValueError(
+            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
+        )
     pipeline, known = pipelines.load(weights, variants_in(model)[0])
     _, images = read_data(data, held, pipeline.classifier.config.image_size)
     if known != images.classes:
         raise ValueError(f"the images have the classes {images.classes}, the model {known}")
-    images = images.to(where)
-    few = spread(split(images, "validation"), limit)
+    few = spread(split(images, "validation"), limit).to(where)
     every = [
-        ablation.arm(pipeline.to(where), setup, images, partial(to_engine, threads=1))
+        ablation.arm(pipeline, setup, images, partial(to_engine, threads=1), where)
         for setup in ablation.setups(pipeline)
     ]
     if control := twin or sibling(model):
-        net = pipelines.load_classifier(control / "weights.safetensors").to(where)
-        victim = label_victim("undefended", net, checkpoint.digest(net))
+        net = pipelines.load_classifier(control / "weights.safetensors")
+        victim = label_victim("undefended", net.to(where), checkpoint.digest(net))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
     threat, budget = threat_of(norm, eps), QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, threat, budget, folder=cache)
-    rows = ablation.rows(outcomes)
-    entry: dict[str, Any] = {
-        "data": f"{len(few)} validation images of {(held or data).name}",
-        "n": len(few),
-        "threat_model": str(threat),
-        "attack": f"PGD-20, APGD-CE, APGD-T and Square; joint APGD at each rate; {budget}",
-        "rows": rows,
-        "default": ablation.default(rows),
-        "command": command_line(),
-    }
+    entry = ablation.entry(
+        outcomes, threat, budget, data=(held or data).name, command=command_line()
+    )
     report.add_to_card(model, {"ablation": entry})
-    say(report.piped(*ablation.table(rows)))
+    say(report.piped(*ablation.table(entry["rows"])))
     say(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
-    say(plots.ablation(rows, model / "ablation.png"))
+    say(plots.ablation(entry["rows"], model / "ablation.png"))
 
 
 @app.command()
@@ -708,30 +738,36 @@ def alarms(
     rate: Rate = 0.01,
     device: Device = "auto",
 ) -> None:
-    """How often clean images are flagged, by the way they come; whether the promise holds."""
+    """How often clean images are flagged, by the way they come to the endpoint."""
     from hardening import alarms as false
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
     from hardening.data import split, spread
 
-    rows: list[dict[str, Any]] = []
-    coverage = {}
+    if not variants_in(model):
+        raise ValueError(
+            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
+        )
+    where, every = pick_device(device), []
     for variant in variants_in(model):
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
-        _, images = read_data(data, held, pipeline.classifier.config.image_size)
-        ranked = split(images, "calibration").to(pick_device(device))
-        judged = false.Judged(pipeline.to(ranked.image.device), load_variant(model, variant))
-        coverage[variant] = list(false.coverage(false.suspicion(judged, ranked)))
-        rows += false.false_alarms(judged, spread(ranked, limit), rate=rate)
+        every.append(false.Judged(pipeline.to(where), load_variant(model, variant)))
+    _, images = read_data(data, held, pipeline.classifier.config.image_size)
+    sample = spread(split(images, "calibration"), limit).to(where)
+    rows = list(false.false_alarms(every, sample, rate=rate))
+    coverage = {
+        judged.calibration.variant: list(false.coverage(judged.calibration.combined))
+        for judged in every
+    }
     remedies = false.remedies(rows)
     entry = {"data": f"calibration images of {(held or data).name}", "rate": rate, "rows": rows}
     entry |= {"coverage": coverage, "remedies": remedies, "command": command_line()}
     report.add_to_card(model, {"false_alarms": entry})
     say(report.piped(*false.table(rows)))
-    for variant, points in coverage.items():
+    for name, points in coverage.items():
         for point in points:
-            say(f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}")
+            say(f"{name}, promised {point['alpha']:.0%}: {false.in_words(point)}")
     for line in remedies:
         say(line)
 
@@ -739,8 +775,9 @@ def alarms(
 @app.command()
 def outside(
     model: Model,
-    data: Data,
+    data: Annotated[Path, typer.Option(help="Images to measure on: folder or .npz")],
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
+    part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
     limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 200,
     rate: Rate = 0.01,
     cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
@@ -749,26 +786,18 @@ def outside(
     """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
     from hardening import outside as beyond
     from hardening import report
-    from hardening.data import load, spread
-    from hardening.pipeline import load_classifier
     from hardening.rungs import QUICK
 
     where = pick_device(device)
-    size = load_classifier(model / "weights.safetensors").config.image_size
-    images = spread(load(data, train=False, size=size), limit).to(where)
+    chosen, source = measured(model, data, data_name, part, limit)
+    images = chosen.to(where)
     victims = victims_of(model, None, images.classes, rate=rate, device=where)
     rows = list(beyond.rows(victims, images, QUICK, folder=cache))
-    scaled = beyond.scaling(size)
-    entry = {
-        "data": f"{len(images)} of {data_name or data.name}",
-        "attack": f"joint APGD in L2; a patch of any colours, {beyond.PLACES} places of"
-        f" {beyond.STEPS} steps; {QUICK}",
-        "rate": rate,
-        "rows": rows,
-        "scaling": scaled,
-        "command": command_line(),
-    }
+    scaled = beyond.scaling(images.image.shape[1])
+    entry = {"data": source, "rate": rate, "rows": rows, "scaling": scaled}
+    entry |= {"attack": f"{beyond.ATTACKS}, {QUICK}", "command": command_line()}
     report.add_to_card(model, {"outside": entry})
+    report.log_evaluation(model, {"data": source, "n": len(images), "command": command_line()})
     say(report.piped(*beyond.table(rows)))
     say(beyond.in_words(scaled))
 

@@ -8,6 +8,7 @@ promised false-alarm rate holds again (split conformal: Vovk et al. 2005).
 """
 
 import json
+import math
 import tempfile
 import zipfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from scipy.stats import beta
 from tqdm import tqdm
 
 from export.archive import hash_tree, sha256
@@ -27,6 +29,9 @@ from handlers.verdict import Calibration, Judge, combine, drift, p_values
 from hardening.data import SUFFIXES
 
 FEWEST = 100  # for a false-alarm rate of 1%
+LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
+# What was measured with the old thresholds.
+OUTDATED = ("checks", "ablation", "false_alarms", "outside")
 
 
 class Recalibrated(NamedTuple):
@@ -37,6 +42,8 @@ class Recalibrated(NamedTuple):
     flagged: float  # share of the images that the old calibration flags
     rate: float  # share that it promises
     drift: float  # of the old calibration's p-values from what they should be
+    chance: float  # drift of as many exchangeable images, exceeded in 5% of cases
+    spread: tuple[float, float]  # where so few images put the true rate, in 95% of cases
 
 
 def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibrated:
@@ -60,8 +67,23 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
         p = p_values(scores, old)
         write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
         repack(work, names, out)
-    rate = policy.false_alarm_rate
-    return Recalibrated(len(images), refused, float((p < rate).mean()), rate, drift(p))
+    rate, n = policy.false_alarm_rate, len(images)
+    chance = 1.36 * (1 / n + 1 / old.images) ** 0.5
+    flagged = float((p < rate).mean())
+    return Recalibrated(n, refused, flagged, rate, drift(p), chance, spread_of(rate, n))
+
+
+def spread_of(rate: float, images: int) -> tuple[float, float]:
+    """Middle 95% of the true false-alarm rate of a calibration on so many images.
+
+    k of images + 1 ranks flag, so the rate is beta distributed with k and images + 1 - k (Vovk
+    2012, section 2).
+    """
+    ranks = math.ceil(rate * (images + 1) - 1e-9) - 1
+    if ranks < 1:
+        return 0.0, 0.0
+    low, high = beta(ranks, images + 1 - ranks).interval(0.95)
+    return float(low), float(high)
 
 
 def unpack(archive: Path, work: Path) -> list[str]:
@@ -70,6 +92,7 @@ def unpack(archive: Path, work: Path) -> list[str]:
         raise FileNotFoundError(f"no archive at {archive}: make one with `rampart archive`")
     try:
         with zipfile.ZipFile(archive) as packed:
+            check_entries(archive, packed.infolist())
             packed.extractall(work)
             names = [name for name in packed.namelist() if not name.endswith("/")]
     except zipfile.BadZipFile as error:
@@ -79,6 +102,16 @@ def unpack(archive: Path, work: Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
     return names
+
+
+def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Raise ValueError for names that lead out of the archive, and for sizes that fill a disk."""
+    names = [entry.filename for entry in entries]
+    for name in names:
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise ValueError(f"{archive} holds a file named {name!r}: do not trust it")
+    if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > LARGEST:
+        raise ValueError(f"{archive} holds a file twice, or more than 8 GB: do not trust it")
 
 
 def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:
@@ -117,6 +150,11 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
     content |= {"combined": calibration.combined.tolist(), "images": calibration.images}
     file.write_text(json.dumps(content | {"data": data}) + "\n")
     card = json.loads((work / "card.json").read_text())
+    # Figures of the old thresholds would speak for the new ones; the classifier's stay true.
+    card = {name: entry for name, entry in card.items() if name not in OUTDATED}
+    card["metrics"] = [
+        row for row in card.get("metrics", []) if row["subject"] not in ("pipeline", "max_softmax")
+    ]
     card |= {"calibration_images": calibration.images, "recalibrated_on": data}
     card["commands"] = [*card.get("commands", []), command]
     card["sha256"] = card.get("sha256", {}) | {"calibration.json": sha256(file)}
@@ -129,8 +167,9 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
 def repack(work: Path, names: list[str], out: Path) -> None:
     """The files of `work` as an archive; the finished file replaces an older one at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in names:
-            packed.write(work / name, name)
-    partial.replace(out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        partial = Path(folder) / out.name
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in names:
+                packed.write(work / name, name)
+        partial.replace(out)

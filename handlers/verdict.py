@@ -112,8 +112,8 @@ def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Flo
 def drift(p_values: Floats) -> float:
     """How far p-values (N,) are from uniform, in [0, 1]: the Kolmogorov-Smirnov distance.
 
-    Those of images exchangeable with the calibration images stay below 1.36/sqrt(N) in 95% of
-    cases (Smirnov 1948). More than that: what arrives is no longer what was calibrated on.
+    Those of images exchangeable with n calibration images stay below 1.36 * sqrt(1/N + 1/n) in 95%
+    of cases (Smirnov 1948). More than that: what arrives is no longer what was calibrated on.
     """
     ordered = np.sort(p_values)
     rank = np.arange(1, len(ordered) + 1) / len(ordered)

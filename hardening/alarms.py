@@ -1,4 +1,4 @@
-"""False alarms on what clients really send, and whether the promised rate holds.
+"""False alarms on what clients really send, and how far a calibration of this size scatters.
 
     rampart alarms model_store/NAME --data cifar10/
 
@@ -23,12 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handlers.image import decode
-from handlers.verdict import Calibration, combine, drift, p_values
+from handlers.verdict import Calibration, drift, p_values
 from hardening.calibrate import scores_of
 from hardening.data import Images
 from hardening.metrics import Floats, wilson
 from hardening.pipeline import DefendedClassifier
-from hardening.report import cell_text
+from hardening.report import cell_text, rounded
 
 Pixels = NDArray[np.uint8]
 Send = Callable[[Image.Image], bytes]
@@ -54,9 +54,10 @@ def scaled(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.
     return picture.resize((round(width * factor), round(height * factor)), how)
 
 
-def photograph(picture: Image.Image) -> bytes:
-    """Seven times larger, as a camera has it; the endpoint scales it down."""
-    return saved(scaled(picture, 7, Image.Resampling.BICUBIC), "JPEG", quality=95)
+def enlarged(picture: Image.Image) -> bytes:
+    """As a large JPEG, which the endpoint scales down."""
+    factor = min(7.0, 2000 / max(picture.size))
+    return saved(scaled(picture, factor, Image.Resampling.BICUBIC), "JPEG", quality=95)
 
 
 def screenshot(picture: Image.Image) -> bytes:
@@ -84,9 +85,10 @@ def noisy(picture: Image.Image) -> bytes:
     return saved(Image.fromarray(grain.astype(np.uint8)), "JPEG", quality=90)
 
 
+AS_RANKED = "PNG, as ranked"
 WAYS: dict[str, Send] = {
-    "PNG": saved,
-    "photograph, scaled down": photograph,
+    AS_RANKED: saved,
+    "enlarged, JPEG": enlarged,
     "JPEG, quality 95": lambda picture: saved(picture, "JPEG", quality=95),
     "JPEG, quality 75": lambda picture: saved(picture, "JPEG", quality=75),
     "JPEG, quality 50": lambda picture: saved(picture, "JPEG", quality=50),
@@ -126,24 +128,36 @@ class Judged(NamedTuple):
     calibration: Calibration
 
 
-def false_alarms(judged: Judged, images: Images, *, rate: float) -> Iterator[dict[str, Any]]:
+def false_alarms(
+    every: Sequence[Judged], images: Images, *, rate: float
+) -> Iterator[dict[str, Any]]:
     """How many of `images` are flagged at `rate`, by the way they came, as the card lists it."""
-    pixels = {name: sent(images.image, way) for name, way in tqdm(WAYS.items(), leave=False)}
-    pixels["photographs of other things"] = photographs(images.image.shape[1])
-    for name, image in pixels.items():
-        p = p_of(judged, image)
-        flagged = float((p < rate).mean())
-        low, high = wilson(flagged, len(p))
-        yield {
-            "way": name,
-            "variant": judged.calibration.variant,
-            "value": round(flagged, 4),
-            "interval": [round(low, 4), round(high, 4)],
-            "n": len(p),
-            "drift": round(drift(p), 3),
-            # Beyond doubt: chance alone takes a figure above its promise half of the time.
-            "too_many": low > rate and flagged > WORTH_NAMING * rate,
-        }
+    for name, way in tqdm(WAYS.items(), leave=False):
+        image = sent(images.image, way)
+        for judged in every:
+            p = p_of(judged, image)
+            low, high = wilson((p < rate).mean(), len(p))
+            yield figures(judged, name, p, (low, high), rate)
+    crops = photographs(images.image.shape[1]).to(images.image.device)
+    for judged in every:
+        p = p_of(judged, crops)
+        # Crops of one photograph are no independent images: the range over photographs is given.
+        each = (p.reshape(len(PHOTOGRAPHS), CROPS) < rate).mean(1)
+        name = f"{len(p)} crops of {len(PHOTOGRAPHS)} photographs, with their range"
+        yield figures(judged, name, p, (each.min(), each.max()), rate)
+
+
+def figures(
+    judged: Judged, way: str, p: Floats, interval: tuple[float, float], rate: float
+) -> dict[str, Any]:
+    """One row of the card, from the p-values (N,) of images that came this way."""
+    value = float((p < rate).mean())
+    return {"way": way, "variant": judged.calibration.variant, **rounded(value, interval)} | {
+        "n": len(p),
+        "drift": round(drift(p), 3),
+        # Beyond doubt: chance alone takes a figure above its promise half of the time.
+        "too_many": bool(interval[0] > rate and value > WORTH_NAMING * rate),
+    }
 
 
 def p_of(judged: Judged, image: Tensor) -> Floats:
@@ -157,7 +171,9 @@ def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, A
     """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half.
 
     Beside it what the theory says: k of n + 1 ranks flag, so the count among m images is
-    beta-binomial with parameters k and n + 1 - k (Vovk 2012, section 2).
+    beta-binomial with parameters k and n + 1 - k (Vovk 2012, section 2). The halves are
+    exchangeable whatever the images are, so this shows how far the rate scatters with a calibration
+    of half this size; it is no test of other images. Rates that so few cannot rank are left out.
     """
     draws, half = np.random.default_rng(0), len(suspicion) // 2
     rest = len(suspicion) - half
@@ -170,6 +186,8 @@ def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, A
             share[number] = ((1 + at_least) / (half + 1) < alpha).mean()
     for alpha, share in flags.items():
         ranks = int(np.ceil(alpha * (half + 1) - 1e-9)) - 1
+        if not ranks:
+            continue
         theory = betabinom(rest, ranks, half + 1 - ranks)
         yield {
             "alpha": alpha,
@@ -179,12 +197,6 @@ def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, A
             "theory": round(ranks / (half + 1), 5),
             "theory_95%": [round(float(theory.ppf(q)) / rest, 5) for q in (0.025, 0.975)],
         }
-
-
-def suspicion(judged: Judged, images: Images) -> Floats:
-    """The combined scores (N,) of clean images."""
-    scores = scores_of(judged.pipeline, images).double().cpu().numpy()
-    return combine(scores, judged.calibration)
 
 
 def remedies(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -48,9 +48,9 @@ def calibrate(pipeline: DefendedClassifier, held: Images, variant: Variant) -> C
             f"{len(held)} held-out images leave {len(ranked)} to calibrate on: a false-alarm rate"
             " of 1% needs at least 100, so hold out 200 or more"
         )
-    knots, surprise = tables(scores_of(pipeline, split(held, "tuning")).double().numpy())
+    knots, surprise = tables(scores_of(pipeline, split(held, "tuning")).double().cpu().numpy())
     unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
-    scores = scores_of(pipeline, ranked).double().numpy()
+    scores = scores_of(pipeline, ranked).double().cpu().numpy()
     combined = np.sort(combine(scores, unranked))
     return Calibration(pipeline.detectors.names, knots, surprise, combined, len(ranked), variant)
 

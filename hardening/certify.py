@@ -6,6 +6,7 @@ Source: Cohen et al. 2019 (section 3.2.2, CERTIFY), with the bound of Clopper an
 What is certified is the smoothed classifier, a vote under Gaussian noise, and not the endpoint.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Certificate(NamedTuple):
     votes: int  # of the `samples` noisy copies
     samples: int
     sigma: float
-    confidence: float
+    alpha: float
 
 
 def certify(
@@ -54,8 +55,8 @@ def certify(
     test = binomtest(count, samples, alternative="greater")
     low = float(test.proportion_ci(confidence_level=1 - alpha, method="exact").low)
     if low <= 0.5:
-        return Certificate(None, 0.0, count, samples, sigma, 1 - alpha)
-    return Certificate(guess, sigma * float(norm.ppf(low)), count, samples, sigma, 1 - alpha)
+        return Certificate(None, 0.0, count, samples, sigma, alpha)
+    return Certificate(guess, sigma * float(norm.ppf(low)), count, samples, sigma, alpha)
 
 
 def votes(
@@ -78,9 +79,12 @@ def in_words(made: Certificate, classes: tuple[str, ...]) -> str:
     """What a certificate says, and what it does not."""
     vote = f"{made.votes} of {made.samples} noisy copies (sigma {made.sigma:g})"
     if made.label is None:
-        return f"abstains: at most {vote} agree, too few at {made.confidence:.1%} confidence"
+        return (
+            f"abstains: {vote} agree with the guess, too few to be wrong in {made.alpha:g} at most"
+        )
+    radius = math.floor(made.radius * 1000) / 1000  # never more than was certified
     return (
-        f"{classes[made.label]}: certified within an L2 radius of {made.radius:.3f} (pixels in"
-        f" [0, 1]) at {made.confidence:.1%} confidence, by {vote}. This is about the smoothed"
-        " classifier and about L2 alone"
+        f"{classes[made.label]}: the smoothed label holds within an L2 radius of {radius:.3f}"
+        f" (pixels in [0, 1]), by {vote}; wrong in at most {made.alpha:g} of such statements. This"
+        " is about the smoothed classifier and about L2 alone"
     )

@@ -46,8 +46,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def digest(model: nn.Module) -> str:
-    """16 hex digits that stand for the model's weights."""
-    total = hashlib.sha256()
+    """16 hex digits that stand for the model's weights, and for what its parts were built with."""
+    # Normalization is no weight, and yet the same weights answer otherwise under another one.
+    built = [repr(part.config) for part in model.modules() if hasattr(part, "config")]
+    total = hashlib.sha256(repr(built).encode())
     for tensor in model.state_dict().values():
         total.update(tensor.cpu().numpy().tobytes())
     return total.hexdigest()[:16]

@@ -244,17 +244,17 @@ def find_pictures(path: Path, *, size: int) -> Folder:
     return Folder(files, label, classes, names, size, torch.device("cpu"))
 
 
-def write_digits(folder: Path, *, size: int = 32) -> dict[str, int]:
+def write_digits(folder: Path) -> dict[str, int]:
     """Write scikit-learn's 1,797 handwritten digits as train.npz, held.npz and test.npz.
 
-    A data set that needs no download: 8x8 gray pixels (Alpaydin and Kaynak 1998), scaled up.
+    A data set that needs no download: 8x8 gray pixels (Alpaydin and Kaynak 1998), scaled to 32x32.
     Returns how many images each file has.
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     gray = (bunch.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
-    large = [Image.fromarray(one).resize((size, size)).convert("RGB") for one in gray]
+    large = [Image.fromarray(one).resize((32, 32)).convert("RGB") for one in gray]
     image = np.stack([np.asarray(one) for one in large])
     order = np.random.default_rng(0).permutation(len(image))
     parts = dict(zip(("train", "held", "test"), np.split(order, (1097, 1497)), strict=True))
@@ -308,11 +308,11 @@ def short(image: np.ndarray) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def spread(images: Images, count: int | None) -> Images:
+def spread(images: Images | Folder, count: int | None) -> Images:
     """`count` images evenly spaced over all (an ImageFolder is sorted by class); all for None."""
-    if count is None or count >= len(images):
-        return images
-    return images[torch.arange(count) * len(images) // count]
+    if count is not None and count < len(images):
+        images = images[torch.arange(count) * len(images) // count]
+    return images.whole() if isinstance(images, Folder) else images
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ class FeatureDistance(nn.Module):
     def fit(self, classifier: Classifier, images: Images, *, shrinkage: float = 0.1) -> None:
         """Set means and whitening from clean `images`; covariance shrunk towards its diagonal.
 
+        These must be no image that the distance is later ranked or measured on: of those it was
+        fitted on, it is too small.
+
         Raises ValueError where a class has no image.
         """
         with torch.no_grad():
@@ -92,7 +95,7 @@ class FeatureDistance(nn.Module):
         counts = torch.bincount(images.label, minlength=len(self.means))
         if (counts == 0).any():
             names = [images.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
-            raise ValueError(f"held-out images lack the classes {names}: add some of each")
+            raise ValueError(f"the images lack the classes {names}: add some of each")
         sums = features.new_zeros(self.means.shape).index_add_(0, images.label, features)
         means = sums / counts[:, None]
         self.means.copy_(means)
@@ -114,6 +117,7 @@ FULL = (
 )
 LEAN = ("confidence", "energy")
 SQUEEZING = "squeezing"  # classic feature squeezing: two more classifier passes
+FITTED = 5000  # training images that the feature distance is fitted on
 RECTIFIED = "rectified"  # where the classifier has the second head of Pang et al. 2022
 
 

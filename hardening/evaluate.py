@@ -33,8 +33,8 @@ CHECKED, QUERIES = 40, 200
 PGD20 = "PGD, 20 steps of eps/4"
 # fmt: off
 ATTACKED_CODE = (
-    "attacks", "calibrate", "detectors", "models", "objectives", "pipeline", "purifier", "rungs",
-    "victims",
+    "attacks", "calibrate", "detectors", "models", "noise", "objectives", "pipeline", "purifier",
+    "rungs", "victims",
 )
 # fmt: on
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")

@@ -700,8 +700,8 @@ def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
         return
     seen = card["outside"]
     words = [
-        f"{seen['data']}, in 8 bits; rejected where p < {seen['rate']:g}. Nothing was trained or"
-        f" calibrated for these: {seen['attack']}. Corruptions are torchvision's, at one strength.",
+        f"{seen['data']}; rejected where p < {seen['rate']:g}. Nothing was trained or calibrated"
+        f" for these: {seen['attack']}. Corruptions are at one strength, and not CIFAR-10-C.",
         f"{outside.in_words(seen['scaling'])}.",
     ]
     tables = [Table("Outside the threat model", *outside.table(seen["rows"]))]

@@ -71,13 +71,19 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     ]
     assert Path("store/mine.mar").is_file()
     assert Path("store/mine/weights.safetensors").is_file()
+    card = report.read_card(Path("store/mine"))
+    report.write_card(Path("store/mine"), card | {"ablation": {"measured": "since"}})
+    Path("store/mine/evaluations.jsonl").write_text("logged since\n")
     assert run(*command, 1).count("done before") == 4
+    assert report.read_card(Path("store/mine"))["ablation"] == {"measured": "since"}
+    assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
     lean = run(*command, 0)
     assert "[1/3] train: done before" in lean
     assert lean.count("done before") == 1
     with ZipFile("store/mine.mar") as archive:
         assert json.loads(archive.read("card.json"))["variant"] == "lean"
     assert rampart.variants_in(Path("store/mine")) == ["lean"]
+    assert "ablation" not in report.read_card(Path("store/mine"))  # it was another model
 
 
 def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
@@ -94,10 +100,11 @@ def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) 
     found = lean_only.with_name("found")
     output = run("outside", lean_only, "--data", held, "--limit", 4, "--cache", found)
     seen = report.read_card(lean_only)["outside"]
-    assert {row["threat"] for row in seen["rows"]} > {"L2 0.5", "patch", "fog"}
+    assert {row["threat"] for row in seen["rows"]} > {"L2 0.5", "patch", "clean"}
     assert {row["n"] for row in seen["rows"]} == {4}
     assert "| JPEG, quality 25 | 4 |" in output
     assert "image scaling: " in output
+    assert len((lean_only / "evaluations.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_cannot_be_shared_out_refuses_torchrun(
@@ -283,7 +290,7 @@ def test_a_picture_that_cannot_be_read_is_named(
 
 def test_a_picture_is_certified_or_abstained_on(tiny_folder: Path) -> None:
     sure = run("certify", "--model", tiny_folder, "--samples", 300, "--sigma", 0.001)
-    assert re.search(r"certified within an L2 radius of 0\.00\d .* 300 of 300 noisy", sure)
+    assert re.search(r"holds within an L2 radius of 0\.00\d .* 300 of 300 noisy", sure)
     lost = run("certify", "--model", tiny_folder, "--samples", 3, "--sigma", 0.001)
     assert lost.startswith("abstains: ")
 

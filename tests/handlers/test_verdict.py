@@ -228,11 +228,22 @@ def test_a_rate_finer_than_the_calibration_is_refused() -> None:
     assert judge(false_alarm_rate=0.0051)
 
 
-def test_drift_is_small_for_uniform_p_values_and_large_for_others() -> None:
+def test_drift_of_images_as_calibrated_stays_below_its_bound() -> None:
     generator = np.random.default_rng(0)
-    chance = [drift(generator.random(400)) for _ in range(500)]
-    # Kolmogorov's 95% point.
-    assert 0.02 < np.mean([value > 1.36 / 400**0.5 for value in chance]) < 0.08
-    assert drift(generator.random(400) ** 3) > 0.3
+    bound, seen = 1.36 * (1 / 300 + 1 / 150) ** 0.5, []
+    for _ in range(500):
+        scores = generator.normal(size=(450, 1))
+        knots = np.quantile(scores[:300], [0, 0.5, 1])[None]
+        ranked = replace(FLAT, knots=knots)
+        ranked = replace(ranked, combined=np.sort(combine(scores[:300], ranked)), images=300)
+        seen.append(drift(p_values(scores[300:], ranked)))
+    assert 0.02 < np.mean(np.array(seen) > bound) < 0.08
+
+
+FLAT = Calibration(("a",), np.zeros((1, 3)), np.array([0.0, 1.0, 2.0]), np.zeros(1), 1, "lean")
+
+
+def test_drift_is_large_where_p_values_are_not_uniform() -> None:
+    assert drift(np.random.default_rng(0).random(400) ** 3) > 0.3
     assert drift(np.ones(10)) == pytest.approx(1.0)
     assert drift(np.full(10, 0.5)) == pytest.approx(0.5)

@@ -67,6 +67,8 @@ def test_what_makes_no_sense_is_refused(options: dict[str, float]) -> None:
 def test_a_certificate_says_what_it_is_about() -> None:
     made = certify(Half(0.4), GRAY, sigma=0.25, samples=1000)
     words = in_words(made, ("cat", "dog"))
-    assert words.startswith("cat: certified within an L2 radius of 0.3")
-    assert "99.9%" in words
+    assert words.startswith("cat: the smoothed label holds within an L2 radius of 0.3")
+    assert "in at most 0.001 of" in words
+    almost = made._replace(radius=0.39999)
+    assert "radius of 0.399 " in in_words(almost, ("cat", "dog"))
     assert "L2 alone" in words

@@ -9,8 +9,8 @@ from PIL import Image
 from handlers.image import decode
 from hardening import calibrate, checkpoint, outside, victims
 from hardening import pipeline as pipelines
-from hardening.alarms import saved
-from hardening.data import Images, to_uint8
+from hardening.alarms import photographs, saved
+from hardening.data import Images, to_float
 from hardening.noise import Noise
 from hardening.rungs import Budget
 
@@ -26,6 +26,7 @@ def test_a_patch_fools_and_leaves_the_rest_as_it_is(learned: Learned) -> None:
         assert side - 2 < rows.max() - rows.min() < side
         assert side - 2 < columns.max() - columns.min() < side
     assert 0 <= found.min() <= found.max() <= 1
+    assert len({tuple(mask.nonzero()[0].tolist()) for mask in changed}) > 3  # not always one corner
     fooled = learned.model(found).argmax(1) != learned.label
     grey = torch.where(changed[:, None], torch.tensor(0.5), learned.x)
     by_chance = learned.model(grey).argmax(1) != learned.label
@@ -33,10 +34,9 @@ def test_a_patch_fools_and_leaves_the_rest_as_it_is(learned: Learned) -> None:
 
 
 @pytest.mark.parametrize("name", outside.CORRUPTIONS)
-def test_a_corruption_changes_the_picture_and_not_beyond_recognition(
-    name: str, learned: Learned
-) -> None:
-    x, noise = learned.x, Noise(torch.arange(len(learned.x)))
+def test_a_corruption_changes_the_picture_and_not_beyond_recognition(name: str) -> None:
+    x = to_float(photographs(32)[::25])
+    noise = Noise(torch.arange(len(x)))
     after = outside.CORRUPTIONS[name](x, noise).clamp(0, 1)
     assert after.shape == x.shape
     assert after.dtype == x.dtype
@@ -59,9 +59,11 @@ def test_what_is_found_against_one_victim_counts_for_all(
         ),
     ]
     rows = list(outside.rows(every, few, BUDGET, folder=tmp_path))
-    assert len(rows) == 2 * (2 + len(outside.CORRUPTIONS))
+    assert len(rows) == 2 * (3 + len(outside.CORRUPTIONS))
     by = {(row["threat"], row["subject"]): row for row in rows}
-    for threat in ("L2 0.5", "patch", *outside.CORRUPTIONS):
+    assert by["clean", "classifier"]["right"]["value"] == 1
+    assert by["L2 0.5", "classifier"]["right"]["value"] < 1
+    for threat in ("clean", "L2 0.5", "patch", *outside.CORRUPTIONS):
         alone, behind = by[threat, "classifier"], by[threat, "pipeline"]
         # lean labels as the classifier does, so the same images are lost to both.
         assert alone["right"] == behind["right"] == alone["right_or_rejected"]
@@ -69,19 +71,6 @@ def test_what_is_found_against_one_victim_counts_for_all(
     head, body = outside.table(rows)
     assert head[2:] == ("classifier: right", "lean: right", "lean: right or rejected")
     assert {len(cells) for cells in body} == {len(head)}
-
-
-def test_the_worst_of_several_counts(tiny_folder: Path, tiny_images: Images) -> None:
-    net = pipelines.load_classifier(tiny_folder / "weights.safetensors")
-    victim = victims.label_victim("classifier", net, "")
-    x = tiny_images.image[:6].permute(0, 3, 1, 2) / 255
-    few = Images(to_uint8(x), net(x).argmax(1), tiny_images.classes)
-    other = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    assert outside.worst(victim, [x], few)[0].all()
-    lost = net(to_uint8(other).permute(0, 3, 1, 2) / 255).argmax(1) != few.label
-    right, safe = outside.worst(victim, [x, other], few)
-    np.testing.assert_array_equal(right, ~lost.numpy())
-    np.testing.assert_array_equal(right, safe)
 
 
 def test_our_resize_step_cannot_be_fooled_unseen_where_picking_pixels_can() -> None:
