@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from hardening import checkpoint
+from hardening.models import Classifier, ClassifierConfig
 
 
 def test_state_and_config_come_back(tmp_path: Path) -> None:
@@ -64,3 +66,13 @@ def test_a_state_that_lacks_pieces_says_so(tmp_path: Path, monkeypatch: pytest.M
     next((tmp_path / "state-000000").glob("0002-*")).unlink()
     with pytest.raises(ValueError, match=r"state-000000 has \d+ of \d+ pieces"):
         checkpoint.read_state(tmp_path)
+
+
+def test_the_digest_tells_weights_and_normalization_apart() -> None:
+    config = ClassifierConfig("resnet10", 10, width=0.125)
+    net, shifted, other = (
+        Classifier(c) for c in (config, config._replace(mean=(0.0, 0.0, 0.0)), config)
+    )
+    shifted.load_state_dict(net.state_dict())
+    assert checkpoint.digest(net) == checkpoint.digest(copy.deepcopy(net))
+    assert len({checkpoint.digest(n) for n in (net, shifted, other)}) == 3

@@ -258,6 +258,17 @@ def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
     assert data.find_pictures(path, size=32).digest() != before
 
 
+def test_of_a_folder_only_the_chosen_pictures_are_decoded(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number, image in enumerate(blobs(6).image.numpy()):
+        Image.fromarray(image).save(tmp_path / "a" / f"{number}.png")
+    folder = data.find_pictures(tmp_path, size=32)
+    (tmp_path / "a" / "1.png").write_bytes(b"no picture")
+    few = data.spread(folder, 3)
+    assert torch.equal(few.image, blobs(6).image[::2])
+    assert [Path(path).name for path in few.paths] == ["0.png", "2.png", "4.png"]
+
+
 def test_digits_are_three_disjoint_files_that_load(tmp_path: Path) -> None:
     counts = data.write_digits(tmp_path / "digits")
     assert counts == {"train": 1097, "held": 400, "test": 300}
