@@ -249,7 +249,7 @@ def test_every_picture_has_words(
 ) -> None:
     html = write(tmp_path, seen, tiny_pipeline, pictures=page.gallery(seen, tiny_pipeline))
     images = re.findall("<img[^>]*>", html)
-    assert len(images) == 11 + 4 * page.SHOWN
+    assert len(images) == 14 + 4 * page.SHOWN
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
 
 
