@@ -932,6 +932,61 @@ def picture(file: Path | None, size: int) -> "torch.Tensor":
 
 
 @app.command()
+def purify(
+    image: Annotated[
+        Path | None, typer.Argument(help="Picture; default scikit-image's cat")
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Folder of the model")] = Path("model_store/cifar10"),
+    out: Annotated[Path, typer.Option(help="The picture of before and after")] = Path(
+        "purified.png"
+    ),
+    project: Annotated[
+        bool, typer.Option("--project", help="Also the generator's own image nearest to it")
+    ] = False,
+    hide: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="LEFT TOP WIDTH HEIGHT to project without, at model resolution"),
+    ] = None,
+    rate: Rate = 0.01,
+) -> None:
+    """What the purifier makes of a picture, and how the verdict changes with it."""
+    from hardening import pipeline as pipelines
+    from hardening import report
+    from hardening.calibrate import load_variant
+    from hardening.data import to_float, to_uint8
+    from hardening.project import project as nearest
+
+    pipeline, classes = pipelines.load(model / "weights.safetensors", "full")
+    calibration = load_variant(model, "full")
+    assert pipeline.purifier is not None
+    pixels = picture(image, pipeline.classifier.config.image_size)
+    views = {"as sent": pixels, "purified": pipeline(pixels).purified}
+    if project or hide:
+        visible = window(hide, pixels.shape[1])
+        made = nearest(pipeline.purifier, to_float(pixels), visible=visible)
+        views["projected"] = to_uint8(made)
+    panels = []
+    for name, view in views.items():
+        caption = report.describe(pipeline, calibration, view, classes, rate=rate)
+        say(f"{name}: {caption}")
+        panels.append((name, view[0].numpy(), caption))
+    say(report.picture(panels, out))
+
+
+def window(hide: tuple[int, int, int, int] | None, size: int) -> "torch.Tensor":
+    """1 where a picture of `size` is to be seen and 0 where it is hidden, (size, size)."""
+    import torch
+
+    visible = torch.ones(size, size)
+    if hide:
+        left, top, width, height = hide
+        if min(left, top) < 0 or min(width, height) < 1 or max(left, top) >= size:
+            raise ValueError(f"--hide {hide}: name a part of the {size}x{size} picture")
+        visible[top : top + height, left : left + width] = 0
+    return visible
+
+
+@app.command()
 def certify(
     image: Annotated[
         Path | None, typer.Argument(help="Picture; default scikit-image's cat")

@@ -21,7 +21,7 @@ from hardening import cache, checkpoint, rungs
 from hardening import pipeline as pipelines
 from hardening.attacks import Threat
 from hardening.data import Images, load, split, spread, to_float
-from hardening.evaluate import attack_source
+from hardening.evaluate import PIPELINE_CODE, attack_source
 from hardening.metrics import wilson
 from hardening.objectives import Look, Seen
 
@@ -110,7 +110,7 @@ def main() -> int:
     for name, look in victims.items():
         shares = []
         for title, attack in attacks.items():
-            key = f"{attack_source()} {digest} {name} {title} {THREAT} {BUDGET}"
+            key = f"{attack_source(PIPELINE_CODE)} {digest} {name} {title} {THREAT} {BUDGET}"
             found = cache.crafted(
                 options.cache, key, images, partial(attack, look), title=f"{name}, {title}"
             )

@@ -31,12 +31,9 @@ SMALL = (0.25, 0.5)
 # Images that the self-checks look at, and queries of theirs to Square.
 CHECKED, QUERIES = 40, 200
 PGD20 = "PGD, 20 steps of eps/4"
-# fmt: off
-ATTACKED_CODE = (
-    "attacks", "calibrate", "detectors", "models", "noise", "objectives", "pipeline", "purifier",
-    "rungs", "victims",
-)
-# fmt: on
+# Modules that what is found depends on: what attacks a label, and what is attacked beside it.
+LABEL_CODE = ("attacks", "models", "noise", "objectives", "rungs", "victims")
+PIPELINE_CODE = (*LABEL_CODE, "calibrate", "detectors", "pipeline", "purifier")
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 
 
@@ -113,22 +110,18 @@ def replay(victim: Victim, x: Tensor, images: Images, threat: Threat) -> Replay:
 
 def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
-    source = attack_source()
     found = []
     for rung in ladder:
+        source = attack_source(PIPELINE_CODE if rung.victim.rejects else LABEL_CODE)
         key = f"{source} {rung.fingerprint} {rung.name} {rung.attack} {rung.threat}"
         title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
         found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
     return found
 
 
-def attack_source(*more: str) -> str:
-    """Stands for the code that attacks and is attacked, and for `more` modules of this package.
-
-    What other code found is not reused.
-    """
-    folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in (*ATTACKED_CODE, *more)]
+def attack_source(modules: tuple[str, ...]) -> str:
+    """Stands for the code of these `modules` of this package: what other code found is no use."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in modules]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     return f"{digest.hexdigest()[:16]} pyautoattack {version('pyautoattack')}"
 

@@ -24,7 +24,7 @@ from hardening import cache, report, rungs
 from hardening.alarms import PHOTOGRAPHS, saved
 from hardening.attacks import Loss, Threat, better, pgd
 from hardening.data import Images, to_float, to_uint8
-from hardening.evaluate import attack_source, replay
+from hardening.evaluate import PIPELINE_CODE, attack_source, replay
 from hardening.noise import Noise
 from hardening.objectives import Look, as_loss, mislead, untargeted
 from hardening.rungs import Budget
@@ -145,7 +145,7 @@ def rows(
     clean = to_float(images.image)
     # An attacker may also leave an image as it is.
     made = {"clean": [clean], str(L2): [clean], "patch": [clean]}
-    source = attack_source("outside")
+    source = attack_source((*PIPELINE_CODE, "outside"))
     for victim in victims:
         for name, craft in attacks(victim, budget).items():
             key = f"{source} {victim.fingerprint} {name} {budget}"

@@ -279,13 +279,25 @@ def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
         assert panel.size[0] > 3 * 288
 
 
-@pytest.mark.parametrize("verb", ["attack", "certify"])
+@pytest.mark.parametrize("verb", ["attack", "certify", "purify"])
 def test_a_picture_that_cannot_be_read_is_named(
     tmp_path: Path, tiny_folder: Path, verb: str
 ) -> None:
     (tmp_path / "note.txt").write_text("no picture")
     with pytest.raises(ValueError, match=r"note\.txt: .*PNG"):
         run(verb, tmp_path / "note.txt", "--model", tiny_folder)
+
+
+def test_a_purified_picture_stands_beside_the_one_sent(tmp_path: Path, tiny_folder: Path) -> None:
+    sheet, size = tmp_path / "purified.png", 32
+    out = run("purify", "--model", tiny_folder, "--out", sheet)
+    assert [line.split(":")[0] for line in out.splitlines()][:2] == ["as sent", "purified"]
+    out = run("purify", "--model", tiny_folder, "--out", sheet, "--hide", 0, 0, 8, 8)
+    assert "projected: " in out
+    with Image.open(sheet) as panel:
+        assert panel.size[0] > 3 * 288
+    with pytest.raises(ValueError, match=rf"--hide .*{size}x{size} picture"):
+        run("purify", "--model", tiny_folder, "--out", sheet, "--hide", size, 0, 8, 8)
 
 
 def test_a_picture_is_certified_or_abstained_on(tiny_folder: Path) -> None:
