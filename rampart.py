@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from handlers.engine import Engine
     from hardening.attacks import Threat
+    from hardening.calibrate import Precision
     from hardening.data import Folder, Images
     from hardening.page import Pictures
     from hardening.pipeline import DefendedClassifier
@@ -46,6 +47,8 @@ INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
+PRECISION = "fp32, or int8 after `rampart quantize`; default int8 where measured to be as robust"
+PrecisionOf = Annotated[Literal["fp32", "int8"] | None, typer.Option("--precision", help=PRECISION)]
 Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
@@ -392,6 +395,7 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Attack the int8 graphs as well")] = False,
     norm: Norm = "Linf",
     eps: Eps = None,
     rate: Rate = 0.01,
@@ -412,6 +416,8 @@ def evaluate(
     chosen, source = measured(model, data, data_name, part, limit or (100 if quick else None))
     images = chosen.to(where)
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
+    if int8:
+        victims += int8_victims(model, rate=rate, device=where)
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
     say(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
@@ -635,6 +641,14 @@ def best_variant(model: Path) -> Literal["full", "lean"]:
     return chosen if chosen in known else next(iter(known), VARIANTS[0])
 
 
+def best_precision(model: Path, variant: str) -> "Precision":
+    """int8 where its worst case was measured and is within a point of the float one's."""
+    from hardening.report import robust_in_int8
+
+    loss = robust_in_int8(model, variant)
+    return "int8" if loss is not None and loss <= 0.01 else "fp32"
+
+
 def sibling(model: Path) -> Path | None:
     """The undefended twin that stands beside `model`, where there is one."""
     twin = model.with_name(f"{model.name}-undefended")
@@ -675,6 +689,26 @@ def victims_of(
     if twin:
         net = pipelines.load_classifier(twin / "weights.safetensors").to(device)
         out.append(victims.label_victim("undefended", net, checkpoint.digest(net)))
+    return out
+
+
+def int8_victims(model: Path, *, rate: float, device: "torch.device") -> "list[Victim]":
+    """The int8 graphs of a model folder."""
+    from export.archive import check_made
+    from export.quantize import ranges_file
+    from hardening import checkpoint, victims
+    from hardening import pipeline as pipelines
+    from hardening.calibrate import load_variant
+
+    out = []
+    for variant in variants_in(model):
+        check_made(model, variant, "int8")
+        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+        ranges = ranges_file(model, variant)
+        digest = f"{checkpoint.digest(pipeline)} int8 {ranges.read_text()}"
+        table, engine = load_variant(model, variant, "int8"), to_engine(pipeline, ranges)
+        make = partial(victims.quantized_victim, pipeline.to(device), table, digest)
+        out.append(make(rate=rate, engine=engine))
     return out
 
 
@@ -802,15 +836,53 @@ def outside(
     say(beyond.in_words(scaled))
 
 
-def to_engine(pipeline: "DefendedClassifier", *, threads: int = 0) -> "Engine":
-    """The exported graph of a pipeline in ONNX Runtime, on the CPU; 0 threads are all."""
+def to_engine(
+    pipeline: "DefendedClassifier", ranges: Path | None = None, *, threads: int = 0
+) -> "Engine":
+    """The exported graph of a pipeline in ONNX Runtime, on the CPU; 0 threads are all.
+
+    In int8 where `ranges` names the file of activation ranges.
+    """
     import tempfile
 
+    from export.quantize import quantize
     from export.to_onnx import to_onnx
     from handlers.engine import Engine
 
     with tempfile.TemporaryDirectory() as folder:
-        return Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), threads=threads)
+        graph = to_onnx(pipeline, Path(folder) / "graph.onnx")
+        if ranges:
+            quantize(graph, ranges, graph)
+        return Engine(graph, threads=threads)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    data: Data,
+    held: Held = None,
+    limit: Annotated[int, typer.Option(help="So many calibration images give the ranges")] = 512,
+    rate: Rate = 0.01,
+) -> None:
+    """Make the int8 form of every variant, calibrate it, and hold it to its gate."""
+    from export.archive import sha256
+    from export.quantize import make
+    from hardening import report
+    from hardening.pipeline import load_classifier
+
+    if not variants_in(model):
+        raise ValueError(
+            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
+        )
+    weights, source = model / "weights.safetensors", (held or data).name
+    _, images = read_data(data, held, load_classifier(weights).config.image_size)
+    known = {"weights_sha256": sha256(weights), "data": f"validation split of {source}"}
+    entries: dict[str, Any] = {"command": command_line()}
+    for variant in variants_in(model):
+        found = make(model, variant, images, source=source, limit=limit, rate=rate)
+        say(f"{variant}: {found}")
+        entries[variant] = found._asdict() | known
+    report.add_to_card(model, {"int8": entries})
 
 
 @app.command()
@@ -832,13 +904,16 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .onnx file to write")],
     variant: Variant = None,
+    precision: PrecisionOf = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     from export.archive import export_variant
 
     chosen = variant or best_variant(model)
-    say(export_variant(model, chosen, out, images=gate_images(model, data)))
+    form = precision or best_precision(model, chosen)
+    images = gate_images(model, data)
+    say(export_variant(model, chosen, out, precision=form, images=images))
     say(out)
 
 
@@ -858,6 +933,7 @@ def archive(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
     variant: Variant = None,
+    precision: PrecisionOf = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
     rate: Rate = 0.01,
     on_detection: Literal["flag", "reject"] = "flag",
@@ -868,15 +944,18 @@ def archive(
 
     target = out or model.parent / f"{model.name}.mar"
     policy = {"false_alarm_rate": rate, "on_detection": on_detection, "detail": detail}
+    variant = variant or best_variant(model)
+    precision = precision or best_precision(model, variant)
     parity = archives.archive(
         model,
         target,
-        variant=variant or best_variant(model),
+        variant=variant,
+        precision=precision,
         images=gate_images(model, data),
         settings={"rampart": policy},
     )
     say(parity)
-    say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()

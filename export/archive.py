@@ -15,14 +15,15 @@ from skimage.data import data_dir
 from torch import Tensor
 
 import handlers
-from export.parity import Parity, compare
+from export.parity import Parity, check_close, compare
+from export.quantize import quantize, ranges_file
 from export.to_onnx import to_onnx
 from handlers.engine import Engine
 from handlers.image import decode
 from handlers.verdict import Judge, Policy
 from hardening import checkpoint
 from hardening import pipeline as pipelines
-from hardening.calibrate import load_variant
+from hardening.calibrate import Precision, calibration_file, load_variant
 from hardening.report import read_card
 
 VERSION = "1.0"
@@ -38,19 +39,36 @@ def export_variant(
     variant: pipelines.Variant,
     out: Path,
     *,
+    precision: Precision = "fp32",
     images: Tensor | None = None,
     rate: float = 0.01,
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
 
     `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
+    An int8 graph is made from one that passed the gate, by the ranges that `rampart quantize` left.
     """
+    check_made(folder, variant, precision)
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
-    to_onnx(pipeline, out)
     if images is None:
         images = sample_crops(pipeline.classifier.config.image_size)
-    calibration = load_variant(folder, variant)
-    return compare(pipeline, Engine(out, device="cpu"), calibration, images, rate=rate)
+    to_onnx(pipeline, out)
+    engine = Engine(out, device="cpu")
+    parity = compare(pipeline, engine, load_variant(folder, variant), images, rate=rate)
+    if precision == "int8":
+        quantize(out, ranges_file(folder, variant), out)
+        check_close(engine, Engine(out, device="cpu"), images)
+    return parity
+
+
+def check_made(folder: Path, variant: pipelines.Variant, precision: Precision) -> None:
+    """Raise ValueError where a folder's int8 form was not made, or made for other weights."""
+    if precision == "fp32":
+        return
+    known = read_card(folder).get("int8", {}).get(variant, {}).get("weights_sha256")
+    if known != sha256(folder / "weights.safetensors"):
+        missing = "was made for other weights" if known else "was not made"
+        raise ValueError(f"the int8 form of {folder.name} {variant} {missing}: `rampart quantize`")
 
 
 def sample_crops(size: int, *, count: int = 32) -> Tensor:
@@ -68,6 +86,7 @@ def archive(
     out: Path,
     *,
     variant: pipelines.Variant = "full",
+    precision: Precision = "fp32",
     images: Tensor | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Parity:
@@ -80,20 +99,25 @@ def archive(
     settings = settings or {}
     policy = POLICY | settings.get("rampart", {})
     config, _ = checkpoint.read(folder / "weights.safetensors")
+    check_made(folder, variant, precision)
     # The handler would refuse such a policy at start; refuse it before it is packed.
     judge = Policy(policy["false_alarm_rate"], policy["on_detection"], policy["detail"])
-    Judge(tuple(config["classes"]), load_variant(folder, variant), judge, {})
+    Judge(tuple(config["classes"]), load_variant(folder, variant, precision), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / "content"
         (work / "handlers").mkdir(parents=True)
         graph = work / "graph.onnx"
         rate = judge.false_alarm_rate
-        parity = export_variant(folder, variant, graph, images=images, rate=rate)
+        parity = export_variant(
+            folder, variant, graph, precision=precision, images=images, rate=rate
+        )
         for name in SERVED:
             shutil.copy(HANDLERS / name, work / "handlers" / name)
-        shutil.copy(folder / f"calibration-{variant}.json", work / "calibration.json")
+        table = calibration_file(folder, variant, precision)
+        shutil.copy(table, work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
-        card = {"name": out.stem, "variant": variant} | read_card(folder)
+        names = {"name": out.stem, "variant": variant, "precision": precision}
+        card = names | read_card(folder)
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
         (work / "sha256.json").write_text(json.dumps(hash_tree(work), indent=1))

@@ -1,8 +1,11 @@
-"""The gate: an exported graph ships only if it decides as the torch pipeline does.
+"""The gates: an exported graph ships only if it decides as the torch pipeline does.
 
 Compared at batch 1, 2 and 32, on clean, attacked and near-threshold images: labels are equal;
 decisions are equal wherever the p-value is farther from the threshold than ten times the largest
 score difference seen.
+
+An int8 graph cannot pass that gate. Its own one asks, on clean images, for labels and accuracy
+close to those of the float graph, and for the promised rate of false alarms.
 """
 
 from typing import NamedTuple
@@ -16,12 +19,15 @@ from handlers.engine import Engine
 from handlers.verdict import Calibration, p_values
 from hardening.attacks import Threat, pgd10
 from hardening.calibrate import detection_margin
-from hardening.data import to_float, to_uint8
+from hardening.data import Images, to_float, to_uint8
+from hardening.metrics import wilson
 from hardening.noise import Noise
 from hardening.objectives import as_loss, look_at, mislead, untargeted
 from hardening.pipeline import DefendedClassifier
 
 BATCHES = (1, 2, 32)
+LEAST_AGREEMENT, MOST_LOST = 0.98, 0.01  # of an int8 graph, on validation images
+LEAST_CLOSE = 0.9  # of its labels, on any images
 
 
 class Parity(NamedTuple):
@@ -108,6 +114,66 @@ def compare(
     if worst.labels_differ or worst.decisions_differ or vacuous:
         raise RuntimeError(f"the exported graph decides differently: {worst}")
     return worst
+
+
+class Agreement(NamedTuple):
+    """How an int8 graph stands beside the float one on N clean images; shares of N."""
+
+    images: int
+    same: float
+    accuracy: tuple[float, float]  # float, int8
+    flagged: float
+    rate: float  # of false alarms, as promised
+    differ: tuple[int, ...]  # the images whose label differs
+
+    @property
+    def holds(self) -> bool:
+        """Whether the graph may ship; the rate may exceed its promise by no more than chance."""
+        lost = self.accuracy[0] - self.accuracy[1]
+        kept = wilson(self.flagged, self.images)[0] <= self.rate
+        return self.same >= LEAST_AGREEMENT and lost <= MOST_LOST and kept
+
+    def __str__(self) -> str:
+        listed = ", ".join(map(str, self.differ[:20])) + (" ..." if len(self.differ) > 20 else "")
+        return (
+            f"int8 beside fp32 on {self.images} images: {self.same:.2%} of the labels equal"
+            f" (they differ on images {listed or 'none'}), accuracy {self.accuracy[1]:.2%} beside"
+            f" {self.accuracy[0]:.2%}, {self.flagged:.2%} flagged where {self.rate:.2%} is promised"
+        )
+
+
+def agree(
+    fp32: Engine, int8: Engine, calibration: Calibration, images: Images, *, rate: float
+) -> Agreement:
+    """Put clean labelled `images` through both graphs; `calibration` is that of the int8 one."""
+    image, label = images.image.numpy(), images.label.numpy()
+    before, after = (engine.run(image) for engine in (fp32, int8))
+    guesses = [out.logits.argmax(1) for out in (before, after)]
+    flagged = p_values(after.scores.astype(np.float64), calibration) < rate
+    shares = [float((guess == label).mean()) for guess in guesses]
+    differ = guesses[0] != guesses[1]
+    return Agreement(
+        len(image),
+        1 - float(differ.mean()),
+        (shares[0], shares[1]),
+        float(flagged.mean()),
+        rate,
+        tuple(np.flatnonzero(differ).tolist()),
+    )
+
+
+def check_close(fp32: Engine, int8: Engine, image: Tensor) -> None:
+    """Raise RuntimeError where an int8 graph is plainly not made from the float one.
+
+    For when it is built again: what it costs was measured when it was made, on validation images.
+    """
+    guesses = [engine.run(image.numpy()).logits.argmax(1) for engine in (fp32, int8)]
+    same = float((guesses[0] == guesses[1]).mean())
+    if same < LEAST_CLOSE:
+        raise RuntimeError(
+            f"the int8 graph has the labels of the fp32 one on only {same:.0%} of {len(image)}"
+            " images: `rampart quantize` makes its ranges anew"
+        )
 
 
 def run_in_batches(

@@ -164,7 +164,7 @@ def p_of(judged: Judged, image: Tensor) -> Floats:
     """p-values (N,) of images uint8 (N, H, W, 3)."""
     labels = torch.zeros(len(image), dtype=torch.int64)
     scores = scores_of(judged.pipeline, Images(image, labels, ()))
-    return p_values(scores.double().cpu().numpy(), judged.calibration)
+    return p_values(scores, judged.calibration)
 
 
 def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:

@@ -10,24 +10,31 @@ changes neither weights nor engine.
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from handlers.engine import Engine
 from handlers.verdict import Calibration, combine
 from hardening.data import Images, split
 from hardening.pipeline import DefendedClassifier, Variant
 
 KNOTS = 33
+Precision = Literal["fp32", "int8"]
 
 
-def scores_of(pipeline: DefendedClassifier, images: Images, *, size: int = 256) -> Tensor:
-    """Scores (N, D) of images through the uint8 entry."""
-    parts = range(size, len(images), size)
+def scores_of(
+    pipeline: DefendedClassifier, images: Images, engine: Engine | None = None, *, size: int = 256
+) -> NDArray[np.float64]:
+    """Scores (N, D) of images through the uint8 entry, or through an exported graph of it."""
+    if engine is not None:
+        return engine.run(images.image.cpu().numpy()).scores.astype(np.float64)
+    parts = images.image.tensor_split(list(range(size, len(images), size)))
     with torch.no_grad():
-        return torch.cat([pipeline(part).scores for part in images.image.tensor_split(list(parts))])
+        return torch.cat([pipeline(part).scores for part in parts]).double().cpu().numpy()
 
 
 def tables(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -37,9 +44,12 @@ def tables(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     return np.quantile(scores, 1 - tail, axis=0).T, -np.log(tail)
 
 
-def calibrate(pipeline: DefendedClassifier, held: Images, variant: Variant) -> Calibration:
+def calibrate(
+    pipeline: DefendedClassifier, held: Images, variant: Variant, engine: Engine | None = None
+) -> Calibration:
     """Tables from the tuning split of `held`, ranks from its calibration split.
 
+    A graph that scores a little differently, as int8 does, is calibrated through its `engine`.
     Raises ValueError where `held` is too small for a false-alarm rate of 1%.
     """
     ranked = split(held, "calibration")
@@ -48,10 +58,9 @@ def calibrate(pipeline: DefendedClassifier, held: Images, variant: Variant) -> C
             f"{len(held)} held-out images leave {len(ranked)} to calibrate on: a false-alarm rate"
             " of 1% needs at least 100, so hold out 200 or more"
         )
-    knots, surprise = tables(scores_of(pipeline, split(held, "tuning")).double().cpu().numpy())
+    knots, surprise = tables(scores_of(pipeline, split(held, "tuning"), engine))
     unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
-    scores = scores_of(pipeline, ranked).double().cpu().numpy()
-    combined = np.sort(combine(scores, unranked))
+    combined = np.sort(combine(scores_of(pipeline, ranked, engine), unranked))
     return Calibration(pipeline.detectors.names, knots, surprise, combined, len(ranked), variant)
 
 
@@ -68,14 +77,20 @@ def to_json(calibration: Calibration, data: str) -> dict[str, object]:
     }
 
 
-def load_variant(folder: Path, variant: Variant) -> Calibration:
+def calibration_file(folder: Path, variant: str, precision: Precision = "fp32") -> Path:
+    """Where a folder of model_store has the calibration of a variant in a precision."""
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    return folder / f"calibration-{variant}{suffix}.json"
+
+
+def load_variant(folder: Path, variant: Variant, precision: Precision = "fp32") -> Calibration:
     """The calibration of one variant in a folder of model_store."""
-    return Calibration.load(folder / f"calibration-{variant}.json")
+    return Calibration.load(calibration_file(folder, variant, precision))
 
 
-def write(folder: Path, calibration: Calibration, data: str) -> Path:
+def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
     """Write a variant's calibration into a folder of model_store."""
-    file = folder / f"calibration-{calibration.variant}.json"
+    file = calibration_file(folder, calibration.variant, precision)
     file.write_text(json.dumps(to_json(calibration, data)) + "\n")
     return file
 

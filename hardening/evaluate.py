@@ -24,7 +24,7 @@ from hardening.checks import Check
 from hardening.data import Images, batches, to_float
 from hardening.metrics import Bools, Metric, detection, difference
 from hardening.rungs import Budget, in_8_bits
-from hardening.victims import Answer, Victim, max_softmax_victim
+from hardening.victims import INT8, Answer, Victim, max_softmax_victim
 
 # Shares of eps at which a rejection counts as an error, in the stratified figure.
 SMALL = (0.25, 0.5)
@@ -32,8 +32,8 @@ SMALL = (0.25, 0.5)
 CHECKED, QUERIES = 40, 200
 PGD20 = "PGD, 20 steps of eps/4"
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
-LABEL_CODE = ("attacks", "models", "noise", "objectives", "rungs", "victims")
-PIPELINE_CODE = (*LABEL_CODE, "calibrate", "detectors", "pipeline", "purifier")
+LABEL_CODE = ("attacks", "models", "noise", "objectives", "rungs")
+PIPELINE_CODE = (*LABEL_CODE, "calibrate", "detectors", "pipeline", "purifier", "victims")
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 
 
@@ -68,7 +68,7 @@ def rejection_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[
     joint = partial(rungs.joint_apgd, look, threat=threat, budget=budget)
     what = f"joint APGD (penalty, selective, orthogonal, targeted), {budget}"
     yield Rung("joint_apgd", victim, what, threat, steps * (4 + budget.targets), joint, key)
-    if victim.subject == "max_softmax":
+    if victim.subject.startswith("max_softmax"):
         return
     flood = f"APGD on the detectors alone, {steps} steps"
     for share in (*SMALL, 1.0):
@@ -164,7 +164,7 @@ class Record(NamedTuple):
         """The attack called `name` on this victim at full eps; `lean` labels as the classifier."""
         twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
         mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
-        return max(mine, key=lambda pair: pair[0].threat.eps)
+        return max(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
 
     def metric(self, name: str, share: Bools, rung: Rung | None = None) -> Metric:
         """The figure that `share` (N,) of the images makes."""
@@ -295,8 +295,9 @@ def ladder(victims: list[Victim], threat: Threat, budget: Budget) -> list[Rung]:
 
 
 def has_own_label(victim: Victim) -> bool:
-    """Whether no other victim has the same label; `lean` has the classifier's."""
-    return not victim.rejects or (victim.subject, victim.variant) == ("pipeline", "full")
+    """Whether no other victim has the same label; `lean` in float has the classifier's."""
+    own = (("pipeline", "full"), (INT8, "full"), (INT8, "lean"))
+    return not victim.rejects or (victim.subject, victim.variant) in own
 
 
 def evaluate(

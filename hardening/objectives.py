@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from handlers.verdict import Calibration
 from hardening.attacks import Loss, Objective, Outcome
 from hardening.calibrate import detection_margin, threshold
-from hardening.pipeline import DefendedClassifier
+from hardening.pipeline import Defended
 
 
 class Seen(NamedTuple):
@@ -38,7 +38,7 @@ RANK = 1000.0
 HANDLINGS = ("penalty", "selective", "orthogonal")
 
 
-def look_at(pipeline: DefendedClassifier, calibration: Calibration, rate: float) -> Look:
+def look_at(pipeline: Defended, calibration: Calibration, rate: float) -> Look:
     """The whole pipeline, differentiable: rejected where its p-value is below `rate`.
 
     Nothing is ever rejected where the calibration has too few images for `rate`.

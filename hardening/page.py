@@ -27,7 +27,7 @@ from hardening.metrics import Bools, Floats, wilson
 from hardening.pipeline import DefendedClassifier
 from hardening.plots import Curve, Shares
 from hardening.rungs import in_8_bits
-from hardening.victims import batches_of
+from hardening.victims import INT8, batches_of, plain_subject
 
 Row = dict[str, Any]  # a metric as `report.row` makes it
 
@@ -349,7 +349,8 @@ def counted(name: str, places: Sequence[float], held: Sequence[Bools]) -> Shares
 
 def pipelines(evaluation: Evaluation) -> list[Record]:
     """What happened to each variant of the pipeline."""
-    return [r for r in evaluation.records.values() if r.victim.subject == "pipeline"]
+    subjects = ("pipeline", INT8)
+    return [r for r in evaluation.records.values() if r.victim.subject in subjects]
 
 
 def over_eps(rows: Sequence[Row], evaluation: Evaluation) -> Iterator[Section]:
@@ -414,7 +415,7 @@ def rejection(evaluation: Evaluation) -> Iterator[Section]:
     """What a moving threshold trades."""
     figures = []
     for seen in pipelines(evaluation):
-        plain = evaluation.records.get(f"max_softmax {seen.victim.variant}")
+        plain = evaluation.records.get(f"{plain_subject(seen.victim)} {seen.victim.variant}")
         both_kinds = [r for r in (seen, plain) if r and own(r, JOINT)]
         if both_kinds:
             figures.append(rejection_figure(both_kinds))

@@ -1,7 +1,7 @@
 """The defended classifier: one function of pixels, in training, in ONNX and under attack."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ class Outputs(NamedTuple):
     raw_logits: Tensor  # (N, K)
     scores: Tensor  # (N, D)
     purified: Tensor  # (N, 3, H, W) in [0, 1]; uint8 (N, H, W, 3) from the uint8 entry
+
+
+class Defended(Protocol):
+    """What attacks see of a pipeline, both differentiable in x (N, 3, H, W)."""
+
+    def defend(self, x: Tensor) -> Outputs:
+        """All of it."""
+        ...
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """Its `logits` (N, K) alone."""
+        ...
 
 
 class DefendedClassifier(nn.Module):

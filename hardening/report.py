@@ -93,6 +93,8 @@ SUBJECTS = {
     ("pipeline", "lean"): "`lean`",
     ("pipeline", "full"): "`full`",
     ("max_softmax", "full"): "`full`, rejecting by max-softmax instead",
+    ("graph:int8", "lean"): "`lean` in int8",
+    ("graph:int8", "full"): "`full` in int8",
     ("undefended", "-"): "undefended twin",
 }
 
@@ -166,6 +168,25 @@ def model_table(folders: Sequence[Path]) -> str:
             cells.append(cell_text(best) + (f", n = {best['n']}" if best else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def robust_in_int8(folder: Path, variant: str) -> float | None:
+    """Worst-case robust accuracy that int8 costs a variant; None where it was not measured.
+
+    Both figures are of the same images and attacks; of several such pairs that of most images.
+    """
+    pairs: dict[tuple[str, str], dict[str, float]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for r in read_card(folder).get("metrics", []):
+        if (r["variant"], r["name"]) == (variant, "robust"):
+            key = (r["data"], r["attack"])
+            pairs.setdefault(key, {})[r["subject"]] = r["value"]
+            sizes[key] = r["n"]
+    both = [key for key, found in pairs.items() if {"pipeline", "graph:int8"} <= set(found)]
+    if not both:
+        return None
+    found = pairs[max(both, key=lambda key: sizes[key])]
+    return found["pipeline"] - found["graph:int8"]
 
 
 def with_tables(text: str, folders: Sequence[Path]) -> str:

@@ -13,10 +13,12 @@ from torch import Tensor
 from handlers.engine import Engine
 from handlers.verdict import Calibration, combine, p_values
 from hardening.calibrate import threshold
-from hardening.data import to_float
+from hardening.data import to_float, to_uint8
 from hardening.metrics import Bools, Floats
 from hardening.objectives import Look, Seen, look_at
-from hardening.pipeline import DefendedClassifier
+from hardening.pipeline import Defended, Outputs
+
+INT8 = "graph:int8"
 
 
 class Answer(NamedTuple):
@@ -71,8 +73,50 @@ def label_victim(subject: str, model: Callable[[Tensor], Tensor], fingerprint: s
     )
 
 
+class StraightThrough:
+    """What a quantized graph answers, with the gradients of the float pipeline it was made from.
+
+    Rounding has no gradient of use, in the pixels or inside (BPDA: Athalye et al. 2018, section
+    4.1). Every value an attack sees is the graph's own, so no step is judged by a stand-in.
+    """
+
+    def __init__(self, pipeline: Defended, engine: Engine) -> None:
+        self.pipeline, self.engine = pipeline, engine
+
+    def defend(self, x: Tensor) -> Outputs:
+        """The graph's logits and scores of x (N, 3, H, W) in [0, 1], rounded to 8 bits."""
+        smooth, own = self.pipeline.defend(x), self.engine.run(to_uint8(x.detach()).cpu().numpy())
+
+        def moved(value: Tensor, to: NDArray[np.float32]) -> Tensor:
+            return value + (torch.from_numpy(to).to(value) - value).detach()
+
+        return smooth._replace(
+            logits=moved(smooth.logits, own.logits),
+            raw_logits=moved(smooth.raw_logits, own.raw_logits),
+            scores=moved(smooth.scores, own.scores),
+        )
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """The graph's logits (N, K)."""
+        return self.defend(x).logits
+
+
+def quantized_victim(
+    pipeline: Defended,
+    calibration: Calibration,
+    fingerprint: str,
+    *,
+    rate: float,
+    engine: Engine,
+) -> Victim:
+    """An int8 graph, as `engine` runs it, made from `pipeline` and calibrated for itself."""
+    made = StraightThrough(pipeline, engine)
+    victim = pipeline_victim(made, calibration, fingerprint, rate=rate, engine=engine)
+    return victim._replace(subject=INT8)
+
+
 def pipeline_victim(
-    pipeline: DefendedClassifier,
+    pipeline: Defended,
     calibration: Calibration,
     fingerprint: str,
     *,
@@ -121,6 +165,11 @@ def pipeline_victim(
     )
 
 
+def plain_subject(victim: Victim) -> str:
+    """What `max_softmax_victim` is called."""
+    return "max_softmax:int8" if victim.subject == INT8 else "max_softmax"
+
+
 def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     """The plain alternative: reject low confidence, at the clean rejection rate of `victim`.
 
@@ -149,7 +198,7 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
         return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 
     return victim._replace(
-        subject="max_softmax",
+        subject=plain_subject(victim),
         fingerprint=f"{victim.label_fingerprint} max-softmax {bar:.6f}",
         look=look,
         answer=answer,

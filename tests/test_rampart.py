@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -234,6 +235,28 @@ def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
     assert rampart.best_variant(model) == "lean"
     (model / "calibration-lean.json").unlink()
     assert rampart.best_variant(model) == "full"
+
+
+def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    held = lean_only.with_name("held.npz")
+    assert ": lean, fp32, " in run("archive", lean_only, "--out", tmp_path / "a.mar")
+    output = run("quantize", lean_only, "--data", held, "--held", held, "--rate", 0.05)
+    assert output.splitlines()[-1].startswith("lean: int8 beside fp32 on 174 images: ")
+    options = ["--limit", 8, "--quick", "--cache", tmp_path / "found", "--int8", "--rate", 0.05]
+    with suppress(rampart.ChecksFailed):  # on an untrained net
+        run("evaluate", lean_only, "--data", held, *options)
+    card = report.read_card(lean_only)
+    assert "graph:int8" in {row["subject"] for row in card["metrics"]}
+    values = [row for row in card["metrics"] if row["name"] == "robust"]
+    for row in values:
+        row["value"] = 0.5
+    report.write_card(lean_only, card)
+    assert ": lean, int8, " in run("archive", lean_only, "--out", tmp_path / "a.mar")
+    next(row for row in values if row["subject"] == "graph:int8")["value"] = 0.48
+    report.write_card(lean_only, card)
+    assert rampart.best_precision(lean_only, "lean") == "fp32"
 
 
 def test_an_archive_is_calibrated_anew_on_pictures_without_labels(

@@ -53,6 +53,21 @@ def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     assert "40.0%" not in report.markdown(card)
 
 
+def test_what_int8_costs_is_of_the_same_images_and_attacks(tmp_path: Path) -> None:
+    def row(subject: str, value: float, n: int, attack: str = "a") -> dict[str, Any]:
+        metric = Metric(subject, "full", "robust", value, n, Threat(), attack)
+        return report.row(metric, data=f"{n} images", command="c")
+
+    float_alone = [row("pipeline", 0.5, 600), row("graph:int8", 0.2, 600, "another attack")]
+    report.write_card(tmp_path, {"metrics": float_alone})
+    assert report.robust_in_int8(tmp_path, "full") is None
+    few = [row("pipeline", 0.5, 50), row("graph:int8", 0.1, 50)]
+    many = [row("pipeline", 0.42, 200), row("graph:int8", 0.4, 200)]
+    report.write_card(tmp_path, {"metrics": [*float_alone, *few, *many]})
+    assert report.robust_in_int8(tmp_path, "full") == pytest.approx(0.02)
+    assert report.robust_in_int8(tmp_path, "lean") is None
+
+
 def test_the_table_shows_every_figure_with_its_interval() -> None:
     metric = Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
     text = report.table([report.row(metric, data="", command="")])

@@ -1,0 +1,69 @@
+"""What is attacked answers as what is deployed; the other victims are seen in test_evaluate."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.quantize import quantize, ranges_file
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from handlers.verdict import Calibration
+from hardening import evaluate as evaluation
+from hardening import victims
+from hardening.attacks import Threat
+from hardening.data import Images, to_float
+from hardening.pipeline import DefendedClassifier
+from hardening.rungs import Budget
+
+
+@pytest.fixture(scope="module")
+def engine(
+    tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier, tiny_images: Images
+) -> Engine:
+    folder = tmp_path_factory.mktemp("int8")
+    graph = to_onnx(tiny_pipeline, folder / "graph.onnx")
+    return Engine(quantize(graph, ranges_file(folder, "full"), graph, tiny_images.image.numpy()))
+
+
+def test_an_attack_sees_the_values_of_the_int8_graph_and_the_gradients_of_the_float_one(
+    engine: Engine, tiny_pipeline: DefendedClassifier, tiny_images: Images
+) -> None:
+    image = tiny_images.image[:6]
+    x = to_float(image).requires_grad_(True)
+    seen = victims.StraightThrough(tiny_pipeline, engine).defend(x)
+    own = engine.run(image.numpy())
+    np.testing.assert_allclose(seen.logits.detach(), own.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen.scores.detach(), own.scores, rtol=1e-5, atol=1e-6)
+    smooth = tiny_pipeline.defend(x)
+    assert not torch.equal(smooth.logits, seen.logits)
+    for after, before in ((seen.logits, smooth.logits), (seen.scores, smooth.scores)):
+        sums = after.sum(), before.sum()
+        own, float_one = (torch.autograd.grad(s, x, retain_graph=True)[0] for s in sums)
+        torch.testing.assert_close(own, float_one)
+
+
+def test_the_int8_graph_is_a_victim_of_its_own(
+    engine: Engine,
+    tiny_pipeline: DefendedClassifier,
+    tiny_calibration: Calibration,
+    tiny_images: Images,
+    tmp_path: Path,
+) -> None:
+    few = tiny_images[slice(6)]
+    label = torch.from_numpy(engine.run(few.image.numpy()).logits.argmax(1))
+    few = Images(few.image, label, few.classes)
+    plain = victims.label_victim("classifier", tiny_pipeline.classifier, "c")
+    full = victims.pipeline_victim(tiny_pipeline, tiny_calibration, "f", rate=0.1)
+    int8 = victims.quantized_victim(tiny_pipeline, tiny_calibration, "q", rate=0.1, engine=engine)
+    budget = Budget(steps=2, targets=1, queries=5, standard=False)
+    done = evaluation.evaluate(
+        [plain, full, int8], few, Threat(), budget, rate=0.1, folder=tmp_path, only=[]
+    )
+    seen = done.records["graph:int8 full"]
+    assert seen.own("pgd20")[0].victim is int8  # attacked itself, and not through another
+    values = {m.name: m.value for m in done.metrics if m.subject == "graph:int8"}
+    assert values["clean"] == 1
+    assert values["robust"] <= values["pgd20"]
+    assert {"max_softmax full", "max_softmax:int8 full"} <= set(done.records)
