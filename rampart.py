@@ -902,19 +902,30 @@ def table(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The .onnx file to write")],
+    out: Annotated[Path | None, typer.Option(help="The .onnx file to write")] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="A Triton model repository, to write the model into")
+    ] = None,
+    model_version: Annotated[int, typer.Option(min=1, help="Its version there")] = 1,
     variant: Variant = None,
     precision: PrecisionOf = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     from export.archive import export_variant
+    from export.to_triton import to_triton
 
+    if (out is None) == (triton is None):
+        raise ValueError("pass --out FILE.onnx, or --triton FOLDER for a model repository")
     chosen = variant or best_variant(model)
     form = precision or best_precision(model, chosen)
     images = gate_images(model, data)
-    say(export_variant(model, chosen, out, precision=form, images=images))
-    say(out)
+    if out:
+        say(export_variant(model, chosen, out, precision=form, images=images))
+        say(out)
+    if triton:
+        make = partial(to_triton, model, triton, variant=chosen, precision=form)
+        say(f"{make(version=model_version, images=images)}: serve it with tritonserver")
 
 
 def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":

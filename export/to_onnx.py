@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
 from hardening.pipeline import DefendedClassifier
 
@@ -20,18 +21,26 @@ def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
     size = pipeline.classifier.config.image_size
     # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    return export(pipeline, {"image": example}, OUTPUTS, path)
+
+
+def export(
+    module: nn.Module, example: dict[str, torch.Tensor], outputs: tuple[str, ...], path: Path
+) -> Path:
+    """Write any module of one input, named in `example`, whose first dimension is the batch."""
+    (name,) = example
     with warnings.catch_warnings():
         # The exporter's own notices about its internals; nothing a user could act on.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            pipeline.eval(),
-            (example,),
+            module.eval(),
+            tuple(example.values()),
             str(path),
             dynamo=True,
-            dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            dynamic_shapes={name: {0: torch.export.Dim("batch", min=1, max=4096)}},
             external_data=False,
-            input_names=["image"],
-            output_names=list(OUTPUTS),
+            input_names=[name],
+            output_names=list(outputs),
             verbose=False,
         )
     check_batch_is_dynamic(path)

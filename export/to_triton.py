@@ -1,0 +1,168 @@
+"""A model repository for Triton: the graph with its calibration inside, and its config.pbtxt.
+
+    rampart export model_store/NAME --triton models/
+
+Triton knows nothing of our handler, so the graph itself turns scores into the p-value. The decision
+stays with the client: flag where `p_value` is below the false-alarm rate that it wants. Clients
+send decoded pixels: what `handlers/image.py` refuses and how it resizes is theirs to do.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import compose
+from torch import Tensor, nn
+
+from export.archive import export_variant
+from export.to_onnx import OUTPUTS, export
+from handlers.engine import MAX_BATCH, Engine
+from handlers.verdict import Calibration, p_values
+from hardening import checkpoint
+from hardening import pipeline as pipelines
+from hardening.calibrate import Precision, load_variant
+
+CONFIG = """\
+# Written by `rampart export --triton`.
+name: "{name}"
+backend: "onnxruntime"
+max_batch_size: {batch}
+input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ {size}, {size}, 3 ] }} ]
+output [
+  {{ name: "logits" data_type: TYPE_FP32 dims: [ {classes} ] label_filename: "labels.txt" }},
+  {{ name: "raw_logits" data_type: TYPE_FP32 dims: [ {classes} ] label_filename: "labels.txt" }},
+  {{ name: "scores" data_type: TYPE_FP32 dims: [ {detectors} ] }},
+  {{ name: "purified" data_type: TYPE_UINT8 dims: [ {size}, {size}, 3 ] }},
+  {{ name: "p_value" data_type: TYPE_FP64 dims: [ 1 ] }}
+]
+dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
+instance_group [ {{ count: 1 kind: KIND_AUTO }} ]
+version_policy: {{ latest {{ num_versions: 2 }} }}
+model_warmup [ {{
+  name: "zeros"
+  batch_size: 1
+  inputs {{
+    key: "image"
+    value: {{ data_type: TYPE_UINT8 dims: [ {size}, {size}, 3 ] zero_data: true }}
+  }}
+}} ]
+"""
+
+
+class PValue(nn.Module):
+    """`handlers.verdict.p_values` as a graph: scores (N, D) to float64 (N, 1)."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        super().__init__()
+        knots = torch.from_numpy(calibration.knots)  # (D, Q)
+        middle = knots.shape[1] // 2
+        rise = calibration.surprise[-1] - calibration.surprise[middle]
+        self.register_buffer("first", knots[:, :-1])
+        self.register_buffer("width", knots.diff(dim=1))
+        self.register_buffer("step", torch.from_numpy(np.diff(calibration.surprise)))
+        self.register_buffer("last", knots[:, -1])
+        self.register_buffer("slope", rise / (knots[:, -1] - knots[:, middle]).clamp_min(1e-6))
+        self.register_buffer("ranked", torch.from_numpy(calibration.combined))
+        self.first: Tensor
+        self.width: Tensor
+        self.step: Tensor
+        self.last: Tensor
+        self.slope: Tensor
+        self.ranked: Tensor
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """The share of calibration images at least as suspicious."""
+        score = scores.double()[:, :, None]  # (N, D, 1)
+        # A piecewise linear function is the sum of its pieces; one without width is a jump.
+        share = ((score - self.first) / self.width.clamp_min(1e-300)).clamp(0, 1)
+        share = torch.where(self.width > 0, share, (score > self.first).double())
+        beyond = (score[:, :, 0] - self.last).clamp_min(0) * self.slope
+        suspicion = ((share * self.step).sum(2) + beyond).sum(1, keepdim=True)  # (N, 1)
+        as_suspicious = (self.ranked >= suspicion).double().sum(1, keepdim=True)
+        return (1 + as_suspicious) / (len(self.ranked) + 1)
+
+
+def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
+    """Write `graph` to `out` with one output more, `p_value` float64 (N, 1); the rest is as it was.
+
+    Raises RuntimeError where its p-values are not those of `handlers.verdict`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tail = Path(scratch) / "tail.onnx"
+        example = torch.zeros(2, len(calibration.detectors))
+        export(PValue(calibration), {"scores": example}, ("p_value",), tail)
+        check_p_values(tail, calibration)
+        model, end = onnx.load(graph), onnx.load(tail)
+    end = compose.add_prefix(end, "rank_", rename_inputs=False, rename_outputs=False)
+    end.ir_version = model.ir_version
+    joined = compose.merge_models(
+        model, end, io_map=[("scores", "scores")], outputs=[*OUTPUTS, "p_value"]
+    )
+    onnx.save(joined, out)
+    return out
+
+
+def check_p_values(tail: Path, calibration: Calibration) -> None:
+    """Raise RuntimeError where a graph from `scores` to `p_value` is more than a rank off.
+
+    Asked at every knot, between them and beyond, one detector at a time and all together.
+    """
+    knots = calibration.knots.T  # (Q, D)
+    span = knots[-1] - knots[0]
+    together = np.concatenate([knots, (knots[1:] + knots[:-1]) / 2, knots - span, knots + span])
+    alone = [
+        np.where(np.arange(knots.shape[1]) == d, together, knots[0]) for d in range(knots.shape[1])
+    ]
+    scores = np.concatenate([together, *alone]).astype(np.float32)
+    session = ort.InferenceSession(tail, providers=["CPUExecutionProvider"])
+    (p,) = session.run(["p_value"], {"scores": scores})
+    gap = float(np.abs(p[:, 0] - p_values(scores, calibration)).max())
+    # Two sums of the same terms may differ in the last digit, and so by the rank of an equal image.
+    if not gap <= 1.5 / (calibration.images + 1):
+        raise RuntimeError(f"the graph's p-values are off by up to {gap:.2g}: report this")
+
+
+def to_triton(
+    folder: Path,
+    repository: Path,
+    *,
+    variant: pipelines.Variant,
+    precision: Precision = "fp32",
+    version: int = 1,
+    images: Tensor | None = None,
+) -> Path:
+    """Write a model folder's variant as version `version` of a model in a Triton `repository`.
+
+    Returns the model's folder, which `folder` names. Raises ValueError for a version that is there
+    already: a server may be reading it.
+    """
+    home = repository / folder.name
+    if (home / str(version)).exists():
+        raise ValueError(f"{home / str(version)} exists: name another --model-version")
+    calibration = load_variant(folder, variant, precision)
+    labels = checkpoint.read(folder / "weights.safetensors")[0]["classes"]
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=repository) as scratch:
+        work = Path(scratch)
+        graph = work / "graph.onnx"
+        export_variant(folder, variant, graph, precision=precision, images=images)
+        size = Engine(graph).image_shape[0]
+        with_p_value(graph, calibration, work / "model.onnx")
+        graph.unlink()
+        work.chmod(0o755)
+        shutil.copytree(work, home / str(version))
+    (home / "labels.txt").write_text("\n".join(labels) + "\n")
+    (home / "config.pbtxt").write_text(
+        CONFIG.format(
+            name=folder.name,
+            batch=MAX_BATCH,
+            size=size,
+            classes=len(labels),
+            detectors=len(calibration.detectors),
+        )
+    )
+    return home
