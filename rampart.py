@@ -940,6 +940,17 @@ def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An archive (.mar) or a graph (.onnx)")],
+) -> None:
+    """What a finished file is, its figures and hashes, and whether this machine can run it."""
+    from export.inspection import inspect as look
+
+    for line in look(file):
+        say(line)
+
+
+@app.command()
 def archive(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
