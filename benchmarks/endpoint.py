@@ -11,8 +11,6 @@ Needs `wrk` (a package of every Linux distribution). About 9 minutes on 2 cores.
 """
 
 import argparse
-import json
-import platform
 import re
 import shutil
 import subprocess
@@ -22,9 +20,10 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import ratios
 import torch
 from server import endpoint, pngs
 
@@ -120,16 +119,10 @@ def run_graph(engine: Engine, images: np.ndarray, batch: int, seconds: float) ->
     return Round(batch * len(times) / sum(times), float(p50), float(p99))
 
 
-def lower_bound(ratios: np.ndarray) -> float:
-    """Lower 95% bound of the median over rounds, by bootstrap."""
-    drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    return float(np.quantile(np.median(drawn, axis=1), 0.05))
-
-
-def table(results: dict[int, dict[str, list[Round]]]) -> tuple[str, list[dict[str, object]]]:
+def table(results: dict[int, dict[str, list[Round]]]) -> tuple[str, list[dict[str, Any]]]:
     """The printed table, and the claims for --json."""
     lines = [f"{'c':>3}  {'side':8} {'per s':>7} {'spread':>14} {'p50 ms':>7} {'p99 ms':>7}"]
-    claims: list[dict[str, object]] = []
+    claims: list[dict[str, Any]] = []
     for concurrency, sides in results.items():
         for side, rounds in sides.items():
             rate, p50, p99 = np.median(np.array(rounds), axis=0)
@@ -138,29 +131,16 @@ def table(results: dict[int, dict[str, list[Round]]]) -> tuple[str, list[dict[st
                 f"{concurrency:3}  {side:8} {rate:7.0f} {low:6.0f} .. {high:4.0f}"
                 f" {p50:7.1f} {p99:7.1f}"
             )
-        rampart = np.array([r.rate for r in sides["rampart"]])
-        graph = np.array([r.rate for r in sides["graph"]])
+        rampart, graph = ([r.rate for r in sides[name]] for name in ("rampart", "graph"))
         pairs = (
             ("full over HTTP / stock", rampart, "stock", 1.2),
             ("full over HTTP / its graph", rampart, "graph", 0.85),
             ("full graph / bare graph", graph, "bare", 1 / 2.5),
         )
         for claim, rates, peer, target in pairs:
-            ratios = rates / np.array([r.rate for r in sides[peer]])
-            ratio, low = float(np.median(ratios)), lower_bound(ratios)
-            claims.append(
-                {
-                    "claim": claim,
-                    "setting": f"c={concurrency}",
-                    "ratio": round(ratio, 3),
-                    "low": round(low, 3),
-                    "target": round(target, 3),
-                    "holds": low >= target,
-                }
-            )
-            lines.append(
-                f"     {claim}: {ratio:.2f}, at least {low:.2f} (95%); target {target:.2f}"
-            )
+            peers = [r.rate for r in sides[peer]]
+            claims.append(ratios.claim(claim, f"c={concurrency}", rates, peers, target))
+            lines.append(ratios.in_words(claims[-1]))
     return "\n".join(lines), claims
 
 
@@ -215,10 +195,7 @@ def main() -> None:
             text, claims = table(measure(side, options.rounds))
     print(text)
     if options.json:
-        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        command = " ".join(sys.argv)
-        content = {"claims": claims, "machine": machine, "command": command}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        ratios.write(options.json, claims)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""One defended graph in every engine of this machine, side by side: images/s and milliseconds.
+
+    .venv/bin/python benchmarks/engines.py
+
+Sides, in turns: the `full` pipeline in PyTorch (eager, torch.compile), in ONNX Runtime (fp32, int8)
+and in OpenVINO (fp32, bf16, int8); the classifier alone in ONNX Runtime (fp32, int8), the floor,
+and on twice as many images, as in `full`; the purifier alone. Expected in
+ONNX Runtime: int8 at least 1.7 times as fast as fp32, 2 times for the classifier alone; fp32 at
+least 1.5 times as fast as eager at batch 1; the parts of `full` at least 1/1.1 of its time. About 5
+minutes on 2 cores. Without ranges of `rampart quantize` they are taken from crops of a photograph,
+which serves for timing.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import openvino
+import ratios
+import torch
+from tqdm import tqdm
+
+from export.archive import sample_crops
+from export.quantize import quantize, ranges_file
+from export.to_onnx import export, to_onnx
+from handlers.engine import Engine
+from hardening import pipeline as pipelines
+
+BATCHES = (1, 8, 32)
+Run = Callable[[int], object]  # runs a batch of so many images
+
+
+def graphs(model: Path, folder: Path) -> dict[str, Path]:
+    """The exported graphs by name, in `folder`."""
+    crops = sample_crops(pipelines.load_classifier(model / "weights.safetensors").config.image_size)
+    out = {}
+    for variant in ("full", "lean"):
+        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+        out[variant] = to_onnx(pipeline, folder / f"{variant}.onnx")
+        kept = ranges_file(model, variant)
+        ranges = kept if kept.is_file() else ranges_file(folder, variant)
+        image = None if kept.is_file() else crops.numpy()
+        int8 = folder / f"{variant}-int8.onnx"
+        out[f"{variant} int8"] = quantize(out[variant], ranges, int8, image)
+        if pipeline.purifier is not None:
+            x = {"x": torch.zeros(2, *crops.shape[3:], *crops.shape[1:3])}
+            out["purifier"] = export(pipeline.purifier, x, ("g",), folder / "purifier.onnx")
+    return out
+
+
+def runtime(path: Path, images: np.ndarray, *, times: int = 1) -> Run:
+    """ONNX Runtime on `times` the batch."""
+    engine = Engine(path)
+    many = np.concatenate([images] * times)
+    return lambda batch: engine.run(many[: batch * times])
+
+
+def purifying(path: Path, images: np.ndarray) -> Run:
+    """The purifier alone, on floats."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = (images / np.float32(255)).transpose(0, 3, 1, 2)
+    return lambda batch: session.run(None, {"x": x[:batch]})
+
+
+def eager(model: Path, images: np.ndarray, *, compiled: bool) -> Run:
+    """The pipeline in PyTorch."""
+    pipeline, _ = pipelines.load(model / "weights.safetensors", "full")
+    call = torch.compile(pipeline) if compiled else pipeline
+    image = torch.from_numpy(images)
+
+    def run(batch: int) -> object:
+        with torch.inference_mode():
+            return call(image[:batch])
+
+    return run
+
+
+def other(path: Path, images: np.ndarray, precision: str = "f32") -> Run:
+    """The same graph in OpenVINO, which left alone computes in bf16 where the CPU can."""
+    core = openvino.Core()
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(core.read_model(path), "CPU", hints)
+    request = compiled.create_infer_request()
+    return lambda batch: request.infer({"image": images[:batch]})
+
+
+def sides(model: Path, folder: Path) -> dict[str, Run]:
+    """What is measured, by name."""
+    made = graphs(model, folder)
+    size = Engine(made["lean"]).image_shape[0]
+    images = sample_crops(size, count=max(BATCHES)).numpy()
+    return {
+        "eager": eager(model, images, compiled=False),
+        "torch.compile": eager(model, images, compiled=True),
+        "ONNX Runtime": runtime(made["full"], images),
+        "ONNX Runtime int8": runtime(made["full int8"], images),
+        "OpenVINO": other(made["full"], images),
+        "OpenVINO bf16": other(made["full"], images, "bf16"),
+        "OpenVINO int8": other(made["full int8"], images),
+        "bare": runtime(made["lean"], images),
+        "bare int8": runtime(made["lean int8"], images),
+        "bare, twice": runtime(made["lean"], images, times=2),
+        "purifier": purifying(made["purifier"], images),
+    }
+
+
+def timed(run: Run, batch: int, seconds: float) -> float:
+    """Images/s over about `seconds`."""
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        run(batch)
+        count += 1
+    return batch * count / spent
+
+
+def claims_of(rates: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
+    """What is claimed at one batch size, from images/s of every side by round."""
+    setting, fp32 = f"batch {batch}", rates["ONNX Runtime"]
+    passes = zip(rates["bare, twice"], rates["purifier"], strict=True)
+    parts = [1 / (1 / classifier + 1 / purifier) for classifier, purifier in passes]
+    out = [
+        ratios.claim("full int8 / full", setting, rates["ONNX Runtime int8"], fp32, 1.7),
+        ratios.claim("bare int8 / bare", setting, rates["bare int8"], rates["bare"], 2.0),
+        ratios.claim("full / its passes and its purifier alone", setting, fp32, parts, 1 / 1.1),
+    ]
+    if batch == 1:
+        out.append(ratios.claim("full / eager", setting, fp32, rates["eager"], 1.5))
+    return out
+
+
+def main() -> int:
+    """Measure in turns, print; the exit code says whether all claims hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.7, help="of each side in each round")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    claims: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = sides(options.model, Path(scratch))
+        for batch in BATCHES:
+            rates: dict[str, list[float]] = {name: [] for name in runs}
+            for run in runs.values():  # compile, allocate
+                timed(run, batch, 0.2)
+            for _ in tqdm(range(options.rounds), desc=f"batch {batch}", leave=False):
+                for name, run in runs.items():
+                    rates[name].append(timed(run, batch, options.seconds))
+            claims += report(rates, batch)
+    failed = sum(not made["holds"] for made in claims)
+    print(f"\n{ratios.machine()}; {len(claims) - failed} of {len(claims)} targets hold")
+    if options.json:
+        ratios.write(options.json, claims)
+    return 1 if failed else 0
+
+
+def report(rates: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
+    """Print one batch size."""
+    print(f"\nbatch {batch}")
+    for name, values in rates.items():
+        rate = float(np.median(values))
+        spread = f"{min(values):.0f} to {max(values):.0f}"
+        print(f"  {name:18} {rate:7.0f} images/s ({spread:>14}) {batch / rate * 1e3:7.2f} ms")
+    claims = claims_of(rates, batch)
+    for made in claims:
+        print(ratios.in_words(made))
+    return claims
+
+
+if __name__ == "__main__":
+    sys.exit(main())
