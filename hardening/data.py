@@ -316,8 +316,12 @@ def spread(images: Images | Folder, count: int | None) -> Images:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1]."""
-    return image.permute(0, 3, 1, 2).float() / 255
+    """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1].
+
+    The cast comes first, as TensorRT wants it of 8-bit inputs; contiguous, or an exported graph has
+    nodes that put strides right again.
+    """
+    return image.float().permute(0, 3, 1, 2).contiguous() / 255
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -77,8 +77,10 @@ class DefendedClassifier(nn.Module):
         out = self.defend(to_float(image))
         if self.purifier is None:
             return out._replace(purified=image)
-        pixels = (out.purified * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return out._replace(purified=pixels)
+        # TensorRT takes 8-bit values at the graph's border alone: the cast comes last, as it came
+        # first in `to_float`.
+        pixels = (out.purified * 255).round().permute(0, 2, 3, 1)
+        return out._replace(purified=pixels.to(torch.uint8))
 
 
 def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> None:
