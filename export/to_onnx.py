@@ -21,7 +21,9 @@ def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
     size = pipeline.classifier.config.image_size
     # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-    return export(pipeline, {"image": example}, OUTPUTS, path)
+    export(pipeline, {"image": example}, OUTPUTS, path)
+    cast_first(path)
+    return path
 
 
 def export(
@@ -45,6 +47,23 @@ def export(
         )
     check_batch_is_dynamic(path)
     return path
+
+
+def cast_first(path: Path) -> None:
+    """Let the batch size be read off the input once it is cast: TensorRT takes 8 bits for no more.
+
+    The exporter reads it off the input itself, before all else.
+    """
+    model = onnx.load(path)
+    nodes = list(model.graph.node)
+    cast = next(node for node in nodes if node.op_type == "Cast" and "image" in node.input)
+    nodes.remove(cast)
+    for node in nodes:
+        node.input[:] = [cast.output[0] if name == "image" else name for name in node.input]
+    del model.graph.node[:]
+    model.graph.node.extend([cast, *nodes])
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
 def check_batch_is_dynamic(path: Path) -> None:

@@ -75,8 +75,6 @@ class DefendedClassifier(nn.Module):
     def forward(self, image: Tensor) -> Outputs:
         """The entry that is exported: image uint8 (N, H, W, 3)."""
         out = self.defend(to_float(image))
-        if self.purifier is None:
-            return out._replace(purified=image)
         # TensorRT takes 8-bit values at the graph's border alone: the cast comes last, as it came
         # first in `to_float`.
         pixels = (out.purified * 255).round().permute(0, 2, 3, 1)

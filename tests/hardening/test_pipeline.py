@@ -136,3 +136,9 @@ def test_a_model_without_a_purifier_is_lean_only(tmp_path: Path, tiny_folder: Pa
 def test_the_label_alone_is_that_of_the_whole_pipeline(tiny_pipeline: DefendedClassifier) -> None:
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(tiny_pipeline.label_logits(x), tiny_pipeline.defend(x).logits)
+
+
+def test_without_a_purifier_every_pixel_comes_back_as_it_was(tiny_folder: Path) -> None:
+    lean, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
+    image = torch.arange(256).byte().repeat(12).reshape(1, 32, 32, 3)
+    assert torch.equal(lean(image).purified, image)
