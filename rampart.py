@@ -907,16 +907,21 @@ def export(
         Path | None, typer.Option(help="A Triton model repository, to write the model into")
     ] = None,
     model_version: Annotated[int, typer.Option(min=1, help="Its version there")] = 1,
+    tensorrt: Annotated[Path | None, typer.Option(help="The .plan to build, on its GPU")] = None,
     variant: Variant = None,
     precision: PrecisionOf = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     from export.archive import export_variant
+    from export.to_tensorrt import to_tensorrt
     from export.to_triton import to_triton
 
-    if (out is None) == (triton is None):
-        raise ValueError("pass --out FILE.onnx, or --triton FOLDER for a model repository")
+    if sum(target is not None for target in (out, triton, tensorrt)) != 1:
+        raise ValueError(
+            "pass one of --out FILE.onnx, --triton FOLDER for a model repository, and --tensorrt"
+            " FILE.plan"
+        )
     chosen = variant or best_variant(model)
     form = precision or best_precision(model, chosen)
     images = gate_images(model, data)
@@ -926,6 +931,11 @@ def export(
     if triton:
         make = partial(to_triton, model, triton, variant=chosen, precision=form)
         say(f"{make(version=model_version, images=images)}: serve it with tritonserver")
+    if tensorrt:
+        if form != "fp32":
+            raise ValueError("a plan is built of the fp32 graph: pass --precision fp32")
+        say(to_tensorrt(model, tensorrt, variant=chosen, images=images))
+        say(f"{tensorrt}: pack it with `rampart archive --plan {tensorrt}`")
 
 
 def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
@@ -956,6 +966,7 @@ def archive(
     out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
     variant: Variant = None,
     precision: PrecisionOf = None,
+    plan: Annotated[Path | None, typer.Option(help="Of `rampart export --tensorrt`")] = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
     rate: Rate = 0.01,
     on_detection: Literal["flag", "reject"] = "flag",
@@ -974,6 +985,7 @@ def archive(
         variant=variant,
         precision=precision,
         images=gate_images(model, data),
+        plan=plan,
         settings={"rampart": policy},
     )
     say(parity)
@@ -1163,7 +1175,10 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     workers: int = 1,
-    device: Device = "auto",
+    device: Annotated[
+        Literal["cpu", "cuda", "tensorrt", "plan", "auto"],
+        typer.Option(help="ONNX Runtime on one of these, or the archive's TensorRT plan"),
+    ] = "auto",
     token_authorization: Annotated[
         bool, typer.Option(help="Require TorchServe's tokens; a must beyond loopback")
     ] = False,

@@ -18,8 +18,10 @@ import handlers
 from export.parity import Parity, check_close, compare
 from export.quantize import quantize, ranges_file
 from export.to_onnx import to_onnx
+from handlers.defended import PLAN
 from handlers.engine import Engine
 from handlers.image import decode
+from handlers.plan import check_record, record_file
 from handlers.verdict import Judge, Policy
 from hardening import checkpoint
 from hardening import pipeline as pipelines
@@ -29,7 +31,11 @@ from hardening.report import read_card
 VERSION = "1.0"
 HANDLERS = Path(handlers.__file__).parent
 # What runs inside TorchServe's worker; the launcher stays outside.
-SERVED = ("__init__.py", "image.py", "engine.py", "verdict.py", "protocol.py", "defended.py")
+# fmt: off
+SERVED = (
+    "__init__.py", "image.py", "engine.py", "plan.py", "verdict.py", "protocol.py", "defended.py",
+)
+# fmt: on
 SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2}
 POLICY = {"false_alarm_rate": 0.01, "on_detection": "flag", "detail": "full"}
 
@@ -88,10 +94,12 @@ def archive(
     variant: pipelines.Variant = "full",
     precision: Precision = "fp32",
     images: Tensor | None = None,
+    plan: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Parity:
     """Export, gate and pack the model folder as `out` (NAME.mar); returns the gate's figures.
 
+    `plan` is one of `rampart export --tensorrt`, of the same graph, to be served by default.
     `settings` overrides entries of the model YAML's top level; `rampart` in it those of the policy.
     """
     if out.suffix != ".mar":
@@ -111,6 +119,9 @@ def archive(
         parity = export_variant(
             folder, variant, graph, precision=precision, images=images, rate=rate
         )
+        if plan:
+            policy["device"] = "plan"
+            pack_plan(plan, graph)
         for name in SERVED:
             shutil.copy(HANDLERS / name, work / "handlers" / name)
         table = calibration_file(folder, variant, precision)
@@ -126,6 +137,13 @@ def archive(
         model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
         pack(work, model_yaml, out)
     return parity
+
+
+def pack_plan(plan: Path, graph: Path) -> None:
+    """Put a plan with its record beside `graph`, of which it must be."""
+    check_record(plan, graph)
+    shutil.copy(plan, graph.with_name(PLAN))
+    shutil.copy(record_file(plan), record_file(graph.with_name(PLAN)))
 
 
 def pack(work: Path, model_yaml: Path, out: Path) -> None:

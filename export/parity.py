@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handlers.engine import Engine
+from handlers.engine import Engine, Runs
 from handlers.verdict import Calibration, p_values
 from hardening.attacks import Threat, pgd10
 from hardening.calibrate import detection_margin
@@ -78,7 +78,7 @@ def near_threshold(
 
 def compare(
     pipeline: DefendedClassifier,
-    engine: Engine,
+    engine: Runs,
     calibration: Calibration,
     image: Tensor,
     *,
@@ -177,7 +177,7 @@ def check_close(fp32: Engine, int8: Engine, image: Tensor) -> None:
 
 
 def run_in_batches(
-    engine: Engine, image: NDArray[np.uint8], size: int
+    engine: Runs, image: NDArray[np.uint8], size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits (N, K) and scores (N, D) of image (N, H, W, 3), `size` images a run."""
     parts = [engine.run(image[i : i + size]) for i in range(0, len(image), size)]

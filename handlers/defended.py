@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers.engine import Engine, available_cores
+from handlers.engine import Engine, EngineError, Runs, available_cores
 from handlers.image import ImageError, decode
+from handlers.plan import PlanEngine
 from handlers.protocol import read
 from handlers.verdict import Calibration, Judge, Policy
 
@@ -33,7 +34,9 @@ NEEDED = (
     "handlers/engine.py",
     "handlers/verdict.py",
     "handlers/protocol.py",
+    "handlers/plan.py",
 )
+PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 SETTINGS = {"false_alarm_rate", "on_detection", "detail", "image_size", "threads", "device"}
 
 Pixels = NDArray[np.uint8]
@@ -70,12 +73,9 @@ class DefendedHandler:
                 "version": str(context.manifest["model"].get("modelVersion", "")),
             },
         )
-        self._engine = Engine(
-            folder / "graph.onnx",
-            os.environ.get("RAMPART_DEVICE") or settings.get("device", "cpu"),
-            threads_for(workers, settings),
-            device_id=context.system_properties.get("gpu_id") or 0,
-        )
+        device = os.environ.get("RAMPART_DEVICE") or settings.get("device", "cpu")
+        gpu = context.system_properties.get("gpu_id") or 0
+        self._engine = load_engine(folder, device, threads_for(workers, settings), gpu)
         self._size = self._engine.image_shape[0]
         self._judge_zeros()
         logger.info("Rampart serves on %s", self._engine.device)
@@ -143,6 +143,25 @@ def verify(folder: Path) -> None:
                 f"{name} is not the file that was packed (its SHA-256 differs from {HASHES}):"
                 " build the archive anew, or fetch it again"
             )
+
+
+def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runs:
+    """What runs an unpacked archive's graph: ONNX Runtime, or for the device `plan` TensorRT.
+
+    `auto` takes a plan where there is one that works, and says so where it does not. Raises
+    EngineError.
+    """
+    plan, graph = folder / PLAN, folder / "graph.onnx"
+    if device == "plan" and not plan.is_file():
+        raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")
+    if device in ("plan", "auto") and plan.is_file():
+        try:
+            return PlanEngine(plan, graph, device_id=gpu)
+        except EngineError as error:
+            if device == "plan":
+                raise
+            logger.warning("Running the graph and not its plan: %s", error)
+    return Engine(graph, device, threads, device_id=gpu)
 
 
 def read_policy(settings: Mapping[str, Any]) -> Policy:

@@ -1,9 +1,10 @@
 """Run the exported graph in ONNX Runtime, on the device that was asked for or not at all."""
 
+import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -13,7 +14,14 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 MAX_BATCH = 64
-DEVICES = ("cpu", "cuda", "auto")
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+DEVICES = ("cpu", *PROVIDERS, "auto")
+# What each provider needs beside onnxruntime-gpu.
+LIBRARIES = {
+    "cuda": "the libraries of CUDA 13 and cuDNN 9 (they come with torch)",
+    "tensorrt": "the libraries of TensorRT 10 beside those of CUDA 13 and cuDNN 9",
+}
+BEST_BATCH = 8  # what TensorRT tunes for
 
 
 class EngineError(RuntimeError):
@@ -29,10 +37,22 @@ class Outputs(NamedTuple):
     purified: NDArray[np.uint8]  # (N, H, W, 3)
 
 
+class Runs(Protocol):
+    """What runs a graph: an Engine, or a TensorRT plan."""
+
+    device: str
+    image_shape: tuple[int, int, int]
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Outputs of uint8 (N, H, W, 3)."""
+        ...
+
+
 class Engine:
     """A loaded and warmed-up graph.
 
-    `device` is cpu, cuda, or auto: cuda where it works, else cpu with a line in the log.
+    `device` is cpu, cuda, tensorrt, or auto: cuda where it works, else cpu with a line in the log.
+    TensorRT builds for minutes on the first start; later ones read RAMPART_ENGINES.
     `threads` is how many cores one run may use; 0 takes all. Raises EngineError.
     """
 
@@ -43,7 +63,7 @@ class Engine:
             raise EngineError(f"unknown device: choose one of {', '.join(DEVICES)}")
         self.device = device
         if device == "auto":
-            self.device = "cuda" if _cuda_listed() else "cpu"
+            self.device = "cuda" if _listed("cuda") else "cpu"
         try:
             self._session = _session(path, self.device, threads, device_id)
         except EngineError as error:
@@ -79,35 +99,63 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
     # Spinning threads burn the cores that other workers need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    if device == "cuda" and not _cuda_listed():
+    if device != "cpu" and not _listed(device):
         raise EngineError(
-            "no CUDA device for onnxruntime: its CUDA provider is missing, install onnxruntime-gpu"
+            f"no {device.upper()} device for onnxruntime: its {PROVIDERS[device]} is missing,"
+            " install onnxruntime-gpu"
         )
     try:
-        session = ort.InferenceSession(path, options, providers=_providers(device, device_id))
+        session = ort.InferenceSession(path, options, providers=_providers(path, device, device_id))
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise EngineError(
             f"{path.name} is not a graph that onnxruntime can load: {error}"
         ) from error
     # ONNX Runtime falls back to the CPU without an error.
-    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+    if device != "cpu" and session.get_providers()[0] != PROVIDERS[device]:
         raise EngineError(
-            "no CUDA device for onnxruntime: it needs an NVIDIA GPU with its driver, and the"
-            " libraries of CUDA 13 and cuDNN 9 (they come with torch); or ask for the cpu"
+            f"no {device.upper()} device for onnxruntime: it needs an NVIDIA GPU with its driver,"
+            f" and {LIBRARIES[device]}; or ask for the cpu"
         )
     return session
 
 
-def _cuda_listed() -> bool:
-    return "CUDAExecutionProvider" in ort.get_available_providers()
+def _listed(device: str) -> bool:
+    return PROVIDERS[device] in ort.get_available_providers()
 
 
-def _providers(device: str, device_id: int) -> list[Any]:
+def _providers(path: Path, device: str, device_id: int) -> list[Any]:
     if device == "cpu":
         return ["CPUExecutionProvider"]
     ort.preload_dlls()
     cuda = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"}
-    return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+    providers: list[Any] = [(PROVIDERS["cuda"], cuda), "CPUExecutionProvider"]
+    if device == "tensorrt":
+        providers.insert(0, (PROVIDERS["tensorrt"], tensorrt_options(path, device_id)))
+    return providers
+
+
+def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
+    """Options of ONNX Runtime's TensorRT provider: what it built for this graph is kept.
+
+    It computes in TF32 where the GPU can; a plan of `rampart export --tensorrt` does not.
+    The provider puts GPU and TensorRT into the names of its files; graph and ONNX Runtime are in
+    that of the folder.
+    """
+    graph = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    root = Path(os.environ.get("RAMPART_ENGINES") or Path.home() / ".cache" / "rampart")
+    folder = root / f"{graph}-onnxruntime-{ort.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = _image_shape(ort.InferenceSession(path, providers=["CPUExecutionProvider"]), path)
+    batches = zip(("min", "opt", "max"), (1, BEST_BATCH, MAX_BATCH), strict=True)
+    spelled = {name: f"image:{'x'.join(map(str, (n, *shape)))}" for name, n in batches}
+    return {
+        "device_id": device_id,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(folder),
+        **{f"trt_profile_{name}_shapes": text for name, text in spelled.items()},
+    }
 
 
 def _image_shape(session: Any, path: Path) -> tuple[int, int, int]:

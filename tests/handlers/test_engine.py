@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from handlers.engine import MAX_BATCH, Engine, EngineError, Outputs
+from handlers.engine import MAX_BATCH, Engine, EngineError, Outputs, tensorrt_options
 from hardening.data import Images
 from hardening.pipeline import DefendedClassifier
 
@@ -74,6 +74,30 @@ def test_cuda_without_a_device_is_an_error_that_names_what_is_missing(unpacked: 
 
 
 @without_cuda
+def test_tensorrt_without_its_libraries_is_an_error_that_names_them(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAMPART_ENGINES", str(tmp_path))
+    with pytest.raises(EngineError, match=r"no TENSORRT device.*TensorRT 10.*or ask for the cpu"):
+        Engine(unpacked / "graph.onnx", "tensorrt")
+
+
+def test_what_tensorrt_builds_is_kept_by_graph_and_version(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAMPART_ENGINES", str(tmp_path))
+    options = tensorrt_options(unpacked / "graph.onnx", 0)
+    folder = Path(options["trt_engine_cache_path"])
+    assert folder.parent == tmp_path and ort.__version__ in folder.name
+    assert options["trt_profile_max_shapes"] == f"image:{MAX_BATCH}x32x32x3"
+    model = onnx.load(unpacked / "graph.onnx")
+    model.doc_string = "another graph"
+    onnx.save(model, tmp_path / "other.onnx")
+    other = tensorrt_options(tmp_path / "other.onnx", 0)
+    assert other["trt_engine_cache_path"] != options["trt_engine_cache_path"]
+
+
+@without_cuda
 def test_auto_says_that_it_runs_on_the_cpu(
     unpacked: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,7 +127,7 @@ def test_onnxruntime_reports_to_nobody(unpacked: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_device_is_refused(unpacked: Path) -> None:
-    with pytest.raises(EngineError, match="choose one of cpu, cuda, auto"):
+    with pytest.raises(EngineError, match="choose one of cpu, cuda, tensorrt, auto"):
         Engine(unpacked / "graph.onnx", "tpu")
 
 

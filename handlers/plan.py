@@ -1,0 +1,97 @@
+"""Run a TensorRT plan: one context a worker, tensors on the GPU from input to output.
+
+A plan is executable code, and it is right for one graph alone: it is loaded only if the record
+beside it names its hash, the hash of the graph in the same archive, and what the parity gate said.
+"""
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.engine import OUTPUTS, EngineError, Outputs
+
+
+def record_file(plan: Path) -> Path:
+    """Where a plan's record lies."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def check_record(plan: Path, graph: Path) -> dict[str, Any]:
+    """The record of `plan`. Raises EngineError where it is missing or speaks of other files."""
+    file = record_file(plan)
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{plan.name} has no readable {file.name}: build it with `rampart export --tensorrt`"
+        ) from error
+    for name, path in (("sha256", plan), ("graph_sha256", graph)):
+        if record.get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise EngineError(
+                f"{path.name} is not the file that {file.name} speaks of: build the plan anew"
+            )
+    if not record.get("parity"):
+        raise EngineError(f"{file.name} records no parity run: build the plan anew")
+    return record
+
+
+class PlanEngine:
+    """A loaded plan with the interface of `handlers.engine.Engine`. Raises EngineError."""
+
+    device = "tensorrt"
+
+    def __init__(self, plan: Path, graph: Path, *, device_id: int = 0) -> None:
+        record = check_record(plan, graph)
+        try:
+            trt, torch = (importlib.import_module(name) for name in ("tensorrt", "torch"))
+        except ImportError as error:
+            raise EngineError(f"a plan needs {error.name}, which is not installed") from error
+        if trt.__version__ != record["tensorrt"]:
+            raise EngineError(
+                f"{plan.name} was built by TensorRT {record['tensorrt']} and this is"
+                f" {trt.__version__}: build it anew here"
+            )
+        self._torch, self._gpu = torch, torch.device("cuda", device_id)
+        self._stream = torch.cuda.Stream(self._gpu)
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise EngineError(f"{plan.name} does not load on this GPU: build it anew here")
+        self._context = self._engine.create_execution_context()
+        _, _, most = self._engine.get_tensor_profile_shape("image", 0)
+        self._most = int(most[0])
+        self.image_shape: tuple[int, int, int] = (int(most[1]), int(most[2]), int(most[3]))
+        for batch in (1, self._most):
+            self.run(np.zeros((batch, *self.image_shape), dtype=np.uint8))
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run uint8 (N, H, W, 3), in pieces that the plan's profile takes."""
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or len(images) == 0:
+            raise ValueError(f"expected uint8 images (N, {self.image_shape}), not {images.shape}")
+        starts = range(0, len(images), self._most)
+        pieces = [self._piece(images[start : start + self._most]) for start in starts]
+        return Outputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+
+    def _piece(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        torch = self._torch
+        with torch.cuda.stream(self._stream):
+            image = torch.from_numpy(np.ascontiguousarray(images)).to(self._gpu)
+            if not self._context.set_input_shape("image", tuple(image.shape)):
+                raise EngineError(f"the plan takes no batch of {len(images)}")
+            self._context.set_tensor_address("image", image.data_ptr())
+            outputs = []
+            for name in OUTPUTS:
+                kind = torch.uint8 if name == "purified" else torch.float32
+                shape = tuple(self._context.get_tensor_shape(name))
+                outputs.append(torch.empty(shape, dtype=kind, device=self._gpu))
+                self._context.set_tensor_address(name, outputs[-1].data_ptr())
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise EngineError("TensorRT failed to run the plan: its log says why")
+            arrays = [output.cpu().numpy() for output in outputs]
+        self._stream.synchronize()
+        return arrays

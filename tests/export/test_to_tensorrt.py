@@ -1,0 +1,111 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from export.archive import archive, export_variant
+from export.quantize import quantize, ranges_file
+from export.to_tensorrt import (
+    PROFILE,
+    Profile,
+    cache_key,
+    to_tensorrt,
+    trtexec_line,
+    unsupported,
+    write_record,
+)
+from hardening.data import Images
+
+missing = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="this machine has TensorRT"
+)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    path = tmp_path_factory.mktemp("trt") / "graph.onnx"
+    export_variant(tiny_folder, "full", path)
+    return path
+
+
+def test_the_profile_spans_from_one_image_to_the_largest_batch() -> None:
+    shapes = [(1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3)]
+    assert PROFILE.shapes(32) == shapes
+    with pytest.raises(ValueError, match="in order"):
+        Profile(best=8, most=4).shapes(32)
+
+
+def test_the_cache_key_changes_with_everything_that_was_timed(graph: Path, tmp_path: Path) -> None:
+    known = {"gpu": "H200", "tensorrt": "10.16", "profile": PROFILE}
+    key = cache_key(graph, **known)  # type: ignore[arg-type]
+    assert key == cache_key(graph, **known)  # type: ignore[arg-type]
+    (tmp_path / "other.onnx").write_bytes(graph.read_bytes() + b"\0")
+    others = [
+        cache_key(tmp_path / "other.onnx", **known),  # type: ignore[arg-type]
+        cache_key(graph, **known | {"gpu": "L4"}),  # type: ignore[arg-type]
+        cache_key(graph, **known | {"tensorrt": "11.0"}),  # type: ignore[arg-type]
+        cache_key(graph, **known | {"profile": Profile(1, 1)}),  # type: ignore[arg-type]
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_trtexec_is_told_the_same() -> None:
+    assert trtexec_line(Path("g.onnx"), Path("g.plan"), 32, PROFILE) == (
+        "trtexec --onnx=g.onnx --stronglyTyped --noTF32 --minShapes=image:1x32x32x3"
+        " --optShapes=image:8x32x32x3 --maxShapes=image:32x32x32x3 --saveEngine=g.plan"
+    )
+
+
+@pytest.mark.parametrize("variant", ["full", "lean"])
+def test_every_node_of_our_graphs_is_one_that_tensorrt_takes(
+    variant: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    export_variant(tiny_folder, variant, tmp_path / "g.onnx")  # type: ignore[arg-type]
+    assert unsupported(tmp_path / "g.onnx") == {}
+
+
+def test_what_tensorrt_would_not_take_is_found(tmp_path: Path) -> None:
+    def value(name: str, kind: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, ["n", 4])
+
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["turned"], "early"),
+        helper.make_node("Cast", ["turned"], ["x"], "to_float", to=TensorProto.FLOAT),
+        helper.make_node("Det", ["x"], ["y"], "odd"),
+        helper.make_node("Cast", ["y"], ["small"], "inside", to=TensorProto.UINT8),
+        helper.make_node("Transpose", ["small"], ["out"], "late"),
+    ]
+    ends = [value("image", TensorProto.UINT8)], [value("out", TensorProto.UINT8)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", *ends)), tmp_path / "g.onnx")
+    assert unsupported(tmp_path / "g.onnx") == {
+        "8-bit input that is not cast at once": ["early"],
+        "Det is not in the support matrix": ["odd"],
+        "8-bit values inside the graph": ["inside"],
+    }
+
+
+@missing
+def test_without_tensorrt_it_says_what_to_install_and_what_trtexec_would_do(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match=r"pip install .*tensorrt-cu13.*trtexec --onnx="):
+        to_tensorrt(tiny_folder, tmp_path / "tiny.plan", variant="lean")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_takes_a_plan_of_its_own_graph_alone(
+    tiny_folder: Path, graph: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    plan = tmp_path / "tiny.plan"
+    plan.write_bytes(b"not run here")
+    record = write_record(plan, graph, version="10.16.0", parity="parity on 96 images")
+    assert json.loads(record.read_text())["tensorrt"] == "10.16.0"
+    archive(tiny_folder, tmp_path / "a.mar", plan=plan)
+    int8 = tmp_path / "int8.onnx"
+    quantize(graph, ranges_file(tmp_path, "full"), int8, tiny_images.image[:64].numpy())
+    write_record(plan, int8, version="10.16.0", parity="parity on 96 images")
+    with pytest.raises(RuntimeError, match="is not the file that"):
+        archive(tiny_folder, tmp_path / "b.mar", plan=plan)
