@@ -629,6 +629,13 @@ def variants_in(model: Path) -> list[Literal["full", "lean"]]:
     return [v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()]
 
 
+def calibrated(model: Path) -> list[Literal["full", "lean"]]:
+    """`variants_in`, at least one. Raises ValueError that says how to make it."""
+    if known := variants_in(model):
+        return known
+    raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
+
+
 def best_variant(model: Path) -> Literal["full", "lean"]:
     """The variant that is taken where none is asked for: what the ablation chose, else `full`.
 
@@ -735,11 +742,7 @@ def ablate(
     from hardening.victims import label_victim
 
     where, weights = pick_device(device), model / "weights.safetensors"
-    if not variants_in(model):
-        raise ValueError(
-            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
-        )
-    pipeline, known = pipelines.load(weights, variants_in(model)[0])
+    pipeline, known = pipelines.load(weights, calibrated(model)[0])
     _, images = read_data(data, held, pipeline.classifier.config.image_size)
     if known != images.classes:
         raise ValueError(f"the images have the classes {images.classes}, the model {known}")
@@ -779,12 +782,8 @@ def alarms(
     from hardening.calibrate import load_variant
     from hardening.data import split, spread
 
-    if not variants_in(model):
-        raise ValueError(
-            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
-        )
     where, every = pick_device(device), []
-    for variant in variants_in(model):
+    for variant in calibrated(model):
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         every.append(false.Judged(pipeline.to(where), load_variant(model, variant)))
     _, images = read_data(data, held, pipeline.classifier.config.image_size)
@@ -870,15 +869,12 @@ def quantize(
     from hardening import report
     from hardening.pipeline import load_classifier
 
-    if not variants_in(model):
-        raise ValueError(
-            f"{model} is no folder of a calibrated model: `rampart calibrate` makes it"
-        )
-    weights, source = model / "weights.safetensors", (held or data).name
+    variants, weights = calibrated(model), model / "weights.safetensors"
+    source = (held or data).name
     _, images = read_data(data, held, load_classifier(weights).config.image_size)
     known = {"weights_sha256": sha256(weights), "data": f"validation split of {source}"}
     entries: dict[str, Any] = {"command": command_line()}
-    for variant in variants_in(model):
+    for variant in variants:
         found = make(model, variant, images, source=source, limit=limit, rate=rate)
         say(f"{variant}: {found}")
         entries[variant] = found._asdict() | known
