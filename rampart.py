@@ -564,14 +564,16 @@ def deliver(model: Path, target: Path) -> None:
     from hardening import report
 
     def decides(folder: Path) -> dict[str, bytes]:
-        files = [*folder.glob("weights.safetensors"), *folder.glob("calibration-*.json")]
-        return {file.name: file.read_bytes() for file in files}
+        names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
+        files = [folder / name for name in names]
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
 
     log = target / "evaluations.jsonl"
     known, lines = report.read_card(target), log.read_text() if log.is_file() else ""
     same = decides(target) == decides(model)
-    for variant in VARIANTS:  # an earlier model's would not fit this one's weights
-        (target / f"calibration-{variant}.json").unlink(missing_ok=True)
+    if not same:  # an earlier model's would not fit this one's weights
+        for file in [*target.glob("calibration-*.json"), *target.glob("ranges-*.json")]:
+            file.unlink()
     shutil.copytree(model, target, dirs_exist_ok=True)
     if same:
         card = report.read_card(target)
@@ -703,18 +705,17 @@ def int8_victims(model: Path, *, rate: float, device: "torch.device") -> "list[V
     """The int8 graphs of a model folder."""
     from export.archive import check_made
     from export.quantize import ranges_file
-    from hardening import checkpoint, victims
     from hardening import pipeline as pipelines
+    from hardening import victims
     from hardening.calibrate import load_variant
 
     out = []
     for variant in variants_in(model):
         check_made(model, variant, "int8")
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
-        ranges = ranges_file(model, variant)
-        digest = f"{checkpoint.digest(pipeline)} int8 {ranges.read_text()}"
-        table, engine = load_variant(model, variant, "int8"), to_engine(pipeline, ranges)
-        make = partial(victims.quantized_victim, pipeline.to(device), table, digest)
+        engine = to_engine(pipeline, ranges_file(model, variant))
+        table = load_variant(model, variant, "int8")
+        make = partial(victims.quantized_victim, pipeline.to(device), table, engine.digest)
         out.append(make(rate=rate, engine=engine))
     return out
 
@@ -860,11 +861,11 @@ def quantize(
     model: Model,
     data: Data,
     held: Held = None,
-    limit: Annotated[int, typer.Option(help="So many calibration images give the ranges")] = 512,
+    limit: Annotated[int, typer.Option(min=1, help="So many tuning images give the ranges")] = 512,
     rate: Rate = 0.01,
 ) -> None:
     """Make the int8 form of every variant, calibrate it, and hold it to its gate."""
-    from export.archive import sha256
+    from export.archive import int8_parts
     from export.quantize import make
     from hardening import report
     from hardening.pipeline import load_classifier
@@ -872,13 +873,16 @@ def quantize(
     variants, weights = calibrated(model), model / "weights.safetensors"
     source = (held or data).name
     _, images = read_data(data, held, load_classifier(weights).config.image_size)
-    known = {"weights_sha256": sha256(weights), "data": f"validation split of {source}"}
-    entries: dict[str, Any] = {"command": command_line()}
     for variant in variants:
         found = make(model, variant, images, source=source, limit=limit, rate=rate)
         say(f"{variant}: {found}")
-        entries[variant] = found._asdict() | known
-    report.add_to_card(model, {"int8": entries})
+        known = {"data": f"validation split of {source}", "sha256": int8_parts(model, variant)}
+        card = report.read_card(model)
+        # Figures of an earlier int8 graph are not this one's.
+        rows = [r for r in card.get("metrics", []) if "int8" not in r["subject"]]
+        made = card.get("int8", {}) | {variant: found._asdict() | known}
+        made["command"] = command_line()
+        report.add_to_card(model, {"metrics": rows, "int8": made})
 
 
 @app.command()
@@ -923,7 +927,7 @@ def export(
     images = gate_images(model, data)
     if out:
         say(export_variant(model, chosen, out, precision=form, images=images))
-        say(out)
+        say(f"{out}: {chosen}, {form}")
     if triton:
         make = partial(to_triton, model, triton, variant=chosen, precision=form)
         say(f"{make(version=model_version, images=images)}: serve it with tritonserver")

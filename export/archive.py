@@ -67,13 +67,23 @@ def export_variant(
     return parity
 
 
+def int8_parts(folder: Path, variant: str) -> dict[str, str]:
+    """Digests of the files that an int8 form stands on, by name; of those that are there."""
+    files = (
+        folder / "weights.safetensors",
+        ranges_file(folder, variant),
+        calibration_file(folder, variant, "int8"),
+    )
+    return {file.name: sha256(file) for file in files if file.is_file()}
+
+
 def check_made(folder: Path, variant: pipelines.Variant, precision: Precision) -> None:
-    """Raise ValueError where a folder's int8 form was not made, or made for other weights."""
+    """Raise ValueError where a folder's int8 form was not made, or made of other files."""
     if precision == "fp32":
         return
-    known = read_card(folder).get("int8", {}).get(variant, {}).get("weights_sha256")
-    if known != sha256(folder / "weights.safetensors"):
-        missing = "was made for other weights" if known else "was not made"
+    known = read_card(folder).get("int8", {}).get(variant, {}).get("sha256")
+    if known != int8_parts(folder, variant):
+        missing = "was made of other files than these" if known else "was not made"
         raise ValueError(f"the int8 form of {folder.name} {variant} {missing}: `rampart quantize`")
 
 
@@ -119,6 +129,8 @@ def archive(
         parity = export_variant(
             folder, variant, graph, precision=precision, images=images, rate=rate
         )
+        if plan and precision != "fp32":
+            raise ValueError("a plan is built of the fp32 graph: pass --precision fp32")
         if plan:
             policy["device"] = "plan"
             pack_plan(plan, graph)

@@ -3,6 +3,7 @@
 rampart inspect model_store/NAME.mar
 """
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import yaml
 
 from export.archive import sha256
 from export.recalibrate import unpack
-from handlers.engine import Engine, EngineError
+from handlers.engine import Engine
 from hardening.report import markdown, read_card
 
 KINDS = (".mar", ".onnx")
@@ -35,14 +36,19 @@ def inspect(file: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         names = unpack(file, work)
-        yield f"{len(names)} files, each as its hash in sha256.json says"
+        listed = json.loads((work / "sha256.json").read_text())
+        free = ", ".join(sorted(name for name in names if name not in listed))
+        yield f"{len(listed)} files have the hashes that sha256.json lists; not listed: {free}"
         yield from card_lines(read_card(work), work)
         yield from graph_lines(work / "graph.onnx")
 
 
 def card_lines(card: dict[str, Any], work: Path) -> Iterator[str]:
     """Name, policy and figures of an unpacked archive."""
-    settings = yaml.safe_load((work / "model-config.yaml").read_text())
+    try:
+        settings = yaml.safe_load((work / "model-config.yaml").read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"model-config.yaml is not YAML: {error}") from error
     facts = {
         "model": f"{card.get('name')}, {card.get('variant')}, {card.get('precision', 'fp32')}",
         "trained on": card.get("data", "not said"),
@@ -62,6 +68,8 @@ def graph_lines(file: Path) -> Iterator[str]:
         model = onnx.load(file)
     except Exception as error:  # protobuf's errors have no common type
         raise ValueError(f"{file} is no ONNX graph: {error}") from error
+    if not model.opset_import:
+        raise ValueError(f"{file} is no ONNX graph: it is empty")
     for title, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
             kind = value.type.tensor_type
@@ -75,7 +83,7 @@ def graph_lines(file: Path) -> Iterator[str]:
     yield f"ONNX Runtime {ort.__version__} here has {', '.join(ort.get_available_providers())}"
     try:
         Engine(file)
-    except EngineError as error:
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
         yield f"it does not run as a Rampart graph: {error}"
     else:
         yield "it runs here, on the CPU"

@@ -46,7 +46,17 @@ def export(
             verbose=False,
         )
     check_batch_is_dynamic(path)
+    forget_sources(path)
     return path
+
+
+def forget_sources(path: Path) -> None:
+    """Take out where in whose files each node came from: the hash must be that of the graph."""
+    model = onnx.load(path)
+    for item in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    onnx.save(model, path)
 
 
 def cast_first(path: Path) -> None:

@@ -95,9 +95,12 @@ def unsupported(graph: Path) -> dict[str, list[str]]:
     return out
 
 
-def build(graph: Path, plan: Path, *, profile: Profile = PROFILE, workspace: int = 2 << 30) -> str:
+def build(
+    graph: Path, plan: Path, timings: Path, *, profile: Profile, workspace: int = 2 << 30
+) -> str:
     """Write the plan of `graph`; returns the version of TensorRT that it needs.
 
+    What was timed is kept in the folder `timings`, for the next build of the same.
     Raises RuntimeError with the parser's own words, or with what to install.
     """
     trt = tensorrt()
@@ -118,22 +121,22 @@ def build(graph: Path, plan: Path, *, profile: Profile = PROFILE, workspace: int
     size = network.get_input(0).shape[1]
     shapes.set_shape("image", *profile.shapes(size))
     config.add_optimization_profile(shapes)
-    timings = timing_file(plan, graph, trt.__version__, profile)
-    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+    known = timings / timing_name(graph, trt.__version__, profile)
+    cache = config.create_timing_cache(known.read_bytes() if known.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     made = builder.build_serialized_network(network, config)
     if made is None:
         raise RuntimeError(f"TensorRT built no plan of {graph.name}: its log above says why")
     plan.write_bytes(bytes(made))
-    timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+    known.write_bytes(bytes(config.get_timing_cache().serialize()))
     return str(trt.__version__)
 
 
-def timing_file(plan: Path, graph: Path, version: str, profile: Profile) -> Path:
-    """Where tactics that were timed for this very build are kept."""
+def timing_name(graph: Path, version: str, profile: Profile) -> str:
+    """The file of tactics that were timed for this very build."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     key = cache_key(graph, gpu=gpu, tensorrt=version, profile=profile)
-    return plan.with_name(f"timing-{key}.cache")
+    return f"timing-{key}.cache"
 
 
 def tensorrt() -> Any:
@@ -168,7 +171,7 @@ def to_tensorrt(
         if images is None:
             images = sample_crops(pipeline.classifier.config.image_size)
         try:
-            version = build(graph, made, profile=profile)
+            version = build(graph, made, plan.parent, profile=profile)
         except RuntimeError as error:
             exported = plan.with_suffix(".onnx")
             line = trtexec_line(exported, plan, images.shape[1], profile)

@@ -143,26 +143,39 @@ def to_triton(
     home = repository / folder.name
     if (home / str(version)).exists():
         raise ValueError(f"{home / str(version)} exists: name another --model-version")
-    calibration = load_variant(folder, variant, precision)
     labels = checkpoint.read(folder / "weights.safetensors")[0]["classes"]
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=repository) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         graph = work / "graph.onnx"
         export_variant(folder, variant, graph, precision=precision, images=images)
-        size = Engine(graph).image_shape[0]
+        calibration = load_variant(folder, variant, precision)
         with_p_value(graph, calibration, work / "model.onnx")
-        graph.unlink()
-        work.chmod(0o755)
-        shutil.copytree(work, home / str(version))
-    (home / "labels.txt").write_text("\n".join(labels) + "\n")
-    (home / "config.pbtxt").write_text(
-        CONFIG.format(
-            name=folder.name,
-            batch=MAX_BATCH,
-            size=size,
-            classes=len(labels),
-            detectors=len(calibration.detectors),
-        )
-    )
+        texts = {
+            "labels.txt": "\n".join(labels) + "\n",
+            "config.pbtxt": CONFIG.format(
+                name=folder.name,
+                batch=MAX_BATCH,
+                size=Engine(graph).image_shape[0],
+                classes=len(labels),
+                detectors=len(calibration.detectors),
+            ),
+        }
+        place(home, version, texts, work / "model.onnx")
     return home
+
+
+def place(home: Path, version: int, texts: dict[str, str], model: Path) -> None:
+    """Put a version where a server may be looking: what it needs first, itself at once."""
+    for name, text in texts.items():
+        if (home / name).is_file() and (home / name).read_text() != text:
+            raise ValueError(
+                f"{home / name} is of a model with other inputs or outputs: all versions share it,"
+                " so take another repository"
+            )
+    home.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (home / name).write_text(text)
+    partial = home / f"{version}.partial"  # not a number, so no version to Triton
+    partial.mkdir(exist_ok=True)
+    shutil.copy(model, partial / "model.onnx")
+    partial.rename(home / str(version))

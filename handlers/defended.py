@@ -34,7 +34,6 @@ NEEDED = (
     "handlers/engine.py",
     "handlers/verdict.py",
     "handlers/protocol.py",
-    "handlers/plan.py",
 )
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 SETTINGS = {"false_alarm_rate", "on_detection", "detail", "image_size", "threads", "device"}
@@ -134,6 +133,8 @@ def verify(folder: Path) -> None:
     for name in NEEDED:
         if name not in listed:
             raise ValueError(f"{name} is not listed in {HASHES}: build the archive anew")
+    if (folder / PLAN).exists() and PLAN not in listed:
+        raise ValueError(f"{PLAN} is not listed in {HASHES}, and is code: build the archive anew")
     for name, digest in listed.items():
         path = folder / name
         if not path.is_file():
@@ -148,9 +149,14 @@ def verify(folder: Path) -> None:
 def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runs:
     """What runs an unpacked archive's graph: ONNX Runtime, or for the device `plan` TensorRT.
 
-    `auto` takes a plan where there is one that works, and says so where it does not. Raises
-    EngineError.
+    `auto` takes a plan where there is one that works, and says so where it does not; an int8 graph
+    runs on the CPU. Raises EngineError.
     """
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    if card.get("precision") == "int8":
+        if device not in ("cpu", "auto"):
+            raise EngineError(f"an int8 archive is for CPUs, not {device}: build one with fp32")
+        device = "cpu"
     plan, graph = folder / PLAN, folder / "graph.onnx"
     if device == "plan" and not plan.is_file():
         raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")

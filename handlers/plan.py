@@ -48,18 +48,24 @@ class PlanEngine:
     def __init__(self, plan: Path, graph: Path, *, device_id: int = 0) -> None:
         record = check_record(plan, graph)
         try:
-            trt, torch = (importlib.import_module(name) for name in ("tensorrt", "torch"))
-        except ImportError as error:
-            raise EngineError(f"a plan needs {error.name}, which is not installed") from error
-        if trt.__version__ != record["tensorrt"]:
+            self._load(plan, record, device_id)
+        except EngineError:
+            raise
+        except Exception as error:  # no package, no driver, no memory: none has a common type
+            raise EngineError(f"{plan.name} does not run here: {error}") from error
+
+    def _load(self, plan: Path, record: dict[str, Any], device_id: int) -> None:
+        trt, torch = (importlib.import_module(name) for name in ("tensorrt", "torch"))
+        if trt.__version__ != record.get("tensorrt"):
             raise EngineError(
-                f"{plan.name} was built by TensorRT {record['tensorrt']} and this is"
+                f"{plan.name} was built by TensorRT {record.get('tensorrt')} and this is"
                 f" {trt.__version__}: build it anew here"
             )
         self._torch, self._gpu = torch, torch.device("cuda", device_id)
+        torch.cuda.set_device(self._gpu)  # where TensorRT puts the plan
         self._stream = torch.cuda.Stream(self._gpu)
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise EngineError(f"{plan.name} does not load on this GPU: build it anew here")
         self._context = self._engine.create_execution_context()

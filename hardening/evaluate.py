@@ -32,7 +32,7 @@ SMALL = (0.25, 0.5)
 CHECKED, QUERIES = 40, 200
 PGD20 = "PGD, 20 steps of eps/4"
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
-LABEL_CODE = ("attacks", "models", "noise", "objectives", "rungs")
+LABEL_CODE = ("attacks", "data", "models", "noise", "objectives", "rungs")
 PIPELINE_CODE = (*LABEL_CODE, "calibrate", "detectors", "pipeline", "purifier", "victims")
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 

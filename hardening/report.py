@@ -171,22 +171,27 @@ def model_table(folders: Sequence[Path]) -> str:
 
 
 def robust_in_int8(folder: Path, variant: str) -> float | None:
-    """Worst-case robust accuracy that int8 costs a variant; None where it was not measured.
+    """Worst-case robust accuracy, with or without rejection, that int8 costs a variant at most.
 
-    Both figures are of the same images and attacks; of several such pairs that of most images.
+    Only validation images decide: test images must not choose what is served. Both figures are of
+    the same images and attacks; of several such pairs that of most images counts. None where it was
+    not measured.
     """
-    pairs: dict[tuple[str, str], dict[str, float]] = {}
-    sizes: dict[tuple[str, str], int] = {}
+    pairs: dict[tuple[str, ...], dict[str, float]] = {}
+    sizes: dict[tuple[str, ...], int] = {}
     for r in read_card(folder).get("metrics", []):
-        if (r["variant"], r["name"]) == (variant, "robust"):
-            key = (r["data"], r["attack"])
+        kind = r["name"].partition("@")[0]
+        wanted = r["variant"] == variant and kind in ("robust", "robust_with_rejection")
+        if wanted and "validation split" in r["data"]:
+            key = (r["name"], r["data"], r["attack"], r["norm"], r["eps"])
             pairs.setdefault(key, {})[r["subject"]] = r["value"]
             sizes[key] = r["n"]
     both = [key for key, found in pairs.items() if {"pipeline", "graph:int8"} <= set(found)]
-    if not both:
-        return None
-    found = pairs[max(both, key=lambda key: sizes[key])]
-    return found["pipeline"] - found["graph:int8"]
+    most = max((sizes[key] for key in both), default=0)
+    losses = [
+        pairs[key]["pipeline"] - pairs[key]["graph:int8"] for key in both if sizes[key] == most
+    ]
+    return round(max(losses), 6) if losses else None
 
 
 def with_tables(text: str, folders: Sequence[Path]) -> str:

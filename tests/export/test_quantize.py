@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto
 
 from export import parity
-from export.archive import archive, sample_crops, sha256
+from export.archive import archive, int8_parts, sample_crops
 from export.quantize import classifier_nodes, make, quantize, ranges_file
 from export.to_onnx import to_onnx
 from handlers.engine import Engine
@@ -99,8 +99,8 @@ def test_the_int8_archive_is_smaller_calibrated_for_itself_and_answers(
         archive(folder, tmp_path / "early.mar", precision="int8")
     found = make(folder, "full", tiny_images, source="blobs", rate=0.05)
     assert found.same >= 0.98
-    digest = sha256(folder / "weights.safetensors")
-    write_card(folder, read_card(folder) | {"int8": {"full": {"weights_sha256": digest}}})
+    made = {"full": {"sha256": int8_parts(folder, "full")}}
+    write_card(folder, read_card(folder) | {"int8": made})
     archive(folder, tmp_path / "fp32.mar")
     archive(folder, tmp_path / "int8.mar", precision="int8")
     content = []
@@ -115,8 +115,8 @@ def test_the_int8_archive_is_smaller_calibrated_for_itself_and_answers(
     assert content[1][1] == calibration_file(folder, "full", "int8").read_bytes() != content[0][1]
     out = Engine(tmp_path / "int8" / "graph.onnx").run(tiny_images.image[:4].numpy())
     assert out.logits.shape == (4, 10) and out.purified.shape == (4, 32, 32, 3)
-    write_card(folder, read_card(folder) | {"int8": {"full": {"weights_sha256": "0" * 64}}})
-    with pytest.raises(ValueError, match="was made for other weights"):
+    ranges_file(folder, "full").write_text("{}")
+    with pytest.raises(ValueError, match="was made of other files than these"):
         archive(folder, tmp_path / "late.mar", precision="int8")
 
 
@@ -132,3 +132,12 @@ def test_a_form_that_fails_its_gate_leaves_nothing_behind(
     with pytest.raises(RuntimeError, match="loses too much in int8, so nothing was written"):
         make(folder, "full", mixed, source="blobs", rate=0.05)
     assert sorted(file.name for file in folder.iterdir()) == before
+
+
+def test_images_of_other_classes_are_refused(
+    tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    other = Images(tiny_images.image, tiny_images.label, tuple("abcdefghij"))
+    with pytest.raises(ValueError, match="the images have the classes"):
+        make(folder, "full", other, source="letters")

@@ -28,6 +28,10 @@ def test_the_graph_is_one_file_with_the_documented_border(graph: Path) -> None:
     assert tuple(output.name for output in model.graph.output) == OUTPUTS
 
 
+def test_the_graph_says_nothing_of_where_its_code_lay(graph: Path) -> None:
+    assert b".py" not in graph.read_bytes()
+
+
 @pytest.mark.parametrize("count", [1, 3, 32])
 def test_any_batch_gives_what_torch_gives(
     graph: Path, tiny_pipeline: DefendedClassifier, tiny_images: Images, count: int

@@ -19,7 +19,8 @@ from hardening.data import Images
 @pytest.fixture
 def packed(tmp_path: Path, unpacked: Path) -> Path:
     """An unpacked archive with something in the plan's place, and its record."""
-    shutil.copy(unpacked / "graph.onnx", tmp_path)
+    for name in ("graph.onnx", "card.json"):
+        shutil.copy(unpacked / name, tmp_path)
     (tmp_path / PLAN).write_bytes(b"a plan")
     digests = {
         "sha256": hashlib.sha256(b"a plan").hexdigest(),
@@ -67,6 +68,14 @@ def test_auto_falls_back_to_the_graph_and_says_so(
     with caplog.at_level(logging.WARNING):
         assert load_engine(packed, "auto", 1, 0).device in ("cpu", "cuda")
     assert "Running the graph and not its plan: graph.plan is not the file" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "plan"])
+def test_an_int8_archive_is_for_the_cpu_that_it_was_measured_on(packed: Path, device: str) -> None:
+    (packed / "card.json").write_text('{"precision": "int8"}')
+    with pytest.raises(EngineError, match=f"int8 archive is for CPUs, not {device}: .* fp32"):
+        load_engine(packed, device, 1, 0)
+    assert load_engine(packed, "auto", 1, 0).device == "cpu"
 
 
 def test_a_real_plan_decides_as_the_graph_does(

@@ -53,18 +53,28 @@ def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     assert "40.0%" not in report.markdown(card)
 
 
-def test_what_int8_costs_is_of_the_same_images_and_attacks(tmp_path: Path) -> None:
-    def row(subject: str, value: float, n: int, attack: str = "a") -> dict[str, Any]:
-        metric = Metric(subject, "full", "robust", value, n, Threat(), attack)
-        return report.row(metric, data=f"{n} images", command="c")
+def test_what_int8_costs_is_of_the_same_validation_images_and_attacks(tmp_path: Path) -> None:
+    def row(
+        subject: str, value: float, n: int, attack: str = "a", *, name: str = "robust"
+    ) -> dict[str, Any]:
+        metric = Metric(subject, "full", name, value, n, Threat(), attack)
+        return report.row(metric, data=f"{n} of validation split of d", command="c")
 
-    float_alone = [row("pipeline", 0.5, 600), row("graph:int8", 0.2, 600, "another attack")]
-    report.write_card(tmp_path, {"metrics": float_alone})
+    apart = [row("pipeline", 0.5, 600), row("graph:int8", 0.2, 600, "another attack")]
+    test = [row("pipeline", 0.5, 617), row("graph:int8", 0.2, 617)]
+    test = [r | {"data": "official test images"} for r in test]
+    report.write_card(tmp_path, {"metrics": [*apart, *test]})
     assert report.robust_in_int8(tmp_path, "full") is None
     few = [row("pipeline", 0.5, 50), row("graph:int8", 0.1, 50)]
-    many = [row("pipeline", 0.42, 200), row("graph:int8", 0.4, 200)]
-    report.write_card(tmp_path, {"metrics": [*float_alone, *few, *many]})
-    assert report.robust_in_int8(tmp_path, "full") == pytest.approx(0.02)
+    many = [row("pipeline", 0.42, 200), row("graph:int8", 0.41, 200)]
+    report.write_card(tmp_path, {"metrics": [*apart, *test, *few, *many]})
+    assert report.robust_in_int8(tmp_path, "full") == 0.01
+    rejecting = [
+        row(subject, value, 200, name="robust_with_rejection@1%")
+        for subject, value in (("pipeline", 0.5), ("graph:int8", 0.46))
+    ]
+    report.write_card(tmp_path, {"metrics": [*many, *rejecting]})
+    assert report.robust_in_int8(tmp_path, "full") == 0.04
     assert report.robust_in_int8(tmp_path, "lean") is None
 
 
