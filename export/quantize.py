@@ -1,4 +1,4 @@
-"""The exported graph with its classifier in int8: a third of the size, less than half the time.
+"""The exported graph with its classifier in int8: a third of the size, and less time.
 
     rampart quantize model_store/NAME --data cifar10/
 
