@@ -369,7 +369,7 @@ def test_an_engine_that_always_fails_gives_each_request_500(
         ({"on_detection": "shrug"}, "on_detection must be flag or reject"),
         ({"false_alarm": 0.1}, "unknown rampart setting"),
         ({"false_alarm_rate": 1e-9}, "cannot tell a false_alarm_rate"),
-        ({"device": "tpu"}, "choose one of cpu, cuda, auto"),
+        ({"device": "tpu"}, "choose one of cpu, cuda, tensorrt, auto"),
     ],
 )
 def test_settings_that_cannot_be_served_fail_the_load_in_one_line(
