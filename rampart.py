@@ -1,6 +1,7 @@
 """The command line: one function per verb, each a thin call into the packages."""
 
 import os
+import shlex
 import shutil
 import sys
 from contextlib import suppress
@@ -110,8 +111,8 @@ def read_data(data: Path, held: Path | None, size: int) -> "tuple[Images | Folde
 
 def command_line() -> str:
     """The command as typed, for the card; folders of this machine are cut from its paths."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
-    return " ".join(["rampart", *words])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["rampart", *words])
 
 
 def versions() -> dict[str, str]:
@@ -225,8 +226,15 @@ def train(
         net.backbone.compile()
     validation = split(held_out, "validation")[slice(validate_on)]
     net, parts = net.to(where), (images, validation)
-    earlier = known.get("history", [])
-    best = train_classifier(net, recipe, out, parts, teacher=robust, earlier=earlier)
+    best = train_classifier(
+        net,
+        recipe,
+        out,
+        parts,
+        teacher=robust,
+        earlier=known.get("history", []),
+        commands=[*known.get("commands", []), command_line()],
+    )
     if distributed.first():
         say(f"best classifier: {best}")
 
@@ -283,7 +291,8 @@ def purifier(
     images, held_out = read_data(data, held, net.config.image_size)
     validation = split(held_out, "validation")[slice(validate_on)]
     recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
-    best = train_purifier(net, PurifierConfig(), recipe, out, (images, validation))
+    parts, commands = (images, validation), [command_line()]
+    best = train_purifier(net, PurifierConfig(), recipe, out, parts, commands=commands)
     if distributed.first():
         say(f"best purifier: {best}")
 
@@ -364,7 +373,11 @@ def assemble(
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
         say(calibration.write(model, made, f"{(held or data).name}, calibration split"))
-    history = checkpoint.read(classifier)[0].get("history", [])
+    made_by = {"classifier": checkpoint.read(classifier)[0]}
+    if purifier:
+        made_by["purifier"] = checkpoint.read(purifier)[0]
+    commands = [line for known in made_by.values() for line in known.get("commands", [])]
+    history = made_by["classifier"].get("history", [])
     if history:
         draw(history, model / "curve.png")
     report.write_card(
@@ -372,15 +385,11 @@ def assemble(
         {
             "model": model.name,
             "data": data_name or data.name,
-            "training": {
-                part.stem: checkpoint.read(part)[0]["training"]
-                for part in (classifier, purifier)
-                if part
-            },
+            "training": {part: known["training"] for part, known in made_by.items()},
             "history": history,
             "classifier": net.config._asdict(),
             "calibration_images": made.images,
-            "commands": [command_line()],
+            "commands": list(dict.fromkeys([*commands, command_line()])),  # one line of `harden`
         },
     )
 

@@ -10,6 +10,7 @@ image never depends on its neighbours.
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,10 +182,13 @@ def train_purifier(
     recipe: PurifierRecipe,
     folder: Path,
     images: tuple[Images | Folder, Images],
+    *,
+    commands: Sequence[str] = (),
 ) -> Path:
     """Train a purifier for the frozen `classifier`; `images` are (training, validation).
 
-    Returns the file of the epoch with the best robust validation accuracy through both.
+    `commands` are the lines that started the run, which stay with its weights. Returns the file of
+    the epoch with the best robust validation accuracy through both.
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
@@ -195,7 +199,8 @@ def train_purifier(
 
     def keep() -> None:
         content = {"purifier": config._asdict(), "training": repr(recipe)}
-        checkpoint.save(best, trainer.ema, content | {"history": [trainer.run.history]})
+        seen = {"history": [trainer.run.history], "commands": list(commands)}
+        checkpoint.save(best, trainer.ema, content | seen)
 
     trainer.run.fit(
         train,

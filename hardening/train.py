@@ -356,12 +356,13 @@ def train_classifier(
     *,
     teacher: Classifier | None = None,
     earlier: Sequence[History] = (),
+    commands: Sequence[str] = (),
 ) -> Path:
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
-    `earlier` are the histories of the runs that made its weights, which stay with them. Returns the
-    file of the epoch with the best validation accuracy: robust, but for a network that is to be the
-    undefended control.
+    `earlier` are the histories of the runs that made its weights, `commands` the lines that started
+    those runs and this one; both stay with the weights. Returns the file of the epoch with the best
+    validation accuracy: robust, but for a network that is to be the undefended control.
     """
     trainer = Trainer(classifier, recipe, folder, teacher=teacher)
     trainer.run.earlier = list(earlier)
@@ -372,7 +373,8 @@ def train_classifier(
 
     def keep() -> None:
         content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
-        checkpoint.save(best, trainer.ema, content | {"history": [*earlier, trainer.run.history]})
+        seen = {"history": [*earlier, trainer.run.history], "commands": list(commands)}
+        checkpoint.save(best, trainer.ema, content | seen)
 
     trainer.run.fit(
         train,

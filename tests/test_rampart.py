@@ -151,7 +151,9 @@ def test_a_model_without_a_purifier_is_archived_as_lean(tmp_path: Path, tiny_fol
         assert json.loads(archive.read("card.json"))["variant"] == "lean"
 
 
-def test_training_goes_on_from_earlier_weights_and_remembers_both_recipes(tmp_path: Path) -> None:
+def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, count, classes in (("train", 64, 10), ("held", 400, 10), ("two", 2000, 2)):
         images = blobs(count)
         label = images.label.numpy() % classes
@@ -162,10 +164,17 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_recipes(tmp_pa
     data = ["--data", tmp_path / "train.npz"]
     first = tmp_path / "a" / "classifier.safetensors"
     run("train", *data, *quick, "--out", tmp_path / "a", "--arch", "resnet10", "--width", 0.125)
+    second = tmp_path / "b" / "classifier.safetensors"
+    monkeypatch.setattr("sys.argv", ["rampart", "train", "--init", str(first)])
     run("train", *data, *quick, "--out", tmp_path / "b", "--init", first, "--lr", 0)
-    config, state = checkpoint.read(tmp_path / "b" / "classifier.safetensors")
+    config, state = checkpoint.read(second)
     assert config["classifier"]["arch"] == "resnet10"
     assert config["training"].count("Recipe(") == 2
+    assert config["commands"][1] == "rampart train --init classifier.safetensors"
+    monkeypatch.setattr("sys.argv", ["rampart", "calibrate", "two words"])
+    run("calibrate", tmp_path / "m", *data, "--held", tmp_path / "held.npz", "--classifier", second)
+    made = [*config["commands"], "rampart calibrate 'two words'"]
+    assert report.read_card(tmp_path / "m")["commands"] == made
     for name, tensor in checkpoint.read(first)[1].items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(state[name], tensor, msg=name)
