@@ -48,8 +48,10 @@ INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
-PRECISION = "fp32, or int8 after `rampart quantize`; default int8 where measured to be as robust"
-PrecisionOf = Annotated[Literal["fp32", "int8"] | None, typer.Option("--precision", help=PRECISION)]
+PRECISION = "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust"
+PrecisionOf = Annotated[
+    Literal["fp32", "fp16", "int8"] | None, typer.Option("--precision", help=PRECISION)
+]
 Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
 VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
@@ -405,6 +407,7 @@ def evaluate(
     only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Attack the int8 graphs as well")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Attack the fp16 graphs as well")] = False,
     norm: Norm = "Linf",
     eps: Eps = None,
     rate: Rate = 0.01,
@@ -426,7 +429,9 @@ def evaluate(
     images = chosen.to(where)
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
     if int8:
-        victims += int8_victims(model, rate=rate, device=where)
+        victims += lower_victims(model, "int8", rate=rate, device=where)
+    if fp16:
+        victims += lower_victims(model, "fp16", rate=rate, device=where)
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
     say(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
@@ -710,22 +715,23 @@ def victims_of(
     return out
 
 
-def int8_victims(model: Path, *, rate: float, device: "torch.device") -> "list[Victim]":
-    """The int8 graphs of a model folder."""
-    from export.archive import check_made
-    from export.quantize import ranges_file
+def lower_victims(
+    model: Path, precision: "Precision", *, rate: float, device: "torch.device"
+) -> "list[Victim]":
+    """The graphs of a model folder in fp16 or int8."""
+    from export.precision import check_made, ranges_file
     from hardening import pipeline as pipelines
     from hardening import victims
     from hardening.calibrate import load_variant
 
     out = []
     for variant in variants_in(model):
-        check_made(model, variant, "int8")
+        check_made(model, variant, precision)
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
-        engine = to_engine(pipeline, ranges_file(model, variant))
-        table = load_variant(model, variant, "int8")
-        make = partial(victims.quantized_victim, pipeline.to(device), table, engine.digest)
-        out.append(make(rate=rate, engine=engine))
+        engine = to_engine(pipeline, precision, ranges_file(model, variant))
+        table = load_variant(model, variant, precision)
+        make = partial(victims.lower_victim, pipeline.to(device), table, engine.digest)
+        out.append(make(precision=precision, rate=rate, engine=engine))
     return out
 
 
@@ -846,22 +852,23 @@ def outside(
 
 
 def to_engine(
-    pipeline: "DefendedClassifier", ranges: Path | None = None, *, threads: int = 0
+    pipeline: "DefendedClassifier",
+    precision: "Precision" = "fp32",
+    ranges: Path = Path(),
+    *,
+    threads: int = 0,
 ) -> "Engine":
     """The exported graph of a pipeline in ONNX Runtime, on the CPU; 0 threads are all.
 
-    In int8 where `ranges` names the file of activation ranges.
+    int8 takes its activation ranges from the file `ranges`.
     """
     import tempfile
 
-    from export.quantize import quantize
-    from export.to_onnx import to_onnx
+    from export.precision import lower
     from handlers.engine import Engine
 
     with tempfile.TemporaryDirectory() as folder:
-        graph = to_onnx(pipeline, Path(folder) / "graph.onnx")
-        if ranges:
-            quantize(graph, ranges, graph)
+        graph = lower(pipeline, precision, Path(folder) / "graph.onnx", ranges)
         return Engine(graph, threads=threads)
 
 
@@ -870,12 +877,12 @@ def quantize(
     model: Model,
     data: Data,
     held: Held = None,
+    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="For CPUs, for GPUs")] = "int8",
     limit: Annotated[int, typer.Option(min=1, help="So many tuning images give the ranges")] = 512,
     rate: Rate = 0.01,
 ) -> None:
-    """Make the int8 form of every variant, calibrate it, and hold it to its gate."""
-    from export.archive import int8_parts
-    from export.quantize import make
+    """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
+    from export.precision import make, parts
     from hardening import report
     from hardening.pipeline import load_classifier
 
@@ -883,15 +890,17 @@ def quantize(
     source = (held or data).name
     _, images = read_data(data, held, load_classifier(weights).config.image_size)
     for variant in variants:
-        found = make(model, variant, images, source=source, limit=limit, rate=rate)
+        form = partial(make, model, variant, precision, images)
+        found = form(source=source, limit=limit, rate=rate)
         say(f"{variant}: {found}")
-        known = {"data": f"validation split of {source}", "sha256": int8_parts(model, variant)}
+        digests = parts(model, variant, precision)
+        known = {"data": f"validation split of {source}", "sha256": digests}
         card = report.read_card(model)
-        # Figures of an earlier int8 graph are not this one's.
-        rows = [r for r in card.get("metrics", []) if "int8" not in r["subject"]]
-        made = card.get("int8", {}) | {variant: found._asdict() | known}
+        # Figures of an earlier graph are not this one's.
+        rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
+        made = card.get(precision, {}) | {variant: found._asdict() | known}
         made["command"] = command_line()
-        report.add_to_card(model, {"metrics": rows, "int8": made})
+        report.add_to_card(model, {"metrics": rows, precision: made})
 
 
 @app.command()
@@ -941,9 +950,9 @@ def export(
         make = partial(to_triton, model, triton, variant=chosen, precision=form)
         say(f"{make(version=model_version, images=images)}: serve it with tritonserver")
     if tensorrt:
-        if form != "fp32":
-            raise ValueError("a plan is built of the fp32 graph: pass --precision fp32")
-        say(to_tensorrt(model, tensorrt, variant=chosen, images=images))
+        if form == "int8":
+            raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+        say(to_tensorrt(model, tensorrt, variant=chosen, precision=form, images=images))
         say(f"{tensorrt}: pack it with `rampart archive --plan {tensorrt}`")
 
 

@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from export.archive import sample_crops
-from export.quantize import quantize, ranges_file
+from export.precision import ranges_file
+from export.quantize import quantize
 from export.to_onnx import export, to_onnx
 from handlers.engine import Engine
 from hardening import pipeline as pipelines

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import handlers
 from export.parity import Parity, check_close, compare
-from export.quantize import quantize, ranges_file
+from export.precision import check_made, lower, ranges_file
 from export.to_onnx import to_onnx
 from handlers.defended import PLAN
 from handlers.engine import Engine
@@ -52,7 +52,7 @@ def export_variant(
     """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
 
     `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
-    An int8 graph is made from one that passed the gate, by the ranges that `rampart quantize` left.
+    In fp16 and int8 it is written once the fp32 graph has passed, of what `rampart quantize` left.
     """
     check_made(folder, variant, precision)
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
@@ -61,30 +61,10 @@ def export_variant(
     to_onnx(pipeline, out)
     engine = Engine(out, device="cpu")
     parity = compare(pipeline, engine, load_variant(folder, variant), images, rate=rate)
-    if precision == "int8":
-        quantize(out, ranges_file(folder, variant), out)
+    if precision != "fp32":
+        lower(pipeline, precision, out, ranges_file(folder, variant))
         check_close(engine, Engine(out, device="cpu"), images)
     return parity
-
-
-def int8_parts(folder: Path, variant: str) -> dict[str, str]:
-    """Digests of the files that an int8 form stands on, by name; of those that are there."""
-    files = (
-        folder / "weights.safetensors",
-        ranges_file(folder, variant),
-        calibration_file(folder, variant, "int8"),
-    )
-    return {file.name: sha256(file) for file in files if file.is_file()}
-
-
-def check_made(folder: Path, variant: pipelines.Variant, precision: Precision) -> None:
-    """Raise ValueError where a folder's int8 form was not made, or made of other files."""
-    if precision == "fp32":
-        return
-    known = read_card(folder).get("int8", {}).get(variant, {}).get("sha256")
-    if known != int8_parts(folder, variant):
-        missing = "was made of other files than these" if known else "was not made"
-        raise ValueError(f"the int8 form of {folder.name} {variant} {missing}: `rampart quantize`")
 
 
 def sample_crops(size: int, *, count: int = 32) -> Tensor:
@@ -129,8 +109,8 @@ def archive(
         parity = export_variant(
             folder, variant, graph, precision=precision, images=images, rate=rate
         )
-        if plan and precision != "fp32":
-            raise ValueError("a plan is built of the fp32 graph: pass --precision fp32")
+        if plan and precision == "int8":
+            raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
         if plan:
             policy["device"] = "plan"
             pack_plan(plan, graph)

@@ -4,8 +4,8 @@ Compared at batch 1, 2 and 32, on clean, attacked and near-threshold images: lab
 decisions are equal wherever the p-value is farther from the threshold than ten times the largest
 score difference seen.
 
-An int8 graph cannot pass that gate. Its own one asks, on clean images, for labels and accuracy
-close to those of the float graph, and for the promised rate of false alarms.
+A graph in fp16 or int8 cannot pass that gate. Its own one asks, on clean images, for labels and
+accuracy close to those of the fp32 graph, and for the promised rate of false alarms.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,9 @@ from hardening.objectives import as_loss, look_at, mislead, untargeted
 from hardening.pipeline import DefendedClassifier
 
 BATCHES = (1, 2, 32)
-LEAST_AGREEMENT, MOST_LOST = 0.98, 0.01  # of an int8 graph, on validation images
-LEAST_CLOSE = 0.9  # of its labels, on any images
+# Least share of equal labels and most accuracy lost, on validation images.
+GATES = {"fp16": (0.995, 0.005), "int8": (0.98, 0.01)}
+LEAST_CLOSE = 0.9  # of the labels of such a graph, on any images
 
 
 class Parity(NamedTuple):
@@ -117,11 +118,12 @@ def compare(
 
 
 class Agreement(NamedTuple):
-    """How an int8 graph stands beside the float one on N clean images; shares of N."""
+    """How a graph in fp16 or int8 stands beside the fp32 one on N clean images; shares of N."""
 
+    precision: str
     images: int
     same: float
-    accuracy: tuple[float, float]  # float, int8
+    accuracy: tuple[float, float]  # in fp32 and in this precision
     flagged: float
     rate: float  # of false alarms, as promised
     differ: tuple[int, ...]  # the images whose label differs
@@ -129,30 +131,38 @@ class Agreement(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether the graph may ship; the rate may exceed its promise by no more than chance."""
+        least, most_lost = GATES[self.precision]
         lost = self.accuracy[0] - self.accuracy[1]
         kept = wilson(self.flagged, self.images)[0] <= self.rate
-        return self.same >= LEAST_AGREEMENT and lost <= MOST_LOST and kept
+        return self.same >= least and lost <= most_lost and kept
 
     def __str__(self) -> str:
         listed = ", ".join(map(str, self.differ[:20])) + (" ..." if len(self.differ) > 20 else "")
         return (
-            f"int8 beside fp32 on {self.images} images: {self.same:.2%} of the labels equal"
+            f"{self.precision} beside fp32 on {self.images} images: {self.same:.2%} of labels equal"
             f" (they differ on images {listed or 'none'}), accuracy {self.accuracy[1]:.2%} beside"
             f" {self.accuracy[0]:.2%}, {self.flagged:.2%} flagged where {self.rate:.2%} is promised"
         )
 
 
 def agree(
-    fp32: Engine, int8: Engine, calibration: Calibration, images: Images, *, rate: float
+    fp32: Engine,
+    lower: Engine,
+    calibration: Calibration,
+    images: Images,
+    *,
+    precision: str,
+    rate: float,
 ) -> Agreement:
-    """Put clean labelled `images` through both graphs; `calibration` is that of the int8 one."""
+    """Put clean labelled `images` through both graphs; `calibration` is that of the `lower` one."""
     image, label = images.image.numpy(), images.label.numpy()
-    before, after = (engine.run(image) for engine in (fp32, int8))
+    before, after = (engine.run(image) for engine in (fp32, lower))
     guesses = [out.logits.argmax(1) for out in (before, after)]
     flagged = p_values(after.scores.astype(np.float64), calibration) < rate
     shares = [float((guess == label).mean()) for guess in guesses]
     differ = guesses[0] != guesses[1]
     return Agreement(
+        precision,
         len(image),
         1 - float(differ.mean()),
         (shares[0], shares[1]),
@@ -162,18 +172,17 @@ def agree(
     )
 
 
-def check_close(fp32: Engine, int8: Engine, image: Tensor) -> None:
-    """Raise RuntimeError where an int8 graph is plainly not made from the float one.
+def check_close(fp32: Runs, lower: Runs, image: Tensor) -> str:
+    """Raise RuntimeError where a graph is plainly not made from the fp32 one; says what was seen.
 
     For when it is built again: what it costs was measured when it was made, on validation images.
     """
-    guesses = [engine.run(image.numpy()).logits.argmax(1) for engine in (fp32, int8)]
+    guesses = [engine.run(image.numpy()).logits.argmax(1) for engine in (fp32, lower)]
     same = float((guesses[0] == guesses[1]).mean())
+    seen = f"has the labels of the fp32 one on {same:.0%} of {len(image)} images"
     if same < LEAST_CLOSE:
-        raise RuntimeError(
-            f"the int8 graph has the labels of the fp32 one on only {same:.0%} of {len(image)}"
-            " images: `rampart quantize` makes its ranges anew"
-        )
+        raise RuntimeError(f"the graph in lower precision only {seen}: `rampart quantize` anew")
+    return seen
 
 
 def run_in_batches(

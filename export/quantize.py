@@ -1,18 +1,14 @@
 """The exported graph with its classifier in int8: a third of the size, and less time.
 
-    rampart quantize model_store/NAME --data cifar10/
-
 Static quantization (ONNX Runtime's, Q/DQ): weights by channel, activations by tensor, their ranges
 taken from tuning images, since those of the calibration split must be ranked by scores that know
 nothing of them. It is for CPUs with 8-bit dot products (AVX-512 VNNI and its like). Purifier, head
-and detectors stay in float32, since thresholds are about small differences. The result decides a
-little differently, so it is calibrated and measured as a graph of its own.
+and detectors stay in float32, since thresholds are about small differences.
 """
 
 import contextlib
 import io
 import logging
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,13 +23,6 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from export.parity import Agreement, agree
-from export.to_onnx import to_onnx
-from handlers.engine import Engine
-from hardening import calibrate
-from hardening import pipeline as pipelines
-from hardening.data import Images, split, spread
-
 # The largest 1 in 100,000 activations are clipped: with them in, a step is too coarse for the rest.
 PERCENTILE = 99.999
 BATCH = 32
@@ -42,43 +31,6 @@ BATCH = 32
 OWN, HEAD = "classifier.", "classifier.head."
 LAYERS = ("Conv", "Gemm", "MatMul")
 BETWEEN = ("Add", "Concat", "MaxPool", "Relu")
-
-
-def ranges_file(folder: Path, variant: str) -> Path:
-    """Where a folder of model_store has the activation ranges of a variant."""
-    return folder / f"ranges-{variant}.json"
-
-
-def make(
-    folder: Path,
-    variant: pipelines.Variant,
-    held: Images,
-    *,
-    source: str,
-    limit: int = 512,
-    rate: float = 0.01,
-) -> Agreement:
-    """Write the ranges and the int8 calibration of a model folder's variant.
-
-    `held` gives ranges from its tuning split and the gate's images from validation; `source` is
-    its name. Raises RuntimeError, and writes nothing, where the gate is failed.
-    """
-    pipeline, classes = pipelines.load(folder / "weights.safetensors", variant)
-    if held.classes != tuple(classes):
-        raise ValueError(f"the images have the classes {held.classes}, the model {classes}")
-    few = spread(split(held, "tuning"), limit).image.numpy()
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        work = Path(scratch)
-        graph, ranges = to_onnx(pipeline, work / "fp32.onnx"), ranges_file(work, variant)
-        int8 = Engine(quantize(graph, ranges, work / "int8.onnx", few))
-        made = calibrate.calibrate(pipeline, held, variant, int8)
-        found = agree(Engine(graph), int8, made, split(held, "validation"), rate=rate)
-        if not found.holds:
-            raise RuntimeError(f"{variant} loses too much in int8, so nothing was written: {found}")
-        calibrate.write(folder, made, f"{source}, calibration split", "int8")
-        ranges.chmod(0o644)
-        ranges.replace(ranges_file(folder, variant))
-    return found
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]

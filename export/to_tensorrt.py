@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from export.archive import export_variant, sample_crops
-from export.parity import Parity, compare
+from export.parity import check_close, compare
+from handlers.engine import Engine
 from handlers.plan import PlanEngine, record_file
 from hardening import pipeline as pipelines
-from hardening.calibrate import load_variant
+from hardening.calibrate import Precision, load_variant
 
 INSTALL = (
     "TensorRT is not installed, and a plan can be built only on the machine that will run it: with"
@@ -152,19 +153,21 @@ def to_tensorrt(
     plan: Path,
     *,
     variant: pipelines.Variant,
+    precision: Precision = "fp32",
     profile: Profile = PROFILE,
     images: Tensor | None = None,
     rate: float = 0.01,
-) -> Parity:
+) -> str:
     """Build the plan of a model folder's variant and hold it to the parity gate, batch 1, 2 and 32.
 
-    Writes NAME.plan and NAME.plan.json, or neither. Raises RuntimeError where TensorRT is missing,
-    cannot take the graph, or decides differently.
+    In fp16 it is held to the labels of its own graph on the CPU. Writes NAME.plan and
+    NAME.plan.json, or neither, and returns what the gate saw. Raises RuntimeError where TensorRT is
+    missing, cannot take the graph, or decides differently.
     """
     with tempfile.TemporaryDirectory(dir=plan.parent) as scratch:
         work = Path(scratch)
         graph, made = work / "graph.onnx", work / plan.name
-        export_variant(folder, variant, graph, images=images, rate=rate)
+        export_variant(folder, variant, graph, precision=precision, images=images, rate=rate)
         if wrong := unsupported(graph):
             raise RuntimeError(f"TensorRT cannot take this graph: {wrong}")
         pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
@@ -181,8 +184,12 @@ def to_tensorrt(
             ) from error
         write_record(made, graph, version=version, parity="running")
         engine = PlanEngine(made, graph)
-        parity = compare(pipeline, engine, load_variant(folder, variant), images, rate=rate)
-        record = write_record(made, graph, version=version, parity=str(parity))
+        if precision == "fp32":
+            table = load_variant(folder, variant)
+            parity = str(compare(pipeline, engine, table, images, rate=rate))
+        else:
+            parity = f"the plan {check_close(Engine(graph), engine, images)}"
+        record = write_record(made, graph, version=version, parity=parity)
         record.replace(record_file(plan))
         made.replace(plan)
     return parity

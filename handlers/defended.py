@@ -152,11 +152,16 @@ def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runs:
     `auto` takes a plan where there is one that works, and says so where it does not; an int8 graph
     runs on the CPU. Raises EngineError.
     """
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    if card.get("precision") == "int8":
+    precision = json.loads((folder / "card.json").read_text(encoding="utf-8")).get("precision")
+    if precision == "int8":
         if device not in ("cpu", "auto"):
             raise EngineError(f"an int8 archive is for CPUs, not {device}: build one with fp32")
         device = "cpu"
+    if precision == "fp16" and device == "tensorrt":
+        raise EngineError(
+            "TensorRT's provider would compute scores in fp16 too: serve an fp16 archive with"
+            " --device cuda, or pack a plan"
+        )
     plan, graph = folder / PLAN, folder / "graph.onnx"
     if device == "plan" and not plan.is_file():
         raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")

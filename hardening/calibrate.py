@@ -23,7 +23,7 @@ from hardening.data import Images, split
 from hardening.pipeline import DefendedClassifier, Variant
 
 KNOTS = 33
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 def scores_of(
@@ -49,7 +49,7 @@ def calibrate(
 ) -> Calibration:
     """Tables from the tuning split of `held`, ranks from its calibration split.
 
-    A graph that scores a little differently, as int8 does, is calibrated through its `engine`.
+    One that scores a little differently, as in fp16 or int8, is calibrated through its `engine`.
     Raises ValueError where `held` is too small for a false-alarm rate of 1%.
     """
     ranked = split(held, "calibration")

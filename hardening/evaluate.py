@@ -24,7 +24,7 @@ from hardening.checks import Check
 from hardening.data import Images, batches, to_float
 from hardening.metrics import Bools, Metric, detection, difference
 from hardening.rungs import Budget, in_8_bits
-from hardening.victims import INT8, Answer, Victim, max_softmax_victim
+from hardening.victims import GRAPH, Answer, Victim, max_softmax_victim
 
 # Shares of eps at which a rejection counts as an error, in the stratified figure.
 SMALL = (0.25, 0.5)
@@ -295,9 +295,9 @@ def ladder(victims: list[Victim], threat: Threat, budget: Budget) -> list[Rung]:
 
 
 def has_own_label(victim: Victim) -> bool:
-    """Whether no other victim has the same label; `lean` in float has the classifier's."""
-    own = (("pipeline", "full"), (INT8, "full"), (INT8, "lean"))
-    return not victim.rejects or (victim.subject, victim.variant) in own
+    """Whether no other victim has the same label; `lean` in fp32 has the classifier's."""
+    own = victim.subject.startswith(GRAPH) or victim.name == "pipeline full"
+    return not victim.rejects or own
 
 
 def evaluate(

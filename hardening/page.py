@@ -27,7 +27,7 @@ from hardening.metrics import Bools, Floats, wilson
 from hardening.pipeline import DefendedClassifier
 from hardening.plots import Curve, Shares
 from hardening.rungs import in_8_bits
-from hardening.victims import INT8, batches_of, plain_subject
+from hardening.victims import GRAPH, batches_of, plain_subject
 
 Row = dict[str, Any]  # a metric as `report.row` makes it
 
@@ -349,8 +349,8 @@ def counted(name: str, places: Sequence[float], held: Sequence[Bools]) -> Shares
 
 def pipelines(evaluation: Evaluation) -> list[Record]:
     """What happened to each variant of the pipeline."""
-    subjects = ("pipeline", INT8)
-    return [r for r in evaluation.records.values() if r.victim.subject in subjects]
+    subjects = ("pipeline", GRAPH)
+    return [r for r in evaluation.records.values() if r.victim.subject.startswith(subjects)]
 
 
 def over_eps(rows: Sequence[Row], evaluation: Evaluation) -> Iterator[Section]:

@@ -57,7 +57,7 @@ class Purifier(nn.Module):
         last = nn.Conv2d(channels, 12, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.residual = nn.Sequential(*layers, last, nn.PixelShuffle(2))
+        self.residual: nn.Module = nn.Sequential(*layers, last, nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Purified images, shaped like x (N, 3, H, W) with H and W even."""

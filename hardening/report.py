@@ -93,6 +93,8 @@ SUBJECTS = {
     ("pipeline", "lean"): "`lean`",
     ("pipeline", "full"): "`full`",
     ("max_softmax", "full"): "`full`, rejecting by max-softmax instead",
+    ("graph:fp16", "lean"): "`lean` in fp16",
+    ("graph:fp16", "full"): "`full` in fp16",
     ("graph:int8", "lean"): "`lean` in int8",
     ("graph:int8", "full"): "`full` in int8",
     ("undefended", "-"): "undefended twin",

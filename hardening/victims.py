@@ -18,7 +18,7 @@ from hardening.metrics import Bools, Floats
 from hardening.objectives import Look, Seen, look_at
 from hardening.pipeline import Defended, Outputs
 
-INT8 = "graph:int8"
+GRAPH = "graph:"  # begins the subject of a graph in fp16 or int8
 
 
 class Answer(NamedTuple):
@@ -74,7 +74,7 @@ def label_victim(subject: str, model: Callable[[Tensor], Tensor], fingerprint: s
 
 
 class StraightThrough:
-    """What a quantized graph answers, with the gradients of the float pipeline it was made from.
+    """What a graph in lower precision answers, with the gradients of its fp32 pipeline.
 
     Rounding has no gradient of use, in the pixels or inside (BPDA: Athalye et al. 2018, section
     4.1). Every value an attack sees is the graph's own, so no step is judged by a stand-in.
@@ -101,18 +101,19 @@ class StraightThrough:
         return self.defend(x).logits
 
 
-def quantized_victim(
+def lower_victim(
     pipeline: Defended,
     calibration: Calibration,
     fingerprint: str,
     *,
+    precision: str,
     rate: float,
     engine: Engine,
 ) -> Victim:
-    """An int8 graph, as `engine` runs it, made from `pipeline` and calibrated for itself."""
+    """An fp16 or int8 graph, as `engine` runs it, of `pipeline` and calibrated for itself."""
     made = StraightThrough(pipeline, engine)
     victim = pipeline_victim(made, calibration, fingerprint, rate=rate, engine=engine)
-    return victim._replace(subject=INT8)
+    return victim._replace(subject=f"{GRAPH}{precision}")
 
 
 def pipeline_victim(
@@ -167,7 +168,8 @@ def pipeline_victim(
 
 def plain_subject(victim: Victim) -> str:
     """What `max_softmax_victim` is called."""
-    return "max_softmax:int8" if victim.subject == INT8 else "max_softmax"
+    _, colon, precision = victim.subject.partition(":")
+    return f"max_softmax{colon}{precision}"
 
 
 def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:

@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.archive import archive, export_variant
-from export.quantize import quantize, ranges_file
+from export.precision import lower
+from export.quantize import quantize
 from export.to_tensorrt import (
     PROFILE,
     Profile,
@@ -17,7 +18,9 @@ from export.to_tensorrt import (
     unsupported,
     write_record,
 )
+from hardening.calibrate import Precision
 from hardening.data import Images
+from hardening.pipeline import Variant, load
 
 missing = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None, reason="this machine has TensorRT"
@@ -57,12 +60,13 @@ def test_trtexec_is_told_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("variant", ["full", "lean"])
 def test_every_node_of_our_graphs_is_one_that_tensorrt_takes(
-    variant: str, tiny_folder: Path, tmp_path: Path
+    variant: Variant, precision: Precision, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    export_variant(tiny_folder, variant, tmp_path / "g.onnx")  # type: ignore[arg-type]
-    assert unsupported(tmp_path / "g.onnx") == {}
+    pipeline, _ = load(tiny_folder / "weights.safetensors", variant)
+    assert unsupported(lower(pipeline, precision, tmp_path / "g.onnx", Path())) == {}
 
 
 def test_what_tensorrt_would_not_take_is_found(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_an_archive_takes_a_plan_of_its_own_graph_alone(
     assert json.loads(record.read_text())["tensorrt"] == "10.16.0"
     archive(tiny_folder, tmp_path / "a.mar", plan=plan)
     int8 = tmp_path / "int8.onnx"
-    quantize(graph, ranges_file(tmp_path, "full"), int8, tiny_images.image[:64].numpy())
+    quantize(graph, tmp_path / "ranges.json", int8, tiny_images.image[:64].numpy())
     write_record(plan, int8, version="10.16.0", parity="parity on 96 images")
     with pytest.raises(RuntimeError, match="is not the file that"):
         archive(tiny_folder, tmp_path / "b.mar", plan=plan)

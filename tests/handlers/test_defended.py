@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -25,9 +26,14 @@ from onnx import TensorProto, helper
 from PIL import Image
 from test_image import huge_png
 
+from export import precision
+from export.archive import archive
 from handlers import defended
 from handlers.defended import NEEDED, DefendedHandler, threads_for, verify
 from handlers.engine import Engine
+from handlers.verdict import p_values
+from hardening import report
+from hardening.calibrate import load_variant
 from hardening.data import Images
 
 with warnings.catch_warnings():
@@ -151,6 +157,28 @@ def test_raw_multipart_and_json_agree(server: Server, pixels: np.ndarray) -> Non
     for answer in answers:
         assert answer.status_code == 200
         assert answer.json() == raw
+
+
+def test_an_int8_archive_answers_over_http_as_its_graph_does(
+    launch: Callable[..., Server], tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    precision.make(folder, "full", "int8", tiny_images, source="blobs", rate=0.05)
+    made = {"full": {"sha256": precision.parts(folder, "full", "int8")}}
+    report.write_card(folder, report.read_card(folder) | {"int8": made})
+    archive(folder, tmp_path / "tiny.mar", precision="int8")
+    with zipfile.ZipFile(tmp_path / "tiny.mar") as content:
+        content.extract("graph.onnx", tmp_path)
+    images = tiny_images.image[:8].numpy()
+    own = Engine(tmp_path / "graph.onnx").run(images)
+    table = load_variant(folder, "full", "int8")
+    server = launch(tmp_path / "tiny.mar")
+    assert "Rampart is ready" in server.read(), server.lines
+    answers = [post(server, png(image)).json() for image in images]
+    assert [answer["index"] for answer in answers] == own.logits.argmax(1).tolist()
+    seen = [answer["detail"]["p_value"] for answer in answers]
+    np.testing.assert_allclose(seen, p_values(own.scores, table), atol=2e-3)
+    assert server.end() == 0
 
 
 def test_several_images_are_answered_in_order_with_errors_in_place(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.quantize import quantize, ranges_file
+from export.quantize import quantize
 from export.to_onnx import to_onnx
 from handlers.engine import Engine
 from handlers.verdict import Calibration
@@ -24,7 +24,7 @@ def engine(
 ) -> Engine:
     folder = tmp_path_factory.mktemp("int8")
     graph = to_onnx(tiny_pipeline, folder / "graph.onnx")
-    return Engine(quantize(graph, ranges_file(folder, "full"), graph, tiny_images.image.numpy()))
+    return Engine(quantize(graph, folder / "ranges.json", graph, tiny_images.image.numpy()))
 
 
 def test_an_attack_sees_the_values_of_the_int8_graph_and_the_gradients_of_the_float_one(
@@ -56,7 +56,9 @@ def test_the_int8_graph_is_a_victim_of_its_own(
     few = Images(few.image, label, few.classes)
     plain = victims.label_victim("classifier", tiny_pipeline.classifier, "c")
     full = victims.pipeline_victim(tiny_pipeline, tiny_calibration, "f", rate=0.1)
-    int8 = victims.quantized_victim(tiny_pipeline, tiny_calibration, "q", rate=0.1, engine=engine)
+    int8 = victims.lower_victim(
+        tiny_pipeline, tiny_calibration, "q", precision="int8", rate=0.1, engine=engine
+    )
     budget = Budget(steps=2, targets=1, queries=5, standard=False)
     done = evaluation.evaluate(
         [plain, full, int8], few, Threat(), budget, rate=0.1, folder=tmp_path, only=[]

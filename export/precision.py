@@ -1,0 +1,97 @@
+"""A model folder's variants in a lower precision: fp16 for GPUs, int8 for CPUs.
+
+    rampart quantize model_store/NAME --precision int8 --data cifar10/
+
+Such a graph decides a little differently, so it is calibrated and measured as a graph of its own.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from export.halve import halve
+from export.parity import Agreement, agree
+from export.quantize import quantize
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from hardening import calibrate
+from hardening import pipeline as pipelines
+from hardening.calibrate import Precision, calibration_file
+from hardening.data import Images, split, spread
+from hardening.report import read_card
+
+
+def ranges_file(folder: Path, variant: str) -> Path:
+    """Where a folder of model_store has the activation ranges of a variant's int8 form."""
+    return folder / f"ranges-{variant}.json"
+
+
+def lower(
+    pipeline: pipelines.DefendedClassifier, precision: Precision, out: Path, ranges: Path
+) -> Path:
+    """Write the graph of `pipeline` to `out`; int8 takes its activation ranges from a file."""
+    to_onnx(halve(pipeline) if precision == "fp16" else pipeline, out)
+    return quantize(out, ranges, out) if precision == "int8" else out
+
+
+def make(
+    folder: Path,
+    variant: pipelines.Variant,
+    precision: Precision,
+    held: Images,
+    *,
+    source: str,
+    limit: int = 512,
+    rate: float = 0.01,
+) -> Agreement:
+    """Write the calibration of a model folder's variant in `precision`; for int8 its ranges too.
+
+    `held` gives ranges from its tuning split and the gate's images from validation; `source` is
+    its name. Raises RuntimeError, and writes nothing, where the gate is failed.
+    """
+    pipeline, classes = pipelines.load(folder / "weights.safetensors", variant)
+    if held.classes != tuple(classes):
+        raise ValueError(f"the images have the classes {held.classes}, the model {classes}")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        work = Path(scratch)
+        graph, ranges = to_onnx(pipeline, work / "fp32.onnx"), ranges_file(work, variant)
+        if precision == "int8":
+            few = spread(split(held, "tuning"), limit).image.numpy()
+            quantize(graph, ranges, work / "int8.onnx", few)
+        engine = Engine(lower(pipeline, precision, work / "lower.onnx", ranges))
+        made = calibrate.calibrate(pipeline, held, variant, engine)
+        found = agree(
+            Engine(graph), engine, made, split(held, "validation"), precision=precision, rate=rate
+        )
+        if not found.holds:
+            raise RuntimeError(
+                f"{variant} loses too much in {precision}, so nothing was written: {found}"
+            )
+        calibrate.write(folder, made, f"{source}, calibration split", precision)
+        if precision == "int8":
+            ranges.chmod(0o644)
+            ranges.replace(ranges_file(folder, variant))
+    return found
+
+
+def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
+    """Digests of the files that such a form stands on, by name; of those that are there."""
+    files = [folder / "weights.safetensors", calibration_file(folder, variant, precision)]
+    if precision == "int8":
+        files.append(ranges_file(folder, variant))
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+    }
+
+
+def check_made(folder: Path, variant: pipelines.Variant, precision: Precision) -> None:
+    """Raise ValueError where a form was not made, or made of other files than are there."""
+    if precision == "fp32":
+        return
+    known = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
+    if known != parts(folder, variant, precision):
+        missing = "was made of other files than these" if known else "was not made"
+        raise ValueError(
+            f"the {precision} form of {folder.name} {variant} {missing}:"
+            f" `rampart quantize --precision {precision}`"
+        )

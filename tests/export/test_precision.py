@@ -1,0 +1,136 @@
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from export import parity
+from export.archive import archive, sample_crops
+from export.precision import lower, make, parts
+from export.to_onnx import to_onnx
+from handlers.engine import Engine
+from hardening import pipeline as pipelines
+from hardening.calibrate import Precision, calibration_file, load_variant
+from hardening.data import Images, split
+from hardening.pipeline import DefendedClassifier
+from hardening.report import read_card, write_card
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
+    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("p") / "graph.onnx")
+
+
+@pytest.fixture(scope="module")
+def fp16(graph: Path, tiny_pipeline: DefendedClassifier) -> Path:
+    return lower(tiny_pipeline, "fp16", graph.with_name("fp16.onnx"), Path())
+
+
+def test_fp16_is_inside_and_what_decides_stays_float32(fp16: Path) -> None:
+    made = onnx.load(fp16).graph
+    kinds = {value.name: value.data_type for value in made.initializer}
+    weights = {name: kind for name, kind in kinds.items() if ".weight" in name or ".bias" in name}
+    half = {name for name, kind in weights.items() if kind == TensorProto.FLOAT16}
+    assert {name.split(".")[0] for name in half} == {"classifier", "purifier"}
+    assert {name for name in weights if name not in half} == {
+        "classifier.head.weight",
+        "classifier.head.bias",
+    }
+    outputs = {value.name: value.type.tensor_type.elem_type for value in made.output}
+    assert outputs.pop("purified") == TensorProto.UINT8
+    assert set(outputs.values()) == {TensorProto.FLOAT}
+    produced = {name: node for node in made.node for name in node.output}
+    softmax = [node for node in made.node if node.op_type == "Softmax"]
+    assert softmax and all(produced[node.input[0]].op_type != "Cast" for node in softmax)
+
+
+def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
+    graph: Path, fp16: Path, tiny_folder: Path, tiny_images: Images
+) -> None:
+    held, calibration = split(tiny_images, "validation"), load_variant(tiny_folder, "full")
+    before, after = Engine(graph), Engine(fp16)
+    found = parity.agree(before, after, calibration, held, precision="fp16", rate=0.05)
+    assert found.images == len(held)
+    assert found.same == 1 - len(found.differ) / len(held) > 0.9
+    same = found._replace(same=1, accuracy=(0.7, 0.7), flagged=0.05)
+    assert same.holds
+    assert not same._replace(same=0.994).holds
+    assert same._replace(same=0.994, precision="int8").holds
+    assert not same._replace(same=0.979, precision="int8").holds
+    assert not same._replace(accuracy=(0.7, 0.694)).holds
+    assert same._replace(accuracy=(0.7, 0.694), precision="int8").holds
+    assert not same._replace(accuracy=(0.7, 0.68), precision="int8").holds
+    assert not same._replace(flagged=0.2).holds
+
+
+def test_a_graph_of_another_net_is_not_taken_for_a_form_of_this_one(
+    graph: Path, fp16: Path, tiny_folder: Path
+) -> None:
+    other, _ = pipelines.load(tiny_folder / "weights.safetensors")
+    with torch.no_grad():
+        other.classifier.head.weight.neg_()
+        other.classifier.head.bias.neg_()
+    before, turned = Engine(graph), Engine(to_onnx(other, graph.with_name("turned.onnx")))
+    assert "on 100% of 32" in parity.check_close(before, Engine(fp16), sample_crops(32))
+    with pytest.raises(RuntimeError, match="only has the labels of the fp32 one on 0%"):
+        parity.check_close(before, turned, sample_crops(32))
+
+
+@pytest.mark.parametrize(("precision", "size"), [("int8", 0.6), ("fp16", 0.65)])
+def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answers(
+    precision: Precision, size: float, tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    with pytest.raises(
+        ValueError, match=f"was not made: `rampart quantize --precision {precision}"
+    ):
+        archive(folder, tmp_path / "early.mar", precision=precision)
+    found = make(folder, "full", precision, tiny_images, source="blobs", rate=0.05)
+    assert found.same >= parity.GATES[precision][0]
+    made = {"full": {"sha256": parts(folder, "full", precision)}}
+    write_card(folder, read_card(folder) | {precision: made})
+    archive(folder, tmp_path / "fp32.mar")
+    archive(folder, tmp_path / f"{precision}.mar", precision=precision)
+    content = []
+    for name in ("fp32", precision):
+        with zipfile.ZipFile(tmp_path / f"{name}.mar") as packed:
+            packed.extractall(tmp_path / name)
+        card = json.loads((tmp_path / name / "card.json").read_text())
+        assert card["precision"] == name
+        weight = (tmp_path / name / "graph.onnx").stat().st_size
+        content.append((weight, (tmp_path / name / "calibration.json").read_bytes()))
+    assert content[1][0] < size * content[0][0]
+    assert calibration_file(folder, "full", precision).read_bytes() == content[1][1]
+    assert content[0][1] != content[1][1]
+    out = Engine(tmp_path / precision / "graph.onnx").run(tiny_images.image[:4].numpy())
+    assert out.logits.shape == (4, 10) and out.purified.shape == (4, 32, 32, 3)
+    calibration_file(folder, "full", precision).write_text("{}")
+    with pytest.raises(ValueError, match="was made of other files than these"):
+        archive(folder, tmp_path / "late.mar", precision=precision)
+
+
+def test_a_form_that_fails_its_gate_leaves_nothing_behind(
+    tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    before = sorted(file.name for file in folder.iterdir())
+    first = len(split(tiny_images, "validation"))
+    noise = torch.randint(256, (first, 32, 32, 3), generator=torch.manual_seed(0)).byte()
+    image = torch.cat([noise, tiny_images.image[first:]])  # all flagged: unlike the rest
+    mixed = Images(image, tiny_images.label, tiny_images.classes)
+    with pytest.raises(RuntimeError, match="loses too much in int8, so nothing was written"):
+        make(folder, "full", "int8", mixed, source="blobs", rate=0.05)
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+def test_images_of_other_classes_are_refused(
+    tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    other = Images(tiny_images.image, tiny_images.label, tuple("abcdefghij"))
+    with pytest.raises(ValueError, match="the images have the classes"):
+        make(folder, "full", "int8", other, source="letters")
