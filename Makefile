@@ -43,9 +43,12 @@ $(ARCHIVE): .venv/serve $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/dev: .venv/serve requirements/dev.txt
+.venv/dev: .venv/serve requirements/dev.txt requirements/kserve.txt
 	@echo "Installing what tests and benchmarks need ..."
 	@$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
+	@# KServe's client wants other versions of what we have: it gets a place of its own.
+	@$(BIN)/python -m venv .venv/kserve
+	@.venv/kserve/bin/python -m pip install -q --require-hashes -r requirements/kserve.txt
 	@touch $@
 
 # Writes the lock files anew from pyproject.toml: hashes, and no address of any index.
@@ -55,6 +58,8 @@ lock:
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --extra evaluate --extra test --extra benchmark -c requirements/serve.txt \
 	    -o requirements/dev.txt
+	echo kserve | uv pip compile - -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --no-header --no-annotate --upgrade -o requirements/kserve.txt
 
 clean:
 	rm -rf .venv model_store/*.mar

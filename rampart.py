@@ -1200,6 +1200,7 @@ def serve(
     token_authorization: Annotated[
         bool, typer.Option(help="Require TorchServe's tokens; a must beyond loopback")
     ] = False,
+    grpc_port: Annotated[int, typer.Option(help="TorchServe's gRPC as well, on this port")] = 0,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from skimage.data import data_dir
@@ -1213,6 +1214,7 @@ def serve(
         workers=workers,
         device=device,
         token_authorization=token_authorization,
+        grpc_port=grpc_port,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

@@ -32,11 +32,16 @@ from hardening.report import read_card
 VERSION = "1.0"
 HANDLERS = Path(handlers.__file__).parent
 # What runs inside TorchServe's worker; the launcher stays outside.
-# fmt: off
 SERVED = (
-    "__init__.py", "image.py", "engine.py", "plan.py", "verdict.py", "protocol.py", "defended.py",
+    "__init__.py",
+    "image.py",
+    "engine.py",
+    "plan.py",
+    "verdict.py",
+    "protocol.py",
+    "open_inference.py",
+    "defended.py",
 )
-# fmt: on
 # TensorRT's provider builds for minutes before the first answer.
 SETTINGS = {
     "minWorkers": 1,

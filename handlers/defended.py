@@ -7,18 +7,19 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from handlers.engine import Engine, EngineError, Runs, available_cores
-from handlers.image import ImageError, decode
+from handlers.image import ImageError, decode, fit
+from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
-from handlers.protocol import read
+from handlers.protocol import Request, plain, read
 from handlers.verdict import Calibration, Judge, Policy
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ NEEDED = (
     "handlers/engine.py",
     "handlers/verdict.py",
     "handlers/protocol.py",
+    "handlers/open_inference.py",
 )
+# Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
+ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 SETTINGS = {"false_alarm_rate", "on_detection", "detail", "image_size", "threads", "device"}
-
-Pixels = NDArray[np.uint8]
-Answer = tuple[int, dict[str, Any]]  # HTTP status and JSON body
 
 
 class DefendedHandler:
@@ -88,17 +89,18 @@ class DefendedHandler:
         if context.get_request_header(0, "describe") == "True":
             return [self._card for _ in data]
         requests = [
-            _images(fields, context.get_all_request_header(index), self._size)
+            _read(fields, context.get_all_request_header(index))
             for index, fields in enumerate(data)
         ]
-        judged = iter(self._judge_all([image for request in requests for image in request]))
+        judged = iter(self._judge_all([image for request in requests for image in request.images]))
         return [
-            _respond(context, index, [next(judged) for _ in request])
+            _respond(context, index, request.reply([next(judged) for _ in request.images]))
             for index, request in enumerate(requests)
         ]
 
-    def _judge_all(self, images: Sequence[Pixels | ImageError]) -> list[Answer]:
+    def _judge_all(self, encoded: Sequence[bytes | Pixels | ImageError]) -> list[Answer]:
         """Answers for the images of a whole batch, by one run of the graph."""
+        images = [_decoded(image, self._size) for image in encoded]
         pixels = [image for image in images if not isinstance(image, ImageError)]
         verdicts = iter(self._try_infer(pixels) if pixels else [])
         answers = (image if isinstance(image, ImageError) else next(verdicts) for image in images)
@@ -193,24 +195,19 @@ def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
     return int(chosen) if chosen else max(1, available_cores() // workers)
 
 
-def _images(
-    fields: Mapping[str, object], headers: Mapping[str, object], size: int
-) -> list[Pixels | ImageError]:
-    """The decoded images of one request, an error in place of each unusable one."""
+def _read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
     try:
-        return [
-            item if isinstance(item, ImageError) else _decoded(item, size)
-            for item in read(fields, headers)
-        ]
-    except ImageError as error:
-        return [error]
+        return read(fields, headers)
     except Exception as error:
-        return [_unexpected(error)]
+        return Request([_unexpected(error)], plain)
 
 
-def _decoded(data: bytes, size: int) -> Pixels | ImageError:
+def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageError:
+    """Pixels at the graph's resolution, or what is wrong with an image."""
     try:
-        return decode(data, size)
+        if isinstance(image, bytes):
+            return decode(image, size)
+        return image if isinstance(image, ImageError) else fit(image, size)
     except ImageError as error:
         return error
     except Exception as error:
@@ -226,13 +223,13 @@ def _error(error: ImageError) -> dict[str, Any]:
     return {"code": error.code, "type": error.type, "message": error.message}
 
 
-def _respond(context: Any, index: int, answers: Sequence[Answer]) -> bytes:
+def _respond(context: Any, index: int, answer: Answer) -> bytes:
     """One request's body; its status too. The phrases are HTTP's own: others can break a worker."""
-    code, body = answers[0] if len(answers) == 1 else (200, _predictions(answers))
+    code, body = answer
     context.set_response_status(code, HTTPStatus(code).phrase, index)
     context.set_response_content_type(index, "application/json")
+    for name, value in context.get_all_request_header(index).items():
+        echo = ECHOED.get(name.lower())
+        if echo and re.fullmatch(r"[!-~]{1,256}", str(value)):  # a line break would end the worker
+            context.set_response_header(index, echo, str(value))
     return json.dumps(body, allow_nan=False).encode() + b"\n"
-
-
-def _predictions(answers: Sequence[Answer]) -> dict[str, Any]:
-    return {"predictions": [body for _, body in answers]}

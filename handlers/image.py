@@ -4,6 +4,8 @@ Everything that a header tells (format, frames, size) is judged before a pixel i
 small file that claims a huge picture costs nothing.
 """
 
+import base64
+import binascii
 from collections.abc import Callable
 from io import BytesIO
 
@@ -73,6 +75,38 @@ def decode(data: bytes, size: int | None = None) -> NDArray[np.uint8]:
     return np.array(image if size is None else _fit(image, size))  # (H, W, 3)
 
 
+def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) as `decode` would bring a picture of them to (size, size, 3)."""
+    return np.array(_fit(Image.fromarray(pixels), size))
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise ImageError for a picture of too many pixels, or of too extreme a shape."""
+    short, long = sorted(size)
+    if short < 1:
+        raise _corrupt()
+    if short * long > MAX_PIXELS:
+        raise _too_large()
+    if long > MAX_ASPECT * short:
+        raise ImageError(
+            422, "extreme_aspect", f"one side is more than {MAX_ASPECT} times the other: crop it"
+        )
+
+
+def from_base64(text: object) -> bytes | ImageError:
+    """The bytes of an image that came as text, or what is wrong with it."""
+    try:
+        if isinstance(text, str):
+            return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    return ImageError(
+        422,
+        "malformed_base64",
+        "the image is not valid base64: encode it without line breaks or prefix",
+    )
+
+
 def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
     """The reader for the format that the first bytes name.
 
@@ -92,15 +126,7 @@ def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
 
 def _check_header(data: bytes, size: tuple[int, int], frames: int) -> None:
     """Refuse by what the header tells: pixels, shape, frames, scans."""
-    short, long = sorted(size)
-    if short < 1:
-        raise _corrupt()
-    if short * long > MAX_PIXELS:
-        raise _too_large()
-    if long > MAX_ASPECT * short:
-        raise ImageError(
-            422, "extreme_aspect", f"one side is more than {MAX_ASPECT} times the other: crop it"
-        )
+    check_size(size)
     if frames > 1:
         raise ImageError(
             422, "multiple_frames", "the file holds several frames: send one still image"

@@ -66,6 +66,7 @@ class Endpoint:
     workers: int
     device: str
     token: bool
+    grpc: int = 0  # port of gRPC, which cannot be switched off; 0 is any free one
 
     @property
     def url(self) -> str:
@@ -87,19 +88,21 @@ def serve(
     workers: int = 1,
     device: str = "cpu",
     token_authorization: bool = False,
+    grpc_port: int = 0,
     samples: Sequence[Path] = (),
 ) -> int:
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
 
     Prints `Rampart is ready` once a real prediction has come back, with curl lines for `samples`
     (image files; without them a generated one). `device` is cpu, cuda or auto. Each of `workers`
-    processes gets an equal share of the cores. A `host` beyond loopback needs token authorization.
-    Call it from the main thread: it handles signals.
+    processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. A
+    `host` beyond loopback needs token authorization. Call it from the main thread: it handles
+    signals.
     """
     try:
         name = _model_name(archive)
         endpoint = Endpoint(
-            archive.resolve(), name, host, port, workers, device, token_authorization
+            archive.resolve(), name, host, port, workers, device, token_authorization, grpc_port
         )
         _check(endpoint)
         with _stop_on_signal() as stop, _work_folder() as work:
@@ -141,6 +144,8 @@ def _check(endpoint: Endpoint) -> None:
     places = {"predictions": endpoint.host, "management": "127.0.0.1", "metrics": "127.0.0.1"}
     for offset, (purpose, host) in enumerate(places.items()):
         _check_free(purpose, host, endpoint.port + offset)
+    if endpoint.grpc:
+        _check_free("gRPC", endpoint.host, endpoint.grpc)
 
 
 def _is_loopback(host: str) -> bool:
@@ -221,7 +226,8 @@ def _config(endpoint: Endpoint) -> str:
         "inference_address": f"http://{endpoint.host}:{endpoint.port}",
         "management_address": f"http://127.0.0.1:{endpoint.port + 1}",
         "metrics_address": f"http://127.0.0.1:{endpoint.port + 2}",
-        "grpc_inference_port": "0",  # any free one: gRPC cannot be switched off
+        "grpc_inference_address": endpoint.host if endpoint.grpc else "127.0.0.1",
+        "grpc_inference_port": str(endpoint.grpc),
         "grpc_management_port": "0",
         "default_workers_per_model": str(endpoint.workers),
         "disable_token_authorization": str(not endpoint.token).lower(),

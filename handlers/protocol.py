@@ -1,27 +1,76 @@
-"""Request bodies to encoded images: raw bytes, multipart files, JSON with base64.
+"""Request bodies to images, and their answers to one body.
 
+Taken are raw bytes, multipart files, JSON with base64 (KServe v1) and Open Inference Protocol v2.
 Parts of one multipart request need different names: TorchServe keeps the last of each name.
 """
 
-import base64
-import binascii
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from handlers.image import ImageError
+from handlers import open_inference
+from handlers.image import ImageError, from_base64
+from handlers.open_inference import Answer, Pixels
 
 MAX_IMAGES = 32
 # What TorchServe calls a whole body, and gRPC clients call their image by custom.
 BODY_NAMES = ("body", "data")
 JSON_SHAPE = '{"instances": [{"b64": "..."}]}'
 
+Reply = Callable[[Sequence[Answer]], Answer]
 
-def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> list[bytes | ImageError]:
-    """The encoded images of one request, in order, an ImageError in place of an unreadable one.
+
+class Request(NamedTuple):
+    """Images as they came, an ImageError for an unreadable one, and what makes of their answers
+    the answer to the request."""
+
+    images: Sequence[bytes | Pixels | ImageError]
+    reply: Reply
+
+
+def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
+    """One request, in whichever protocol it speaks; what is wrong with all of it is its one image.
 
     `fields` are the body or the multipart parts and query parameters by name; `headers` hold, under
-    the name of each part, its content type. Raises ImageError if the request as a whole is wrong.
+    the name of each part, its content type.
     """
+    known = {name.lower(): value for name, value in headers.items()}
+    try:
+        body, rest = _body(fields, headers, known.get("inference-header-content-length"))
+    except ImageError as error:
+        return Request([error], plain)
+    if isinstance(body, list):
+        return Request(body, plain)
+    # TorchServe gives its own route, /predictions/NAME, a header that /v1 and /v2 lack.
+    reply = plain if "url_path" in known else predictions
+    reply = partial(open_inference.reply, body) if "inputs" in body else reply
+    try:
+        images = open_inference.images(body, rest) if "inputs" in body else _read_instances(body)
+        _check_count(len(images))
+    except ImageError as error:
+        return Request([error], reply)
+    return Request(images, reply)
+
+
+def plain(answers: Sequence[Answer]) -> Answer:
+    """One answer as it is; several in a list."""
+    return answers[0] if len(answers) == 1 else predictions(answers)
+
+
+def predictions(answers: Sequence[Answer]) -> Answer:
+    """KServe v1: a list whatever its length; what is wrong with the only one is an error."""
+    if len(answers) == 1 and answers[0][0] != 200:
+        return answers[0]
+    return 200, {"predictions": [body for _, body in answers]}
+
+
+def _body(
+    fields: Mapping[str, object], headers: Mapping[str, object], json_length: object
+) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
+    """Encoded images, or a JSON object and what follows it: the first `json_length` bytes of a body
+    of binary tensors are JSON."""
     parts = [
         value
         for name, value in fields.items()
@@ -36,14 +85,16 @@ def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> list[by
         )
     _check_count(len(parts))
     if len(parts) > 1:
-        return [_as_bytes(part) for part in parts]
-    body = parts[0]
+        return [_as_bytes(part) for part in parts], b""
+    body, rest = parts[0], b""
     if isinstance(body, (bytes, bytearray, str)):
         data = _as_bytes(body)
+        told = re.fullmatch(r"[0-9]{1,9}", str(json_length))
+        length = int(told[0]) if told else len(data)
         if data.lstrip()[:1] not in (b"{", b"["):  # which no image starts with
-            return [data]
-        body = _parse_json(data)
-    return _read_instances(body)
+            return [data], b""
+        body, rest = _parse_json(data[:length]), data[length:]
+    return (body if isinstance(body, Mapping) else {}), rest
 
 
 def _content_type(entry: object) -> object:
@@ -67,8 +118,8 @@ def _parse_json(data: bytes) -> object:
         ) from error
 
 
-def _read_instances(body: object) -> list[bytes | ImageError]:
-    instances = body.get("instances") if isinstance(body, Mapping) else None
+def _read_instances(body: Mapping[str, Any]) -> list[bytes | ImageError]:
+    instances = body.get("instances")
     if not isinstance(instances, list) or not instances:
         raise ImageError(422, "no_instances", f"the JSON holds no images: send {JSON_SHAPE}")
     _check_count(len(instances))
@@ -81,14 +132,7 @@ def _read_instance(instance: object) -> bytes | ImageError:
         return ImageError(
             422, "no_base64", 'an instance must be an object: {"b64": "the image in base64"}'
         )
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return ImageError(
-            422,
-            "malformed_base64",
-            "the image is not valid base64: encode it without line breaks or prefix",
-        )
+    return from_base64(text)
 
 
 def _check_count(count: int) -> None:

@@ -32,16 +32,16 @@ sys.exit(serve(Path(sys.argv[1]), **options))
 
 
 def free_port() -> int:
-    """The first of three neighbouring ports that nobody uses."""
-    for port in range(20_000 + os.getpid() % 5_000, 60_000, 3):
+    """The first of four neighbouring ports that nobody uses."""
+    for port in range(20_000 + os.getpid() % 5_000, 60_000, 4):
         try:
-            for offset in range(3):
+            for offset in range(4):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port + offset))
         except OSError:
             continue
         return port
-    raise OSError("no three neighbouring ports are free")
+    raise OSError("no four neighbouring ports are free")
 
 
 @dataclass
@@ -52,6 +52,11 @@ class Server:
     port: int
     temp: Path
     lines: list[str]
+    grpc: int = 0
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
@@ -108,7 +113,8 @@ def launch() -> Iterator[Callable[..., Server]]:
             # Under nohup SIGHUP arrives ignored, and the launcher leaves it so.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
-        servers.append(Server(process, int(str(options["port"])), temp, []))
+        port, grpc = (int(str(options.get(name, 0))) for name in ("port", "grpc_port"))
+        servers.append(Server(process, port, temp, [], grpc))
         return servers[-1]
 
     yield start
@@ -125,7 +131,8 @@ def launch() -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="session")
 def server(launch: Callable[..., Server], tiny_archive: Path) -> Server:
     """One server with one worker that all HTTP tests share."""
-    server = launch(tiny_archive)
+    port = free_port()
+    server = launch(tiny_archive, port=port, grpc_port=port + 3)
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     return server
 
@@ -170,7 +177,7 @@ def encode() -> Callable[..., bytes]:
     return encoded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pixels() -> np.ndarray:
     """A smooth 32x32 RGB picture without colours at the ends of the range."""
     rows, columns = np.mgrid[0:32, 0:32]

@@ -16,26 +16,30 @@ def instances(*images: object) -> dict[str, object]:
     return {"instances": list(images)}
 
 
+def images(fields: dict[str, object], headers: dict[str, object] | None = None) -> list[object]:
+    return list(read(fields, headers or {}).images)
+
+
 def refusal(fields: dict[str, object], headers: dict[str, object] | None = None) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        read(fields, headers or {})
-    return caught.value
+    (error,) = images(fields, headers)
+    assert isinstance(error, ImageError)
+    return error
 
 
 @pytest.mark.parametrize("name", ["body", "data"])
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_a_raw_body_is_the_image(name: str, kind: type) -> None:
-    assert read({name: kind(PICTURE)}, {}) == [PICTURE]
+    assert images({name: kind(PICTURE)}) == [PICTURE]
 
 
 def test_multipart_files_come_in_order() -> None:
     headers = {name: {"content-type": "image/png"} for name in ("first", "second")}
-    assert read({"first": b"1", "second": bytearray(b"2")}, headers) == [b"1", b"2"]
+    assert images({"first": b"1", "second": bytearray(b"2")}, headers) == [b"1", b"2"]
 
 
 def test_query_parameters_and_plain_form_fields_are_no_images() -> None:
     headers = {"note": {"content-type": ""}, "body": {"content-type": ""}}
-    assert read({"note": bytearray(b"hello"), "body": PICTURE}, headers) == [PICTURE]
+    assert images({"note": bytearray(b"hello"), "body": PICTURE}, headers) == [PICTURE]
     error = refusal({"note": bytearray(b"hello")}, headers)
     assert (error.code, error.type) == (415, "no_image")
 
@@ -50,7 +54,7 @@ def test_json_instances_are_decoded_in_every_form_torchserve_gives(form: str) ->
         "text": json.dumps(body),
         "indented": f"\n  {text}".encode(),
     }
-    assert read({"body": forms[form]}, {}) == [PICTURE, b""]
+    assert images({"body": forms[form]}) == [PICTURE, b""]
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"instances": [}', b"[" * 200_000, b'{"a": \xff}'])
@@ -69,7 +73,7 @@ def test_json_without_images_is_422(body: object) -> None:
 
 @pytest.mark.parametrize("instance", [{}, {"b64": 1}, {"b64": None}, "text", 3, None, [B64]])
 def test_an_instance_without_base64_is_an_error_in_its_place(instance: object) -> None:
-    first, second = read({"body": instances(instance, {"b64": B64})}, {})
+    first, second = images({"body": instances(instance, {"b64": B64})})
     assert isinstance(first, ImageError) and (first.code, first.type) == (422, "no_base64")
     assert second == PICTURE
 
@@ -78,13 +82,13 @@ def test_an_instance_without_base64_is_an_error_in_its_place(instance: object) -
     "text", ["a", "!!!!", B64[:8] + "\n" + B64[8:], "data:image/png;base64," + B64, "é" * 4]
 )
 def test_malformed_base64_is_refused_and_not_repaired(text: str) -> None:
-    (error,) = read({"body": instances({"b64": text})}, {})
-    assert isinstance(error, ImageError) and (error.code, error.type) == (422, "malformed_base64")
+    error = refusal({"body": instances({"b64": text})})
+    assert (error.code, error.type) == (422, "malformed_base64")
 
 
 def test_too_many_images_are_413() -> None:
     most = [{"b64": B64}] * MAX_IMAGES
-    assert len(read({"body": instances(*most)}, {})) == MAX_IMAGES
+    assert len(images({"body": instances(*most)})) == MAX_IMAGES
     error = refusal({"body": instances(*most, most[0])})
     assert (error.code, error.type) == (413, "too_many_images")
     names = [f"part{index}" for index in range(MAX_IMAGES + 1)]
@@ -96,8 +100,27 @@ def test_errors_do_not_quote_the_request() -> None:
     secret = "Q0FOQVJZ"
     bodies = [f'{{"{secret}"', f'{{"{secret}": 1}}', f'{{"instances": [{{"b64": "{secret}!"}}]}}']
     for body in bodies:
-        try:
-            (error,) = read({"body": body.encode()}, {})
-        except ImageError as raised:
-            error = raised
-        assert isinstance(error, ImageError) and secret not in error.message
+        assert secret not in refusal({"body": body.encode()}).message
+
+
+def test_one_image_is_answered_by_itself_and_on_kserves_route_in_a_list() -> None:
+    good, bad = (200, {"label": "cat"}), (415, {"code": 415, "message": "no"})
+    body = {"body": instances({"b64": B64})}
+    own, kserve = read(body, {"url_path": ""}), read(body, {})
+    assert own.reply([good]) == good
+    assert kserve.reply([good]) == (200, {"predictions": [good[1]]})
+    assert own.reply([good, bad]) == kserve.reply([good, bad])
+    assert own.reply([bad]) == kserve.reply([bad]) == bad
+    assert read({"body": PICTURE}, {}).reply([good]) == good
+
+
+@pytest.mark.parametrize(
+    "header", ["Inference-Header-Content-Length", "inference-header-content-length"]
+)
+def test_binary_tensors_follow_as_many_bytes_of_json_as_the_header_says(header: str) -> None:
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1]}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    body = {"body": bytearray(text + len(PICTURE).to_bytes(4, "little") + PICTURE)}
+    assert images(body, {header: str(len(text))}) == [PICTURE]
+    for wrong in ("1", "-1", "x", "9" * 5000, str(len(text) - 1)):
+        assert refusal(body, {header: wrong}).code in (400, 422)

@@ -1,0 +1,130 @@
+"""Open Inference Protocol v2 over HTTP: one tensor of images in, a few tensors of verdicts out.
+
+As KServe and Triton speak it, with Triton's binary tensors, which its clients send by default.
+Sources: the protocol's REST specification (KServe), "Binary tensor data extension" (Triton).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.image import ImageError, check_size, from_base64
+
+Pixels = NDArray[np.uint8]
+Answer = tuple[int, dict[str, Any]]  # HTTP status and JSON body
+SHAPE = (
+    'send one input: {"name": "image", "datatype": "UINT8", "shape": [N, height, width, 3],'
+    ' "data": [...]}, or "BYTES" with one base64 image an element'
+)
+# What each output is, of a verdict; a rejected image has no label.
+OUTPUTS = {
+    "label": ("BYTES", lambda verdict: verdict["label"] or ""),
+    "index": ("INT64", lambda verdict: -1 if verdict["index"] is None else verdict["index"]),
+    "confidence": ("FP32", lambda verdict: verdict["confidence"] or 0.0),
+    "decision": ("BYTES", lambda verdict: verdict["decision"]),
+    "p_value": ("FP32", lambda verdict: verdict["detail"]["p_value"]),
+}
+
+
+def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | ImageError]:
+    """The images of a request: encoded ones of BYTES, pixels (H, W, 3) of UINT8.
+
+    `binary` is what follows the JSON part. Raises ImageError.
+    """
+    inputs = body.get("inputs")
+    tensor = inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else None
+    if not isinstance(tensor, Mapping):
+        raise wrong("the request has not exactly one input")
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
+        raise wrong("its shape is not a list of positive whole numbers")
+    raw = "data" not in tensor
+    if tensor.get("datatype") == "UINT8":
+        return list(pixels(shape, binary if raw else flat(tensor["data"])))
+    if tensor.get("datatype") == "BYTES" and len(shape) == 1:
+        found = elements(binary) if raw else [from_base64(text) for text in listed(tensor["data"])]
+        if len(found) != shape[0]:
+            raise wrong("its data has another length than its shape")
+        return found
+    raise wrong("it is neither UINT8 nor a row of BYTES")
+
+
+def pixels(shape: Sequence[int], data: bytes) -> Pixels:
+    """`data` as uint8 (N, H, W, 3)."""
+    if len(shape) != 4 or shape[3] != 3:
+        raise wrong("its shape is not [N, height, width, 3]")
+    check_size((shape[2], shape[1]))
+    if len(data) != int(np.prod(shape, dtype=object)):
+        raise wrong("its data has another length than its shape")
+    return np.frombuffer(data, np.uint8).reshape(tuple(shape))
+
+
+def flat(data: object) -> bytes:
+    """Numbers 0 to 255, in nested lists or one, as bytes.
+
+    Not by numpy: of hostile lists, strings among them, it would make arrays of any size.
+    """
+    row = listed(data)
+    while row and isinstance(row[0], list):
+        row = [item for part in row for item in listed(part)]
+    if not all(type(item) is int and 0 <= item <= 255 for item in row):
+        raise wrong("its data is not whole numbers from 0 to 255")
+    return bytes(row)  # type: ignore[arg-type]
+
+
+def listed(data: object) -> list[object]:
+    """`data`, a list."""
+    if not isinstance(data, list):
+        raise wrong("its data is no list, or ragged")
+    return data
+
+
+def elements(data: bytes) -> list[bytes | ImageError]:
+    """Byte strings, each after its length in 4 bytes, little end first."""
+    out: list[bytes | ImageError] = []
+    while data:
+        end = 4 + int.from_bytes(data[:4], "little")
+        if len(data) < max(4, end):
+            raise wrong("its binary data ends within an element")
+        out.append(data[4:end])
+        data = data[end:]
+    return out
+
+
+def reply(body: Mapping[str, Any], answers: Sequence[Answer]) -> Answer:
+    """All answers as tensors; the protocol has no place for an error beside results."""
+    names = wanted(body)
+    known = {"id": body["id"]} if isinstance(body.get("id"), str) else {}
+    for number, (code, answer) in enumerate(answers):
+        if code != 200:
+            message = (
+                f"image {number}: {answer['message']}" if len(answers) > 1 else answer["message"]
+            )
+            return code, known | answer | {"message": message, "error": message}
+    verdicts = [answer for _, answer in answers]
+    model = verdicts[0]["model"]
+    outputs = [
+        {"name": name, "datatype": kind, "shape": [len(verdicts)], "data": [*map(of, verdicts)]}
+        for name, (kind, of) in OUTPUTS.items()
+        if name in names and (name != "p_value" or "detail" in verdicts[0])
+    ]
+    return 200, {
+        "model_name": model["name"],
+        "model_version": model["version"],
+        **known,
+        "outputs": outputs,
+    }
+
+
+def wanted(body: Mapping[str, Any]) -> set[str]:
+    """Names of the outputs that a request asks for: all, where it names none."""
+    asked = body.get("outputs")
+    names = {entry.get("name") for entry in asked if isinstance(entry, Mapping)} if asked else set()
+    return {str(name) for name in names} or set(OUTPUTS)
+
+
+def wrong(what: str) -> ImageError:
+    """A 422 that says what is the matter and what to send."""
+    return ImageError(422, "malformed_tensor", f"{what}: {SHAPE}")
