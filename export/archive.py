@@ -38,6 +38,7 @@ SERVED = (
     "engine.py",
     "plan.py",
     "verdict.py",
+    "metrics.py",
     "protocol.py",
     "open_inference.py",
     "defended.py",

@@ -26,7 +26,7 @@ from export.archive import hash_tree, sha256
 from handlers.defended import read_policy, verify
 from handlers.engine import Engine
 from handlers.image import ImageError, decode
-from handlers.verdict import Calibration, Judge, combine, drift, p_values
+from handlers.verdict import Calibration, Judge, combine, drift, drift_by_chance, p_values
 from hardening.data import SUFFIXES
 
 FEWEST = 100  # for a false-alarm rate of 1%
@@ -69,7 +69,7 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
         write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
         repack(work, names, out)
     rate, n = policy.false_alarm_rate, len(images)
-    chance = 1.36 * (1 / n + 1 / old.images) ** 0.5
+    chance = drift_by_chance(n, old.images)
     flagged = float((p < rate).mean())
     return Recalibrated(n, refused, flagged, rate, drift(p), chance, spread_of(rate, n))
 

@@ -3,12 +3,14 @@
 TorchServe imports this file by its own name and wants exactly one class in it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ import numpy as np
 
 from handlers.engine import Engine, EngineError, Runs, available_cores
 from handlers.image import ImageError, decode, fit
+from handlers.metrics import Metrics
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
-from handlers.verdict import Calibration, Judge, Policy
+from handlers.verdict import Calibration, Judge, Policy, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ NEEDED = (
     "handlers/verdict.py",
     "handlers/protocol.py",
     "handlers/open_inference.py",
+    "handlers/metrics.py",
 )
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
@@ -77,8 +81,14 @@ class DefendedHandler:
         gpu = context.system_properties.get("gpu_id") or 0
         self._engine = load_engine(folder, device, threads_for(workers, settings), gpu)
         self._size = self._engine.image_shape[0]
+        calibration = self._judge.calibration
+        self._metrics = Metrics(context.metrics, context.model_name, calibration.images)
         self._judge_zeros()
         logger.info("Rampart serves on %s", self._engine.device)
+        precision = json.loads(self._card).get("precision", "fp32")
+        known = (self._engine.device, precision, calibration.variant)
+        self._metrics.set("rampart_engine_info", 1, *known)
+        self._metrics.start()
 
     def _judge_zeros(self) -> None:
         """Fail now, and not at the first request, if graph, calibration and labels do not fit."""
@@ -88,28 +98,43 @@ class DefendedHandler:
         """Answer a batch of requests, one JSON body each; statuses go to the context."""
         if context.get_request_header(0, "describe") == "True":
             return [self._card for _ in data]
-        requests = [
-            _read(fields, context.get_all_request_header(index))
-            for index, fields in enumerate(data)
-        ]
-        judged = iter(self._judge_all([image for request in requests for image in request.images]))
-        return [
-            _respond(context, index, request.reply([next(judged) for _ in request.images]))
-            for index, request in enumerate(requests)
-        ]
+        with self._timed("decode"):
+            requests = [
+                _read(fields, context.get_all_request_header(index))
+                for index, fields in enumerate(data)
+            ]
+            images = [_decoded(image, self._size) for asked in requests for image in asked.images]
+        with self._timed("graph"):
+            judged = iter(self._judge_all(images))
+        with self._timed("response"):
+            answers = [asked.reply([next(judged) for _ in asked.images]) for asked in requests]
+            return [self._respond(context, index, answer) for index, answer in enumerate(answers)]
 
-    def _judge_all(self, encoded: Sequence[bytes | Pixels | ImageError]) -> list[Answer]:
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, stage)
+
+    def _judge_all(self, images: Sequence[Pixels | ImageError]) -> list[Answer]:
         """Answers for the images of a whole batch, by one run of the graph."""
-        images = [_decoded(image, self._size) for image in encoded]
         pixels = [image for image in images if not isinstance(image, ImageError)]
+        if pixels:
+            self._metrics.observe("rampart_batch_images", len(pixels))
         verdicts = iter(self._try_infer(pixels) if pixels else [])
         answers = (image if isinstance(image, ImageError) else next(verdicts) for image in images)
-        return [
-            (answer.code, _error(answer)) if isinstance(answer, ImageError) else (200, answer)
-            for answer in answers
-        ]
+        return [self._counted(answer) for answer in answers]
 
-    def _try_infer(self, pixels: Sequence[Pixels]) -> list[dict[str, Any] | ImageError]:
+    def _counted(self, answer: Verdict | ImageError) -> Answer:
+        """An image's answer, once it is counted."""
+        if isinstance(answer, ImageError):
+            self._metrics.count("rampart_images_total", "error")
+            self._metrics.count("rampart_errors_total", answer.type)
+            return answer.code, _error(answer)
+        self._metrics.judged(answer)
+        return 200, answer.to_dict()
+
+    def _try_infer(self, pixels: Sequence[Pixels]) -> list[Verdict | ImageError]:
         """Verdicts; if the batch fails, image by image, so that only the image at fault fails."""
         try:
             return list(self._infer(pixels))
@@ -120,10 +145,21 @@ class DefendedHandler:
             logger.error("The graph failed on an image: %s", type(error).__name__)
             return [ImageError(500, "engine_failure", "the model failed on this image: retry")]
 
-    def _infer(self, pixels: Sequence[Pixels]) -> list[dict[str, Any]]:
+    def _infer(self, pixels: Sequence[Pixels]) -> list[Verdict]:
         outputs = self._engine.run(np.stack(pixels))  # (N, H, W, 3)
-        verdicts = self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
-        return [verdict.to_dict() for verdict in verdicts]
+        return self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
+
+    def _respond(self, context: Any, index: int, answer: Answer) -> bytes:
+        """One request's body; its status too. Phrases are HTTP's own: others can end a worker."""
+        code, body = answer
+        context.set_response_status(code, HTTPStatus(code).phrase, index)
+        context.set_response_content_type(index, "application/json")
+        for name, value in context.get_all_request_header(index).items():
+            echo = ECHOED.get(name.lower())
+            if echo and re.fullmatch(r"[!-~]{1,256}", str(value)):  # no line break, which ends it
+                context.set_response_header(index, echo, str(value))
+        self._metrics.count("rampart_requests_total", str(code))
+        return json.dumps(body, allow_nan=False).encode() + b"\n"
 
 
 def verify(folder: Path) -> None:
@@ -221,15 +257,3 @@ def _unexpected(error: Exception) -> ImageError:
 
 def _error(error: ImageError) -> dict[str, Any]:
     return {"code": error.code, "type": error.type, "message": error.message}
-
-
-def _respond(context: Any, index: int, answer: Answer) -> bytes:
-    """One request's body; its status too. The phrases are HTTP's own: others can break a worker."""
-    code, body = answer
-    context.set_response_status(code, HTTPStatus(code).phrase, index)
-    context.set_response_content_type(index, "application/json")
-    for name, value in context.get_all_request_header(index).items():
-        echo = ECHOED.get(name.lower())
-        if echo and re.fullmatch(r"[!-~]{1,256}", str(value)):  # a line break would end the worker
-            context.set_response_header(index, echo, str(value))
-    return json.dumps(body, allow_nan=False).encode() + b"\n"

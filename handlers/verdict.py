@@ -112,13 +112,18 @@ def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Flo
 def drift(p_values: Floats) -> float:
     """How far p-values (N,) are from uniform, in [0, 1]: the Kolmogorov-Smirnov distance.
 
-    Those of images exchangeable with n calibration images stay below 1.36 * sqrt(1/N + 1/n) in 95%
-    of cases (Smirnov 1948). More than that: what arrives is no longer what was calibrated on.
+    Those of exchangeable images stay below `drift_by_chance` in 95% of cases (Smirnov 1948). More
+    than that: what arrives is no longer what was calibrated on.
     """
     ordered = np.sort(p_values)
     rank = np.arange(1, len(ordered) + 1) / len(ordered)
     above, below = rank - ordered, ordered - rank + 1 / len(ordered)
     return float(max(above.max(), below.max()))
+
+
+def drift_by_chance(images: int, calibrated_on: int) -> float:
+    """What `drift` of so many exchangeable images exceeds in 5% of cases."""
+    return float(1.36 * (1 / images + 1 / calibrated_on) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -153,10 +158,12 @@ class Verdict:
     top: tuple[dict[str, Any], ...]
     model: Mapping[str, str]
     detail: Mapping[str, Any] | None
+    p_value: float  # for the operator, whatever `detail` shows
 
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
         content = asdict(self)
+        del content["p_value"]
         if self.detail is None:
             del content["detail"]
         return content
@@ -226,6 +233,7 @@ class Judge:
             top=top if decision != "reject" else (),
             model=self.model,
             detail=detail if self.policy.detail == "full" else None,
+            p_value=float(p_value),
         )
 
     def _top(self, confidences: Floats) -> tuple[dict[str, Any], ...]:
