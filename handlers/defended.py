@@ -88,6 +88,7 @@ class DefendedHandler:
         precision = json.loads(self._card).get("precision", "fp32")
         known = (self._engine.device, precision, calibration.variant)
         self._metrics.set("rampart_engine_info", 1, *known)
+        self._metrics.set("rampart_false_alarm_rate", self._judge.policy.false_alarm_rate)
         self._metrics.start()
 
     def _judge_zeros(self) -> None:

@@ -26,6 +26,7 @@ COUNTERS: dict[str, Labels] = {
 }
 GAUGES: dict[str, Labels] = {
     "rampart_engine_info": ("device", "precision", "variant"),
+    "rampart_false_alarm_rate": (),
     "rampart_drift": (),
     "rampart_drift_limit": (),
 }

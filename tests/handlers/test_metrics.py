@@ -74,6 +74,7 @@ def test_requests_images_errors_and_p_values_are_counted(
         assert more["rampart_stage_seconds_count", stage] == 5
         assert 0 < more["rampart_stage_seconds_sum", stage] < 5
     assert after["rampart_engine_info", "cpu,fp32,full"] == 1
+    assert after["rampart_false_alarm_rate", ""] == 0.01
 
 
 def test_torchserves_own_figures_stay(server: Server) -> None:
