@@ -987,14 +987,20 @@ def archive(
     plan: Annotated[Path | None, typer.Option(help="Of `rampart export --tensorrt`")] = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
     rate: Rate = 0.01,
-    on_detection: Literal["flag", "reject"] = "flag",
+    on_detection: Annotated[
+        Literal["flag", "reject", "shadow"], typer.Option(help="shadow counts, and says nothing")
+    ] = "flag",
+    on_failure: Annotated[
+        Literal["closed", "open"], typer.Option(help="Of purifier or detectors; open: no defence")
+    ] = "closed",
     detail: Literal["full", "public"] = "full",
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     from export import archive as archives
 
     target = out or model.parent / f"{model.name}.mar"
-    policy = {"false_alarm_rate": rate, "on_detection": on_detection, "detail": detail}
+    policy: dict[str, object] = {"false_alarm_rate": rate, "on_detection": on_detection}
+    policy |= {"on_failure": on_failure, "detail": detail}
     variant = variant or best_variant(model)
     precision = precision or best_precision(model, variant)
     parity = archives.archive(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import handlers
 from export.parity import Parity, check_close, compare
 from export.precision import check_made, lower, ranges_file
 from export.to_onnx import to_onnx
-from handlers.defended import PLAN
+from handlers.defended import PLAN, read_policy
 from handlers.engine import Engine
 from handlers.image import decode
 from handlers.plan import check_record, record_file
@@ -51,7 +52,6 @@ SETTINGS = {
     "maxBatchDelay": 2,
     "startupTimeout": 900,
 }
-POLICY = {"false_alarm_rate": 0.01, "on_detection": "flag", "detail": "full"}
 
 
 def export_variant(
@@ -109,11 +109,11 @@ def archive(
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
     settings = settings or {}
-    policy = POLICY | settings.get("rampart", {})
+    policy = asdict(Policy()) | settings.get("rampart", {})
     config, _ = checkpoint.read(folder / "weights.safetensors")
     check_made(folder, variant, precision)
     # The handler would refuse such a policy at start; refuse it before it is packed.
-    judge = Policy(policy["false_alarm_rate"], policy["on_detection"], policy["detail"])
+    judge = read_policy(policy)
     Judge(tuple(config["classes"]), load_variant(folder, variant, precision), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / "content"

@@ -44,7 +44,8 @@ NEEDED = (
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
-SETTINGS = {"false_alarm_rate", "on_detection", "detail", "image_size", "threads", "device"}
+POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
+SETTINGS = POLICY | {"image_size", "threads", "device"}
 
 
 class DefendedHandler:
@@ -223,6 +224,7 @@ def read_policy(settings: Mapping[str, Any]) -> Policy:
         false_alarm_rate=float(settings.get("false_alarm_rate", Policy.false_alarm_rate)),
         on_detection=settings.get("on_detection", Policy.on_detection),
         detail=settings.get("detail", Policy.detail),
+        on_failure=settings.get("on_failure", Policy.on_failure),
     )
 
 

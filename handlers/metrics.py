@@ -110,7 +110,10 @@ class Metrics:
 
     def judged(self, verdict: Verdict) -> None:
         """Count an image that got a verdict."""
-        self.count("rampart_images_total", verdict.decision)
+        shadowed = verdict.detected and verdict.decision == "accept"
+        self.count("rampart_images_total", "shadow" if shadowed else verdict.decision)
+        if verdict.failed:
+            self.count("rampart_errors_total", "defence_failure")
         self.observe("rampart_p_value", verdict.p_value)
         with self._lock:
             self._p_values.append(verdict.p_value)

@@ -130,21 +130,26 @@ def drift_by_chance(images: int, calibrated_on: int) -> float:
 class Policy:
     """What the operator wants: flag below `false_alarm_rate`, and what a detection does.
 
-    `on_detection` is flag (the label stays) or reject (it goes); `detail` is full, or public for
-    clients who must not see scores.
+    `on_detection` is flag (the label stays), reject (it goes), or shadow (it is counted, and the
+    answer is as if nothing had been found). `detail` is full, or public for clients who must not
+    see scores. Where purifier or detectors give no number, `on_failure` closed refuses or flags the
+    image, and open takes the classifier's word for it.
     """
 
     false_alarm_rate: float = 0.01
     on_detection: str = "flag"
     detail: str = "full"
+    on_failure: str = "closed"
 
     def __post_init__(self) -> None:
         if not 0 <= self.false_alarm_rate < 1:
             raise ValueError("false_alarm_rate must be at least 0 (never flag) and below 1")
-        if self.on_detection not in ("flag", "reject"):
-            raise ValueError("on_detection must be flag or reject")
+        if self.on_detection not in ("flag", "reject", "shadow"):
+            raise ValueError("on_detection must be flag, reject or shadow")
         if self.detail not in ("full", "public"):
             raise ValueError("detail must be full or public")
+        if self.on_failure not in ("closed", "open"):
+            raise ValueError("on_failure must be closed or open")
 
 
 @dataclass(frozen=True)
@@ -158,15 +163,15 @@ class Verdict:
     top: tuple[dict[str, Any], ...]
     model: Mapping[str, str]
     detail: Mapping[str, Any] | None
-    p_value: float  # for the operator, whatever `detail` shows
+    # For the operator alone, whatever `detail` shows.
+    p_value: float
+    detected: bool
+    failed: bool  # purifier or detectors gave no number
 
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
-        content = asdict(self)
-        del content["p_value"]
-        if self.detail is None:
-            del content["detail"]
-        return content
+        hidden = {"p_value", "detected", "failed"} | ({"detail"} if self.detail is None else set())
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
 
 
 @dataclass(frozen=True)
@@ -203,22 +208,27 @@ class Judge:
         """
         if logits.shape[1:] != (len(self.labels),):
             raise ValueError(f"logits {logits.shape} do not fit {len(self.labels)} labels")
+        p = p_values(scores, self.calibration)
+        failed = ~np.isfinite(np.concatenate([logits, scores], axis=1)).all(axis=1)  # (N,)
+        if self.policy.on_failure == "open":
+            logits = np.where(failed[:, None], raw_logits, logits)
+            p = np.where(failed, 1.0, p)
         if not (np.isfinite(logits).all() and np.isfinite(raw_logits).all()):
             raise ValueError("the graph gave logits that are not finite")
-        rows = zip(
-            _softmax(logits),
-            raw_logits.argmax(axis=1),
-            scores,
-            p_values(scores, self.calibration),
-            strict=True,
-        )
+        rows = zip(_softmax(logits), raw_logits.argmax(axis=1), scores, p, failed, strict=True)
         return [self._verdict(*row) for row in rows]
 
     def _verdict(
-        self, confidences: Floats, raw_index: int, scores: NDArray[np.float32], p_value: float
+        self,
+        confidences: Floats,
+        raw_index: int,
+        scores: NDArray[np.float32],
+        p_value: float,
+        failed: bool,
     ) -> Verdict:
-        detected = p_value < self.policy.false_alarm_rate
+        detected = bool(p_value < self.policy.false_alarm_rate)
         decision = self.policy.on_detection if detected else "accept"
+        decision = "accept" if decision == "shadow" else decision
         top = self._top(confidences)
         detail = {
             "p_value": _rounded(p_value),
@@ -234,6 +244,8 @@ class Judge:
             model=self.model,
             detail=detail if self.policy.detail == "full" else None,
             p_value=float(p_value),
+            detected=detected,
+            failed=bool(failed),
         )
 
     def _top(self, confidences: Floats) -> tuple[dict[str, Any], ...]:

@@ -57,6 +57,7 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path
     assert config["rampart"] == {
         "false_alarm_rate": 0.05,
         "on_detection": "reject",
+        "on_failure": "closed",
         "detail": "full",
         "image_size": 32,
     }
@@ -68,7 +69,7 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path
     [
         ("a.zip", {}, r"end in \.mar"),
         ("a.mar", {"false_alarm_rate": 1e-6}, "cannot tell a false_alarm_rate"),
-        ("a.mar", {"on_detection": "drop"}, "flag or reject"),
+        ("a.mar", {"on_detection": "drop"}, "flag, reject or shadow"),
     ],
 )
 def test_what_the_server_would_refuse_is_refused_before_packing(

@@ -394,7 +394,7 @@ def test_an_engine_that_always_fails_gives_each_request_500(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_detection": "shrug"}, "on_detection must be flag or reject"),
+        ({"on_detection": "shrug"}, "on_detection must be flag, reject or shadow"),
         ({"false_alarm": 0.1}, "unknown rampart setting"),
         ({"false_alarm_rate": 1e-9}, "cannot tell a false_alarm_rate"),
         ({"device": "tpu"}, "choose one of cpu, cuda, tensorrt, auto"),

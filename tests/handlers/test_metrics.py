@@ -4,6 +4,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def cache(file: Path) -> Any:
 
 
 def verdict(p_value: float) -> Verdict:
-    return Verdict("cat", 3, 0.5, "accept", (), {}, None, p_value)
+    return Verdict("cat", 3, 0.5, "accept", (), {}, None, p_value, False, False)
 
 
 def test_drift_is_told_of_a_hundred_images_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -120,6 +121,18 @@ def test_drift_is_told_of_a_hundred_images_on(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     figures.hand_over()
     assert not caplog.text  # nothing new
+
+
+def test_shadows_and_failures_of_the_defence_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    figures = Metrics(cache(METRICS), "m", 900)
+    figures.judged(replace(verdict(0.001), detected=True))
+    figures.judged(replace(verdict(0.001), detected=True, decision="flag"))
+    figures.judged(replace(verdict(1.0), failed=True))
+    figures.hand_over()
+    for decision in ("shadow", "flag", "accept"):
+        assert f"rampart_images_total.Count:1|#model:m,decision:{decision}|" in caplog.text
+    assert "rampart_errors_total.Count:1|#model:m,type:defence_failure|" in caplog.text
 
 
 def test_without_our_metrics_a_line_says_so_once_and_nothing_breaks(

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handlers.verdict import Calibration, Judge, Policy, combine, drift, p_values
+from handlers.verdict import (
+    Calibration,
+    Judge,
+    Policy,
+    combine,
+    drift,
+    drift_by_chance,
+    p_values,
+)
 
 RNG = np.random.default_rng(0)
 KNOTS = np.array([[0.0, 1.0, 2.0, 4.0], [-1.0, -1.0, 0.5, 0.5]])
@@ -182,6 +190,25 @@ def test_a_flag_keeps_the_label_and_a_reject_hides_it() -> None:
     assert [rejected[key] for key in ("label", "index", "confidence")] == [None] * 3
 
 
+def test_a_shadow_is_told_to_the_operator_and_not_to_the_client() -> None:
+    (shadowed,) = judge(on_detection="shadow").verdicts(LOGITS, RAW, np.array(ALARMING))
+    assert shadowed.detected and shadowed.p_value < 0.01
+    assert shadowed.to_dict() == verdict(ALARMING) | {"decision": "accept"}
+
+
+def test_where_the_defence_fails_open_the_classifiers_word_stands() -> None:
+    broken = np.full_like(LOGITS, math.nan)
+    for logits, scores in ((broken, CALM), (LOGITS, [[math.nan, 0.0]])):
+        made = np.array(scores, dtype=np.float32)
+        (answer,) = judge(on_failure="open").verdicts(logits, RAW, made)
+        assert (answer.label, answer.decision, answer.failed) == ("a", "accept", True)
+        json.dumps(answer.to_dict(), allow_nan=False)
+    (sound,) = judge(on_failure="open").verdicts(LOGITS, RAW, np.array(ALARMING))
+    assert (sound.label, sound.decision, sound.failed) == ("e", "flag", False)
+    with pytest.raises(ValueError, match="not finite"):
+        judge(on_failure="open").verdicts(broken, broken, np.array(CALM))
+
+
 def test_public_detail_shows_no_scores() -> None:
     assert set(verdict(ALARMING, detail="public")) == set(verdict(ALARMING)) - {"detail"}
 
@@ -213,6 +240,7 @@ def test_logits_that_are_no_numbers_give_no_verdict(logit: float) -> None:
         {"false_alarm_rate": math.nan},
         {"on_detection": "shrug"},
         {"detail": "some"},
+        {"on_failure": "ajar"},
     ],
 )
 def test_a_policy_outside_its_choices_is_refused(policy: dict[str, object]) -> None:
@@ -230,7 +258,7 @@ def test_a_rate_finer_than_the_calibration_is_refused() -> None:
 
 def test_drift_of_images_as_calibrated_stays_below_its_bound() -> None:
     generator = np.random.default_rng(0)
-    bound, seen = 1.36 * (1 / 300 + 1 / 150) ** 0.5, []
+    bound, seen = drift_by_chance(150, 300), []
     for _ in range(500):
         scores = generator.normal(size=(450, 1))
         knots = np.quantile(scores[:300], [0, 0.5, 1])[None]

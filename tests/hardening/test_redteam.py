@@ -54,7 +54,9 @@ class Toy(ThreadingHTTPServer):
 
     def answer(self, body: bytes) -> tuple[int, Any]:
         try:
-            images = [decode(item, 32) for item in read({"body": body}, {}) if is_bytes(item)]
+            images = [
+                decode(item, 32) for item in read({"body": body}, {}).images if is_bytes(item)
+            ]
         except ImageError as error:
             return error.code, {"code": error.code, "type": error.type, "message": error.message}
         if len(self.seen) >= self.breaks_after:
