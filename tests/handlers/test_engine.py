@@ -13,7 +13,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from handlers.engine import MAX_BATCH, Engine, EngineError, Outputs, tensorrt_options
+from handlers.engine import (
+    MAX_BATCH,
+    Engine,
+    EngineError,
+    Outputs,
+    dots_bytes,
+    tensorrt_options,
+)
 from hardening.data import Images
 from hardening.pipeline import DefendedClassifier
 
@@ -42,6 +49,23 @@ def test_outputs_equal_the_torch_pipeline(
         expected = tiny_pipeline(torch.from_numpy(images))
     for ours, theirs in zip(engine.run(images)[:3], expected[:3], strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "exact"),
+    [
+        ("flags\t\t: sse4_2 avx2 avx512_vnni amx_int8\n", True),
+        ("flags\t\t: sse4_2 avx2 avx_vnni\n", True),
+        ("flags\t\t: sse4_2 avx2 avx512f\n", False),
+        ("Features\t: fp asimd asimddp\n", True),
+    ],
+)
+def test_a_cpu_is_known_by_whether_it_adds_products_of_bytes_without_overflow(
+    tmp_path: Path, cpuinfo: str, exact: bool
+) -> None:
+    assert not dots_bytes(tmp_path / "missing")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}")
+    assert dots_bytes(tmp_path / "cpuinfo") is exact
 
 
 def test_batches_beyond_the_maximum_equal_single_images(engine: Engine, images: np.ndarray) -> None:
