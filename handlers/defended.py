@@ -109,7 +109,7 @@ class DefendedHandler:
         with self._timed("graph"):
             judged = iter(self._judge_all(images))
         with self._timed("response"):
-            answers = [asked.reply([next(judged) for _ in asked.images]) for asked in requests]
+            answers = [_replied(asked, [next(judged) for _ in asked.images]) for asked in requests]
             return [self._respond(context, index, answer) for index, answer in enumerate(answers)]
 
     @contextlib.contextmanager
@@ -251,6 +251,14 @@ def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageErr
         return error
     except Exception as error:
         return _unexpected(error)
+
+
+def _replied(asked: Request, answers: Sequence[Answer]) -> Answer:
+    try:
+        return asked.reply(answers)
+    except Exception as error:  # or it would be the answer to every request of the batch
+        failure = _unexpected(error)
+        return failure.code, _error(failure)
 
 
 def _unexpected(error: Exception) -> ImageError:

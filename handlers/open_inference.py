@@ -121,8 +121,8 @@ def reply(body: Mapping[str, Any], answers: Sequence[Answer]) -> Answer:
 def wanted(body: Mapping[str, Any]) -> set[str]:
     """Names of the outputs that a request asks for: all, where it names none."""
     asked = body.get("outputs")
-    names = {entry.get("name") for entry in asked if isinstance(entry, Mapping)} if asked else set()
-    return {str(name) for name in names} or set(OUTPUTS)
+    entries = asked if isinstance(asked, list) else []
+    return {str(e.get("name")) for e in entries if isinstance(e, Mapping)} or set(OUTPUTS)
 
 
 def wrong(what: str) -> ImageError:

@@ -31,6 +31,8 @@ from export.archive import archive
 from handlers import defended
 from handlers.defended import NEEDED, DefendedHandler, threads_for, verify
 from handlers.engine import Engine
+from handlers.open_inference import Answer
+from handlers.protocol import Request
 from handlers.verdict import p_values
 from hardening import report
 from hardening.calibrate import load_variant
@@ -389,6 +391,14 @@ def test_an_engine_that_always_fails_gives_each_request_500(
     answers = moody_handler.handle([{"body": png(pixels)}] * 2 + [{"body": b""}], made)
     assert [json.loads(answer)["code"] for answer in answers] == [500, 500, 422]
     assert all(b"CUDA" not in answer for answer in answers)
+
+
+def test_a_reply_that_cannot_be_made_fails_its_own_request_alone() -> None:
+    def broken(answers: object) -> Answer:
+        raise TypeError("secret")
+
+    code, body = defended._replied(Request([], broken), [])
+    assert code == body["code"] == 500 and "secret" not in body["message"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,12 @@ def test_only_the_outputs_that_are_asked_for_come_back() -> None:
     assert [entry["name"] for entry in body["outputs"]] == ["label", "decision"]
 
 
+@pytest.mark.parametrize("outputs", [True, 7, "label", {}, [], None, [{}], [{"name": [1]}]])
+def test_outputs_that_name_none_of_ours_harm_nobody(outputs: object) -> None:
+    code, body = reply({"outputs": outputs}, [verdict()])
+    assert code == 200 and len(body["outputs"]) in (0, 5)
+
+
 def test_a_rejected_image_has_no_label_and_a_public_answer_no_p_value() -> None:
     answer = verdict(None, index=None, confidence=None, decision="reject")
     del answer[1]["detail"]
