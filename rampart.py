@@ -986,6 +986,7 @@ def archive(
     precision: PrecisionOf = None,
     plan: Annotated[Path | None, typer.Option(help="Of `rampart export --tensorrt`")] = None,
     data: Annotated[Path | None, typer.Option(help="Images the parity gate compares on")] = None,
+    model_version: Annotated[str, typer.Option(help="Tells archives of one name apart")] = "1.0",
     rate: Rate = 0.01,
     on_detection: Annotated[
         Literal["flag", "reject", "shadow"], typer.Option(help="shadow counts, and says nothing")
@@ -1010,6 +1011,7 @@ def archive(
         precision=precision,
         images=gate_images(model, data),
         plan=plan,
+        version=model_version,
         settings={"rampart": policy},
     )
     say(parity)
@@ -1207,6 +1209,9 @@ def serve(
         bool, typer.Option(help="Require TorchServe's tokens; a must beyond loopback")
     ] = False,
     grpc_port: Annotated[int, typer.Option(help="TorchServe's gRPC as well, on this port")] = 0,
+    model_api: Annotated[
+        bool, typer.Option("--model-api", help="Let this machine register and remove models")
+    ] = False,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from skimage.data import data_dir
@@ -1221,6 +1226,7 @@ def serve(
         device=device,
         token_authorization=token_authorization,
         grpc_port=grpc_port,
+        model_api=model_api,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from hardening import pipeline as pipelines
 from hardening.calibrate import Precision, calibration_file, load_variant
 from hardening.report import read_card
 
-VERSION = "1.0"
 HANDLERS = Path(handlers.__file__).parent
 # What runs inside TorchServe's worker; the launcher stays outside.
 SERVED = (
@@ -99,15 +99,19 @@ def archive(
     precision: Precision = "fp32",
     images: Tensor | None = None,
     plan: Path | None = None,
+    version: str = "1.0",
     settings: dict[str, Any] | None = None,
 ) -> Parity:
     """Export, gate and pack the model folder as `out` (NAME.mar); returns the gate's figures.
 
     `plan` is one of `rampart export --tensorrt`, of the same graph, to be served by default.
+    `version` tells archives of one name apart in a running server.
     `settings` overrides entries of the model YAML's top level; `rampart` in it those of the policy.
     """
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
+        raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     settings = settings or {}
     policy = asdict(Policy()) | settings.get("rampart", {})
     config, _ = checkpoint.read(folder / "weights.safetensors")
@@ -141,7 +145,7 @@ def archive(
         policy["image_size"] = config["classifier"]["image_size"]
         model_yaml = Path(scratch) / "model-config.yaml"
         model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
-        pack(work, model_yaml, out)
+        pack(work, model_yaml, out, version=version)
     return parity
 
 
@@ -152,12 +156,12 @@ def pack_plan(plan: Path, graph: Path) -> None:
     shutil.copy(record_file(plan), record_file(graph.with_name(PLAN)))
 
 
-def pack(work: Path, model_yaml: Path, out: Path) -> None:
+def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
     """Run torch-model-archiver; the finished file replaces an older one at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as partial:
         command = [str(Path(sys.executable).with_name("torch-model-archiver"))]
-        command += ["--model-name", out.stem, "--version", VERSION]
+        command += ["--model-name", out.stem, "--version", version]
         command += ["--handler", str(HANDLERS / "defended.py"), "--extra-files", str(work)]
         command += ["--config-file", str(model_yaml), "--export-path", partial]
         # It empties $TMPDIR/NAME first, whatever that holds: give it a place of its own.

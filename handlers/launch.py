@@ -68,6 +68,7 @@ class Endpoint:
     device: str
     token: bool
     grpc: int = 0  # port of gRPC, which cannot be switched off; 0 is any free one
+    model_api: bool = False
 
     @property
     def url(self) -> str:
@@ -90,20 +91,30 @@ def serve(
     device: str = "cpu",
     token_authorization: bool = False,
     grpc_port: int = 0,
+    model_api: bool = False,
     samples: Sequence[Path] = (),
 ) -> int:
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
 
     Prints `Rampart is ready` once a real prediction has come back, with curl lines for `samples`
     (image files; without them a generated one). `device` is cpu, cuda or auto. Each of `workers`
-    processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. A
-    `host` beyond loopback needs token authorization. Call it from the main thread: it handles
-    signals.
+    processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. With
+    `model_api` the management address, which is loopback, registers and removes archives that lie
+    beside this one. A `host` beyond loopback needs token authorization. Call it from the main
+    thread: it handles signals.
     """
     try:
         name = _model_name(archive)
         endpoint = Endpoint(
-            archive.resolve(), name, host, port, workers, device, token_authorization, grpc_port
+            archive.resolve(),
+            name,
+            host,
+            port,
+            workers,
+            device,
+            token=token_authorization,
+            grpc=grpc_port,
+            model_api=model_api,
         )
         _check(endpoint)
         with _stop_on_signal() as stop, _work_folder() as work:
@@ -233,6 +244,7 @@ def _config(endpoint: Endpoint) -> str:
         "grpc_management_port": "0",
         "default_workers_per_model": str(endpoint.workers),
         "disable_token_authorization": str(not endpoint.token).lower(),
+        "enable_model_api": str(endpoint.model_api).lower(),
     }
     if endpoint.device == "cpu":
         settings["number_of_gpu"] = "0"
