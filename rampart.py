@@ -979,6 +979,19 @@ def inspect(
 
 
 @app.command()
+def verify(
+    archive: Annotated[Path, typer.Argument(help="The .mar")],
+    signature: Annotated[Path | None, typer.Option(help="Of OpenSSF Model Signing")] = None,
+    public_key: Annotated[Path | None, typer.Option(help="Of its signer, PEM")] = None,
+) -> None:
+    """Check an archive's hashes and, where given, its signature, before it is served."""
+    from export.verification import verify as check
+
+    for line in check(archive, signature, public_key):
+        say(line)
+
+
+@app.command()
 def archive(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
