@@ -1245,6 +1245,20 @@ def serve(
     raise typer.Exit(code)
 
 
+@app.command()
+def probe(
+    metrics: Annotated[str, typer.Option(help="Where Prometheus asks")] = (
+        "http://127.0.0.1:8082/metrics"
+    ),
+    within: Annotated[float, typer.Option(help="Seconds that a model may be silent")] = 15.0,
+) -> None:
+    """Whether the served models are alive, for liveness checks: needs no token."""
+    from handlers.probe import probe as look
+
+    for name, age in look(metrics, within).items():
+        print(f"{name}: alive {age:.0f} s ago")
+
+
 def main() -> Any:
     """Run the command line; an expected failure is one line, not a traceback."""
     try:

@@ -29,6 +29,7 @@ GAUGES: dict[str, Labels] = {
     "rampart_false_alarm_rate": (),
     "rampart_drift": (),
     "rampart_drift_limit": (),
+    "rampart_heartbeat_seconds": (),
 }
 HISTOGRAMS: dict[str, Labels] = {
     "rampart_p_value": (),
@@ -140,5 +141,6 @@ class Metrics:
 
     def _run(self) -> None:
         while True:
-            time.sleep(1)
+            self.set("rampart_heartbeat_seconds", round(time.time()))
             self.hand_over()
+            time.sleep(1)

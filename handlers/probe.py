@@ -1,0 +1,33 @@
+"""Whether a served model is alive, asked where no token is needed: of its metrics.
+
+TorchServe's /ping wants a token where tokens are on, and says nothing of a worker that hangs. The
+handler writes the time into a metric while its process runs; a probe looks how old that is.
+"""
+
+import re
+import time
+import urllib.request
+
+HEARTBEAT = re.compile(r'^rampart_heartbeat_seconds\{(?:.*,)?model="([^"]+)".*\} (\S+)$', re.M)
+
+
+def probe(metrics: str, within: float) -> dict[str, float]:
+    """Seconds since each model's last sign of life, by name, none above `within`.
+
+    `metrics` is the address, http://127.0.0.1:8082/metrics. Raises RuntimeError where a model is
+    silent, or there is none.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(metrics, timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise RuntimeError(f"no metrics at {metrics}: {error}") from error
+    now = time.time()
+    ages = {name: now - float(value) for name, value in HEARTBEAT.findall(text)}
+    if not ages:
+        raise RuntimeError(f"{metrics} tells of no Rampart model: none is loaded")
+    for name, age in ages.items():
+        if age > within:
+            raise RuntimeError(f"{name} has been silent for {age:.0f} s")
+    return ages

@@ -1,0 +1,40 @@
+"""The probe against a real server whose worker is alive, hangs, or was never there."""
+
+import re
+import signal
+import time
+
+import psutil
+import pytest
+from conftest import Server
+
+from handlers.probe import probe
+
+
+def test_a_worker_that_hangs_is_told_from_one_that_lives(server: Server) -> None:
+    address = f"http://127.0.0.1:{server.port + 2}/metrics"
+    deadline = time.monotonic() + 10
+    while True:  # the first sign of life may still be on its way
+        try:
+            assert set(probe(address, 5)) == {"tiny"}
+            break
+        except RuntimeError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    worker = psutil.Process(server.worker_pids()[0])
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(5)
+        with pytest.raises(RuntimeError, match=r"tiny has been silent for \d+ s"):
+            probe(address, 4)
+    finally:
+        worker.send_signal(signal.SIGCONT)
+    time.sleep(2.5)
+    assert probe(address, 4)["tiny"] < 4
+
+
+def test_no_server_and_no_model_are_each_told(server: Server) -> None:
+    with pytest.raises(RuntimeError, match=re.escape("no metrics at http://127.0.0.1:1/")):
+        probe("http://127.0.0.1:1/metrics", 5)
+    with pytest.raises(RuntimeError, match="tells of no Rampart model"):
+        probe(f"http://127.0.0.1:{server.port + 1}/models", 5)
