@@ -1222,6 +1222,11 @@ def serve(
         bool, typer.Option(help="Require TorchServe's tokens; a must beyond loopback")
     ] = False,
     grpc_port: Annotated[int, typer.Option(help="TorchServe's gRPC as well, on this port")] = 0,
+    token_minutes: Annotated[int, typer.Option(help="That a token lives")] = 60,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Serve predictions by https: certificate chain, PEM")
+    ] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="Its private key, PEM")] = None,
     model_api: Annotated[
         bool, typer.Option("--model-api", help="Let this machine register and remove models")
     ] = False,
@@ -1231,6 +1236,8 @@ def serve(
 
     from handlers import launch
 
+    if (certificate is None) != (certificate_key is None):
+        raise ValueError("--certificate and --certificate-key go together")
     code = launch.serve(
         model,
         host=host,
@@ -1240,6 +1247,8 @@ def serve(
         token_authorization=token_authorization,
         grpc_port=grpc_port,
         model_api=model_api,
+        tls=(certificate, certificate_key) if certificate and certificate_key else None,
+        token_minutes=token_minutes,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

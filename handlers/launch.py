@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -69,12 +70,19 @@ class Endpoint:
     token: bool
     grpc: int = 0  # port of gRPC, which cannot be switched off; 0 is any free one
     model_api: bool = False
+    tls: tuple[Path, Path] | None = None  # certificate chain and its key, PEM
+    token_minutes: int = 60  # that a token lives
+
+    @property
+    def scheme(self) -> str:
+        """How predictions are reached; management and metrics, on loopback, stay http."""
+        return "https" if self.tls else "http"
 
     @property
     def url(self) -> str:
         """Where this machine reaches the predictions."""
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
-        return f"http://{host}:{self.port}/predictions/{self.name}"
+        return f"{self.scheme}://{host}:{self.port}/predictions/{self.name}"
 
     @property
     def management(self) -> str:
@@ -92,6 +100,8 @@ def serve(
     token_authorization: bool = False,
     grpc_port: int = 0,
     model_api: bool = False,
+    tls: tuple[Path, Path] | None = None,
+    token_minutes: int = 60,
     samples: Sequence[Path] = (),
 ) -> int:
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
@@ -100,7 +110,8 @@ def serve(
     (image files; without them a generated one). `device` is cpu, cuda or auto. Each of `workers`
     processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. With
     `model_api` the management address, which is loopback, registers and removes archives that lie
-    beside this one. A `host` beyond loopback needs token authorization. Call it from the main
+    beside this one. `tls` are files of a certificate chain and its key, PEM; a token lives for
+    `token_minutes`. A `host` beyond loopback needs token authorization. Call it from the main
     thread: it handles signals.
     """
     try:
@@ -115,6 +126,8 @@ def serve(
             token=token_authorization,
             grpc=grpc_port,
             model_api=model_api,
+            tls=tls and (tls[0].resolve(), tls[1].resolve()),
+            token_minutes=token_minutes,
         )
         _check(endpoint)
         with _stop_on_signal() as stop, _work_folder() as work:
@@ -149,6 +162,10 @@ def _check(endpoint: Endpoint) -> None:
             f"{endpoint.host} is open to other machines: that needs token authorization"
             " (--token-authorization), or serve on 127.0.0.1 behind a gateway"
         )
+    if endpoint.tls:
+        _check_tls(*endpoint.tls)
+    if endpoint.token_minutes < 1:
+        raise LaunchError("a token must live for a minute or more")
     if endpoint.workers < 1:
         raise LaunchError("at least one worker is needed")
     if not 1 <= endpoint.port <= 65533:
@@ -158,6 +175,15 @@ def _check(endpoint: Endpoint) -> None:
         _check_free(purpose, host, endpoint.port + offset)
     if endpoint.grpc:
         _check_free("gRPC", endpoint.host, endpoint.grpc)
+
+
+def _check_tls(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise LaunchError(
+            f"{certificate} and {key} are no certificate chain and its key in PEM: {error}"
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:
@@ -235,7 +261,7 @@ def _start(endpoint: Endpoint, work: Path) -> subprocess.Popen[bytes]:
 def _config(endpoint: Endpoint) -> str:
     """config.properties with this endpoint's settings after it: the last one of a name counts."""
     settings = {
-        "inference_address": f"http://{endpoint.host}:{endpoint.port}",
+        "inference_address": f"{endpoint.scheme}://{endpoint.host}:{endpoint.port}",
         "management_address": f"http://127.0.0.1:{endpoint.port + 1}",
         "metrics_address": f"http://127.0.0.1:{endpoint.port + 2}",
         "metrics_config": str(METRICS),
@@ -244,10 +270,15 @@ def _config(endpoint: Endpoint) -> str:
         "grpc_management_port": "0",
         "default_workers_per_model": str(endpoint.workers),
         "disable_token_authorization": str(not endpoint.token).lower(),
+        "token_expiration_min": str(endpoint.token_minutes),
         "enable_model_api": str(endpoint.model_api).lower(),
     }
     if endpoint.device == "cpu":
         settings["number_of_gpu"] = "0"
+    if endpoint.tls:
+        settings |= {"certificate_file": str(endpoint.tls[0])}
+        settings |= {"private_key_file": str(endpoint.tls[1])}
+        settings |= {"enable_grpc_ssl": "true"}
     lines = [f"{name}={value}" for name, value in settings.items()]
     return "\n".join([CONFIG.read_text(), *lines, ""])
 
@@ -326,7 +357,7 @@ def _call(
         if endpoint.token:
             headers["Authorization"] = f"Bearer {_keys(work)[purpose]['key']}"
         request = urllib.request.Request(url, data=body, headers=headers, method=method)
-        with _direct().open(request, timeout=60) as answer:
+        with _direct(endpoint.tls).open(request, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -335,9 +366,17 @@ def _call(
         return 0, b""
 
 
-def _direct() -> urllib.request.OpenerDirector:
-    """Without the proxy that the environment may name: the server is on this machine."""
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _direct(tls: tuple[Path, Path] | None) -> urllib.request.OpenerDirector:
+    """Without the proxy that the environment may name: the server is on this machine.
+
+    Its certificate is trusted for what it is, whatever name it gives.
+    """
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if tls:
+        trust = ssl.create_default_context(cafile=str(tls[0]))
+        trust.check_hostname = False
+        handlers.append(urllib.request.HTTPSHandler(context=trust))
+    return urllib.request.build_opener(*handlers)
 
 
 def _keys(work: Path) -> dict[str, dict[str, str]]:
@@ -386,13 +425,15 @@ def _curl_lines(endpoint: Endpoint, work: Path, samples: Sequence[Path]) -> Iter
         code = "import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]]['key'])"
         yield f"  rampart_key() {{ python3 -c {shlex.quote(code)} {keys} $1; }}"
         header = '-H "Authorization: Bearer $(rampart_key inference)" '
+    trust = f"--cacert {shlex.quote(str(endpoint.tls[0]))} " if endpoint.tls else ""
     for sample in samples:
-        yield f"  curl {header}-T {shlex.quote(str(sample.resolve()))} {endpoint.url}"
+        yield f"  curl {trust}{header}-T {shlex.quote(str(sample.resolve()))} {endpoint.url}"
     header = header.replace("inference", "management")
     yield f"  curl {header}'{endpoint.management}?customized=true'"
     if endpoint.token:
         api = f"http://127.0.0.1:{endpoint.port + 1}/token?type=inference"
-        yield f"Keys are in {work / 'key_file.json'} and expire after an hour; for a new one:"
+        file, minutes = work / "key_file.json", endpoint.token_minutes
+        yield f"Keys are in {file} and live {minutes} min; for a new one:"
         yield f"  curl -H \"Authorization: Bearer $(rampart_key API)\" '{api}'"
 
 

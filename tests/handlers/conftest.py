@@ -27,6 +27,8 @@ from pathlib import Path
 from handlers.launch import serve
 options = json.loads(sys.argv[2])
 options["samples"] = [Path(sample) for sample in options.get("samples", ())]
+if options.get("tls"):
+    options["tls"] = tuple(map(Path, options["tls"]))
 sys.exit(serve(Path(sys.argv[1]), **options))
 """
 

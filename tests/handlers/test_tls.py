@@ -1,0 +1,73 @@
+"""Predictions by https, with a token that lives as long as was asked."""
+
+import ipaddress
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from conftest import Server, free_port
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from handlers.launch import LaunchError, _check_tls
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    folder, key = tmp_path_factory.mktemp("tls"), rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
+    now, address = datetime.now(UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "c.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "k.pem").write_bytes(private)
+    return folder / "c.pem", folder / "k.pem"
+
+
+def test_predictions_are_served_by_https_to_who_has_a_token(
+    launch: Callable[..., Server],
+    tiny_archive: Path,
+    pair: tuple[Path, Path],
+    pixels: np.ndarray,
+    encode: Callable[..., bytes],
+) -> None:
+    certificate, key = map(str, pair)
+    options = {"tls": [certificate, key], "token_authorization": True, "token_minutes": 600}
+    server = launch(tiny_archive, port=free_port(), **options)
+    assert "Rampart is ready" in server.read(until="Keys are in"), server.lines
+    assert server.lines[-1].endswith("live 600 min; for a new one:")
+    url, body = server.url.replace("http:", "https:"), encode(pixels)
+    known = json.loads(next(server.temp.glob("rampart-*/key_file.json")).read_text())
+    token = {"Authorization": f"Bearer {known['inference']['key']}"}
+    answer = requests.post(url, data=body, headers=token, verify=certificate, timeout=60)
+    assert answer.status_code == 200 and answer.json()["label"]
+    assert requests.post(url, data=body, verify=certificate, timeout=60).status_code == 400
+    plain = requests.post(server.url, data=body, headers=token, timeout=60)
+    assert plain.status_code == 403 and "label" not in plain.text
+    ends = datetime.fromisoformat(known["inference"]["expiration time"][:26] + "+00:00")
+    assert timedelta(hours=9) < ends - datetime.now(UTC) < timedelta(hours=11)
+    assert server.end() == 0
+
+
+def test_files_that_are_no_certificate_and_key_are_refused_before_java_starts(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    certificate, key = pair
+    _check_tls(certificate, key)
+    for wrong in ((key, certificate), (tmp_path / "missing", key)):
+        with pytest.raises(LaunchError, match="no certificate chain and its key in PEM"):
+            _check_tls(*wrong)
