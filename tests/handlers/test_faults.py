@@ -1,0 +1,47 @@
+"""What breaks under load, and what comes back."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from conftest import Server
+
+
+def test_a_killed_worker_is_back_in_ten_seconds_and_only_what_it_held_fails(
+    launch: Callable[..., Server],
+    tiny_archive: Path,
+    pixels: np.ndarray,
+    encode: Callable[..., bytes],
+) -> None:
+    server = launch(tiny_archive)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    body, stop = encode(pixels), threading.Event()
+    answers: list[tuple[float, int, Any]] = []
+
+    def client() -> None:
+        with requests.Session() as session:
+            while not stop.is_set():
+                answer = session.post(server.url, data=body, timeout=60)
+                answers.append((time.monotonic(), answer.status_code, answer.json()))
+
+    clients = [threading.Thread(target=client) for _ in range(8)]
+    for one in clients:
+        one.start()
+    time.sleep(2)
+    killed = time.monotonic()
+    os.kill(server.worker_pids()[0], signal.SIGKILL)
+    time.sleep(12)
+    stop.set()
+    for one in clients:
+        one.join()
+    failed = [(code, content) for _, code, content in answers if code != 200]
+    back = min(when for when, code, _ in answers if code == 200 and when > killed + 0.5)
+    assert back - killed < 10
+    assert len(failed) <= 8 and all(content["message"] == "Worker died." for _, content in failed)
+    assert server.end() == 0
