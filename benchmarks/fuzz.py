@@ -15,7 +15,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -27,9 +27,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.server import endpoint
-from handlers.defended import _decoded, _read
+from handlers.defended import _decoded
 from handlers.image import ImageError
+from handlers.open_inference import Pixels
+from handlers.protocol import read
 
+Fields = dict[str, object]
 SIZE = 32
 GROWTH = 50_000_000
 INTERESTING = (
@@ -120,9 +123,9 @@ def mutated(body: bytes, known: list[bytes], draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def request(draw: random.Random, known: list[bytes]) -> tuple[dict[str, object], dict[str, object]]:
+def request(draw: random.Random, known: list[bytes]) -> tuple[Fields, Fields]:
     """Fields and headers as TorchServe would hand them over."""
-    headers: dict[str, object] = {"url_path": ""} if draw.random() < 0.5 else {}
+    headers: Fields = {"url_path": ""} if draw.random() < 0.5 else {}
     if draw.random() < 0.3:
         headers["Inference-Header-Content-Length"] = draw.choice(
             ("1", "58", "999", "-1", "x", "9" * 40)
@@ -137,13 +140,20 @@ def request(draw: random.Random, known: list[bytes]) -> tuple[dict[str, object],
     return {"body": body}, headers
 
 
+def answered(fields: Fields, headers: Fields) -> Sequence[bytes | Pixels | ImageError]:
+    """The images of a request; where reading it raises, which it never should, a 500."""
+    try:
+        return read(fields, headers).images
+    except Exception as error:
+        return [ImageError(500, "raised", type(error).__name__)]
+
+
 def in_process(count: int, draw: random.Random, out: Path) -> Counter[int]:
     """Read and decode `count` requests; how often each status came."""
     known, statuses = seeds(), Counter[int]()
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
-        asked = _read(fields, headers)
-        for image in asked.images:
+        for image in answered(fields, headers):
             pixels = _decoded(image, SIZE)
             code = pixels.code if isinstance(pixels, ImageError) else 200
             statuses[code] += 1

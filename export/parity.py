@@ -177,8 +177,12 @@ def check_close(fp32: Runs, lower: Runs, image: Tensor) -> str:
 
     For when it is built again: what it costs was measured when it was made, on validation images.
     """
-    guesses = [engine.run(image.numpy()).logits.argmax(1) for engine in (fp32, lower)]
-    same = float((guesses[0] == guesses[1]).mean())
+    ran = [engine.run(image.numpy()) for engine in (fp32, lower)]
+    if not all(np.isfinite(out).all() for out in (ran[1].logits, ran[1].scores)):
+        raise RuntimeError(
+            "the graph in lower precision gives logits or scores that are no numbers"
+        )
+    same = float((ran[0].logits.argmax(1) == ran[1].logits.argmax(1)).mean())
     seen = f"has the labels of the fp32 one on {same:.0%} of {len(image)} images"
     if same < LEAST_CLOSE:
         raise RuntimeError(f"the graph in lower precision only {seen}: `rampart quantize` anew")

@@ -2,8 +2,9 @@
 
     rampart verify NAME.mar --signature NAME.sig --public-key signer.pem
 
-The hashes inside tell damage, and nothing of an attacker, who writes them anew. A signature tells:
-OpenSSF Model Signing (sigstore/model-transparency), by a key, over the whole file.
+The hashes inside tell damage, and nothing of an attacker, who writes them anew; nor do they cover
+model-config.yaml, the policy. A signature tells both: OpenSSF Model Signing, by a key, over the
+whole file (sigstore/model-transparency).
 """
 
 import json
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from export.archive import sha256
 from export.recalibrate import unpack
+
+# What torch-model-archiver adds; of these defended.py is compared with the listed one.
+UNLISTED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py", "sha256.json"}
 
 
 def verify(archive: Path, signature: Path | None = None, key: Path | None = None) -> Iterator[str]:
@@ -25,8 +29,10 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
     if signature and key:
         yield signed(archive, signature, key)
     with tempfile.TemporaryDirectory() as scratch:
-        unpack(archive, Path(scratch))
+        names = unpack(archive, Path(scratch))
         listed = json.loads((Path(scratch) / "sha256.json").read_text())
+    if more := set(names) - set(listed) - UNLISTED:
+        raise ValueError(f"{archive} holds {', '.join(sorted(more))}, which nobody packed")
     yield f"{archive}: {len(listed)} files have the hashes that sha256.json lists"
     if signature is None:
         yield f"no signature was checked: compare {sha256(archive)} with what its maker says"

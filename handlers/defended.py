@@ -98,19 +98,33 @@ class DefendedHandler:
 
     def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
         """Answer a batch of requests, one JSON body each; statuses go to the context."""
-        if context.get_request_header(0, "describe") == "True":
-            return [self._card for _ in data]
-        with self._timed("decode"):
-            requests = [
-                _read(fields, context.get_all_request_header(index))
-                for index, fields in enumerate(data)
-            ]
-            images = [_decoded(image, self._size) for asked in requests for image in asked.images]
-        with self._timed("graph"):
-            judged = iter(self._judge_all(images))
-        with self._timed("response"):
-            answers = [_replied(asked, [next(judged) for _ in asked.images]) for asked in requests]
-            return [self._respond(context, index, answer) for index, answer in enumerate(answers)]
+        with self._metrics.busy():
+            with self._timed("decode"):
+                requests = [
+                    self._read(fields, context.get_all_request_header(index))
+                    for index, fields in enumerate(data)
+                ]
+                images = [
+                    _decoded(image, self._size) for asked in requests for image in asked.images
+                ]
+            with self._timed("graph"):
+                judged = iter(self._judge_all(images))
+            with self._timed("response"):
+                answers = [
+                    _replied(asked, [next(judged) for _ in asked.images]) for asked in requests
+                ]
+                return [
+                    self._respond(context, index, answer) for index, answer in enumerate(answers)
+                ]
+
+    def _read(self, fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
+        """One request. TorchServe asks for a description by a header, which any client can send."""
+        if headers.get("describe") == "True" and not fields:
+            return Request([], lambda _: (200, json.loads(self._card)))
+        try:
+            return read(fields, headers)
+        except Exception as error:
+            return Request([_unexpected(error)], plain)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -234,13 +248,6 @@ def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
     return int(chosen) if chosen else max(1, available_cores() // workers)
 
 
-def _read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
-    try:
-        return read(fields, headers)
-    except Exception as error:
-        return Request([_unexpected(error)], plain)
-
-
 def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageError:
     """Pixels at the graph's resolution, or what is wrong with an image."""
     try:
@@ -248,7 +255,7 @@ def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageErr
             return decode(image, size)
         return image if isinstance(image, ImageError) else fit(image, size)
     except ImageError as error:
-        return error
+        return error.bare()
     except Exception as error:
         return _unexpected(error)
 

@@ -15,8 +15,10 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 MAX_PIXELS = 16_000_000
 MAX_ASPECT = 20
+MAX_IMAGES = 32  # of one request
 # Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten.
 MAX_JPEG_SCANS = 100
+MAX_SCANNED = 200_000_000  # pixels, over all scans
 # EXIF orientation (CIPA DC-008, tag 0x0112) and what undoes it; 1 is upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +43,10 @@ class ImageError(Exception):
         self.code = code
         self.type = type
         self.message = message
+
+    def bare(self) -> "ImageError":
+        """The same without its traceback, which holds the picture that it is about."""
+        return ImageError(self.code, self.type, self.message)
 
 
 def decode(data: bytes, size: int | None = None) -> NDArray[np.uint8]:
@@ -93,6 +99,14 @@ def check_size(size: tuple[int, int]) -> None:
         )
 
 
+def check_count(count: int) -> None:
+    """Raise ImageError where a request carries more images than it may."""
+    if count > MAX_IMAGES:
+        raise ImageError(
+            413, "too_many_images", f"a request may carry {MAX_IMAGES} images: split it up"
+        )
+
+
 def from_base64(text: object) -> bytes | ImageError:
     """The bytes of an image that came as text, or what is wrong with it."""
     try:
@@ -131,10 +145,9 @@ def _check_header(data: bytes, size: tuple[int, int], frames: int) -> None:
         raise ImageError(
             422, "multiple_frames", "the file holds several frames: send one still image"
         )
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise ImageError(
-            422, "too_many_scans", f"the JPEG has more than {MAX_JPEG_SCANS} scans: save it anew"
-        )
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if scans > MAX_JPEG_SCANS or scans * size[0] * size[1] > MAX_SCANNED:
+        raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it anew")
 
 
 def _orientation(image: Image.Image) -> int:

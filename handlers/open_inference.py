@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers.image import ImageError, check_size, from_base64
+from handlers.image import ImageError, check_count, check_size, from_base64
 
 Pixels = NDArray[np.uint8]
 Answer = tuple[int, dict[str, Any]]  # HTTP status and JSON body
@@ -40,14 +40,18 @@ def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | 
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
         raise wrong("its shape is not a list of positive whole numbers")
+    if unknown(body):
+        raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(OUTPUTS)}")
+    check_count(shape[0] if shape else 0)
     raw = "data" not in tensor
     if tensor.get("datatype") == "UINT8":
         return list(pixels(shape, binary if raw else flat(tensor["data"])))
     if tensor.get("datatype") == "BYTES" and len(shape) == 1:
-        found = elements(binary) if raw else [from_base64(text) for text in listed(tensor["data"])]
-        if len(found) != shape[0]:
+        if raw:
+            return elements(binary, shape[0])
+        if len(listed(tensor["data"])) != shape[0]:
             raise wrong("its data has another length than its shape")
-        return found
+        return [from_base64(text) for text in tensor["data"]]
     raise wrong("it is neither UINT8 nor a row of BYTES")
 
 
@@ -81,15 +85,17 @@ def listed(data: object) -> list[object]:
     return data
 
 
-def elements(data: bytes) -> list[bytes | ImageError]:
-    """Byte strings, each after its length in 4 bytes, little end first."""
-    out: list[bytes | ImageError] = []
-    while data:
-        end = 4 + int.from_bytes(data[:4], "little")
-        if len(data) < max(4, end):
+def elements(data: bytes, count: int) -> list[bytes]:
+    """`count` byte strings, each after its length in 4 bytes, little end first."""
+    out, at = [], 0
+    for _ in range(count):
+        start = at + 4
+        at = start + int.from_bytes(data[at:start], "little")
+        if max(start, at) > len(data):
             raise wrong("its binary data ends within an element")
-        out.append(data[4:end])
-        data = data[end:]
+        out.append(data[start:at])
+    if at < len(data):
+        raise wrong("its data has another length than its shape")
     return out
 
 
@@ -116,6 +122,11 @@ def reply(body: Mapping[str, Any], answers: Sequence[Answer]) -> Answer:
         **known,
         "outputs": outputs,
     }
+
+
+def unknown(body: Mapping[str, Any]) -> set[str]:
+    """Names of outputs that a request asks for and that there are not."""
+    return wanted(body) - set(OUTPUTS)
 
 
 def wanted(body: Mapping[str, Any]) -> set[str]:

@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from handlers import open_inference
-from handlers.image import ImageError, from_base64
+from handlers.image import ImageError, check_count, from_base64
 from handlers.open_inference import Answer, Pixels
 
-MAX_IMAGES = 32
 # What TorchServe calls a whole body, and gRPC clients call their image by custom.
 BODY_NAMES = ("body", "data")
 JSON_SHAPE = '{"instances": [{"b64": "..."}]}'
@@ -40,7 +39,7 @@ def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request
     try:
         body, rest = _body(fields, headers, known.get("inference-header-content-length"))
     except ImageError as error:
-        return Request([error], plain)
+        return Request([error.bare()], plain)
     if isinstance(body, list):
         return Request(body, plain)
     # TorchServe gives its own route, /predictions/NAME, a header that /v1 and /v2 lack.
@@ -48,9 +47,8 @@ def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request
     reply = partial(open_inference.reply, body) if "inputs" in body else reply
     try:
         images = open_inference.images(body, rest) if "inputs" in body else _read_instances(body)
-        _check_count(len(images))
     except ImageError as error:
-        return Request([error], reply)
+        return Request([error.bare()], reply)
     return Request(images, reply)
 
 
@@ -83,7 +81,7 @@ def _body(
             "the request carries no image: send the file itself (curl -T FILE, or --data-binary"
             f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {JSON_SHAPE}",
         )
-    _check_count(len(parts))
+    check_count(len(parts))
     if len(parts) > 1:
         return [_as_bytes(part) for part in parts], b""
     body, rest = parts[0], b""
@@ -122,7 +120,7 @@ def _read_instances(body: Mapping[str, Any]) -> list[bytes | ImageError]:
     instances = body.get("instances")
     if not isinstance(instances, list) or not instances:
         raise ImageError(422, "no_instances", f"the JSON holds no images: send {JSON_SHAPE}")
-    _check_count(len(instances))
+    check_count(len(instances))
     return [_read_instance(instance) for instance in instances]
 
 
@@ -133,10 +131,3 @@ def _read_instance(instance: object) -> bytes | ImageError:
             422, "no_base64", 'an instance must be an object: {"b64": "the image in base64"}'
         )
     return from_base64(text)
-
-
-def _check_count(count: int) -> None:
-    if count > MAX_IMAGES:
-        raise ImageError(
-            413, "too_many_images", f"a request may carry {MAX_IMAGES} images: split it up"
-        )

@@ -226,7 +226,9 @@ class Judge:
         p_value: float,
         failed: bool,
     ) -> Verdict:
-        detected = bool(p_value < self.policy.false_alarm_rate)
+        # What cannot be judged is not accepted, whatever the rate, unless it is said to be.
+        closed = failed and self.policy.on_failure == "closed"
+        detected = bool(p_value < self.policy.false_alarm_rate or closed)
         decision = self.policy.on_detection if detected else "accept"
         decision = "accept" if decision == "shadow" else decision
         top = self._top(confidences)

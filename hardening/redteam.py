@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from handlers.protocol import MAX_IMAGES
+from handlers.image import MAX_IMAGES
 from hardening.data import Images
 from hardening.metrics import wilson
 

@@ -31,6 +31,7 @@ from export.archive import archive
 from handlers import defended
 from handlers.defended import NEEDED, DefendedHandler, threads_for, verify
 from handlers.engine import Engine
+from handlers.image import ImageError
 from handlers.open_inference import Answer
 from handlers.protocol import Request
 from handlers.verdict import p_values
@@ -253,6 +254,30 @@ def test_describe_gives_the_card(server: Server, unpacked: Path) -> None:
     answer = requests.get(server.management, params={"customized": "true"}, timeout=60)
     card = json.loads((unpacked / "card.json").read_text())
     assert answer.json()[0]["customizedMetadata"] == card
+
+
+def test_a_client_that_asks_for_a_description_harms_nobody(
+    server: Server, unpacked: Path, pixels: np.ndarray
+) -> None:
+    body = png(pixels)
+    own = post(server, body).json()
+    assert post(server, body, describe="True").json() == own
+    handler, made = DefendedHandler(), context(unpacked, requests=3)
+    handler.initialize(made)
+    made.request_processor[0] = RequestProcessor({"describe": "True", "url_path": ""})
+    batch = [{"body": body}, {"body": body}, {"body": b"hello"}]
+    labels = [json.loads(answer).get("label") for answer in handler.handle(batch, made)]
+    assert labels == [own["label"], own["label"], None]
+
+
+def test_an_error_does_not_hold_the_picture_it_is_about(pixels: np.ndarray) -> None:
+    image = Image.fromarray(pixels).convert("RGBA")
+    image.putalpha(7)
+    out = BytesIO()
+    image.save(out, "PNG")
+    error = defended._decoded(out.getvalue(), 32)
+    assert isinstance(error, ImageError) and error.type == "transparent_image"
+    assert error.__traceback__ is error.__context__ is error.__cause__ is None
 
 
 def test_the_archive_names_model_and_version_in_each_verdict(

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import in_process
-from handlers.defended import _decoded, _read
+from handlers.defended import _decoded
 from handlers.image import ImageError
+from handlers.protocol import read
 
 NAMES = ("instances", "inputs", "outputs", "b64", "name", "datatype", "shape", "data", "id")
 LEAVES = (
@@ -36,7 +37,7 @@ def test_json_of_any_shape_is_answered_and_never_a_server_error(
     body: object, parsed: bool, tail: bytes, told: str
 ) -> None:
     sent = body if parsed else json.dumps(body).encode() + tail
-    asked = _read({"body": sent}, {"Inference-Header-Content-Length": told})
+    asked = read({"body": sent}, {"Inference-Header-Content-Length": told})
     answers = []
     for image in asked.images:
         pixels = _decoded(image, 8)

@@ -117,6 +117,9 @@ def test_beyond_loopback_it_refuses_to_start_without_tokens(
     [
         ({"port": 65534}, "the port must lie between"),
         ({"workers": 0}, "at least one worker"),
+        ({"grpc_port": 70_000}, "the gRPC port must lie between"),
+        ({"port": 29_870, "grpc_port": 29_871}, "the gRPC port must lie between"),
+        ({"token_minutes": 0}, "a token must live"),
         ({"host": "::1"}, "must be an IPv4 address"),
     ],
 )

@@ -130,9 +130,20 @@ def test_shadows_and_failures_of_the_defence_are_counted(caplog: pytest.LogCaptu
     figures.judged(replace(verdict(0.001), detected=True, decision="flag"))
     figures.judged(replace(verdict(1.0), failed=True))
     figures.hand_over()
+    assert "rampart_p_value_count.Count:2.0|" in caplog.text  # the third has none that counts
     for decision in ("shadow", "flag", "accept"):
         assert f"rampart_images_total.Count:1|#model:m,decision:{decision}|" in caplog.text
     assert "rampart_errors_total.Count:1|#model:m,type:defence_failure|" in caplog.text
+
+
+def test_a_batch_that_never_ends_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = Metrics(cache(METRICS), "m", 900)
+    assert figures.alive()
+    with figures.busy():
+        assert figures.alive()
+        monkeypatch.setattr(metrics, "STUCK", 0.0)
+        assert not figures.alive()
+    assert figures.alive()
 
 
 def test_without_our_metrics_a_line_says_so_once_and_nothing_breaks(

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from handlers.image import ImageError
-from handlers.protocol import MAX_IMAGES, read
+from handlers.image import MAX_IMAGES, ImageError
+from handlers.protocol import read
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 B64 = base64.b64encode(PICTURE).decode()

@@ -196,6 +196,12 @@ def test_a_shadow_is_told_to_the_operator_and_not_to_the_client() -> None:
     assert shadowed.to_dict() == verdict(ALARMING) | {"decision": "accept"}
 
 
+def test_where_the_defence_fails_closed_no_rate_lets_the_image_through() -> None:
+    broken = np.array([[math.nan, 0.0]], dtype=np.float32)
+    (answer,) = judge(false_alarm_rate=0.0).verdicts(LOGITS, RAW, broken)
+    assert (answer.decision, answer.failed) == ("flag", True)
+
+
 def test_where_the_defence_fails_open_the_classifiers_word_stands() -> None:
     broken = np.full_like(LOGITS, math.nan)
     for logits, scores in ((broken, CALM), (LOGITS, [[math.nan, 0.0]])):
