@@ -39,7 +39,7 @@ SERVED = (
     "engine.py",
     "plan.py",
     "verdict.py",
-    "metrics.py",
+    "telemetry.py",
     "protocol.py",
     "open_inference.py",
     "defended.py",

@@ -19,10 +19,10 @@ import numpy as np
 
 from handlers.engine import Engine, EngineError, Runs, available_cores
 from handlers.image import ImageError, decode, fit
-from handlers.metrics import Metrics
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
+from handlers.telemetry import Metrics
 from handlers.verdict import Calibration, Judge, Policy, Verdict
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ NEEDED = (
     "handlers/verdict.py",
     "handlers/protocol.py",
     "handlers/open_inference.py",
-    "handlers/metrics.py",
+    "handlers/telemetry.py",
 )
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}

@@ -14,9 +14,9 @@ import requests
 import yaml
 from conftest import Server
 
-from handlers import metrics
+from handlers import telemetry
 from handlers.launch import METRICS
-from handlers.metrics import Metrics, declared
+from handlers.telemetry import Metrics, declared
 from handlers.verdict import Verdict
 
 with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def test_requests_images_errors_and_p_values_are_counted(
     assert more["rampart_errors_total", "empty_body"] == 1
     p = requests.post(server.url, data=good, timeout=60).json()["detail"]["p_value"]
     assert more["rampart_p_value_sum", ""] == pytest.approx(3 * p, rel=1e-3)
-    for bound in (*metrics.BOUNDS["rampart_p_value"], float("inf")):
+    for bound in (*telemetry.BOUNDS["rampart_p_value"], float("inf")):
         le = "+Inf" if bound == float("inf") else f"{bound:g}"
         assert more["rampart_p_value_bucket", le] == 3 * (p <= bound)
     assert more["rampart_batch_images_count", ""] == 3
@@ -141,7 +141,7 @@ def test_a_batch_that_never_ends_is_no_sign_of_life(monkeypatch: pytest.MonkeyPa
     assert figures.alive()
     with figures.busy():
         assert figures.alive()
-        monkeypatch.setattr(metrics, "STUCK", 0.0)
+        monkeypatch.setattr(telemetry, "STUCK", 0.0)
         assert not figures.alive()
     assert figures.alive()
 
