@@ -969,7 +969,9 @@ def gate_images(model: Path, data: Path | None) -> "torch.Tensor | None":
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An archive (.mar) or a graph (.onnx)")],
+    file: Annotated[
+        Path, typer.Argument(help="An archive (.mar), a graph (.onnx) or a plan (.plan)")
+    ],
 ) -> None:
     """What a finished file is, its figures and hashes, and whether this machine can run it."""
     from export.inspection import inspect as look

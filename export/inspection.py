@@ -3,6 +3,7 @@
 rampart inspect model_store/NAME.mar
 """
 
+import importlib.util
 import json
 import tempfile
 from collections import Counter
@@ -17,21 +18,25 @@ import yaml
 from export.archive import sha256
 from export.recalibrate import unpack
 from handlers.engine import Engine
+from handlers.plan import record_file
 from hardening.report import markdown, read_card
 
-KINDS = (".mar", ".onnx")
+KINDS = (".mar", ".onnx", ".plan")
 FREQUENT = 6  # kinds of nodes named
 
 
 def inspect(file: Path) -> Iterator[str]:
     """Lines for people on an archive or a graph. Raises ValueError for anything else."""
     if file.suffix not in KINDS:
-        raise ValueError(f"{file}: neither an archive (.mar) nor a graph (.onnx)")
+        raise ValueError(f"{file}: neither an archive (.mar), a graph (.onnx) nor a plan (.plan)")
     if not file.is_file():
         raise FileNotFoundError(f"no file at {file}")
     yield f"{file}: {file.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256(file)}"
     if file.suffix == ".onnx":
         yield from graph_lines(file)
+        return
+    if file.suffix == ".plan":
+        yield from plan_lines(file)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -41,6 +46,23 @@ def inspect(file: Path) -> Iterator[str]:
         yield f"{len(listed)} files have the hashes that sha256.json lists; not listed: {free}"
         yield from card_lines(read_card(work), work)
         yield from graph_lines(work / "graph.onnx")
+
+
+def plan_lines(file: Path) -> Iterator[str]:
+    """What the record beside a plan says of it. A plan is code, so it is not loaded."""
+    try:
+        record = json.loads(record_file(file).read_text(encoding="utf-8"))
+        same = record["sha256"] == sha256(file)
+        facts = [f"TensorRT {record['tensorrt']}", f"graph SHA-256 {record['graph_sha256']}"]
+        facts.append(f"gate: {record['parity']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} has no readable record {record_file(file).name}: `rampart export --tensorrt`"
+        ) from error
+    yield from facts
+    yield f"its record {'has its hash' if same else 'is that of another file: do not load it'}"
+    here = importlib.util.find_spec("tensorrt") is not None
+    yield f"TensorRT is {'installed' if here else 'not installed'} here; inputs are its graph's"
 
 
 def card_lines(card: dict[str, Any], work: Path) -> Iterator[str]:

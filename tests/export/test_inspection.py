@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.inspection import inspect
+from export.to_tensorrt import write_record
 
 
 def test_an_archive_tells_its_policy_its_graph_and_that_it_runs(tiny_archive: Path) -> None:
@@ -43,3 +44,17 @@ def test_what_is_no_archive_or_changed_is_refused(tmp_path: Path, tiny_archive: 
     (tmp_path / "d.mar").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"d\.mar is not an archive"):
         list(inspect(tmp_path / "d.mar"))
+
+
+def test_a_plan_is_told_by_its_record_and_not_loaded(tmp_path: Path) -> None:
+    plan, graph = tmp_path / "a.plan", tmp_path / "a.onnx"
+    plan.write_bytes(b"code")
+    graph.write_bytes(b"graph")
+    with pytest.raises(ValueError, match=r"no readable record a\.plan\.json"):
+        list(inspect(plan))
+    write_record(plan, graph, version="10.16.0", parity="parity on 96 images")
+    told = "\n".join(inspect(plan))
+    assert "TensorRT 10.16.0" in told and "gate: parity on 96 images" in told
+    assert "its record has its hash" in told
+    plan.write_bytes(b"other code")
+    assert "is that of another file: do not load it" in "\n".join(inspect(plan))
