@@ -161,6 +161,6 @@ class Metrics:
     def _run(self) -> None:
         while True:
             if self.alive():
-                self.set("rampart_heartbeat_seconds", round(time.time()))
+                self.set("rampart_heartbeat_seconds", int(time.time()))
             self.hand_over()
             time.sleep(1)
