@@ -73,9 +73,10 @@ def flat(data: object) -> bytes:
     row = listed(data)
     while row and isinstance(row[0], list):
         row = [item for part in row for item in listed(part)]
-    if not all(type(item) is int and 0 <= item <= 255 for item in row):
+    values = [item for item in row if type(item) is int and 0 <= item <= 255]
+    if len(values) < len(row):
         raise wrong("its data is not whole numbers from 0 to 255")
-    return bytes(row)  # type: ignore[arg-type]
+    return bytes(values)
 
 
 def listed(data: object) -> list[object]:
