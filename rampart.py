@@ -49,6 +49,10 @@ Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
 PRECISION = "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust"
+QueryStore = Annotated[
+    str | None,
+    typer.Option(help="Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"),
+]
 PrecisionOf = Annotated[
     Literal["fp32", "fp16", "int8"] | None, typer.Option("--precision", help=PRECISION)
 ]
@@ -1010,13 +1014,24 @@ def archive(
         Literal["closed", "open"], typer.Option(help="Of purifier or detectors; open: no defence")
     ] = "closed",
     detail: Literal["full", "public"] = "full",
+    query_store: QueryStore = None,
+    on_query_attack: Annotated[
+        Literal["alert", "throttle", "reject"], typer.Option(help="Needs a query store")
+    ] = "alert",
+    query_owner: Annotated[
+        str | None, typer.Option(help="Header that tells whose queries to compare; default: all")
+    ] = None,
+    query_expiry: Annotated[float, typer.Option(help="Seconds to remember a query")] = 3600,
+    query_capacity: Annotated[int, typer.Option(help="Queries to remember")] = 100_000,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     from export import archive as archives
 
     target = out or model.parent / f"{model.name}.mar"
     policy: dict[str, object] = {"false_alarm_rate": rate, "on_detection": on_detection}
-    policy |= {"on_failure": on_failure, "detail": detail}
+    policy |= {"on_failure": on_failure, "detail": detail, "on_query_attack": on_query_attack}
+    policy |= {"query_store": query_store, "query_owner": query_owner}
+    policy |= {"query_expiry": query_expiry, "query_capacity": query_capacity}
     variant = variant or best_variant(model)
     precision = precision or best_precision(model, variant)
     parity = archives.archive(
@@ -1172,7 +1187,7 @@ def redteam(
     ),
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="square, simba, hopskipjump or boundary; repeatable; default all"),
+        typer.Option(help="square, simba, hopskipjump, boundary or oars; repeatable; default all"),
     ] = None,
     queries: Annotated[int, typer.Option(help="Budget of an image under one attack")] = 1000,
     limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 50,
@@ -1232,6 +1247,7 @@ def serve(
     model_api: Annotated[
         bool, typer.Option("--model-api", help="Let this machine register and remove models")
     ] = False,
+    query_store: QueryStore = None,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from skimage.data import data_dir
@@ -1251,6 +1267,7 @@ def serve(
         model_api=model_api,
         tls=(certificate, certificate_key) if certificate and certificate_key else None,
         token_minutes=token_minutes,
+        query_store=query_store,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

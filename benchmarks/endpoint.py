@@ -44,6 +44,9 @@ request = function()
   at = at % COUNT + 1
   return wrk.format("POST", nil, {["Content-Type"] = "image/png"}, bodies[at])
 end
+"""
+# How wrk prints what `load_with_wrk` reads.
+DONE = """
 done = function(summary, latency)
   local errors = summary.errors
   io.write(string.format("RESULT %f %f %f %d\\n", summary.requests / summary.duration * 1e6,
@@ -176,7 +179,8 @@ def main() -> None:
         for number, body in enumerate(pngs(images), 1):
             (folder / f"{number}.png").write_bytes(body)
         script = folder / "load.lua"
-        script.write_text(SCRIPT.replace("COUNT", str(len(images))).replace("FOLDER", scratch))
+        load_script = SCRIPT.replace("COUNT", str(len(images))).replace("FOLDER", scratch)
+        script.write_text(load_script + DONE)
         with zipfile.ZipFile(archive) as mar:
             mar.extract("graph.onnx", folder)
         export_variant(options.model, "lean", folder / "lean.onnx")

@@ -39,6 +39,8 @@ SERVED = (
     "engine.py",
     "plan.py",
     "verdict.py",
+    "queries.py",
+    "stores.py",
     "telemetry.py",
     "protocol.py",
     "open_inference.py",

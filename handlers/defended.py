@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from handlers.image import ImageError, decode, fit
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
+from handlers.queries import ENTRIES, PAUSE, Response, Watch
+from handlers.stores import open_store
 from handlers.telemetry import Metrics
 from handlers.verdict import Calibration, Judge, Policy, Verdict
 
@@ -39,13 +42,21 @@ NEEDED = (
     "handlers/verdict.py",
     "handlers/protocol.py",
     "handlers/open_inference.py",
+    "handlers/queries.py",
+    "handlers/stores.py",
     "handlers/telemetry.py",
 )
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
+TOO_SIMILAR = ImageError(
+    429,
+    "similar_query",
+    f"the image is nearly one of a moment ago: wait {PAUSE:g} s before you send another like it",
+)
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
-SETTINGS = POLICY | {"image_size", "threads", "device"}
+QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
+SETTINGS = POLICY | QUERIES | {"image_size", "threads", "device"}
 
 
 class DefendedHandler:
@@ -78,6 +89,8 @@ class DefendedHandler:
                 "version": str(context.manifest["model"].get("modelVersion", "")),
             },
         )
+        self._watch = read_watch(settings, context.model_name)
+        self._owner = str(settings.get("query_owner") or "").lower()
         device = os.environ.get("RAMPART_DEVICE") or settings.get("device", "cpu")
         gpu = context.system_properties.get("gpu_id") or 0
         self._engine = load_engine(folder, device, threads_for(workers, settings), gpu)
@@ -107,8 +120,14 @@ class DefendedHandler:
                 images = [
                     _decoded(image, self._size) for asked in requests for image in asked.images
                 ]
+                owners = [
+                    self._owner_of(context.get_all_request_header(index))
+                    for index, asked in enumerate(requests)
+                    for _ in asked.images
+                ]
+            responses = self._watched(images, owners)
             with self._timed("graph"):
-                judged = iter(self._judge_all(images))
+                judged = iter(self._judge_all(images, responses))
             with self._timed("response"):
                 answers = [
                     _replied(asked, [next(judged) for _ in asked.images]) for asked in requests
@@ -132,14 +151,43 @@ class DefendedHandler:
         yield
         self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, stage)
 
-    def _judge_all(self, images: Sequence[Pixels | ImageError]) -> list[Answer]:
+    def _owner_of(self, headers: Mapping[str, object]) -> str:
+        """Whose query it is, by the header that the operator's gateway writes."""
+        known = {name.lower(): value for name, value in headers.items()} if self._owner else {}
+        return str(known.get(self._owner, ""))
+
+    def _watched(
+        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+    ) -> list[Response | None]:
+        """What becomes of each image because of those before it, None for nothing."""
+        if self._watch is None:
+            return [None] * len(images)
+        with self._timed("queries"):
+            read = {i: image for i, image in enumerate(images) if not isinstance(image, ImageError)}
+            seen = self._watch.look(list(read.values()), [owners[i] for i in read])
+        self._metrics.set("rampart_query_store_up", float(self._watch.up))
+        for response in filter(None, seen):
+            self._metrics.count("rampart_query_alerts_total", response)
+        responses = dict(zip(read, seen, strict=True))
+        return [responses.get(i) for i in range(len(images))]
+
+    def _judge_all(
+        self, images: Sequence[Pixels | ImageError], responses: Sequence[Response | None]
+    ) -> list[Answer]:
         """Answers for the images of a whole batch, by one run of the graph."""
+        images = [
+            TOO_SIMILAR if response == "throttle" else image
+            for image, response in zip(images, responses, strict=True)
+        ]
         pixels = [image for image in images if not isinstance(image, ImageError)]
         if pixels:
             self._metrics.observe("rampart_batch_images", len(pixels))
         verdicts = iter(self._try_infer(pixels) if pixels else [])
         answers = (image if isinstance(image, ImageError) else next(verdicts) for image in images)
-        return [self._counted(answer) for answer in answers]
+        return [
+            self._counted(_after_query(answer, response))
+            for answer, response in zip(answers, responses, strict=True)
+        ]
 
     def _counted(self, answer: Verdict | ImageError) -> Answer:
         """An image's answer, once it is counted."""
@@ -170,6 +218,8 @@ class DefendedHandler:
         code, body = answer
         context.set_response_status(code, HTTPStatus(code).phrase, index)
         context.set_response_content_type(index, "application/json")
+        if code == TOO_SIMILAR.code:
+            context.set_response_header(index, "Retry-After", f"{PAUSE:.0f}")
         for name, value in context.get_all_request_header(index).items():
             echo = ECHOED.get(name.lower())
             if echo and re.fullmatch(r"[!-~]{1,256}", str(value)):  # no line break, which ends it
@@ -242,6 +292,21 @@ def read_policy(settings: Mapping[str, Any]) -> Policy:
     )
 
 
+def read_watch(settings: Mapping[str, Any], model: str) -> Watch | None:
+    """The watch for query attacks, where RAMPART_QUERY_STORE or `query_store` names a store.
+
+    Raises ValueError for settings that make no sense.
+    """
+    address = os.environ.get("RAMPART_QUERY_STORE") or settings.get("query_store")
+    if not address:
+        return None
+    expiry = float(settings.get("query_expiry", 3600))
+    entries = ENTRIES * int(settings.get("query_capacity", 100_000))
+    store = open_store(str(address), entries=entries, expiry=expiry)
+    response = settings.get("on_query_attack", "alert")
+    return Watch(store, model, response=response, expiry=expiry)
+
+
 def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
     """Threads of one worker: RAMPART_THREADS, the YAML's `threads`, or its share of the cores."""
     chosen = os.environ.get("RAMPART_THREADS") or settings.get("threads")
@@ -258,6 +323,15 @@ def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageErr
         return error.bare()
     except Exception as error:
         return _unexpected(error)
+
+
+def _after_query(answer: Verdict | ImageError, response: Response | None) -> Verdict | ImageError:
+    """An answer to an image that is nearly one that came before, if there is a response to it."""
+    if response is None or isinstance(answer, ImageError):
+        return answer
+    if answer.detail is not None:
+        answer = replace(answer, detail={**answer.detail, "similar_query": True})
+    return answer.rejected() if response == "reject" else answer
 
 
 def _replied(asked: Request, answers: Sequence[Answer]) -> Answer:

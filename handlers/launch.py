@@ -74,6 +74,7 @@ class Endpoint:
     model_api: bool = False
     tls: tuple[Path, Path] | None = None  # certificate chain and its key, PEM
     token_minutes: int = 60  # that a token lives
+    query_store: str | None = None
 
     @property
     def scheme(self) -> str:
@@ -104,6 +105,7 @@ def serve(
     model_api: bool = False,
     tls: tuple[Path, Path] | None = None,
     token_minutes: int = 60,
+    query_store: str | None = None,
     samples: Sequence[Path] = (),
 ) -> int:
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
@@ -113,8 +115,8 @@ def serve(
     processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. With
     `model_api` the management address, which is loopback, registers and removes archives that lie
     beside this one. `tls` are files of a certificate chain and its key, PEM; a token lives for
-    `token_minutes`. A `host` beyond loopback needs token authorization. Call it from the main
-    thread: it handles signals.
+    `token_minutes`. `query_store` is a folder, or the address of a Redis. A `host` beyond loopback
+    needs token authorization. Call it from the main thread: it handles signals.
     """
     try:
         name = _model_name(archive)
@@ -130,6 +132,7 @@ def serve(
             model_api=model_api,
             tls=tls and (tls[0].resolve(), tls[1].resolve()),
             token_minutes=token_minutes,
+            query_store=query_store,
         )
         _check(endpoint)
         with _stop_on_signal() as stop, _work_folder() as work:
@@ -304,6 +307,9 @@ def _environment(endpoint: Endpoint) -> dict[str, str]:
         "RAMPART_DEVICE": endpoint.device,
         "RAMPART_THREADS": str(max(1, cores // endpoint.workers)),
     }
+    if endpoint.query_store:
+        store = endpoint.query_store
+        changes["RAMPART_QUERY_STORE"] = store if "://" in store else str(Path(store).resolve())
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | changes
 

@@ -25,6 +25,7 @@ COUNTERS: dict[str, Labels] = {
     "rampart_requests_total": ("status",),
     "rampart_images_total": ("decision",),
     "rampart_errors_total": ("type",),
+    "rampart_query_alerts_total": ("response",),
 }
 GAUGES: dict[str, Labels] = {
     "rampart_engine_info": ("device", "precision", "variant"),
@@ -32,6 +33,7 @@ GAUGES: dict[str, Labels] = {
     "rampart_drift": (),
     "rampart_drift_limit": (),
     "rampart_heartbeat_seconds": (),
+    "rampart_query_store_up": (),
 }
 HISTOGRAMS: dict[str, Labels] = {
     "rampart_p_value": (),

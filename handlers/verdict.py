@@ -7,7 +7,7 @@ of clean ones flagged is at most the false-alarm rate.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,10 @@ class Verdict:
     detected: bool
     failed: bool  # purifier or detectors gave no number
 
+    def rejected(self) -> "Verdict":
+        """The same without a label."""
+        return replace(self, label=None, index=None, confidence=None, top=(), decision="reject")
+
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
         hidden = {"p_value", "detected", "failed"} | ({"detail"} if self.detail is None else set())
@@ -238,17 +242,17 @@ class Judge:
             "raw_label": self.labels[raw_index],
             "changed_by_purifier": bool(raw_index != top[0]["index"]),
         }
-        best = top[0] if decision != "reject" else dict.fromkeys(top[0])
-        return Verdict(
-            **best,
+        verdict = Verdict(
+            **top[0],
             decision=decision,
-            top=top if decision != "reject" else (),
+            top=top,
             model=self.model,
             detail=detail if self.policy.detail == "full" else None,
             p_value=float(p_value),
             detected=detected,
             failed=bool(failed),
         )
+        return verdict.rejected() if decision == "reject" else verdict
 
     def _top(self, confidences: Floats) -> tuple[dict[str, Any], ...]:
         order = np.argsort(-confidences, kind="stable")[:TOP].tolist()

@@ -1,12 +1,12 @@
 """Black-box attacks on a running endpoint: what somebody achieves who sees only its answers.
 
-The attacks are ART's (adversarial-robustness-toolbox 1.20.1); what is sent, counted and called a
-success is ours. Sent are 8-bit PNGs, each counts as one query, and an image is fooled by the first
-one inside the Linf ball that comes back accepted under a wrong label. An answer is remembered, so
-nothing is sent twice: ART asks for the same image up to three times in a row.
+The attacks but `oars` are ART's (adversarial-robustness-toolbox 1.20.1); what is sent, counted and
+called a success is ours. Sent are 8-bit PNGs, each counts as one query, and an image is fooled by
+the first one inside the Linf ball that comes back accepted under a wrong label. An answer is
+remembered, so nothing is sent twice: ART asks for the same image up to three times in a row.
 
 Sources: Square, Andriushchenko et al. 2020; SimBA, Guo et al. 2019; HopSkipJump, Chen et al. 2020;
-Boundary, Brendel et al. 2018; palette of the picture, Okabe and Ito 2008.
+Boundary, Brendel et al. 2018; OARS, Feng et al. 2023; palette of the picture, Okabe and Ito 2008.
 """
 
 import base64
@@ -48,12 +48,14 @@ MAX_REPEATS = 200
 class Answer(NamedTuple):
     """What the endpoint says of one image; `label` is None where it flags or rejects it.
 
-    `top` are (class index, confidence) pairs, `model` is (name, version).
+    `top` are (class index, confidence) pairs, `model` is (name, version); `similar` where it takes
+    the image for part of a query attack, and shows that.
     """
 
     label: int | None
     top: tuple[tuple[int, float], ...]
     model: tuple[str, str]
+    similar: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Endpoint:
             accepted = verdict["decision"] == "accept"
             top = tuple((self._index(t["label"]), float(t["confidence"])) for t in verdict["top"])
             model = (str(verdict["model"]["name"]), str(verdict["model"]["version"]))
-            return Answer(self._index(verdict["label"]) if accepted else None, top, model)
+            similar = bool((verdict.get("detail") or {}).get("similar_query"))
+            return Answer(self._index(verdict["label"]) if accepted else None, top, model, similar)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.url} gives no verdict of Rampart's but: {_short(json.dumps(verdict))}"
@@ -173,6 +176,7 @@ class Outcome:
     `queries` were sent; number `success` was the first to fool inside the ball, None if none did.
     `clean_wrong` tells that this was the image itself. `distance` is the smallest Linf distance, in
     n/255, of any fooling image, inside the ball or not. `index` is the row in the data set.
+    `noticed` is the first query that the endpoint took for part of an attack, where it shows that.
     """
 
     settings: Settings
@@ -184,6 +188,7 @@ class Outcome:
     success: int | None
     clean_wrong: bool
     distance: int | None
+    noticed: int | None = None
 
 
 class _Over(Exception):
@@ -202,6 +207,8 @@ class Probe:
         self.queries = 0
         self.success: int | None = None
         self.distance: int | None = None
+        self.noticed: int | None = None
+        self.refused = False  # the last image that was sent
         self._told: dict[bytes, Floats] = {}
         self._repeats = 0
 
@@ -244,6 +251,9 @@ class Probe:
                 f" {self.settings.model} {self.settings.version}: choose another --out"
             )
         self.queries += 1
+        self.refused = answer.label is None
+        if answer.similar and self.noticed is None:
+            self.noticed = self.queries
         self._told[image.tobytes()] = scores(answer, self.label, len(self.endpoint.classes))
         if answer.label is None or answer.label == self.label:
             return
@@ -353,11 +363,36 @@ def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
     attack.generate(probe.x, probe.one_hot, x_adv_init=start)
 
 
+def oars(probe: Probe, begin: Iterator[Floats]) -> None:
+    """Random search that looks for the smallest steps which the endpoint still answers.
+
+    Against detection of query attacks, after OARS (Feng et al., CCS 2023): a step that is not
+    answered makes the next ones larger, one that is makes them smaller. A step sets some blocks of
+    pixels to the ball's edge. Follows confidences; `begin` is unused.
+    """
+    eps, side = probe.settings.eps / 255, probe.image.shape[0]
+    generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
+    best, share = probe.x, 0.05
+    lowest = probe(best)[0][probe.label]
+    while True:
+        blocks = int(generator.choice([side // 8, side // 4, side // 2, side]))
+        signs = generator.choice([-eps, eps], (1, 3, blocks, blocks))
+        signs *= generator.random((1, 1, blocks, blocks)) < share  # 0 stays as it was
+        step = np.repeat(np.repeat(signs, side // blocks, 2), side // blocks, 3)
+        step = np.pad(step, [(0, 0), (0, 0), *[(0, side - step.shape[2])] * 2])
+        x = np.where(step != 0, np.clip(probe.x + step, 0, 1), best).astype(np.float32)
+        confidence = probe(x)[0][probe.label]
+        share = min(1.0, share * 1.2) if probe.refused else max(0.01, share * 0.98)
+        if confidence < lowest:
+            best, lowest = x, confidence
+
+
 ATTACKS: dict[str, Callable[[Probe, Iterator[Floats]], None]] = {
     "square": square,
     "simba": simba,
     "hopskipjump": hopskipjump,
     "boundary": boundary,
+    "oars": oars,
 }
 
 
@@ -419,6 +454,7 @@ def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: S
         probe.success,
         clean_wrong=probe.success == 1,
         distance=probe.distance,
+        noticed=probe.noticed,
     )
 
 
@@ -496,6 +532,7 @@ def _line(name: str, outcomes: Sequence[Outcome]) -> str:
     needed = [o.success for o in outcomes if o.success is not None and not o.clean_wrong]
     share = (clean + len(needed)) / n
     low, high = wilson(share, n)
+    noticed = [o.noticed for o in outcomes if o.noticed is not None]
     distances = [o.distance for o in outcomes if o.distance is not None and not o.clean_wrong]
     return (
         f"{name:12} {share:.1%} of {n} images fooled ({low:.1%} to {high:.1%}): {clean} wrong when"
@@ -506,15 +543,22 @@ def _line(name: str, outcomes: Sequence[Outcome]) -> str:
             if distances
             else ""
         )
+        + (
+            f"; noticed on {len(noticed)}, at query {statistics.median(noticed):g} (median)"
+            if noticed
+            else ""
+        )
     )
 
 
-# Okabe and Ito's blue, vermilion, green and purple, and a mark for each, for print without colour.
+# Okabe and Ito's blue, vermilion, green, purple and orange, and a mark for each, for print without
+# colour.
 LOOKS = {
     "square": ("#0072B2", "o"),
     "simba": ("#D55E00", "s"),
     "hopskipjump": ("#009E73", "^"),
     "boundary": ("#CC79A7", "D"),
+    "oars": ("#E69F00", "v"),
 }
 STROKES = ("-", "--", ":", "-.")
 

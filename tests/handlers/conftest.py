@@ -139,6 +139,49 @@ def server(launch: Callable[..., Server], tiny_archive: Path) -> Server:
     return server
 
 
+class Redis:
+    """A Redis server of our own, which keeps nothing on disk."""
+
+    def __init__(self, program: str) -> None:
+        self._program, self.port = program, free_port()
+        self.address = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self._process = subprocess.Popen([self._program, *options], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while not self._say(b"PING\r\n").startswith(b"+PONG"):
+            assert time.monotonic() < deadline and self._process.poll() is None
+            time.sleep(0.05)
+
+    def flush(self) -> None:
+        assert self._say(b"FLUSHALL\r\n").startswith(b"+OK")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=20)
+
+    def _say(self, line: bytes) -> bytes:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                connection.sendall(line)
+                return connection.recv(100)
+        except OSError:
+            return b""
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """One Redis server that all tests share, running at the start of each."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("needs redis-server")
+    server = Redis(program)
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def unpacked(tiny_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The contents of tiny.mar."""

@@ -20,6 +20,8 @@ from PIL import Image
 
 from handlers.image import ImageError, decode
 from handlers.protocol import read
+from handlers.queries import Watch
+from handlers.stores import open_store
 from handlers.verdict import Calibration, Judge, Policy
 from hardening import redteam
 from hardening.data import Images
@@ -47,6 +49,7 @@ class Toy(ThreadingHTTPServer):
         self.seen: list[np.ndarray] = []
         self.requests: list[int] = []
         self.breaks_after = 10**6
+        self.watch: Watch | None = None
 
     @property
     def url(self) -> str:
@@ -71,6 +74,9 @@ class Toy(ThreadingHTTPServer):
         model = {"name": "toy", "version": self.version}
         judge = Judge(self.labels, CALIBRATION, self.policy, model)
         verdicts = [v.to_dict() for v in judge.verdicts(logits, logits, roughness)]
+        seen = self.watch.look(images, [""] * len(images)) if self.watch else []
+        for verdict, response in zip(verdicts, seen, strict=False):
+            verdict["detail"] |= {"similar_query": True} if response else {}
         return 200, verdicts[0] if len(verdicts) == 1 else {"predictions": verdicts}
 
 
@@ -415,6 +421,20 @@ def test_the_summary_tells_clean_errors_from_fooled_images() -> None:
     assert (
         "1 wrong when clean, 2 by the attack after 20 queries (median); nearest at 7/255" in first
     )
+
+
+def test_the_query_that_gives_an_attack_away_is_kept_and_told(
+    toy: Toy, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "queries"), entries=1_000, expiry=600)
+    toy.watch = Watch(store, "toy", response="alert", expiry=600)
+    texture = np.random.default_rng(0).integers(0, 100, (1, 32, 32, 3)).astype(np.uint8)
+    images = Images(torch.from_numpy(texture), torch.zeros(1).long(), CLASSES)
+    (outcome,) = redteam.redteam(endpoint, images, tmp_path, attacks=["simba"], budget=30)
+    assert outcome.noticed is not None and 2 <= outcome.noticed <= 10
+    assert redteam.read(tmp_path) == [outcome]
+    text = redteam.summary([outcome])
+    assert text.endswith(f"noticed on 1, at query {outcome.noticed} (median)")
 
 
 def test_the_picture_shows_two_runs_of_one_eps(tmp_path: Path) -> None:

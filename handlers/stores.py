@@ -1,0 +1,198 @@
+"""Where stored queries live: LMDB for the workers of one machine, Redis for several machines.
+
+Both are maps from short keys to short values that forget: what is added goes into the newest of two
+generations, and a new one starts, and the older is dropped, when the newest is half as old as
+`expiry` or holds half of what is allowed. So nothing is ever deleted singly.
+"""
+
+import secrets
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+MAP_BYTES = 1 << 24  # of LMDB besides its entries: a map costs disk only as it fills
+ENTRY_BYTES = 512  # for a key and its value, on pages that are half empty
+TIMEOUT = 0.1  # seconds for Redis; who waits longer is worse off than who is not watched
+HEAD = struct.Struct("<Qd")  # the number of the newest generation, and when it began
+
+
+class StoreError(RuntimeError):
+    """Why the store cannot be used now; the next call may find it working."""
+
+
+class Store(Protocol):
+    """What detection needs of a store. Every method raises StoreError."""
+
+    def secret(self) -> bytes:
+        """32 random bytes, the same for all who share this store."""
+        ...
+
+    def find(self, keys: Sequence[bytes]) -> list[bytes]:
+        """What is known under each key, the older generation's value first; empty where none."""
+        ...
+
+    def add(self, items: Mapping[bytes, bytes]) -> None:
+        """Keep values in the newest generation, in place of what it has under these keys."""
+        ...
+
+
+def open_store(address: str, *, entries: int, expiry: float) -> Store:
+    """The store at a `redis://` address, or else in a folder, which is made.
+
+    It keeps about `entries` keys and forgets them after `expiry` seconds at the latest. Raises
+    ValueError where its package is missing or the address makes no sense, not where Redis is down.
+    """
+    if expiry <= 0 or entries < 2:
+        raise ValueError("query_expiry must be above 0 seconds and query_capacity above 0 queries")
+    try:
+        if "://" not in address:
+            return LmdbStore(Path(address), entries=entries, expiry=expiry)
+        return RedisStore(address, entries=entries, expiry=expiry)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"query_store needs the package {error.name}: install it beside torchserve, or leave"
+            " query_store out"
+        ) from error
+
+
+class LmdbStore:
+    """An LMDB file in a folder that only its owner may enter."""
+
+    def __init__(self, folder: Path, *, entries: int, expiry: float) -> None:
+        import lmdb
+
+        self._error: type[Exception] = lmdb.Error
+        self._half, self._age = entries // 2, expiry / 2
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Not a writable map: where the disk is full, that ends the process with SIGBUS. Not
+            # synchronous: after a crash of the machine the attacker is a stranger again, no more.
+            self._env = lmdb.open(
+                str(folder), map_size=MAP_BYTES + entries * ENTRY_BYTES, max_dbs=3, mode=0o600,
+                sync=False, metasync=False, max_readers=1024,
+            )  # fmt: skip
+            self._env.reader_check()  # slots of workers that were killed
+            self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
+        except (OSError, lmdb.Error) as error:
+            raise ValueError(
+                f"query_store {folder}: {error}. Name a folder on a local disk that the server may"
+                " write to, or a redis:// address"
+            ) from error
+
+    def secret(self) -> bytes:
+        """32 random bytes, made at first use."""
+        try:
+            with self._env.begin(write=True) as txn:
+                txn.put(b"secret", secrets.token_bytes(32), overwrite=False)
+                return bytes(txn.get(b"secret", b""))
+        except self._error as error:
+            raise StoreError(type(error).__name__) from error
+
+    def find(self, keys: Sequence[bytes]) -> list[bytes]:
+        """What is known under each key."""
+        try:
+            with self._env.begin() as txn:
+                number, _ = _head(txn)
+                older, newer = self._generations[~number % 2], self._generations[number % 2]
+                return [txn.get(key, b"", older) + txn.get(key, b"", newer) for key in keys]
+        except self._error as error:
+            raise StoreError(type(error).__name__) from error
+
+    def add(self, items: Mapping[bytes, bytes]) -> None:
+        """Keep values in the newest generation."""
+        try:
+            with self._env.begin(write=True) as txn:
+                number, began = _head(txn)
+                newest = self._generations[number % 2]
+                entries = txn.stat(newest)["entries"]
+                if entries >= self._half or time.time() - began >= self._age:
+                    newest = self._generations[~number % 2]
+                    txn.drop(newest, delete=False)
+                    txn.put(b"head", HEAD.pack(number + 1, time.time()))
+                for key, value in items.items():
+                    txn.put(key, value, db=newest)
+        except self._error as error:
+            raise StoreError(type(error).__name__) from error
+
+
+def _head(txn: Any) -> tuple[int, float]:
+    """The number of the newest generation and when it began."""
+    head = txn.get(b"head")
+    return HEAD.unpack(head) if head else (0, 0.0)
+
+
+class RedisStore:
+    """Two hashes of a Redis server, which all machines with this address share."""
+
+    def __init__(self, address: str, *, entries: int, expiry: float) -> None:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self._error: type[Exception] = redis.RedisError
+        self._half, self._age = entries // 2, expiry / 2
+        try:
+            self._redis = redis.Redis.from_url(
+                address,
+                socket_timeout=TIMEOUT,
+                socket_connect_timeout=TIMEOUT,
+                retry=Retry(NoBackoff(), 1),  # for a connection that a restart has cut
+            )
+        except ValueError as error:
+            raise ValueError(
+                "query_store must be a folder or redis://HOST:PORT/NUMBER (rediss:// for TLS)"
+            ) from error
+        self._secret, self._number, self._began = b"", 0, 0.0
+
+    def secret(self) -> bytes:
+        """32 random bytes, made at first use and after Redis has lost them."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hsetnx("rampart", "secret", secrets.token_bytes(32))
+        pipe.hsetnx("rampart", "head", HEAD.pack(0, time.time()))
+        self._secret = b""
+        self._run(pipe)
+        return self._secret
+
+    def find(self, keys: Sequence[bytes]) -> list[bytes]:
+        """What is known under each key."""
+        if not keys:
+            return []
+        pipe = self._redis.pipeline(transaction=False)
+        for number in (self._number - 1, self._number):
+            pipe.hmget(_hash(number), keys)
+        older, newer = self._run(pipe)
+        return [(a or b"") + (b or b"") for a, b in zip(older, newer, strict=True)]
+
+    def add(self, items: Mapping[bytes, bytes]) -> None:
+        """Keep values in the newest generation."""
+        used = self._number
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hset(_hash(used), mapping=cast(Any, items))
+        pipe.expire(_hash(used), int(2 * self._age) + 1)
+        pipe.hlen(_hash(used))
+        entries = self._run(pipe)[-1]
+        full = entries >= self._half or time.time() - self._began >= self._age
+        if full and used == self._number:
+            # Two workers that get here at once write the same: no generation is skipped.
+            pipe.hset("rampart", "head", HEAD.pack(used + 1, time.time()))
+            pipe.unlink(_hash(used - 1))
+            self._run(pipe)
+
+    def _run(self, pipe: Any) -> list[Any]:
+        """The answers to a pipeline's commands; what others changed meanwhile is noted."""
+        pipe.hmget("rampart", "secret", "head")
+        try:
+            answers: list[Any] = pipe.execute()
+        except (self._error, OSError) as error:
+            raise StoreError(type(error).__name__) from error
+        secret, head = answers.pop()
+        if not head or self._secret not in (b"", secret):
+            raise StoreError("it was emptied")
+        self._secret, (self._number, self._began) = secret, HEAD.unpack(head)
+        return answers
+
+
+def _hash(number: int) -> str:
+    return f"rampart:{number}"

@@ -1,0 +1,293 @@
+"""Detection of query attacks: what looks alike, what does not, and what becomes of it."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from conftest import Redis, Server
+from skimage.data import data_dir
+from test_defended import context, png
+
+from export.archive import archive
+from handlers import queries
+from handlers.defended import DefendedHandler
+from handlers.image import decode
+from handlers.queries import ENTRIES, KEPT, SHARED, Entry, Fingerprints, Watch, _nearest, _windows
+from handlers.stores import open_store
+from handlers.telemetry import declared
+
+SECRET = bytes(range(32))
+Watcher = Callable[..., Watch]
+
+
+@pytest.fixture(scope="module")
+def photos() -> np.ndarray:
+    """The 100 crops of a photograph with most in them, uint8 (100, 32, 32, 3)."""
+    cat = decode((Path(data_dir) / "chelsea.png").read_bytes())
+    crops = [cat[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 448, 32)]
+    return np.stack(sorted(crops, key=lambda crop: -crop.std())[:100])
+
+
+@pytest.fixture
+def noise() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Watcher:
+    """Makes watches over one LMDB store."""
+    store = open_store(str(tmp_path / "queries"), entries=1_000 * ENTRIES, expiry=60)
+
+    def make(response: str = "alert", model: str = "tiny", expiry: float = 60) -> Watch:
+        return Watch(store, model, response=response, expiry=expiry)  # type: ignore[arg-type]
+
+    return make
+
+
+def nudged(images: np.ndarray, noise: np.random.Generator) -> np.ndarray:
+    """The images with one value in fifty changed a little, as an attack does."""
+    change = noise.integers(-8, 9, images.shape) * (noise.random(images.shape) < 0.02)
+    return np.clip(images + change, 0, 255).astype(np.uint8)
+
+
+def look(watch: Watch, images: Sequence[np.ndarray] | np.ndarray, owner: str = "") -> list[Any]:
+    return [watch.look([image], [owner])[0] for image in images]
+
+
+def test_windows_are_numbers_in_base_6_of_20_levels_from_each_place(
+    noise: np.random.Generator,
+) -> None:
+    levels = noise.integers(0, 6, 60).astype(np.uint8)
+    expected = [int("".join(map(str, levels[i : i + 20])), 6) for i in range(41)]
+    assert _windows(levels).tolist() == expected
+
+
+def test_a_fingerprint_is_a_secret_function_of_image_and_owner(photos: np.ndarray) -> None:
+    image = photos[0]
+    digests = Fingerprints(SECRET).digests(image)
+    assert len(digests) == KEPT and (np.diff(digests[::-1].astype(float)) > 0).all()
+    assert np.array_equal(digests, Fingerprints(SECRET).digests(image.copy()))
+    others = [Fingerprints(SECRET[::-1]).digests(image), Fingerprints(SECRET).digests(image, "b")]
+    assert all(not np.intersect1d(digests, other).size for other in others)
+
+
+def test_different_photographs_pass_and_each_nudged_one_is_seen(
+    watching: Watcher, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    watch = watching()
+    assert look(watch, photos) == [None] * 100
+    assert look(watch, nudged(photos, noise)) == ["alert"] * 100
+
+
+def test_the_same_picture_again_is_no_attack_for_its_answer_is_known(
+    watching: Watcher, photos: np.ndarray
+) -> None:
+    watch = watching("reject")
+    assert look(watch, photos[:5]) == look(watch, photos[:5]) == [None] * 5
+
+
+def test_pictures_with_the_same_white_border_are_not_alike(
+    watching: Watcher, photos: np.ndarray
+) -> None:
+    bordered = np.full((50, 96, 96, 3), 255, dtype=np.uint8)
+    bordered[:, 32:64, 32:64] = photos[:50]
+    assert look(watching(), bordered) == [None] * 50
+    plain = np.stack([np.full((32, 32, 3), level, dtype=np.uint8) for level in range(0, 250, 50)])
+    assert look(watching(), plain) == [None] * 5
+
+
+def test_images_of_one_batch_are_compared_with_each_other(
+    watching: Watcher, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    batch = [photos[0], photos[1], nudged(photos[0], noise), photos[1]]
+    assert watching().look(batch, [""] * 4) == [None, None, "alert", None]
+
+
+def test_owners_and_models_are_watched_apart(
+    watching: Watcher, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    watch, near = watching(), nudged(photos[:5], noise)
+    look(watch, photos[:5], owner="a")
+    assert look(watch, near, owner="b") == [None] * 5
+    assert look(watching(model="other"), near, owner="a") == [None] * 5
+    assert look(watch, nudged(photos[:5], noise), owner="a") == ["alert"] * 5
+
+
+def test_throttle_answers_one_near_image_in_a_pause(
+    watching: Watcher,
+    photos: np.ndarray,
+    noise: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queries, "PAUSE", 0.3)
+    watch = watching("throttle")
+    asked = [nudged(photos[0], noise) for _ in range(5)]
+    assert look(watch, [photos[0], *asked[:2]]) == [None, "throttle", "throttle"]
+    time.sleep(0.35)
+    assert look(watch, asked[2:4]) == ["alert", "throttle"]
+    time.sleep(0.35)
+    assert look(watch, asked[4:]) == ["alert"]
+
+
+def test_an_attack_that_goes_on_is_not_forgotten(
+    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    store = open_store(str(tmp_path), entries=1_000, expiry=0.8)
+    watch = Watch(store, "tiny", response="alert", expiry=0.8)
+    assert look(watch, photos[:2]) == [None, None]
+    for _ in range(12):
+        time.sleep(0.15)
+        assert look(watch, [nudged(photos[0], noise)]) == ["alert"]
+    assert look(watch, [nudged(photos[1], noise)]) == [None]
+
+
+def test_predictions_go_on_without_redis_and_alerts_resume_with_it(
+    redis: Redis,
+    photos: np.ndarray,
+    noise: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(queries, "RETRY", 0.2)
+    caplog.set_level(logging.WARNING)
+    redis.flush()
+    store = open_store(redis.address, entries=1_000, expiry=60)
+    watch = Watch(store, "tiny", response="alert", expiry=60)
+    assert look(watch, [photos[0], nudged(photos[0], noise)]) == [None, "alert"] and watch.up
+    redis.stop()
+    assert look(watch, nudged(photos[:3], noise)) == [None] * 3 and not watch.up
+    time.sleep(0.25)
+    assert look(watch, nudged(photos[:1], noise)) == [None] and not watch.up
+    redis.start()
+    time.sleep(0.25)
+    assert look(watch, [photos[0], nudged(photos[0], noise)]) == [None, "alert"] and watch.up
+    assert caplog.messages == [
+        "No watch for query attacks, the store fails: ConnectionError",
+        "Watching for query attacks again",
+    ]
+
+
+def test_what_others_wrote_into_the_store_fails_the_watch_and_not_the_prediction(
+    redis: Redis, photos: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.flush()
+    store = open_store(redis.address, entries=1_000, expiry=60)
+    watch = Watch(store, "tiny", response="alert", expiry=60)
+    prints = Fingerprints(store.secret())
+    store.add({digest.tobytes(): b"short" for digest in prints.digests(photos[0], "tiny\n")})
+    store.add({b"qshort": b"no entry"})
+    assert look(watch, photos[:1]) == [None] and not watch.up
+    assert caplog.messages == ["No watch for query attacks, the store fails: error"]
+
+
+@pytest.fixture
+def handling(unpacked: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Answers of a handler with these settings to one image after another."""
+    made: list[DefendedHandler] = []
+
+    def answers(images: Sequence[np.ndarray], **settings: object) -> list[dict[str, Any]]:
+        known = context(unpacked, requests=1)
+        rampart = {"query_store": str(tmp_path / "queries"), "false_alarm_rate": 0.05, **settings}
+        known.model_yaml_config = {"rampart": rampart}
+        if not made:
+            made.append(DefendedHandler())
+            made[0].initialize(known)
+        return [json.loads(made[0].handle([{"body": png(image)}], known)[0]) for image in images]
+
+    return answers
+
+
+def test_reject_takes_the_label_and_says_why_where_details_are_shown(
+    handling: Callable[..., list[dict[str, Any]]], photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    images = [photos[0], nudged(photos[0], noise)]
+    first, second = handling(images, on_query_attack="reject", false_alarm_rate=0)
+    assert first["decision"] == "accept" and "similar_query" not in first["detail"]
+    assert second["decision"] == "reject" and second["label"] is None and second["top"] == []
+    assert second["detail"]["similar_query"] is True
+
+
+def test_in_public_detail_a_rejected_query_looks_like_any_rejected_image(
+    handling: Callable[..., list[dict[str, Any]]], photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    images = [photos[0], nudged(photos[0], noise)]
+    settings = {"on_query_attack": "reject", "detail": "public", "false_alarm_rate": 0}
+    _, second = handling(images, **settings)
+    rejected = {"label", "index", "confidence", "top", "decision", "model"}
+    assert set(second) == rejected and second["decision"] == "reject"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_query_attack": "shrug"}, "on_query_attack must be one of alert, throttle, reject"),
+        ({"query_store": "ftp://x"}, "query_store must be a folder or redis://"),
+        ({"query_capacity": 0}, "query_capacity above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_fail_the_load(
+    handling: Callable[..., list[dict[str, Any]]], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"Rampart cannot serve this archive: .*{message}"):
+        handling([], **settings)
+
+
+def test_workers_share_what_they_have_seen_and_count_it(
+    launch: Callable[..., Server],
+    tiny_folder: Path,
+    tmp_path: Path,
+    photos: np.ndarray,
+    noise: np.random.Generator,
+) -> None:
+    policy = {"on_query_attack": "throttle", "query_owner": "X-Tenant", "detail": "public"}
+    archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings={"rampart": policy})
+    server = launch(tmp_path / "tiny.mar", workers=2, query_store=str(tmp_path / "queries"))
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+
+    def ask(image: np.ndarray, tenant: str = "a") -> requests.Response:
+        return requests.post(server.url, png(image), headers={"X-Tenant": tenant}, timeout=60)
+
+    assert [ask(image).status_code for image in photos[:4]] == [200] * 4
+    answers = [ask(nudged(photos[0], noise)) for _ in range(10)]
+    assert {answer.status_code for answer in answers} == {429}
+    assert answers[0].json()["type"] == "similar_query" and answers[0].headers["Retry-After"] == "1"
+    assert ask(nudged(photos[0], noise), tenant="b").status_code == 200
+    time.sleep(1.1)
+    assert ask(nudged(photos[0], noise)).status_code == 200
+
+    deadline, wanted = time.monotonic() + 30, {"throttle": 10.0, "alert": 1.0}
+    seen: dict[str, float] = {}
+    while seen != wanted and time.monotonic() < deadline:
+        time.sleep(0.5)
+        text = requests.get(f"http://127.0.0.1:{server.port + 2}/metrics", timeout=60).text
+        lines = [line for line in text.splitlines() if "rampart_query_alerts_total{" in line]
+        seen = {
+            line.split('response="')[1].split('"')[0]: float(line.split()[-1]) for line in lines
+        }
+    assert seen == wanted
+    assert "rampart_query_store_up{" in text
+    assert "rampart_query_alerts_total" in declared()["counter"]
+    assert server.end() == 0
+
+
+def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
+    own = frozenset(range(1, KEPT + 1))
+    entries = {
+        b"few": Entry(0.0, frozenset(range(1, SHARED + 1))),
+        b"enough": Entry(0.0, frozenset(range(1, SHARED + 2))),
+    }
+    assert _nearest(entries, own) == b"enough"
+    del entries[b"enough"]
+    assert _nearest(entries, own) is None and _nearest({}, own) is None
+
+
+def test_an_entry_survives_its_packing_and_of_two_the_newer_counts() -> None:
+    old, new = Entry(1.5, frozenset({1, 2**63})), Entry(2.5, frozenset(range(1, KEPT + 1)))
+    assert Entry.unpack(old.pack()) == old
+    assert Entry.unpack(old.pack() + new.pack()) == new

@@ -1,0 +1,160 @@
+"""Both stores, against a real LMDB file and a real Redis."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Redis
+
+from handlers.stores import LmdbStore, RedisStore, Store, StoreError, open_store
+
+Open = Callable[..., Store]
+
+
+@pytest.fixture(params=["lmdb", "redis"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Opens an empty store."""
+
+    def empty(*, entries: int = 1_000, expiry: float = 60.0) -> Store:
+        if request.param == "lmdb":
+            return open_store(str(tmp_path / "queries"), entries=entries, expiry=expiry)
+        redis: Redis = request.getfixturevalue("redis")
+        redis.flush()
+        store = open_store(redis.address, entries=entries, expiry=expiry)
+        store.secret()
+        return store
+
+    return empty
+
+
+def test_what_is_added_is_found_and_replaced_by_what_is_added_later(opened: Open) -> None:
+    store = opened()
+    store.add({b"one": b"1", b"two": b"22"})
+    store.add({b"two": b"2"})
+    assert store.find([b"two", b"three", b"one"]) == [b"2", b"", b"1"]
+    assert store.find([]) == []
+
+
+def test_everything_is_forgotten_after_its_expiry_and_nothing_before_half_of_it(
+    opened: Open,
+) -> None:
+    store = opened(expiry=1.0)
+    store.add({b"old": b"1"})
+    time.sleep(0.4)
+    store.add({b"new": b"2"})
+    assert store.find([b"old", b"new"]) == [b"1", b"2"]
+    time.sleep(0.4)
+    for _ in range(2):  # one of these begins a new generation: the older one's values come first
+        store.add({b"more": b"3"})
+    store.add({b"new": b"4"})
+    assert store.find([b"old", b"new"]) == [b"1", b"24"]
+    time.sleep(0.6)
+    for _ in range(2):
+        store.add({b"last": b"5"})
+    assert store.find([b"old", b"new"]) == [b"", b"4"]
+
+
+def test_a_store_keeps_about_as_many_entries_as_it_may(opened: Open) -> None:
+    store = opened(entries=100)
+    keys = [f"{number:04}".encode() for number in range(1_000)]
+    for start in range(0, 1_000, 10):
+        store.add(dict.fromkeys(keys[start : start + 10], b"1"))
+    known = [key for key, value in zip(keys, store.find(keys), strict=True) if value]
+    assert 50 <= len(known) <= 120
+    assert known == keys[-len(known) :]
+
+
+def test_all_who_share_a_store_share_its_secret(opened: Open) -> None:
+    store = opened()
+    secret = store.secret()
+    assert len(secret) == 32 and store.secret() == secret and len(set(secret)) > 8
+
+
+def test_another_process_finds_what_this_one_added(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), entries=100, expiry=60)
+    store.add({b"key": b"value"})
+    code = """if True:
+        import sys
+        from handlers.stores import open_store
+        store = open_store(sys.argv[1], entries=100, expiry=60)
+        print(store.find([b"key"])[0].decode(), store.secret().hex())
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert answer.split() == ["value", store.secret().hex()]
+    assert (tmp_path / "data.mdb").stat().st_mode & 0o077 == 0
+
+
+def test_a_disk_that_takes_no_more_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
+    code = """if True:
+        import resource, sys
+        from handlers.stores import StoreError, open_store
+        store = open_store(sys.argv[1], entries=100_000, expiry=60)
+        store.add({b"first": b"1"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))
+        try:
+            for number in range(1_000):
+                store.add({f"{number}".encode(): b"x" * 500})
+        except StoreError as error:
+            print(error, store.find([b"first", b"0"])[0])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        store.add({b"late": b"2"})
+        print(store.find([b"late"]))
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[0].endswith("b'1'")
+    assert answer.stdout.splitlines()[1] == "[b'2']"
+
+
+def test_without_redis_a_store_fails_at_once_and_works_again_when_it_is_back(
+    redis: Redis,
+) -> None:
+    store = open_store(redis.address, entries=100, expiry=60)
+    secret = store.secret()
+    store.add({b"key": b"1"})
+    redis.stop()
+    began = time.monotonic()
+    for call in (store.secret, lambda: store.find([b"key"]), lambda: store.add({b"key": b"2"})):
+        with pytest.raises(StoreError, match="ConnectionError"):
+            call()
+    assert time.monotonic() - began < 1
+    redis.start()
+    with pytest.raises(StoreError, match="it was emptied"):
+        store.find([b"key"])
+    assert store.secret() != secret
+    store.add({b"key": b"3"})
+    assert store.find([b"key"]) == [b"3"]
+
+
+def test_an_address_decides_which_store_it_is(tmp_path: Path) -> None:
+    assert isinstance(open_store(str(tmp_path), entries=2, expiry=1), LmdbStore)
+    assert isinstance(open_store("redis://127.0.0.1:1/0", entries=2, expiry=1), RedisStore)
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "message"),
+    [
+        ("ftp://somewhere", {}, "query_store must be a folder or redis://"),
+        ("/proc/nowhere", {}, "query_store /proc/nowhere: .*Name a folder on a local disk"),
+        ("queries", {"expiry": 0.0}, "query_expiry must be above 0"),
+        ("queries", {"entries": 0}, "query_capacity above 0"),
+    ],
+)
+def test_what_cannot_be_a_store_is_refused_with_the_remedy(
+    address: str, settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_store(address, **({"entries": 100, "expiry": 60.0} | settings))  # type: ignore[arg-type]
+    assert not Path("queries").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ValueError, match="query_store needs the package lmdb: install it"):
+        open_store(str(tmp_path), entries=100, expiry=60)
+    assert not list(tmp_path.iterdir())
