@@ -1248,6 +1248,9 @@ def serve(
         bool, typer.Option("--model-api", help="Let this machine register and remove models")
     ] = False,
     query_store: QueryStore = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="Keep the newest 1,000 flagged images in this folder")
+    ] = None,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from skimage.data import data_dir
@@ -1268,6 +1271,7 @@ def serve(
         tls=(certificate, certificate_key) if certificate and certificate_key else None,
         token_minutes=token_minutes,
         query_store=query_store,
+        quarantine=quarantine,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

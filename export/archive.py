@@ -39,6 +39,7 @@ SERVED = (
     "engine.py",
     "plan.py",
     "verdict.py",
+    "quarantine.py",
     "queries.py",
     "stores.py",
     "telemetry.py",
@@ -46,13 +47,14 @@ SERVED = (
     "open_inference.py",
     "defended.py",
 )
-# TensorRT's provider builds for minutes before the first answer.
 SETTINGS = {
     "minWorkers": 1,
     "maxWorkers": 1,
     "batchSize": 8,
-    "maxBatchDelay": 2,
-    "startupTimeout": 900,
+    "maxBatchDelay": 2,  # ms
+    "startupTimeout": 900,  # s: TensorRT's provider builds for minutes before the first answer
+    "responseTimeout": 30,  # s after which a worker that hangs is replaced; probes want the same
+    "maxRetryTimeoutInSec": 60,  # after which a model that cannot be loaded is given up
 }
 
 

@@ -23,6 +23,7 @@ from handlers.image import ImageError, decode, fit
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
+from handlers.quarantine import Quarantine
 from handlers.queries import ENTRIES, PAUSE, Response, Watch
 from handlers.stores import open_store
 from handlers.telemetry import Metrics
@@ -42,6 +43,7 @@ NEEDED = (
     "handlers/verdict.py",
     "handlers/protocol.py",
     "handlers/open_inference.py",
+    "handlers/quarantine.py",
     "handlers/queries.py",
     "handlers/stores.py",
     "handlers/telemetry.py",
@@ -56,7 +58,7 @@ TOO_SIMILAR = ImageError(
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
-SETTINGS = POLICY | QUERIES | {"image_size", "threads", "device"}
+SETTINGS = POLICY | QUERIES | {"image_size", "threads", "device", "quarantine"}
 
 
 class DefendedHandler:
@@ -91,6 +93,8 @@ class DefendedHandler:
         )
         self._watch = read_watch(settings, context.model_name)
         self._owner = str(settings.get("query_owner") or "").lower()
+        aside = os.environ.get("RAMPART_QUARANTINE") or settings.get("quarantine")
+        self._quarantine = Quarantine(Path(aside)) if aside else None
         device = os.environ.get("RAMPART_DEVICE") or settings.get("device", "cpu")
         gpu = context.system_properties.get("gpu_id") or 0
         self._engine = load_engine(folder, device, threads_for(workers, settings), gpu)
@@ -183,11 +187,20 @@ class DefendedHandler:
         if pixels:
             self._metrics.observe("rampart_batch_images", len(pixels))
         verdicts = iter(self._try_infer(pixels) if pixels else [])
-        answers = (image if isinstance(image, ImageError) else next(verdicts) for image in images)
+        answers = [image if isinstance(image, ImageError) else next(verdicts) for image in images]
+        for image, answer in zip(images, answers, strict=True):
+            self._keep(image, answer)
         return [
             self._counted(_after_query(answer, response))
             for answer, response in zip(answers, responses, strict=True)
         ]
+
+    def _keep(self, image: Pixels | ImageError, answer: Verdict | ImageError) -> None:
+        """Put an image aside that the detectors found, where that is wanted."""
+        if self._quarantine is None or isinstance(image, ImageError):
+            return
+        if isinstance(answer, Verdict) and answer.detected:
+            self._quarantine.keep(image, answer)
 
     def _counted(self, answer: Verdict | ImageError) -> Answer:
         """An image's answer, once it is counted."""

@@ -75,6 +75,7 @@ class Endpoint:
     tls: tuple[Path, Path] | None = None  # certificate chain and its key, PEM
     token_minutes: int = 60  # that a token lives
     query_store: str | None = None
+    quarantine: Path | None = None
 
     @property
     def scheme(self) -> str:
@@ -106,6 +107,7 @@ def serve(
     tls: tuple[Path, Path] | None = None,
     token_minutes: int = 60,
     query_store: str | None = None,
+    quarantine: Path | None = None,
     samples: Sequence[Path] = (),
 ) -> int:
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
@@ -115,8 +117,9 @@ def serve(
     processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. With
     `model_api` the management address, which is loopback, registers and removes archives that lie
     beside this one. `tls` are files of a certificate chain and its key, PEM; a token lives for
-    `token_minutes`. `query_store` is a folder, or the address of a Redis. A `host` beyond loopback
-    needs token authorization. Call it from the main thread: it handles signals.
+    `token_minutes`. `query_store` is a folder, or the address of a Redis; `quarantine` a folder for
+    flagged images. A `host` beyond loopback needs token authorization. Call it from the main
+    thread: it handles signals.
     """
     try:
         name = _model_name(archive)
@@ -133,6 +136,7 @@ def serve(
             tls=tls and (tls[0].resolve(), tls[1].resolve()),
             token_minutes=token_minutes,
             query_store=query_store,
+            quarantine=quarantine and quarantine.resolve(),
         )
         _check(endpoint)
         with _stop_on_signal() as stop, _work_folder() as work:
@@ -310,6 +314,8 @@ def _environment(endpoint: Endpoint) -> dict[str, str]:
     if endpoint.query_store:
         store = endpoint.query_store
         changes["RAMPART_QUERY_STORE"] = store if "://" in store else str(Path(store).resolve())
+    if endpoint.quarantine:
+        changes["RAMPART_QUARANTINE"] = str(endpoint.quarantine)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | changes
 

@@ -12,6 +12,31 @@ import numpy as np
 import requests
 from conftest import Server
 
+from export.archive import archive
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_client_told(
+    launch: Callable[..., Server],
+    tiny_folder: Path,
+    pixels: np.ndarray,
+    encode: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    archive(tiny_folder, tmp_path / "tiny.mar", settings={"responseTimeout": 3})
+    server = launch(tmp_path / "tiny.mar")
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    (hung,) = server.worker_pids()
+    os.kill(hung, signal.SIGSTOP)
+    began = time.monotonic()
+    answer = requests.post(server.url, data=encode(pixels), timeout=60)
+    assert answer.status_code == 500 and time.monotonic() - began < 15, answer.text
+    answers = []
+    while 200 not in answers and time.monotonic() - began < 30:
+        time.sleep(0.5)
+        answers.append(requests.post(server.url, data=encode(pixels), timeout=60).status_code)
+    assert answers[-1] == 200 and hung not in server.worker_pids()
+    assert server.end() == 0
+
 
 def test_a_killed_worker_is_back_in_ten_seconds_and_only_what_it_held_fails(
     launch: Callable[..., Server],
