@@ -44,7 +44,12 @@ from hardening.metrics import wilson
 
 STORES = ("lmdb", "redis")
 SIDES = ("off", *STORES)
-ATTACKS = ("square", "hopskipjump", "oars")
+RUNS = [
+    f"{policy}-{kind}-{attack}"
+    for kind in STORES
+    for policy in ("alert", "reject")
+    for attack in ("square", "hopskipjump", "oars")
+]
 
 
 @contextlib.contextmanager
@@ -72,19 +77,18 @@ def fresh(kind: str) -> Iterator[str]:
 
 
 def attacks(options: argparse.Namespace) -> list[str]:
-    """Each attack on each image, with both policies and stores; no two runs share a store."""
+    """Each attack on each image, with both policies and stores; no two runs share a store.
+
+    A run that is done is read again, so that several can be made side by side with --run.
+    """
     images, lines = load(options.images, size=32), []
-    runs = [(policy, kind) for kind in STORES for policy in ("alert", "reject")]
-    for policy, kind in runs:
-        made: list[redteam.Outcome] = []
-        for name in ATTACKS:
-            out = options.out / f"{policy}-{kind}-{name}"
-            if len(redteam.read(out)) < options.limit:
-                shutil.rmtree(out, ignore_errors=True)
-                attacked(options, images, out, policy, kind, name)
-            made += redteam.read(out)
-        lines += [f"{policy:7} {kind:6} {line}" for line in redteam.summary(made).splitlines()]
-        redteam.picture({policy: made}, options.out / f"{policy}-{kind}.png")
+    for run in options.run or RUNS:
+        policy, kind, name = run.split("-")
+        out = options.out / run
+        if len(redteam.read(out)) < options.limit:
+            shutil.rmtree(out, ignore_errors=True)
+            attacked(options, images, out, policy, kind, name)
+        lines.append(f"{policy:6} {kind:5} {redteam.summary(redteam.read(out))}")
     return lines
 
 
@@ -306,6 +310,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
     parser.add_argument("--weak", type=Path, default=Path("model_store/cifar10-undefended"))
     parser.add_argument("--out", type=Path, default=Path("runs/queries"), help="of attacks")
+    parser.add_argument("--run", action="append", choices=RUNS, help="of attacks; default all")
     parser.add_argument("--limit", type=int, default=100, help="images under attack")
     parser.add_argument("--budget", type=int, default=2000, help="queries an image may cost")
     parser.add_argument("--most", type=int, default=10**6, help="stored queries to grow to")
