@@ -13,7 +13,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test check format lock clean
+.PHONY: serve test check format lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --model $(ARCHIVE) --port $(PORT)
@@ -60,6 +60,12 @@ lock:
 	    -o requirements/dev.txt
 	echo kserve | uv pip compile - -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header --no-annotate --upgrade -o requirements/kserve.txt
+
+# Known weaknesses of what serving installs, by PyPI's advisories.
+audit: .venv/dev
+	@$(BIN)/pip-audit --strict --disable-pip --progress-spinner off -r requirements/serve.txt || \
+	    { echo "Not clean, or not to be audited from here: see above. The versions are of" \
+	    "$$(git log -1 --format=%cs requirements/serve.txt)."; exit 1; }
 
 clean:
 	rm -rf .venv model_store/*.mar
