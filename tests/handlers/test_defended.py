@@ -447,12 +447,45 @@ def test_settings_that_cannot_be_served_fail_the_load_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_labels_that_do_not_fit_the_graph_fail_the_load(unpacked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.json", b'["one", "two"]', "do not fit 2 labels"),
+        ("graph.onnx", b"no graph", r"graph\.onnx"),
+        ("calibration.json", b"{}", r"calibration\.json: the entry 'detectors' is missing"),
+    ],
+)
+def test_files_that_are_listed_but_do_not_fit_fail_the_load_in_one_line(
+    unpacked: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(unpacked, folder)
-    (folder / "labels.json").write_text('["one", "two"]')
+    (folder / name).write_bytes(content)
     listed = json.loads((folder / "sha256.json").read_text())
-    listed["labels.json"] = hashlib.sha256((folder / "labels.json").read_bytes()).hexdigest()
+    listed[name] = hashlib.sha256(content).hexdigest()
     (folder / "sha256.json").write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match="do not fit 2 labels"):
+    with pytest.raises(ValueError, match=f"Rampart cannot serve this archive: .*{message}") as told:
         DefendedHandler().initialize(context(folder))
+    assert "\n" not in str(told.value)
+
+
+def test_concurrent_requests_share_runs_of_the_graph(server: Server, pixels: np.ndarray) -> None:
+    def images_and_runs() -> tuple[float, float]:
+        time.sleep(2.5)  # figures are handed over once a second
+        text = requests.get(f"http://127.0.0.1:{server.port + 2}/metrics", timeout=60).text
+        found = [
+            sum(
+                float(line.split()[-1])
+                for line in text.splitlines()
+                if line.startswith(f"rampart_batch_images_{part}{{")
+            )
+            for part in ("sum", "count")
+        ]
+        return found[0], found[1]
+
+    body, before = png(pixels), images_and_runs()
+    with ThreadPoolExecutor(32) as pool:
+        statuses = set(pool.map(lambda _: post(server, body).status_code, range(400)))
+    images, runs = np.subtract(images_and_runs(), before)
+    assert statuses == {200} and images == 400
+    assert runs < 200
