@@ -153,7 +153,7 @@ def streams(images: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def alarms(options: argparse.Namespace) -> list[str]:
-    """Share of clean images that raise an alert, through an endpoint that serves the model."""
+    """Share of clean images that raise an alert, image by image."""
     images = load(options.images, size=32).image.numpy()[:5000]
     lines = []
     for kind in STORES:

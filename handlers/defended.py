@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -91,6 +92,7 @@ class DefendedHandler:
                 "version": str(context.manifest["model"].get("modelVersion", "")),
             },
         )
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="queries")
         self._watch = read_watch(settings, context.model_name)
         self._owner = str(settings.get("query_owner") or "").lower()
         aside = os.environ.get("RAMPART_QUARANTINE") or settings.get("quarantine")
@@ -129,16 +131,16 @@ class DefendedHandler:
                     for index, asked in enumerate(requests)
                     for _ in asked.images
                 ]
-            responses = self._watched(images, owners)
+            # Beside the graph, which computes without Python: so a store adds hardly any latency.
+            responses = self._aside.submit(self._watched, images, owners)
             with self._timed("graph"):
-                judged = iter(self._judge_all(images, responses))
+                answers = self._infer_all(images)
+            judged = map(self._judged, images, answers, responses.result())
             with self._timed("response"):
-                answers = [
+                replies = [
                     _replied(asked, [next(judged) for _ in asked.images]) for asked in requests
                 ]
-                return [
-                    self._respond(context, index, answer) for index, answer in enumerate(answers)
-                ]
+                return [self._respond(context, index, reply) for index, reply in enumerate(replies)]
 
     def _read(self, fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
         """One request. TorchServe asks for a description by a header, which any client can send."""
@@ -175,40 +177,30 @@ class DefendedHandler:
         responses = dict(zip(read, seen, strict=True))
         return [responses.get(i) for i in range(len(images))]
 
-    def _judge_all(
-        self, images: Sequence[Pixels | ImageError], responses: Sequence[Response | None]
-    ) -> list[Answer]:
-        """Answers for the images of a whole batch, by one run of the graph."""
-        images = [
-            TOO_SIMILAR if response == "throttle" else image
-            for image, response in zip(images, responses, strict=True)
-        ]
+    def _infer_all(self, images: Sequence[Pixels | ImageError]) -> list[Verdict | ImageError]:
+        """A whole batch by one run of the graph."""
         pixels = [image for image in images if not isinstance(image, ImageError)]
         if pixels:
             self._metrics.observe("rampart_batch_images", len(pixels))
         verdicts = iter(self._try_infer(pixels) if pixels else [])
-        answers = [image if isinstance(image, ImageError) else next(verdicts) for image in images]
-        for image, answer in zip(images, answers, strict=True):
-            self._keep(image, answer)
-        return [
-            self._counted(_after_query(answer, response))
-            for answer, response in zip(answers, responses, strict=True)
-        ]
+        return [image if isinstance(image, ImageError) else next(verdicts) for image in images]
 
-    def _keep(self, image: Pixels | ImageError, answer: Verdict | ImageError) -> None:
-        """Put an image aside that the detectors found, where that is wanted."""
-        if self._quarantine is None or isinstance(image, ImageError):
-            return
-        if isinstance(answer, Verdict) and answer.detected:
+    def _judged(
+        self,
+        image: Pixels | ImageError,
+        answer: Verdict | ImageError,
+        response: Response | None,
+    ) -> Answer:
+        """An image's answer, once it is counted, and kept where that is wanted."""
+        if self._quarantine and isinstance(answer, Verdict) and answer.detected:
+            assert not isinstance(image, ImageError)
             self._quarantine.keep(image, answer)
-
-    def _counted(self, answer: Verdict | ImageError) -> Answer:
-        """An image's answer, once it is counted."""
+        answer = _after_query(answer, response)
         if isinstance(answer, ImageError):
             self._metrics.count("rampart_images_total", "error")
             self._metrics.count("rampart_errors_total", answer.type)
             return answer.code, _error(answer)
-        self._metrics.judged(answer)
+        self._metrics.judged(answer, "query" if response == "reject" else None)
         return 200, answer.to_dict()
 
     def _try_infer(self, pixels: Sequence[Pixels]) -> list[Verdict | ImageError]:
@@ -342,6 +334,8 @@ def _after_query(answer: Verdict | ImageError, response: Response | None) -> Ver
     """An answer to an image that is nearly one that came before, if there is a response to it."""
     if response is None or isinstance(answer, ImageError):
         return answer
+    if response == "throttle":
+        return TOO_SIMILAR
     if answer.detail is not None:
         answer = replace(answer, detail={**answer.detail, "similar_query": True})
     return answer.rejected() if response == "reject" else answer

@@ -1,7 +1,7 @@
 """Flagged images kept aside for people to look at, where the operator asks for that.
 
-They are pictures of clients: the folder is open to its owner alone, holds FILES of them at most,
-and only what the model saw, at its resolution, without the file's name or metadata.
+They are pictures of clients: the files are open to their owner alone, FILES of them at most, and
+hold only what the model saw, at its resolution, without the client's file name or metadata.
 """
 
 import json
@@ -18,6 +18,7 @@ from handlers.verdict import Verdict
 logger = logging.getLogger(__name__)
 
 FILES = 1000
+PREFIX = "rampart-"  # of their names: other files in the folder are left alone
 PER_SECOND = 5  # of one worker, so that a flood of bad images does not make it slow
 
 
@@ -33,7 +34,7 @@ class Quarantine:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (folder / ".writable").touch()
-            (folder / ".writable").unlink()
+            (folder / ".writable").unlink(missing_ok=True)  # several workers start at once
         except OSError as error:
             raise ValueError(
                 f"quarantine {folder}: {error.strerror}. Name a folder that the server may write to"
@@ -62,9 +63,10 @@ class Quarantine:
         known = verdict.to_dict() | {"p_value": verdict.p_value}
         text.add_text("rampart", json.dumps(known))
         when = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        path = self._folder / f"{when}-{time.time_ns() % 10**9:09}-{secrets.token_hex(4)}.png"
-        partial = path.with_suffix(".partial")
+        name = f"{PREFIX}{when}-{time.time_ns() % 10**9:09}-{secrets.token_hex(4)}"
+        path, partial = (self._folder / f"{name}{suffix}" for suffix in (".png", ".partial"))
         try:
+            partial.touch(mode=0o600)
             Image.fromarray(image).save(partial, "PNG", pnginfo=text)
             partial.replace(path)
         finally:
@@ -72,5 +74,5 @@ class Quarantine:
 
     def _forget(self) -> None:
         """Remove the oldest; other workers do so too."""
-        for path in sorted(self._folder.glob("*.png"))[:-FILES]:
+        for path in sorted(self._folder.glob(f"{PREFIX}*.png"))[:-FILES]:
             path.unlink(missing_ok=True)

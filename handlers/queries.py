@@ -16,7 +16,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,12 @@ RESPONSES: tuple[Response, ...] = get_args(Response)
 STEP = 50  # of quantization, in units of 1/255
 LEVELS = 6  # quantization levels: 256 / STEP, rounded up
 WINDOW = 20  # values; LEVELS to this power is less than 2 ** 64, so no two windows look the same
+STRIDE = 4  # values from the start of one window to that of the next
+POWERS = LEVELS ** np.arange(STRIDE - 1, -1, -1, dtype=np.uint32)
 KEPT = 50  # digests of a fingerprint
 SHARED = 10  # an image that has more digests than this in common with a stored one is near it
-INDEXED = 16  # greatest digests, under which a stored query is found
-PROBED = 24  # and under which it is sought: what two images share is among the greatest of both
+INDEXED = 12  # greatest digests, under which a stored query is found
+PROBED = 16  # and under which it is sought: what two images share is among the greatest of both
 ROW = 3  # values of one pixel, after which those of its neighbour follow
 PAUSE = 1.0  # seconds between two images near the same stored one that `throttle` answers
 RETRY = 5.0  # seconds for which a store that failed is left alone
@@ -55,34 +57,26 @@ class Fingerprints:
         self._secret = secret
         self._salt = np.zeros(0, dtype=np.uint8)
 
-    def digests(self, image: Pixels, owner: str = "") -> Digests:
-        """The at most KEPT digests of an image uint8 (H, W, 3), as of one `owner` of queries."""
-        flat = image.reshape(-1)
-        if len(self._salt) != len(flat):
-            stream = hashlib.shake_256(self._secret).digest(len(flat))
+    def digests(self, images: Sequence[Pixels], owners: Sequence[str]) -> list[Digests]:
+        """The at most KEPT digests, greatest first, of each image uint8 (H, W, 3) of its owner."""
+        flat = np.stack(images).reshape(len(images), -1)
+        if len(self._salt) != flat.shape[1]:
+            stream = hashlib.shake_256(self._secret).digest(flat.shape[1])
             self._salt = np.frombuffer(stream, dtype=np.uint8)
-        windows = _windows((flat + self._salt) // STEP)
-        mixed = self._mix(windows, owner)
+        windows = _windows((flat + self._salt) // STEP)  # (N, W)
+        keys = np.array([[self._number(owner, b"windows")] for owner in owners], dtype=np.uint64)
+        mixed = _mix(windows, keys, self._number("", b"factor") | np.uint64(1))
         mixed[_is_plain(flat // STEP)] = 0
-        kept = np.partition(mixed, max(0, len(mixed) - KEPT))[-KEPT:]
-        digests: Digests = np.unique(kept[kept > 0])[::-1]
-        return digests
+        kept = np.partition(mixed, max(0, mixed.shape[1] - KEPT), axis=1)[:, -KEPT:]
+        return [row[row > 0][::-1] for row in np.sort(kept, axis=1)]
 
     def name(self, image: Pixels, owner: str = "") -> bytes:
         """8 bytes that stand for exactly this image."""
         return self._key(owner, image.tobytes())
 
-    def _mix(self, windows: Digests, owner: str) -> Digests:
-        """A keyed one-to-one map, so that which digests are greatest is anybody's guess."""
-        first, second, third = (
-            np.frombuffer(self._key(owner, purpose), dtype="<u8")[0] | np.uint64(1)
-            for purpose in (b"first", b"second", b"third")
-        )
-        mixed: Digests = (windows ^ first) * second
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= third
-        mixed ^= mixed >> np.uint64(29)
-        return mixed
+    def _number(self, owner: str, purpose: bytes) -> np.uint64:
+        number: np.uint64 = np.frombuffer(self._key(owner, purpose), dtype="<u8")[0]
+        return number
 
     def _key(self, owner: str, data: bytes) -> bytes:
         whose = hashlib.blake2b(owner.encode(), key=self._secret, digest_size=32).digest()
@@ -90,25 +84,50 @@ class Fingerprints:
 
 
 def _windows(levels: NDArray[np.uint8]) -> Digests:
-    """Each WINDOW successive levels of (n,) as one number in base LEVELS: (n - WINDOW + 1,)."""
+    """WINDOW successive levels of (N, L), from every STRIDE-th on, as one number in base LEVELS.
 
-    def join(numbers: Digests, more: Digests, length: int) -> Digests:
-        return numbers[: len(more)] * np.uint64(LEVELS**length) + more
+    Blacklight takes every window. As salt differs from place to place, none is ever found at
+    another place, so the ones between would say little more, and cost four times as much.
+    """
+    blocks = _blocks(levels) @ POWERS  # (N, L / STRIDE)
+    parts = _shifted(blocks.astype(np.uint64), WINDOW // STRIDE)
+    windows = parts[0]
+    for part in parts[1:]:
+        windows = windows * np.uint64(LEVELS**STRIDE) + part
+    return windows
 
-    two = join(levels.astype(np.uint64), levels[1:].astype(np.uint64), 1)
-    four = join(two, two[2:], 2)
-    eight = join(four, four[4:], 4)
-    sixteen = join(eight, eight[8:], 8)
-    return join(sixteen, four[16:], 4)
+
+def _mix(windows: Digests, keys: Digests, factor: np.uint64) -> Digests:
+    """A keyed one-to-one map of (N, W) by keys (N, 1): which are greatest is anybody's guess."""
+    mixed = (windows ^ keys) * factor
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= factor
+    mixed ^= mixed >> np.uint64(29)
+    return mixed
 
 
 def _is_plain(levels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which windows of unsalted levels (n,) are of one colour, or two with one edge between."""
-    changes = np.cumsum(levels[ROW:] != levels[:-ROW], dtype=np.int32)
-    changes = np.concatenate([np.zeros(1, dtype=np.int32), changes])
-    span = WINDOW - ROW
-    result: NDArray[np.bool_] = changes[span:] - changes[:-span] <= ROW
+    """Which windows of unsalted levels (N, L) are of one colour, or two with one edge between."""
+    changes = np.zeros_like(levels)
+    changes[:, :-ROW] = levels[:, ROW:] != levels[:, :-ROW]
+    blocks = _blocks(changes)
+    of_block = blocks[..., 0] + blocks[..., 1] + blocks[..., 2] + blocks[..., 3]
+    # Those of a window's last block are to pixels beyond it.
+    first, *more, _ = _shifted(of_block, WINDOW // STRIDE)
+    result: NDArray[np.bool_] = sum(more, start=first) <= ROW
     return result
+
+
+def _blocks(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(N, L) as (N, L / STRIDE, STRIDE), without what is left over."""
+    whole = values.shape[1] // STRIDE * STRIDE
+    return values[:, :whole].reshape(len(values), -1, STRIDE)
+
+
+def _shifted(blocks: NDArray[Any], length: int) -> list[NDArray[Any]]:
+    """(N, B) from its first column on, from its second, ...: `length` arrays of equal width."""
+    count = blocks.shape[1] - length + 1
+    return [blocks[:, start : start + count] for start in range(length)]
 
 
 class Entry(NamedTuple):
@@ -134,8 +153,8 @@ class Watch:
     """Compares every image with those that came before it, whichever worker took them.
 
     `response` is what becomes of an image near a stored one: `alert` answers it as ever, `throttle`
-    answers one in PAUSE seconds, `reject` gives it no label. A picture that comes again as it was
-    is none of them: its answer is known already.
+    answers one in PAUSE seconds, `reject` gives it no label. A stored picture that comes again as
+    it was is none of them: its answer is known already.
     """
 
     def __init__(self, store: Store, model: str, *, response: Response, expiry: float) -> None:
@@ -143,8 +162,9 @@ class Watch:
             raise ValueError(f"on_query_attack must be one of {', '.join(RESPONSES)}")
         self._store, self._model, self._response = store, model, response
         self._expiry = expiry
-        # An entry that is still met with is written anew at this age.
-        self._stale = min(PAUSE, expiry / 8) if response == "throttle" else expiry / 8
+        # An entry that is still met with is written anew at this age; not by who is rejected, or
+        # one query of somebody else's would keep a picture from its owner for good.
+        self._stale = {"alert": expiry / 8, "throttle": PAUSE, "reject": expiry}[response]
         self._prints: Fingerprints | None = None
         self._down_until = 0.0
         self.up = True  # whether the store worked when last asked
@@ -152,52 +172,56 @@ class Watch:
     def look(self, images: Sequence[Pixels], owners: Sequence[str]) -> list[Response | None]:
         """What becomes of each image (H, W, 3), None for nothing. Images are compared with those of
         the same owner. Where the store fails nobody is watched, which is logged once."""
-        if time.monotonic() < self._down_until:
-            return [None] * len(images)
+        seen: list[Response | None] = [None] * len(images)
+        if not images or time.monotonic() < self._down_until:
+            return seen
         try:
-            seen = self._look(images, owners)
+            items = self._look(images, owners, seen)
+            if items:
+                self._store.add(items)
         except Exception as error:  # whatever it is, predictions go on
             if self.up:
                 what = error if isinstance(error, StoreError) else type(error).__name__
                 logger.error("No watch for query attacks, the store fails: %s", what)
             self.up, self._down_until = False, time.monotonic() + RETRY
             self._prints = None  # the secret may be another one then
-            return [None] * len(images)
-        if not self.up:
+            return seen
+        if items and not self.up:  # one that can be read only does not work
             logger.warning("Watching for query attacks again")
-        self.up = True
+            self.up = True
         return seen
 
-    def _look(self, images: Sequence[Pixels], owners: Sequence[str]) -> list[Response | None]:
+    def _look(
+        self, images: Sequence[Pixels], owners: Sequence[str], seen: list[Response | None]
+    ) -> dict[bytes, bytes]:
+        """Write into `seen` what becomes of each image; what the store has to keep."""
         if self._prints is None:
             self._prints = Fingerprints(self._store.secret())
         pairs = [
             (image, f"{self._model}\n{owner}") for image, owner in zip(images, owners, strict=True)
         ]
         names = [self._prints.name(*pair) for pair in pairs]
-        prints = [self._prints.digests(*pair) for pair in pairs]
+        prints = self._prints.digests(images, [owner for _, owner in pairs])
         keys = [key for digests in prints for key in _keys(digests[:PROBED])]
         index = dict(zip(keys, self._store.find(keys), strict=True))
         known = self._entries(prints, index)
-        seen: list[Response | None] = []
         changed: dict[bytes, Entry] = {}
-        for name, digests in zip(names, prints, strict=True):
+        for number, (name, digests) in enumerate(zip(names, prints, strict=True)):
             now, own = time.time(), frozenset(digests.tolist())
-            nearest, response = _nearest(known, own), None
+            nearest = _nearest(known, own)
             if nearest is None or name in known:
                 nearest = name
             else:
-                response = self._respond(now - known[nearest].when)
-            seen.append(response)
+                seen[number] = self._respond(now - known[nearest].when)
             entry = known.get(nearest, Entry(0.0, own))
-            if now - entry.when > self._stale:
+            # Where there is next to nothing to go by, nothing would ever be near.
+            if abs(now - entry.when) > self._stale and len(own) > SHARED:
                 known[nearest] = changed[nearest] = Entry(now, entry.digests)
-        if changed:
-            self._store.add(_items(changed, index))
-        return seen
+        return _items(changed, index)
 
     def _respond(self, age: float) -> Response:
-        if self._response == "throttle" and age > PAUSE:
+        # Clocks of several machines may differ.
+        if self._response == "throttle" and abs(age) > PAUSE:
             return "alert"
         return self._response
 

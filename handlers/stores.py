@@ -5,15 +5,19 @@ generations, and a new one starts, and the older is dropped, when the newest is 
 `expiry` or holds half of what is allowed. So nothing is ever deleted singly.
 """
 
+import contextlib
+import logging
 import secrets
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+logger = logging.getLogger(__name__)
+
 MAP_BYTES = 1 << 24  # of LMDB besides its entries: a map costs disk only as it fills
-ENTRY_BYTES = 512  # for a key and its value, on pages that are half empty
+ENTRY_BYTES = 1024  # for a key and its value, the longest of half that, on pages half empty
 TIMEOUT = 0.1  # seconds for Redis; who waits longer is worse off than who is not watched
 HEAD = struct.Struct("<Qd")  # the number of the newest generation, and when it began
 
@@ -63,57 +67,67 @@ class LmdbStore:
     def __init__(self, folder: Path, *, entries: int, expiry: float) -> None:
         import lmdb
 
-        self._error: type[Exception] = lmdb.Error
+        self._lmdb = lmdb
         self._half, self._age = entries // 2, expiry / 2
+        self._bytes = MAP_BYTES + entries * ENTRY_BYTES
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Not a writable map: where the disk is full, that ends the process with SIGBUS. Not
-            # synchronous: after a crash of the machine the attacker is a stranger again, no more.
-            self._env = lmdb.open(
-                str(folder), map_size=MAP_BYTES + entries * ENTRY_BYTES, max_dbs=3, mode=0o600,
-                sync=False, metasync=False, max_readers=1024,
-            )  # fmt: skip
-            self._env.reader_check()  # slots of workers that were killed
-            self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
+            try:
+                self._open(folder)
+            except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError):
+                logger.warning("The query store is damaged and begins anew")
+                (folder / "data.mdb").unlink()
+                self._open(folder)
         except (OSError, lmdb.Error) as error:
             raise ValueError(
                 f"query_store {folder}: {error}. Name a folder on a local disk that the server may"
                 " write to, or a redis:// address"
             ) from error
 
+    def _open(self, folder: Path) -> None:
+        # Not a writable map: where the disk is full, that ends the process with SIGBUS. Not
+        # synchronous, so a crash of the machine can damage the file; nothing in it is dear.
+        self._env = self._lmdb.open(
+            str(folder), map_size=self._bytes, max_dbs=3, mode=0o600,
+            sync=False, metasync=False, max_readers=1024,
+        )  # fmt: skip
+        self._env.reader_check()  # slots of workers that were killed
+        self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
+
     def secret(self) -> bytes:
         """32 random bytes, made at first use."""
-        try:
-            with self._env.begin(write=True) as txn:
-                txn.put(b"secret", secrets.token_bytes(32), overwrite=False)
-                return bytes(txn.get(b"secret", b""))
-        except self._error as error:
-            raise StoreError(type(error).__name__) from error
+        with self._transaction(write=True) as txn:
+            txn.put(b"secret", secrets.token_bytes(32), overwrite=False)
+            return bytes(txn.get(b"secret", b""))
 
     def find(self, keys: Sequence[bytes]) -> list[bytes]:
         """What is known under each key."""
-        try:
-            with self._env.begin() as txn:
-                number, _ = _head(txn)
-                older, newer = self._generations[~number % 2], self._generations[number % 2]
-                return [txn.get(key, b"", older) + txn.get(key, b"", newer) for key in keys]
-        except self._error as error:
-            raise StoreError(type(error).__name__) from error
+        with self._transaction() as txn:
+            number, _ = _head(txn)
+            older, newer = self._generations[~number % 2], self._generations[number % 2]
+            return [txn.get(key, b"", older) + txn.get(key, b"", newer) for key in keys]
 
     def add(self, items: Mapping[bytes, bytes]) -> None:
         """Keep values in the newest generation."""
+        with self._transaction(write=True) as txn:
+            number, began = _head(txn)
+            newest = self._generations[number % 2]
+            entries = txn.stat(newest)["entries"]
+            if entries >= self._half or time.time() - began >= self._age:
+                newest = self._generations[~number % 2]
+                txn.drop(newest, delete=False)
+                txn.put(b"head", HEAD.pack(number + 1, time.time()))
+            for key, value in items.items():
+                txn.put(key, value, db=newest)
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[Any]:
         try:
-            with self._env.begin(write=True) as txn:
-                number, began = _head(txn)
-                newest = self._generations[number % 2]
-                entries = txn.stat(newest)["entries"]
-                if entries >= self._half or time.time() - began >= self._age:
-                    newest = self._generations[~number % 2]
-                    txn.drop(newest, delete=False)
-                    txn.put(b"head", HEAD.pack(number + 1, time.time()))
-                for key, value in items.items():
-                    txn.put(key, value, db=newest)
-        except self._error as error:
+            with self._env.begin(write=write) as txn:
+                yield txn
+        except self._lmdb.Error as error:
+            if isinstance(error, self._lmdb.MapResizedError):  # by a worker with other settings
+                self._env.set_mapsize(0)
             raise StoreError(type(error).__name__) from error
 
 

@@ -115,10 +115,11 @@ class Metrics:
             if self.on:
                 self._gauges[name, labels] = value
 
-    def judged(self, verdict: Verdict) -> None:
-        """Count an image that got a verdict."""
+    def judged(self, verdict: Verdict, decision: str | None = None) -> None:
+        """Count an image that got a verdict, under `decision` if that was not the verdict's own."""
         shadowed = verdict.detected and verdict.decision == "accept"
-        self.count("rampart_images_total", "shadow" if shadowed else verdict.decision)
+        own = "shadow" if shadowed else verdict.decision
+        self.count("rampart_images_total", decision or own)
         if verdict.failed:  # then its p-value says nothing
             self.count("rampart_errors_total", "defence_failure")
             return

@@ -41,6 +41,8 @@ Pixels = NDArray[np.uint8]
 
 FILE = "queries.jsonl"
 STARTS = 100
+SIMILAR = "similar_query"  # how the endpoint calls what it throttles
+UNNAMED = ("", "")  # a throttled answer tells no model
 # An attack that asks so often in a row for what it has already been told is going in circles.
 MAX_REPEATS = 200
 
@@ -92,7 +94,8 @@ class Endpoint:
             body = json.loads(text)
         except ValueError:
             body = None
-        if status != 200 or not isinstance(body, dict):
+        throttled = isinstance(body, dict) and body.get("type") == SIMILAR
+        if (status != 200 and not throttled) or not isinstance(body, dict):
             said = body.get("message", text) if isinstance(body, dict) else text
             raise ValueError(f"{self.url} answers with status {status}: {_short(said)}")
         found = body.get("predictions", [body])  # a single image's verdict comes without a list
@@ -118,6 +121,8 @@ class Endpoint:
             ) from error
 
     def _parse(self, verdict: Mapping[str, Any]) -> Answer:
+        if verdict.get("type") == SIMILAR:
+            return Answer(None, (), UNNAMED, similar=True)
         try:
             accepted = verdict["decision"] == "accept"
             top = tuple((self._index(t["label"]), float(t["confidence"])) for t in verdict["top"])
@@ -245,7 +250,7 @@ class Probe:
             raise _Over
 
     def _count(self, image: Pixels, answer: Answer) -> None:
-        if answer.model != (self.settings.model, self.settings.version):
+        if answer.model not in (UNNAMED, (self.settings.model, self.settings.version)):
             raise ValueError(
                 f"{self.endpoint.url} answers as {' '.join(answer.model)} now, and began as"
                 f" {self.settings.model} {self.settings.version}: choose another --out"

@@ -158,6 +158,9 @@ class Redis:
     def flush(self) -> None:
         assert self._say(b"FLUSHALL\r\n").startswith(b"+OK")
 
+    def set(self, name: str, value: str) -> None:
+        assert self._say(f"CONFIG SET {name} {value}\r\n".encode()).startswith(b"+OK")
+
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(timeout=20)

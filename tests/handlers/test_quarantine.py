@@ -69,15 +69,17 @@ def test_only_the_newest_files_stay_and_others_files_are_left_alone(
 ) -> None:
     monkeypatch.setattr(quarantine, "FILES", 3)
     monkeypatch.setattr(quarantine, "PER_SECOND", 100)
-    (tmp_path / "notes.txt").write_text("mine")
+    for number in range(5):
+        (tmp_path / f"mine-{number}.png").write_text("mine")
     aside = Quarantine(tmp_path)
     for level in range(6):
         aside.keep(np.full((8, 8, 3), level, dtype=np.uint8), VERDICT)
     levels = []
-    for path in kept(tmp_path)[:-1]:
+    for path in kept(tmp_path)[5:]:
+        assert path.stat().st_mode & 0o077 == 0
         with Image.open(path) as picture:
             levels.append(picture.getpixel((0, 0))[0])
-    assert levels == [3, 4, 5] and kept(tmp_path)[-1].name == "notes.txt"
+    assert levels == [3, 4, 5] and len(kept(tmp_path)) == 8
 
 
 def test_a_flood_is_kept_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,20 @@ from export.archive import archive
 from handlers import queries
 from handlers.defended import DefendedHandler
 from handlers.image import decode
-from handlers.queries import ENTRIES, KEPT, SHARED, Entry, Fingerprints, Watch, _nearest, _windows
+from handlers.queries import (
+    ENTRIES,
+    KEPT,
+    SHARED,
+    Entry,
+    Fingerprints,
+    Watch,
+    _is_plain,
+    _nearest,
+    _windows,
+)
 from handlers.stores import open_store
 from handlers.telemetry import declared
+from hardening.data import Images
 
 SECRET = bytes(range(32))
 Watcher = Callable[..., Watch]
@@ -28,10 +39,10 @@ Watcher = Callable[..., Watch]
 
 @pytest.fixture(scope="module")
 def photos() -> np.ndarray:
-    """The 100 crops of a photograph with most in them, uint8 (100, 32, 32, 3)."""
+    """The 60 crops of a photograph with most in them, uint8 (60, 32, 32, 3)."""
     cat = decode((Path(data_dir) / "chelsea.png").read_bytes())
     crops = [cat[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 448, 32)]
-    return np.stack(sorted(crops, key=lambda crop: -crop.std())[:100])
+    return np.stack(sorted(crops, key=lambda crop: -crop.std())[:60])
 
 
 @pytest.fixture
@@ -60,29 +71,44 @@ def look(watch: Watch, images: Sequence[np.ndarray] | np.ndarray, owner: str = "
     return [watch.look([image], [owner])[0] for image in images]
 
 
-def test_windows_are_numbers_in_base_6_of_20_levels_from_each_place(
+def test_windows_are_numbers_in_base_6_of_20_levels_from_every_fourth_place(
     noise: np.random.Generator,
 ) -> None:
-    levels = noise.integers(0, 6, 60).astype(np.uint8)
-    expected = [int("".join(map(str, levels[i : i + 20])), 6) for i in range(41)]
+    levels = noise.integers(0, 6, (3, 62)).astype(np.uint8)
+    expected = [
+        [int("".join(map(str, row[start : start + 20])), 6) for start in range(0, 44, 4)]
+        for row in levels[:, :60]
+    ]
     assert _windows(levels).tolist() == expected
+
+
+def test_plain_windows_have_at_most_one_edge() -> None:
+    row = np.zeros(120, dtype=np.uint8)
+    row[30:60] = 1  # one edge between pixels 9 and 10, another between 19 and 20
+    row[60:72] = [3, 1, 2, 0, 4, 1, 2, 2, 5, 0, 1, 3]
+    plain = _is_plain(row[None])[0]
+    assert plain[:10].all() and not plain[12:17].any() and plain[-8:].all()
 
 
 def test_a_fingerprint_is_a_secret_function_of_image_and_owner(photos: np.ndarray) -> None:
     image = photos[0]
-    digests = Fingerprints(SECRET).digests(image)
-    assert len(digests) == KEPT and (np.diff(digests[::-1].astype(float)) > 0).all()
-    assert np.array_equal(digests, Fingerprints(SECRET).digests(image.copy()))
-    others = [Fingerprints(SECRET[::-1]).digests(image), Fingerprints(SECRET).digests(image, "b")]
-    assert all(not np.intersect1d(digests, other).size for other in others)
+
+    def digests(secret: bytes = SECRET, owner: str = "") -> np.ndarray:
+        return Fingerprints(secret).digests([photos[1], image], ["", owner])[1]
+
+    own = digests()
+    assert len(own) == KEPT and (np.diff(own[::-1].astype(float)) > 0).all()
+    assert np.array_equal(own, Fingerprints(SECRET).digests([image.copy()], [""])[0])
+    others = [digests(SECRET[::-1]), digests(owner="b")]
+    assert all(not np.intersect1d(own, other).size for other in others)
 
 
 def test_different_photographs_pass_and_each_nudged_one_is_seen(
     watching: Watcher, photos: np.ndarray, noise: np.random.Generator
 ) -> None:
     watch = watching()
-    assert look(watch, photos) == [None] * 100
-    assert look(watch, nudged(photos, noise)) == ["alert"] * 100
+    assert look(watch, photos) == [None] * 60
+    assert look(watch, nudged(photos, noise)).count("alert") >= 55  # some are rather smooth
 
 
 def test_the_same_picture_again_is_no_attack_for_its_answer_is_known(
@@ -90,6 +116,52 @@ def test_the_same_picture_again_is_no_attack_for_its_answer_is_known(
 ) -> None:
     watch = watching("reject")
     assert look(watch, photos[:5]) == look(watch, photos[:5]) == [None] * 5
+
+
+def test_a_batch_without_a_readable_image_harms_nothing(
+    watching: Watcher, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    watch = watching()
+    look(watch, photos[:1])
+    assert watch.look([], []) == [] and watch.up
+    assert look(watch, nudged(photos[:1], noise)) == ["alert"]
+
+
+def test_a_picture_of_next_to_nothing_is_not_stored(watching: Watcher) -> None:
+    watch = watching()
+    prints = Fingerprints(watch._store.secret())
+    plain = [np.full((32, 32, 3), level, dtype=np.uint8) for level in range(0, 250, 10)]
+    assert look(watch, plain) == [None] * 25
+    keys = [b"q" + prints.name(image, "tiny\n") for image in plain]
+    assert watch._store.find(keys) == [b""] * 25
+
+
+def test_who_is_rejected_does_not_keep_a_picture_from_its_owner_for_good(
+    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    store = open_store(str(tmp_path), entries=1_000, expiry=0.8)
+    watch = Watch(store, "tiny", response="reject", expiry=0.8)
+    assert look(watch, nudged(photos[:1], noise)) == [None]
+    answers = []
+    for _ in range(10):
+        answers += look(watch, photos[:1])
+        time.sleep(0.15)
+    assert answers[0] == "reject" and answers[-1] is None
+
+
+def test_what_was_seen_stands_though_it_cannot_be_stored(
+    redis: Redis, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    redis.flush()
+    store = open_store(redis.address, entries=1_000, expiry=60)
+    watch = Watch(store, "tiny", response="reject", expiry=60)
+    look(watch, photos[:1])
+    redis.set("maxmemory", "1")
+    near = [nudged(photos[0], noise), photos[1]]
+    try:
+        assert watch.look(near, ["", ""]) == ["reject", None] and not watch.up
+    finally:
+        redis.set("maxmemory", "0")
 
 
 def test_pictures_with_the_same_white_border_are_not_alike(
@@ -180,7 +252,8 @@ def test_what_others_wrote_into_the_store_fails_the_watch_and_not_the_prediction
     store = open_store(redis.address, entries=1_000, expiry=60)
     watch = Watch(store, "tiny", response="alert", expiry=60)
     prints = Fingerprints(store.secret())
-    store.add({digest.tobytes(): b"short" for digest in prints.digests(photos[0], "tiny\n")})
+    (digests,) = prints.digests([photos[0]], ["tiny\n"])
+    store.add({digest.tobytes(): b"short" for digest in digests})
     store.add({b"qshort": b"no entry"})
     assert look(watch, photos[:1]) == [None] and not watch.up
     assert caplog.messages == ["No watch for query attacks, the store fails: error"]
@@ -214,13 +287,16 @@ def test_reject_takes_the_label_and_says_why_where_details_are_shown(
 
 
 def test_in_public_detail_a_rejected_query_looks_like_any_rejected_image(
-    handling: Callable[..., list[dict[str, Any]]], photos: np.ndarray, noise: np.random.Generator
+    handling: Callable[..., list[dict[str, Any]]], tiny_images: Images, noise: np.random.Generator
 ) -> None:
-    images = [photos[0], nudged(photos[0], noise)]
-    settings = {"on_query_attack": "reject", "detail": "public", "false_alarm_rate": 0}
-    _, second = handling(images, **settings)
-    rejected = {"label", "index", "confidence", "top", "decision", "model"}
-    assert set(second) == rejected and second["decision"] == "reject"
+    known = tiny_images.image[:20].numpy()
+    strange = noise.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    policy = {"on_query_attack": "reject", "on_detection": "reject", "detail": "public"}
+    answers = handling([*known, strange], **policy, false_alarm_rate=0.3)
+    accepted = [image for image, answer in zip(known, answers[:-1], strict=True)
+                if answer["decision"] == "accept"]  # fmt: skip
+    assert answers[-1]["decision"] == "reject"
+    assert answers[-1] in handling([nudged(image, noise) for image in accepted])
 
 
 @pytest.mark.parametrize(
@@ -253,15 +329,19 @@ def test_workers_share_what_they_have_seen_and_count_it(
     def ask(image: np.ndarray, tenant: str = "a") -> requests.Response:
         return requests.post(server.url, png(image), headers={"X-Tenant": tenant}, timeout=60)
 
-    assert [ask(image).status_code for image in photos[:4]] == [200] * 4
-    answers = [ask(nudged(photos[0], noise)) for _ in range(10)]
-    assert {answer.status_code for answer in answers} == {429}
-    assert answers[0].json()["type"] == "similar_query" and answers[0].headers["Retry-After"] == "1"
+    assert [ask(image).status_code for image in photos[3::-1]] == [200] * 4
+    began = time.monotonic()
+    answers = [ask(nudged(photos[0], noise)) for _ in range(20)]
+    answered = sum(answer.status_code == 200 for answer in answers)
+    assert answered <= time.monotonic() - began + 1 and answered < 18
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["type"] == "similar_query" and refused.headers["Retry-After"] == "1"
     assert ask(nudged(photos[0], noise), tenant="b").status_code == 200
     time.sleep(1.1)
     assert ask(nudged(photos[0], noise)).status_code == 200
 
-    deadline, wanted = time.monotonic() + 30, {"throttle": 10.0, "alert": 1.0}
+    deadline = time.monotonic() + 30
+    wanted = {"throttle": 20.0 - answered, "alert": 1.0 + answered}
     seen: dict[str, float] = {}
     while seen != wanted and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -111,6 +111,30 @@ def test_a_disk_that_takes_no_more_is_an_error_and_the_process_lives(tmp_path: P
     assert answer.stdout.splitlines()[1] == "[b'2']"
 
 
+def test_a_damaged_file_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data.mdb").write_bytes(b"damaged!" * 2_000)
+    store = open_store(str(tmp_path), entries=100, expiry=60)
+    store.add({b"key": b"1"})
+    assert store.find([b"key"]) == [b"1"]
+    assert caplog.messages == ["The query store is damaged and begins anew"]
+
+
+def test_a_worker_with_room_for_more_does_not_lock_the_other_out(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), entries=10, expiry=60)
+    code = """if True:
+        import sys
+        from handlers.stores import open_store
+        store = open_store(sys.argv[1], entries=100_000, expiry=60)
+        for number in range(50_000):
+            if number % 1_000 == 0:
+                store.add({f"{n}".encode(): bytes(500) for n in range(number, number + 1_000)})
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    with pytest.raises(StoreError, match="MapResizedError"):
+        store.find([b"49999"])
+    assert store.find([b"49999"]) == [bytes(500)]
+
+
 def test_without_redis_a_store_fails_at_once_and_works_again_when_it_is_back(
     redis: Redis,
 ) -> None:

@@ -75,8 +75,11 @@ class Toy(ThreadingHTTPServer):
         judge = Judge(self.labels, CALIBRATION, self.policy, model)
         verdicts = [v.to_dict() for v in judge.verdicts(logits, logits, roughness)]
         seen = self.watch.look(images, [""] * len(images)) if self.watch else []
-        for verdict, response in zip(verdicts, seen, strict=False):
-            verdict["detail"] |= {"similar_query": True} if response else {}
+        for number, response in enumerate(seen):
+            if response == "throttle":
+                message = {"code": 429, "type": "similar_query", "message": "wait"}
+                return (429, message) if len(seen) == 1 else (200, {"predictions": verdicts})
+            verdicts[number]["detail"] |= {"similar_query": True} if response else {}
         return 200, verdicts[0] if len(verdicts) == 1 else {"predictions": verdicts}
 
 
@@ -435,6 +438,18 @@ def test_the_query_that_gives_an_attack_away_is_kept_and_told(
     assert redteam.read(tmp_path) == [outcome]
     text = redteam.summary([outcome])
     assert text.endswith(f"noticed on 1, at query {outcome.noticed} (median)")
+
+
+@pytest.mark.parametrize("attack", ["square", "oars"])
+def test_an_attack_goes_on_though_it_is_throttled(
+    toy: Toy, endpoint: Endpoint, tmp_path: Path, attack: str
+) -> None:
+    store = open_store(str(tmp_path / "queries"), entries=1_000, expiry=600)
+    toy.watch = Watch(store, "toy", response="throttle", expiry=600)
+    texture = np.random.default_rng(0).integers(0, 100, (1, 32, 32, 3)).astype(np.uint8)
+    images = Images(torch.from_numpy(texture), torch.zeros(1).long(), CLASSES)
+    (outcome,) = redteam.redteam(endpoint, images, tmp_path, attacks=[attack], budget=30)
+    assert outcome.queries == 30 and outcome.noticed is not None
 
 
 def test_the_picture_shows_two_runs_of_one_eps(tmp_path: Path) -> None:
