@@ -14,7 +14,6 @@ Needs `redis-server`, a package of every Linux distribution.
 
 import argparse
 import contextlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -79,14 +78,13 @@ def fresh(kind: str) -> Iterator[str]:
 def attacks(options: argparse.Namespace) -> list[str]:
     """Each attack on each image, with both policies and stores; no two runs share a store.
 
-    A run that is done is read again, so that several can be made side by side with --run.
+    A run goes on where it was, with an empty store; several are made side by side with --run.
     """
     images, lines = load(options.images, size=32), []
     for run in options.run or RUNS:
         policy, kind, name = run.split("-")
         out = options.out / run
         if len(redteam.read(out)) < options.limit:
-            shutil.rmtree(out, ignore_errors=True)
             attacked(options, images, out, policy, kind, name)
         lines.append(f"{policy:6} {kind:5} {redteam.summary(redteam.read(out))}")
     return lines
@@ -100,7 +98,9 @@ def attacked(
         packed = Path(scratch) / "weak.mar"
         settings = {"rampart": {"on_query_attack": policy, "false_alarm_rate": 0}}
         archive(options.weak, packed, variant="lean", settings=settings)
-        with endpoint(packed, "--query-store", store) as url:
+        # A run goes on only at the address where it began.
+        port = 18_000 + 10 * RUNS.index(out.name)
+        with endpoint(packed, "--query-store", store, port=port) as url:
             where = redteam.Endpoint(url, images.classes)
             counts = {"limit": options.limit, "budget": options.budget}
             redteam.redteam(where, images, out, attacks=[name], **counts)
@@ -287,7 +287,7 @@ def size(options: argparse.Namespace) -> list[str]:
 def made(noise: np.random.Generator, count: int) -> dict[bytes, bytes]:
     """What storing so many different queries writes."""
     digests = noise.integers(1, 2**63, (count, KEPT)).tolist()
-    entries = {noise.bytes(8): Entry(time.time(), frozenset(one)) for one in digests}
+    entries = {noise.bytes(8): Entry(time.time(), tuple(one)) for one in digests}
     return _items(entries, {})
 
 

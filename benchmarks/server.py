@@ -28,9 +28,9 @@ def free_ports() -> int:
 
 
 @contextlib.contextmanager
-def endpoint(archive: Path, *options: str) -> Iterator[str]:
+def endpoint(archive: Path, *options: str, port: int = 0) -> Iterator[str]:
     """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready."""
-    port = free_ports()
+    port = port or free_ports()
     command = [sys.executable, "-m", "rampart", "serve", "--model", str(archive)]
     command += ["--port", str(port), "--device", "cpu", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -10,6 +10,7 @@ which different pictures share. False alerts become so rare that a fifth of a fi
 is enough, where Blacklight wants half. A picture with hardly any structure is not watched.
 """
 
+import functools
 import hashlib
 import logging
 import struct
@@ -37,16 +38,15 @@ STRIDE = 4  # values from the start of one window to that of the next
 POWERS = LEVELS ** np.arange(STRIDE - 1, -1, -1, dtype=np.uint32)
 KEPT = 50  # digests of a fingerprint
 SHARED = 10  # an image that has more digests than this in common with a stored one is near it
-INDEXED = 12  # greatest digests, under which a stored query is found
-PROBED = 16  # and under which it is sought: what two images share is among the greatest of both
+INDEXED = 8  # greatest digests, under which a stored query is found
+PROBED = 12  # and under which it is sought: what two images share is among the greatest of both
 ROW = 3  # values of one pixel, after which those of its neighbour follow
 PAUSE = 1.0  # seconds between two images near the same stored one that `throttle` answers
 RETRY = 5.0  # seconds for which a store that failed is left alone
 ENTRIES = INDEXED + 1  # keys in the store of one query
 REMEMBERED = 16  # newest queries that one digest leads to
 CANDIDATES = 4  # stored queries that an image is compared with
-WHEN = struct.Struct("<d")
-SIZE = WHEN.size + 8 * KEPT  # bytes of a stored query
+ENTRY = struct.Struct(f"<d{KEPT}Q")  # of a stored query
 QUERY = b"q"  # before a query's name as a key: digests are keys of 8 bytes too
 
 
@@ -55,6 +55,7 @@ class Fingerprints:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._owners = functools.lru_cache(1024)(self._owner)
         self._salt = np.zeros(0, dtype=np.uint8)
 
     def digests(self, images: Sequence[Pixels], owners: Sequence[str]) -> list[Digests]:
@@ -79,8 +80,10 @@ class Fingerprints:
         return number
 
     def _key(self, owner: str, data: bytes) -> bytes:
-        whose = hashlib.blake2b(owner.encode(), key=self._secret, digest_size=32).digest()
-        return hashlib.blake2b(data, key=whose, digest_size=8).digest()
+        return hashlib.blake2b(data, key=self._owners(owner), digest_size=8).digest()
+
+    def _owner(self, owner: str) -> bytes:
+        return hashlib.blake2b(owner.encode(), key=self._secret, digest_size=32).digest()
 
 
 def _windows(levels: NDArray[np.uint8]) -> Digests:
@@ -131,22 +134,20 @@ def _shifted(blocks: NDArray[Any], length: int) -> list[NDArray[Any]]:
 
 
 class Entry(NamedTuple):
-    """A stored query: when it was last answered or refreshed, and its digests."""
+    """A stored query: when it was last answered or refreshed, and its digests, greatest first."""
 
     when: float
-    digests: frozenset[int]
+    digests: tuple[int, ...]
 
     def pack(self) -> bytes:
-        """In SIZE bytes, digests in descending order, zeros behind them."""
-        array = np.zeros(KEPT, dtype="<u8")
-        array[: len(self.digests)] = sorted(self.digests, reverse=True)
-        return WHEN.pack(self.when) + array.tobytes()
+        """In ENTRY.size bytes, zeros after the digests."""
+        return ENTRY.pack(self.when, *self.digests, *(0,) * (KEPT - len(self.digests)))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Entry":
-        """From the last SIZE bytes: of two generations' values the newer one."""
-        digests = np.frombuffer(data[-KEPT * 8 :], dtype="<u8").tolist()
-        return cls(WHEN.unpack(data[-SIZE : -KEPT * 8])[0], frozenset(digests) - {0})
+        """From the last bytes: of two generations' values the newer one."""
+        when, *digests = ENTRY.unpack(data[-ENTRY.size :])
+        return cls(when, tuple(filter(None, digests)))
 
 
 class Watch:
@@ -207,7 +208,7 @@ class Watch:
         known = self._entries(prints, index)
         changed: dict[bytes, Entry] = {}
         for number, (name, digests) in enumerate(zip(names, prints, strict=True)):
-            now, own = time.time(), frozenset(digests.tolist())
+            now, own = time.time(), tuple(digests.tolist())
             nearest = _nearest(known, own)
             if nearest is None or name in known:
                 nearest = name
@@ -251,9 +252,10 @@ def _names(value: bytes) -> set[bytes]:
     return {value[start : start + 8] for start in range(0, len(value), 8)}
 
 
-def _nearest(known: Mapping[bytes, Entry], own: frozenset[int]) -> bytes | None:
+def _nearest(known: Mapping[bytes, Entry], own: tuple[int, ...]) -> bytes | None:
     """The name of the entry that shares most with an image's digests, if that is enough."""
-    shared = {name: len(entry.digests & own) for name, entry in known.items()}
+    digests = frozenset(own)
+    shared = {name: len(digests.intersection(entry.digests)) for name, entry in known.items()}
     name = max(shared, key=shared.__getitem__, default=b"")
     return name if shared.get(name, 0) > SHARED else None
 
@@ -263,7 +265,7 @@ def _items(changed: Mapping[bytes, Entry], index: Mapping[bytes, bytes]) -> dict
     items: dict[bytes, bytes] = {}
     for name, entry in changed.items():
         items[QUERY + name] = entry.pack()
-        for digest in sorted(entry.digests, reverse=True)[:INDEXED]:
+        for digest in entry.digests[:INDEXED]:
             key = digest.to_bytes(8, "little")
             before = items.get(key, index.get(key, b""))
             items[key] = before[-8 * (REMEMBERED - 1) :] + name

@@ -357,10 +357,10 @@ def test_workers_share_what_they_have_seen_and_count_it(
 
 
 def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
-    own = frozenset(range(1, KEPT + 1))
+    own = tuple(range(KEPT, 0, -1))
     entries = {
-        b"few": Entry(0.0, frozenset(range(1, SHARED + 1))),
-        b"enough": Entry(0.0, frozenset(range(1, SHARED + 2))),
+        b"few": Entry(0.0, (*range(999, 999 - KEPT + SHARED, -1), *own[:SHARED])),
+        b"enough": Entry(0.0, (*range(999, 998 - KEPT + SHARED, -1), *own[: SHARED + 1])),
     }
     assert _nearest(entries, own) == b"enough"
     del entries[b"enough"]
@@ -368,6 +368,6 @@ def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
 
 
 def test_an_entry_survives_its_packing_and_of_two_the_newer_counts() -> None:
-    old, new = Entry(1.5, frozenset({1, 2**63})), Entry(2.5, frozenset(range(1, KEPT + 1)))
+    old, new = Entry(1.5, (2**64 - 1, 1)), Entry(2.5, tuple(range(KEPT, 0, -1)))
     assert Entry.unpack(old.pack()) == old
     assert Entry.unpack(old.pack() + new.pack()) == new
