@@ -485,4 +485,8 @@ def _png(side: int) -> bytes:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line. Where nobody reads any more, serving goes on, and ends as it should."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

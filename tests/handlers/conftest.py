@@ -88,7 +88,9 @@ class Server:
 
     def finish(self) -> int:
         """Read to the end; the exit code."""
-        self.read(until="\0")
+        assert self.process.stdout is not None
+        if not self.process.stdout.closed:
+            self.read(until="\0")
         return self.process.wait(timeout=60)
 
     def end(self, number: int = signal.SIGTERM) -> int:

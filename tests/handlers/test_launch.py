@@ -52,6 +52,19 @@ def test_a_signal_stops_everything(
     assert not list(server.temp.iterdir())
 
 
+def test_it_serves_and_stops_though_nobody_reads_what_it_says(
+    launch: Launch, tiny_archive: Path, wait_gone: Gone
+) -> None:
+    server = launch(tiny_archive)
+    server.read()
+    family = server.family()
+    assert len(family) >= 3 and server.process.stdout is not None
+    server.process.stdout.close()
+    server.process.terminate()
+    assert server.process.wait(timeout=60) == 0
+    assert wait_gone(family) == []
+
+
 def test_ctrl_c_while_starting_stops_everything(
     launch: Launch, wait_gone: Gone, tiny_archive: Path
 ) -> None:
