@@ -132,10 +132,12 @@ class DefendedHandler:
                     for _ in asked.images
                 ]
             # Beside the graph, which computes without Python: so a store adds hardly any latency.
-            responses = self._aside.submit(self._watched, images, owners)
+            watch = self._watch
+            watched = watch and self._aside.submit(self._watched, watch, images, owners)
             with self._timed("graph"):
                 answers = self._infer_all(images)
-            judged = map(self._judged, images, answers, responses.result())
+            responses = watched.result() if watched else [None] * len(images)
+            judged = map(self._judged, images, answers, responses)
             with self._timed("response"):
                 replies = [
                     _replied(asked, [next(judged) for _ in asked.images]) for asked in requests
@@ -163,15 +165,13 @@ class DefendedHandler:
         return str(known.get(self._owner, ""))
 
     def _watched(
-        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+        self, watch: Watch, images: Sequence[Pixels | ImageError], owners: Sequence[str]
     ) -> list[Response | None]:
         """What becomes of each image because of those before it, None for nothing."""
-        if self._watch is None:
-            return [None] * len(images)
         with self._timed("queries"):
             read = {i: image for i, image in enumerate(images) if not isinstance(image, ImageError)}
-            seen = self._watch.look(list(read.values()), [owners[i] for i in read])
-        self._metrics.set("rampart_query_store_up", float(self._watch.up))
+            seen = watch.look(list(read.values()), [owners[i] for i in read])
+        self._metrics.set("rampart_query_store_up", float(watch.up))
         for response in filter(None, seen):
             self._metrics.count("rampart_query_alerts_total", response)
         responses = dict(zip(read, seen, strict=True))

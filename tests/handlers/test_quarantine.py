@@ -114,7 +114,8 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
         print(aside.works)
     """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    here = str(Path(__file__).parent)  # first: the whole suite knows several files `conftest`
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     assert out.stdout.splitlines() == [
         "Nothing goes into quarantine: File too large",
