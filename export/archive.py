@@ -51,7 +51,7 @@ SETTINGS = {
     "minWorkers": 1,
     "maxWorkers": 1,
     "batchSize": 8,
-    "maxBatchDelay": 2,  # ms
+    "maxBatchDelay": 1,  # ms that a lone request waits for company; 0 would mean TorchServe's 100
     "startupTimeout": 900,  # s: TensorRT's provider builds for minutes before the first answer
     "responseTimeout": 30,  # s after which a worker that hangs is replaced; probes want the same
     "maxRetryTimeoutInSec": 60,  # after which a model that cannot be loaded is given up

@@ -56,7 +56,7 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path
         config = yaml.safe_load(mar.read("model-config.yaml"))
         calibration = json.loads(mar.read("calibration.json"))
     assert config["batchSize"] == 4
-    assert config["maxBatchDelay"] == 2
+    assert config["maxBatchDelay"] == 1
     assert config["rampart"] == {
         "false_alarm_rate": 0.05,
         "on_detection": "reject",
