@@ -7,7 +7,7 @@ of clean ones flagged is at most the false-alarm rate.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +83,15 @@ def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floa
     if scores.ndim != 2 or scores.shape[1] != len(calibration.detectors):
         raise ValueError(f"scores {scores.shape} do not fit {len(calibration.detectors)} detectors")
     scores = np.where(np.isnan(scores), np.inf, scores)
-    columns = [
-        _surprise(score, knots, calibration.surprise)
-        for score, knots in zip(scores.T, calibration.knots, strict=True)
-    ]
-    total: Floats = np.sum(columns, axis=0)
+    knots, surprise = calibration.knots, calibration.surprise  # (D, Q), (Q,)
+    columns = zip(scores.T, knots, strict=True)
+    between = np.stack([np.interp(score, own, surprise) for score, own in columns], axis=1)
+    first, middle, last = knots[:, 0], knots[:, knots.shape[1] // 2], knots[:, -1]
+    slope = (surprise[-1] - surprise[len(surprise) // 2]) / np.maximum(last - middle, 1e-6)
+    beyond = surprise[-1] + slope * (scores - last)
+    inside = np.where(scores > last, beyond, between)
+    total: Floats = np.where(scores <= first, 0.0, inside).sum(axis=1)
     return total
-
-
-def _surprise(score: Floats, knots: Floats, surprise: Floats) -> Floats:
-    """One detector's scores (N,) as surprises (N,)."""
-    middle = len(knots) // 2
-    slope = (surprise[-1] - surprise[middle]) / max(knots[-1] - knots[middle], 1e-6)
-    between = np.interp(score, knots, surprise)
-    beyond = surprise[-1] + slope * (score - knots[-1])
-    inside = np.where(score > knots[-1], beyond, between)
-    return np.where(score <= knots[0], 0.0, inside)
 
 
 def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
@@ -175,7 +168,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
         hidden = {"p_value", "detected", "failed"} | ({"detail"} if self.detail is None else set())
-        return {name: value for name, value in asdict(self).items() if name not in hidden}
+        return {name: value for name, value in vars(self).items() if name not in hidden}
 
 
 @dataclass(frozen=True)
