@@ -51,6 +51,10 @@ $(ARCHIVE): .venv/serve $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@.venv/kserve/bin/python -m pip install -q --require-hashes -r requirements/kserve.txt
 	@touch $@
 
+.venv/peers: .venv/dev requirements/peers.txt
+	@$(BIN)/python -m pip install -q --require-hashes -r requirements/peers.txt
+	@touch $@
+
 # Writes the lock files anew from pyproject.toml: hashes, and no address of any index.
 lock:
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -58,6 +62,8 @@ lock:
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --extra evaluate --extra test --extra benchmark -c requirements/serve.txt \
 	    -o requirements/dev.txt
+	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --extra peers -c requirements/dev.txt -o requirements/peers.txt
 	echo kserve | uv pip compile - -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header --no-annotate --upgrade -o requirements/kserve.txt
 

@@ -1,48 +1,74 @@
-"""Requests per second of a Rampart endpoint and of TorchServe's stock classifier, side by side.
+"""Requests per second of defended endpoints and of undefended ones, side by side.
 
-    .venv/bin/python benchmarks/endpoint.py --images cifar10-test.npz
+    .venv/bin/python benchmarks/endpoint.py --images cifar10-test.npz --plot endpoint.png
 
 Sides, alternated round by round in one run on one machine, one PNG a request:
-    rampart   the `full` archive: purifier, detectors, two classifier passes (fp32)
-    stock     TorchServe's image_classifier, eager, same weights, only its transform changed
-    graph     the `full` graph in this process, on decoded pixels: the floor, without HTTP
-    bare      the `lean` graph likewise: one classifier pass, which is what the budget counts in
-Needs `wrk` (a package of every Linux distribution). About 9 minutes on 2 cores.
+    full, full int8, lean int8   Rampart's archives: purifier and detectors, or detectors alone
+    stock                        TorchServe's image_classifier, eager, only its transform changed
+    tuned                        the same in batches, channels last, on all cores
+    litserve, litserve onnx      LitServe with torch, with ONNX Runtime
+    bentoml onnx                 BentoML with ONNX Runtime
+    floor                        the `full` graph in this process, on decoded pixels, without HTTP
+All but Rampart's serve the bare classifier, which is what their users would do. A TorchServe that
+waits takes 0.4% of a core; LitServe takes 13%, so servers of others are halted while they wait (a
+halted TorchServe would make up for its timers). Load is closed (so many clients, each waiting for
+its answer) by `wrk`, a package of every Linux distribution; `make .venv/peers` sets up the other
+servers. About 17 minutes.
 """
 
 import argparse
+import base64
+import contextlib
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import ratios
+import requests
 import torch
-from server import endpoint, pngs
+from server import endpoint, free_ports, pngs
+from tqdm import tqdm
 
-from export.archive import export_variant, sample_crops
+from export.archive import archive, export_variant, sample_crops
 from handlers.engine import Engine
 from hardening import pipeline as pipelines
 from hardening.data import load
 
+PEERS = Path(__file__).parent / "peers"
 CONCURRENCY = (1, 8, 32)
+CORES = len(os.sched_getaffinity(0))
+OURS = {"full": ("full", "fp32"), "full int8": ("full", "int8"), "lean int8": ("lean", "int8")}
+# (our side, peer, ratio of requests/s that is wanted)
+CLAIMS = (
+    ("full", "stock", 1.2),
+    ("full", "tuned", 1.0),
+    ("full int8", "stock", 2.0),
+    ("full int8", "litserve", 1.0),
+    ("full int8", "litserve onnx", 1.0),
+    ("full int8", "bentoml onnx", 1.0),
+    ("lean int8", "stock", 3.0),
+)
 # Sends the bodies in turn; wrk is written in C, so the load costs the server little CPU.
 SCRIPT = """
 local bodies, at = {}, 0
 for i = 1, COUNT do
-  local file = io.open("FOLDER/" .. i .. ".png", "rb")
+  local file = io.open("FOLDER/" .. i, "rb")
   bodies[i] = file:read("*a"); file:close()
 end
 request = function()
   at = at % COUNT + 1
-  return wrk.format("POST", nil, {["Content-Type"] = "image/png"}, bodies[at])
+  return wrk.format("POST", nil, {["Content-Type"] = "KIND"}, bodies[at])
 end
 """
 # How wrk prints what `load_with_wrk` reads.
@@ -72,30 +98,204 @@ class Small(ImageClassifier):
         [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor()]
     )
 """
+TUNED_HANDLER = (
+    STOCK_HANDLER
+    + """
+    def initialize(self, context):
+        import torch
+
+        super().initialize(context)
+        torch.set_num_threads(CORES)
+        # Not compiled: on CPU that took 4.1 and 15.4 ms for 1 and 8 images, this 3.5 and 13.4.
+        self.model = self.model.to(memory_format=torch.channels_last)
+"""
+)
 
 
 class Round(NamedTuple):
-    """What one side did in one round: requests/s (images/s for the graph), milliseconds."""
+    """What one side did in one round: requests/s (images/s for the floor), milliseconds, and CPU
+    seconds per 1,000 requests."""
 
     rate: float
     p50: float
     p99: float
+    cpu: float = 0.0
 
 
-def stock_archive(model: Path, folder: Path) -> Path:
+class Side(NamedTuple):
+    """A server: where it answers, what to send, its processes, its seconds to the first answer, and
+    whether it can be halted."""
+
+    url: str
+    script: Path
+    root: psutil.Process
+    start: float
+    halts: bool
+
+    def family(self) -> list[psutil.Process]:
+        """All its processes."""
+        return [self.root, *self.root.children(recursive=True)]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Halt all of it, or let it go on."""
+        for process in self.family():
+            process.send_signal(number)
+
+    def cpu(self) -> float:
+        """Seconds of CPU so far, children that ended included."""
+        return sum(sum(process.cpu_times()[:4]) for process in self.family())
+
+    def megabytes(self) -> float:
+        """Resident memory."""
+        return sum(process.memory_info().rss for process in self.family()) / 1e6
+
+
+def stock_archive(model: Path, folder: Path, name: str, handler: str) -> Path:
     """The same classifier for TorchServe's own image_classifier."""
     classifier = pipelines.load_classifier(model / "weights.safetensors")
     torch.save(classifier.state_dict(), folder / "weights.pt")
     config = classifier.config
     (folder / "stock.py").write_text(STOCK_MODEL.replace("CONFIG", repr(config._asdict())))
     size = str(config.image_size)
-    (folder / "small.py").write_text(STOCK_HANDLER.replace("SIZE", size))
+    file = folder / f"{name}_handler.py"
+    file.write_text(handler.replace("SIZE", size).replace("CORES", str(CORES)))
     command = [str(Path(sys.executable).with_name("torch-model-archiver"))]
-    command += ["--model-name", "stock", "--version", "1.0", "--export-path", str(folder)]
-    command += ["--model-file", str(folder / "stock.py"), "--handler", str(folder / "small.py")]
+    command += ["--model-name", name, "--version", "1.0", "--export-path", str(folder)]
+    command += ["--model-file", str(folder / "stock.py"), "--handler", str(file)]
     command += ["--serialized-file", str(folder / "weights.pt")]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "stock.mar"
+    if name == "tuned":
+        settings = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 1}
+        (folder / "tuned.yaml").write_text(json.dumps(settings))
+        command += ["--config-file", str(folder / "tuned.yaml")]
+    own = os.environ | {"TMPDIR": str(folder)}  # it empties $TMPDIR/NAME
+    subprocess.run(command, check=True, capture_output=True, env=own)
+    return folder / f"{name}.mar"
+
+
+class Bare(torch.nn.Module):
+    """The classifier alone, of uint8 images as they are decoded."""
+
+    def __init__(self, classifier: torch.nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Images uint8 (N, H, W, 3) to logits (N, K)."""
+        logits: torch.Tensor = self.classifier(image.permute(0, 3, 1, 2).float() / 255)
+        return logits
+
+
+def bare_graph(model: Path, out: Path) -> Path:
+    """The classifier alone as an ONNX file."""
+    net = Bare(pipelines.load_classifier(model / "weights.safetensors")).eval()
+    x = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    names = {"input_names": ["image"], "output_names": ["logits"]}
+    free = ({0: torch.export.Dim("n")},)
+    torch.onnx.export(net, (x,), out, **names, dynamic_shapes=free, dynamo=True, verbose=False)
+    return out
+
+
+@contextlib.contextmanager
+def peer(command: Sequence[str], url: str, body: str, **env: str) -> Iterator[psutil.Process]:
+    """A server that is no TorchServe, once it answers."""
+    process = subprocess.Popen(
+        command, env=os.environ | env, cwd=PEERS, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                answer = requests.post(url, body, headers={"Content-Type": "application/json"})
+                if answer.status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} does not serve: make .venv/peers sets it up")
+            time.sleep(0.1)
+        yield psutil.Process(process.pid)
+    finally:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.terminate()
+        process.wait()
+
+
+class Bench:
+    """All sides of one run, started in `folder` one after the other."""
+
+    def __init__(self, model: Path, images: np.ndarray, folder: Path) -> None:
+        self.model, self.folder, self.stack = model, folder, contextlib.ExitStack()
+        self.sides: dict[str, Side] = {}
+        encoded = [base64.b64encode(body).decode() for body in pngs(images)]
+        self.scripts = {
+            "image/png": self._script("image/png", pngs(images), "png"),
+            "lit": self._json("lit", [{"image": text} for text in encoded]),
+            "bento": self._json("bento", [{"images": [text]} for text in encoded]),
+        }
+        self.first = json.dumps({"image": encoded[0]}), json.dumps({"images": [encoded[0]]})
+
+    def _json(self, name: str, bodies: Sequence[Mapping[str, Any]]) -> Path:
+        return self._script("application/json", [json.dumps(b).encode() for b in bodies], name)
+
+    def _script(self, kind: str, bodies: Sequence[bytes], name: str) -> Path:
+        place = self.folder / name
+        place.mkdir()
+        for number, body in enumerate(bodies, 1):
+            (place / str(number)).write_bytes(body)
+        text = SCRIPT.replace("COUNT", str(len(bodies))).replace("FOLDER", str(place))
+        script = self.folder / f"{name}.lua"
+        script.write_text(text.replace("KIND", kind) + DONE)
+        return script
+
+    def start(self) -> None:
+        """Start every side."""
+        for name, (variant, precision) in OURS.items():
+            packed = self.folder / f"{name.replace(' ', '-')}.mar"
+            archive(self.model, packed, variant=variant, precision=precision)
+            self._torchserve(name, packed)
+        for name, handler in (("stock", STOCK_HANDLER), ("tuned", TUNED_HANDLER)):
+            self._torchserve(name, stock_archive(self.model, self.folder, name, handler))
+        weights = str((self.model / "weights.safetensors").resolve())
+        bare = str(bare_graph(self.model, self.folder / "bare.onnx"))
+        threads = str(CORES)
+        for name, kind, file in (("litserve", "eager", weights), ("litserve onnx", "onnx", bare)):
+            port = str(free_ports())
+            command = [sys.executable, "lit.py", kind, file, port, threads]
+            self._peer(name, command, f"http://127.0.0.1:{port}/predict", "lit")
+        port = str(free_ports())
+        command = [sys.executable, "-m", "bentoml", "serve", "bento:Classify", "--port", port]
+        known = {"MODEL": bare, "THREADS": threads, "BENTOML_DO_NOT_TRACK": "1"}
+        self._peer("bentoml onnx", command, f"http://127.0.0.1:{port}/classify", "bento", **known)
+
+    def _torchserve(self, name: str, packed: Path) -> None:
+        began, before = time.monotonic(), set(psutil.Process().children())
+        url = self.stack.enter_context(endpoint(packed))
+        (root,) = set(psutil.Process().children()) - before
+        start = time.monotonic() - began
+        self._keep(name, Side(url, self.scripts["image/png"], root, start, False))
+
+    def _peer(self, name: str, command: Sequence[str], url: str, kind: str, **env: str) -> None:
+        began, body = time.monotonic(), self.first[kind == "bento"]
+        root = self.stack.enter_context(peer(command, url, body, **env))
+        self._keep(name, Side(url, self.scripts[kind], root, time.monotonic() - began, True))
+
+    def _keep(self, name: str, side: Side) -> None:
+        load_with_wrk(side.url, side.script, 8, 3)  # warm it up before anything counts
+        if side.halts:
+            side.signal(signal.SIGSTOP)
+            self.stack.callback(side.signal, signal.SIGCONT)  # or it could not end
+        self.sides[name] = side
+
+    def run(self, name: str, concurrency: int, seconds: int) -> Round:
+        """One round of one side."""
+        side = self.sides[name]
+        if side.halts:
+            side.signal(signal.SIGCONT)
+        before = side.cpu()
+        found = load_with_wrk(side.url, side.script, concurrency, seconds)
+        used = side.cpu() - before
+        if side.halts:
+            side.signal(signal.SIGSTOP)
+        return found._replace(cpu=used / (found.rate * seconds) * 1e3)
 
 
 def load_with_wrk(url: str, script: Path, concurrency: int, seconds: int) -> Round:
@@ -105,101 +305,122 @@ def load_with_wrk(url: str, script: Path, concurrency: int, seconds: int) -> Rou
         [*command, "-s", str(script), url], check=True, capture_output=True, text=True
     ).stdout
     found = re.search(r"RESULT (\S+) (\S+) (\S+) (\d+)", out)
-    if found is None or found[4] != "0":
+    if found is None or found[4] != "0" or not float(found[1]):
         raise RuntimeError(f"{url}: requests failed: {out}")
     return Round(float(found[1]), float(found[2]), float(found[3]))
 
 
 def run_graph(engine: Engine, images: np.ndarray, batch: int, seconds: float) -> Round:
     """The graph alone, `batch` images a run."""
-    times, end = [], time.perf_counter() + seconds
+    times, end, cpu = [], time.perf_counter() + seconds, time.process_time()
     while time.perf_counter() < end:
         start = time.perf_counter()
         engine.run(images[:batch])
         times.append(time.perf_counter() - start)
-    batch = len(images[:batch])
+    done = len(images[:batch]) * len(times)
     p50, p99 = np.percentile(times, [50, 99]) * 1e3
-    return Round(batch * len(times) / sum(times), float(p50), float(p99))
+    used = (time.process_time() - cpu) / done * 1e3
+    return Round(done / sum(times), float(p50), float(p99), used)
 
 
-def table(results: dict[int, dict[str, list[Round]]]) -> tuple[str, list[dict[str, Any]]]:
+def table(results: dict[int, dict[str, list[Round]]]) -> tuple[list[str], list[dict[str, Any]]]:
     """The printed table, and the claims for --json."""
-    lines = [f"{'c':>3}  {'side':8} {'per s':>7} {'spread':>14} {'p50 ms':>7} {'p99 ms':>7}"]
-    claims: list[dict[str, Any]] = []
+    head = f"{'c':>3}  {'side':14} {'per s':>6} {'spread':>12} {'p50 ms':>7} {'p99 ms':>7}"
+    lines, claims = [f"{head} {'CPU s per 1,000':>16}"], list[dict[str, Any]]()
     for concurrency, sides in results.items():
         for side, rounds in sides.items():
-            rate, p50, p99 = np.median(np.array(rounds), axis=0)
+            rate, p50, p99, cpu = np.median(np.array(rounds), axis=0)
             low, high = min(r.rate for r in rounds), max(r.rate for r in rounds)
             lines.append(
-                f"{concurrency:3}  {side:8} {rate:7.0f} {low:6.0f} .. {high:4.0f}"
-                f" {p50:7.1f} {p99:7.1f}"
+                f"{concurrency:3}  {side:14} {rate:6.0f} {low:5.0f} ..{high:5.0f}"
+                f" {p50:7.1f} {p99:7.1f} {cpu:16.2f}"
             )
-        rampart, graph = ([r.rate for r in sides[name]] for name in ("rampart", "graph"))
-        pairs = (
-            ("full over HTTP / stock", rampart, "stock", 1.2),
-            ("full over HTTP / its graph", rampart, "graph", 0.85),
-            ("full graph / bare graph", graph, "bare", 1 / 2.5),
-        )
-        for claim, rates, peer, target in pairs:
-            peers = [r.rate for r in sides[peer]]
-            claims.append(ratios.claim(claim, f"c={concurrency}", rates, peers, target))
+        wanted = [*CLAIMS, *([("full", "floor", 0.85)] if concurrency == 32 else [])]
+        for ours, theirs, target in wanted:
+            if ours in sides and theirs in sides:
+                rates, peers = ([r.rate for r in sides[name]] for name in (ours, theirs))
+                name = f"{ours} / {theirs}"
+                claims.append(ratios.claim(name, f"c={concurrency}", rates, peers, target))
+                lines.append(ratios.in_words(claims[-1]))
+        if "full" in sides and "tuned" in sides:  # a slower tail would be a surprise
+            tails, peers = ([1 / r.p99 for r in sides[name]] for name in ("full", "tuned"))
+            setting = f"c={concurrency}"
+            claims.append(ratios.claim("p99 of tuned / full", setting, tails, peers, 1.0))
             lines.append(ratios.in_words(claims[-1]))
-    return "\n".join(lines), claims
+    return lines, claims
 
 
-def measure(sides: Callable[[str, int], Round], rounds: int) -> dict[int, dict[str, list[Round]]]:
+def picture(results: dict[int, dict[str, list[Round]]], path: Path) -> None:
+    """Draw requests/s by side and concurrency, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(results.values())))
+    figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
+    for at, (concurrency, sides) in enumerate(results.items(), 1):
+        axes = figure.add_subplot(1, len(results), at)
+        rates = np.array([[r.rate for r in sides[name]] for name in names])  # (sides, rounds)
+        middle = np.median(rates, axis=1)
+        spread = np.abs(np.quantile(rates, [0.1, 0.9], axis=1) - middle)
+        colours = ["#0072B2" if name in OURS else "#999999" for name in names]
+        axes.barh(names, middle, xerr=spread, color=colours, ecolor="#444444")
+        axes.invert_yaxis()
+        axes.set_title(f"{concurrency} client{'s' * (concurrency > 1)}")
+        axes.set_xlabel("requests/s")
+        if at > 1:
+            axes.set_yticklabels([])
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Defended (blue) and undefended endpoints on the same cores")
+    figure.savefig(path, format="png")
+
+
+def measure(
+    bench: Bench, engine: Engine, images: np.ndarray, options: argparse.Namespace
+) -> dict[int, dict[str, list[Round]]]:
     """Every side at every concurrency, alternating within each round."""
-    names = ("rampart", "stock", "graph", "bare")
+    names = [*bench.sides, "floor"]
     results: dict[int, dict[str, list[Round]]] = {
         c: {name: [] for name in names} for c in CONCURRENCY
     }
-    for number in range(rounds):
-        for concurrency in CONCURRENCY:
-            for name in names:
-                results[concurrency][name].append(sides(name, concurrency))
-        print(f"round {number + 1} of {rounds} done", file=sys.stderr)
+    turns = [(c, name) for _ in range(options.rounds) for c in CONCURRENCY for name in names]
+    for concurrency, name in tqdm(turns):
+        if name == "floor":
+            found = run_graph(engine, images, concurrency, options.seconds)
+        else:
+            found = bench.run(name, concurrency, options.seconds)
+        results[concurrency][name].append(found)
     return results
 
 
 def main() -> None:
-    """Start both servers, alternate, print."""
+    """Start all servers, alternate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
     parser.add_argument("--images", type=Path, help=".npz; without it crops of a photograph")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("this benchmark drives its load with wrk: install the package wrk")
     images = (load(options.images).image[:64] if options.images else sample_crops(32)).numpy()
-    archive = options.model.with_suffix(".mar")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for number, body in enumerate(pngs(images), 1):
-            (folder / f"{number}.png").write_bytes(body)
-        script = folder / "load.lua"
-        load_script = SCRIPT.replace("COUNT", str(len(images))).replace("FOLDER", scratch)
-        script.write_text(load_script + DONE)
-        with zipfile.ZipFile(archive) as mar:
-            mar.extract("graph.onnx", folder)
-        export_variant(options.model, "lean", folder / "lean.onnx")
-        graphs = {name: Engine(folder / f"{name}.onnx", "cpu") for name in ("graph", "lean")}
-        graphs["bare"] = graphs.pop("lean")
-        with endpoint(archive) as ours, endpoint(stock_archive(options.model, folder)) as stock:
-            urls = {"rampart": ours, "stock": stock}
-
-            def side(name: str, concurrency: int) -> Round:
-                if name in graphs:
-                    return run_graph(graphs[name], images, concurrency, options.seconds)
-                return load_with_wrk(urls[name], script, concurrency, options.seconds)
-
-            for name in urls:  # warm both up before anything counts
-                load_with_wrk(urls[name], script, 8, 3)
-            text, claims = table(measure(side, options.rounds))
-    print(text)
+        export_variant(options.model, "full", folder / "full.onnx")
+        bench = Bench(options.model, images, folder)
+        with bench.stack:
+            bench.start()
+            results = measure(bench, Engine(folder / "full.onnx", "cpu"), images, options)
+            sizes = {name: (side.start, side.megabytes()) for name, side in bench.sides.items()}
+    lines, claims = table(results)
+    for name, (start, size) in sizes.items():
+        lines.append(f"     {name:14} {start:5.1f} s to the first answer, {size:6.0f} MB resident")
+    print("\n".join(lines))
     if options.json:
         ratios.write(options.json, claims)
+    if options.plot:
+        picture(results, options.plot)
 
 
 if __name__ == "__main__":

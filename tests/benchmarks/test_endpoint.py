@@ -13,16 +13,17 @@ def test_a_claim_holds_only_if_its_lower_bound_reaches_the_target(rate: float, h
     def rounds(mean: float) -> list[endpoint.Round]:
         return [endpoint.Round(mean + i, 1.0, 2.0) for i in range(7)]
 
-    sides = {
-        "rampart": rounds(rate),
-        "stock": rounds(100.0),
-        "graph": rounds(140.0),
-        "bare": rounds(300.0),
-    }
-    text, claims = endpoint.table({8: sides})
-    assert claims[0]["claim"] == "full over HTTP / stock"
+    sides = {"full": rounds(rate), "stock": rounds(100.0), "floor": rounds(140.0)}
+    lines, claims = endpoint.table({8: sides})
+    assert claims[0]["claim"] == "full / stock"
     assert claims[0]["holds"] is holds
-    assert f"full over HTTP / stock: {claims[0]['ratio']:.2f}" in text
+    assert any(f"full / stock: {claims[0]['ratio']:.2f}" in line for line in lines)
+
+
+def test_the_picture_shows_every_side(tmp_path: Path) -> None:
+    sides = {name: [endpoint.Round(rate, 1, 2)] * 7 for name, rate in (("full", 5), ("stock", 3))}
+    endpoint.picture({1: sides, 8: sides}, tmp_path / "endpoint.png")
+    assert (tmp_path / "endpoint.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_graph_side_counts_images_and_not_runs(tiny_archive: Path, tmp_path: Path) -> None:
