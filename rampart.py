@@ -48,6 +48,7 @@ INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
+ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
 PRECISION = "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust"
 QueryStore = Annotated[
     str | None,
@@ -744,12 +745,13 @@ def ablate(
     model: Model,
     data: Data,
     held: Held = None,
-    limit: Annotated[int, typer.Option(help="So many validation images, evenly spaced")] = 200,
+    limit: Annotated[int, typer.Option(help="So many images, evenly spaced")] = 200,
     steps: Annotated[int, typer.Option(help="Of each attack")] = 20,
     norm: Norm = "Linf",
     eps: Eps = None,
     cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
+    test: Annotated[Path | None, typer.Option(help=ON_TEST)] = None,
     device: Device = "auto",
 ) -> None:
     """What each part adds under attack, and costs; the outcome names the default variant."""
@@ -757,31 +759,42 @@ def ablate(
 
     from hardening import ablation, checkpoint, plots, report
     from hardening import pipeline as pipelines
-    from hardening.data import split, spread
+    from hardening.data import load, split, spread
     from hardening.rungs import QUICK
     from hardening.victims import label_victim
 
     where, weights = pick_device(device), model / "weights.safetensors"
     pipeline, known = pipelines.load(weights, calibrated(model)[0])
-    _, images = read_data(data, held, pipeline.classifier.config.image_size)
-    if known != images.classes:
-        raise ValueError(f"the images have the classes {images.classes}, the model {known}")
-    few = spread(split(images, "validation"), limit).to(where)
+    size = pipeline.classifier.config.image_size
+    _, images = read_data(data, held, size)
+    attacked = load(test, size=size) if test else split(images, "validation")
+    for classes in (images.classes, attacked.classes):
+        if known != classes:
+            raise ValueError(f"the images have the classes {classes}, the model {known}")
+    few = spread(attacked, limit).to(where)
     every = [
         ablation.arm(pipeline, setup, images, partial(to_engine, threads=1), where)
         for setup in ablation.setups(pipeline)
+        if not test or setup.name in ablation.ON_TEST
     ]
-    if control := twin or sibling(model):
+    if (control := twin or sibling(model)) and not test:
         net = pipelines.load_classifier(control / "weights.safetensors")
         victim = label_victim("undefended", net.to(where), checkpoint.digest(net))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
     threat, budget = threat_of(norm, eps), QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, threat, budget, folder=cache)
+    source = test.name if test else f"validation images of {(held or data).name}"
     entry = ablation.entry(
-        outcomes, threat, budget, data=(held or data).name, command=command_line()
+        outcomes, threat, budget, data=f"{len(few)} {source}", command=command_line()
     )
-    report.add_to_card(model, {"ablation": entry})
     say(report.piped(*ablation.table(entry["rows"])))
+    if test:
+        report.add_to_card(model, {"test_ablation": entry})
+        report.log_evaluation(model, {name: entry[name] for name in ("data", "n", "command")})
+        say(report.piped(*ablation.curve_table(entry["rows"])))
+        return
+    entry["default"] = ablation.default(outcomes)
+    report.add_to_card(model, {"ablation": entry})
     say(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     say(plots.ablation(entry["rows"], model / "ablation.png"))
 

@@ -1,6 +1,7 @@
 """What each part in front of the classifier costs and brings under one attack that sees all of it.
 
     rampart ablate model_store/NAME --data cifar10/
+    rampart ablate model_store/NAME --data cifar10/ --test TEST.npz
 
 Every setup is calibrated like a model of its own and attacked with the same budget, and what was
 found against any of them is put to all. Of each image the least suspicious wrong answer is kept:
@@ -37,6 +38,9 @@ RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 AIMS = (0.01, 0.02, 0.05, 0.2)
 SHOWN = (0.02, 0.05)
 DECIDING = 0.05
+# The classifier's largest probability alone: what every other rejection has to beat.
+MAX_SOFTMAX = "+ confidence"
+ON_TEST = ("classifier", MAX_SOFTMAX, "lean", "full")
 TWO_VIEWS = ("reconstruction", "disagreement")  # compare the image with its purified view
 ROUNDS = 200
 
@@ -150,14 +154,19 @@ def ablate(
 
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """The figures of every setup as the card lists them; gains are over the first."""
-    bare = np.isinf(outcomes[0].least)
+    """The figures of every setup as the card lists them; gains are over the first, a classifier
+    alone, and over max-softmax rejection at the same rate.
+    """
+    plain = next(seen for seen in outcomes if seen.attacked.setup.name == MAX_SOFTMAX)
     took = timings([seen.attacked.engine for seen in outcomes])
-    return [figures(seen, bare, ms) for seen, ms in zip(outcomes, took, strict=True)]
+    every = zip(outcomes, took, strict=True)
+    return [figures(seen, outcomes[0], plain, ms) for seen, ms in every]
 
 
-def figures(seen: Outcome, bare: Bools, milliseconds: float | None) -> dict[str, Any]:
-    """One setup's figures; `bare` (N,) is where the classifier alone holds."""
+def figures(
+    seen: Outcome, bare: Outcome, plain: Outcome, milliseconds: float | None
+) -> dict[str, Any]:
+    """One setup's figures beside the `bare` classifier's and `plain` max-softmax rejection's."""
     out: dict[str, Any] = {
         "name": seen.attacked.setup.name,
         "clean": share(seen.right),
@@ -170,7 +179,8 @@ def figures(seen: Outcome, bare: Bools, milliseconds: float | None) -> dict[str,
                 "rate": rate,
                 "clean_rejection": share(~seen.passes(rate, seen.suspicion)),
                 "robust_with_rejection": share(seen.safe(rate)),
-                "gain": rounded(*difference(seen.safe(rate), bare)),
+                "gain": rounded(*difference(seen.safe(rate), bare.safe(rate))),
+                "gain_over_max_softmax": rounded(*difference(seen.safe(rate), plain.safe(rate))),
             }
             for rate in RATES
         ]
@@ -205,17 +215,16 @@ def default(outcomes: list[Outcome]) -> dict[str, Any]:
 def entry(
     outcomes: list[Outcome], threat: Threat, budget: Budget, *, data: str, command: str
 ) -> dict[str, Any]:
-    """What the card says of an ablation."""
+    """What the card says of an ablation on images that `data` names."""
     aims = ", ".join(f"{rate:.0%}" for rate in AIMS)
     return {
-        "data": f"{len(outcomes[0].right)} validation images of {data}",
+        "data": data,
         "n": len(outcomes[0].right),
         "threat_model": str(threat),
         "attack": f"on labels PGD-20, APGD-CE, APGD-T and Square; on what rejects joint APGD that"
         f" wants to be accepted at {aims} false alarms (other rates are read off what it found);"
         f" {budget}",
         "rows": rows(outcomes),
-        "default": default(outcomes),
         "command": command,
     }
 
@@ -243,6 +252,24 @@ def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, 
 
 def at_cells(point: dict[str, Any]) -> list[str]:
     """Rejection at one rate: its clean cost, what holds, and what that adds."""
-    low, high = (100 * bound for bound in point["gain"]["interval"])
-    added = f"{100 * point['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return [cell_text(point["clean_rejection"]), cell_text(point["robust_with_rejection"]), added]
+    held = (point["clean_rejection"], point["robust_with_rejection"])
+    return [*map(cell_text, held), in_points(point["gain"])]
+
+
+def in_points(gain: dict[str, Any]) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    low, high = (100 * bound for bound in gain["interval"])
+    return f"{100 * gain['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def curve_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of what rejects, at every rate of RATES."""
+    front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
+    head = (*front, "over the classifier, points", "over max-softmax, points")
+    over = "gain_over_max_softmax"
+    body = [
+        (row["name"], f"{point['rate']:.1%}", *at_cells(point), in_points(point[over]))
+        for row in rows
+        for point in row.get("at", [])
+    ]
+    return head, body

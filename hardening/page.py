@@ -56,7 +56,15 @@ STATIC, JOINT = "pgd20", "joint_apgd"
 QUARTER = "stratified@0.25eps"
 EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
 MOST_CLASSES = 25
-SHOWN_ELSEWHERE = ("metrics", "checks", "history", "ablation", "false_alarms", "outside")
+SHOWN_ELSEWHERE = (
+    "metrics",
+    "checks",
+    "history",
+    "ablation",
+    "test_ablation",
+    "false_alarms",
+    "outside",
+)
 
 
 class Figure(NamedTuple):
@@ -645,15 +653,27 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
 
 def parts(card: dict[str, Any]) -> Iterator[Section]:
     """What each part in front of the classifier costs and adds, where that was measured."""
-    if "ablation" not in card:
-        return
-    seen = card["ablation"]
-    rows, default = seen["rows"], seen["default"]
+    if "ablation" in card:
+        default = card["ablation"]["default"]
+        chosen = f"Served by default: {default['variant']} ({default['why']})."
+        yield ablated("What each part adds", card["ablation"], chosen)
+    if "test_ablation" in card:
+        seen = card["test_ablation"]
+        section = ablated(
+            "What rejection adds on test images", seen, "Nothing was chosen by these."
+        )
+        curve = Table("Over the rate of rejection", *ablation.curve_table(seen["rows"]))
+        yield section._replace(tables=[*section.tables, curve])
+
+
+def ablated(name: str, seen: dict[str, Any], more: str) -> Section:
+    """An ablation as the card has it, with `more` to say of it."""
+    rows = seen["rows"]
     words = [
         f"{seen['data']}, {seen['threat_model']}. Each setup was calibrated like a model of its own"
         f" and attacked with full knowledge ({seen['attack']}); what was found against any was put"
         " to all.",
-        f"Served by default: {default['variant']} ({default['why']}).",
+        more,
     ]
     figures = [
         Figure(
@@ -667,7 +687,7 @@ def parts(card: dict[str, Any]) -> Iterator[Section]:
             "What rejecting adds, over what it costs.",
         ),
     ]
-    yield Section("What each part adds", words, figures, [Table("Ablation", *ablation.table(rows))])
+    return Section(name, words, figures, [Table(name, *ablation.table(rows))])
 
 
 def alarms(card: dict[str, Any]) -> Iterator[Section]:

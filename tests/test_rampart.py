@@ -234,6 +234,27 @@ def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
     assert (model / "ablation.png").is_file()
 
 
+def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    images = blobs(6, seed=77)
+    parts = {"image": images.image, "label": images.label}
+    np.savez(tmp_path / "test", **parts, classes=images.classes)
+    np.savez(tmp_path / "other", **parts, classes=images.classes[::-1])
+    data = ["--data", held, "--held", held, "--steps", 1, "--cache", tmp_path / "found"]
+    with pytest.raises(ValueError, match="the images have the classes"):
+        run("ablate", model, *data, "--test", tmp_path / "other.npz")
+    output = run("ablate", model, *data, "--test", tmp_path / "test.npz")
+    assert "| lean | 20.0% |" in output
+    card = report.read_card(model)
+    assert card["test_ablation"]["data"] == "6 test.npz"
+    names = [row["name"] for row in card["test_ablation"]["rows"]]
+    assert names == ["classifier", "+ confidence", "lean"]
+    assert "ablation" not in card
+    assert '"data": "6 test.npz"' in (model / "evaluations.jsonl").read_text().splitlines()[-1]
+
+
 def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
     tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -90,12 +90,13 @@ def test_figures_that_the_old_thresholds_made_leave_the_card(
     figures = [Metric(who, "-", "clean", 0.5, 10) for who in ("classifier", "pipeline")]
     rows = [report.row(figure, data="d", command="c") for figure in figures]
     card = {"metrics": rows, "ablation": {}, "outside": {}, "checks": [], "false_alarms": {}}
+    card["test_ablation"] = {}
     report.write_card(folder, card | {"model": "tiny"})
     archive(folder, tmp_path / "old.mar", variant="lean")
     recalibrate(tmp_path / "old.mar", traffic, tmp_path / "new.mar", command="")
     card = json.loads(contents(tmp_path / "new.mar")["card.json"])
     assert [row["subject"] for row in card["metrics"]] == ["classifier"]
-    assert not {"ablation", "outside", "checks", "false_alarms"} & set(card)
+    assert not {"ablation", "test_ablation", "outside", "checks", "false_alarms"} & set(card)
     assert card["model"] == "tiny"
 
 

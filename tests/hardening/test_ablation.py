@@ -113,8 +113,15 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
             held = point["robust_with_rejection"]["value"]
             gain = held - rows["classifier"]["robust"]["value"]
             assert point["gain"]["value"] == pytest.approx(gain, abs=2e-4)
+            plain = ablation.at_rate(rows["+ confidence"], point["rate"])["robust_with_rejection"]
+            over = point["gain_over_max_softmax"]["value"]
+            assert over == pytest.approx(held - plain["value"], abs=2e-4)
     head, body = ablation.table(list(rows.values()))
     assert [cells[0] for cells in body] == list(NAMES)
+    assert {len(cells) for cells in body} == {len(head)}
+    head, body = ablation.curve_table(list(rows.values()))
+    assert [cells[0] for cells in body[::6]] == ["+ confidence", "lean", "full"]
+    assert [cells[1] for cells in body[:6]] == ["0.5%", "1.0%", "2.0%", "5.0%", "10.0%", "20.0%"]
     assert {len(cells) for cells in body} == {len(head)}
 
 

@@ -98,7 +98,7 @@ def setup(name: str, **more: Any) -> dict[str, Any]:
 
 AT = [
     {"rate": rate, "clean_rejection": share(rate), "robust_with_rejection": share(0.5 + rate)}
-    | {"gain": share(0.05 + rate)}
+    | {"gain": share(0.05 + rate), "gain_over_max_softmax": share(0.01 + rate)}
     for rate in (0.02, 0.05)
 ]
 MEASURED = {
@@ -108,6 +108,12 @@ MEASURED = {
         "attack": "PGD-20",
         "rows": [setup("classifier"), setup("lean", at=AT)],
         "default": {"variant": "lean", "why": "the model has no purifier"},
+    },
+    "test_ablation": {
+        "data": "9 test images of blobs",
+        "threat_model": "Linf 8/255",
+        "attack": "PGD-20",
+        "rows": [setup("classifier"), setup("lean", at=AT)],
     },
     "false_alarms": {
         "data": "calibration images of blobs",
@@ -193,6 +199,7 @@ def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
         "Features",
         "Classes",
         "What each part adds",
+        "What rejection adds on test images",
         "False alarms",
         "Outside the threat model",
         "Self-checks",
@@ -226,16 +233,25 @@ def test_what_was_not_measured_is_left_out(
     seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
 ) -> None:
     names = headings(write(tmp_path, seen, tiny_pipeline, card={}))
-    absent = {"What each part adds", "False alarms", "Outside the threat model"}
+    absent = {
+        "What each part adds",
+        "What rejection adds on test images",
+        "False alarms",
+        "Outside the threat model",
+    }
     assert not absent & set(names)
 
 
 def test_what_parts_add_and_false_alarms_are_shown_as_the_card_has_them(full_page: str) -> None:
     tables = cells(full_page)
-    *_, lean = tables["Ablation"]
+    *_, lean = tables["What each part adds"]
     assert lean[:3] == ["lean", "75.0% (65.0% to 85.0%)", "45.0% (35.0% to 55.0%)"]
     assert lean[-3:] == ["55.0% (45.0% to 65.0%)", "+10.0 (+0.0 to +20.0)", "1.25"]
     assert "Served by default: lean (the model has no purifier)." in full_page
+    assert tables["What rejection adds on test images"][-1][0] == "lean"
+    *_, at_5 = tables["Over the rate of rejection"]
+    assert at_5[:2] == ["lean", "5.0%"]
+    assert at_5[-1] == "+6.0 (-4.0 to +16.0)"
     assert tables["False alarms"][1] == ["JPEG", "40", "20.0% (10.0% to 30.0%) too many", "0.300"]
     assert "lean: JPEG flags 20.0%: calibrate anew" in full_page
     fog = ["fog", "8", "40.0% (30.0% to 50.0%)", "50.0% (40.0% to 60.0%)"]
@@ -249,7 +265,7 @@ def test_every_picture_has_words(
 ) -> None:
     html = write(tmp_path, seen, tiny_pipeline, pictures=page.gallery(seen, tiny_pipeline))
     images = re.findall("<img[^>]*>", html)
-    assert len(images) == 14 + 4 * page.SHOWN
+    assert len(images) == 16 + 4 * page.SHOWN
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
 
 
