@@ -1,0 +1,192 @@
+"""What throughput depends on: workers, batch size, image size, detectors; and Python's own share.
+
+    .venv/bin/python benchmarks/scale.py --plot scale.png
+
+workers, batch   the archive that `make serve` serves, over HTTP, 32 clients (needs `wrk`)
+size, detectors  graphs in process, batches of 8; sizes with untrained weights
+Python           milliseconds that the handler takes beside the graph, by batch: decoding, verdict,
+                 JSON, metrics; at most 0.5 ms a request is wanted
+Sides take turns. About 5 minutes on 2 cores.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import ratios
+import torch
+import yaml
+from endpoint import DONE, SCRIPT, load_with_wrk
+from engines import timed
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from server import endpoint, pngs
+from tqdm import tqdm
+from ts.context import Context, RequestProcessor
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+from export.archive import archive, sample_crops
+from export.to_onnx import to_onnx
+from handlers.defended import DefendedHandler
+from handlers.engine import Engine
+from handlers.launch import METRICS
+from hardening import pipeline as pipelines
+from hardening.detectors import FULL
+from hardening.models import Classifier
+from hardening.pipeline import DefendedClassifier
+from hardening.purifier import Purifier
+
+WORKERS, BATCHES, SIZES = (1, 2), (1, 2, 8, 32), (32, 64, 96, 128, 224)
+CLIENTS, BATCH = 32, 8
+
+Rate = Callable[[], float]
+Panel = dict[int, Rate]
+
+
+def served(model: Path, folder: Path, stack: ExitStack, seconds: int) -> dict[str, Panel]:
+    """Requests/s by workers, and by TorchServe's batch size."""
+    for number, body in enumerate(pngs(sample_crops(32).numpy()), 1):
+        (folder / str(number)).write_bytes(body)
+    load = SCRIPT.replace("COUNT", str(number)).replace("FOLDER", str(folder))
+    script = folder / "load.lua"
+    script.write_text(load.replace("KIND", "image/png") + DONE)
+
+    def side(name: str, *options: str, **settings: int) -> Rate:
+        packed = folder / f"{name}.mar"
+        archive(model, packed, settings=settings)
+        url = stack.enter_context(endpoint(packed, *options))
+        load_with_wrk(url, script, CLIENTS, 3)
+        return lambda: load_with_wrk(url, script, CLIENTS, seconds).rate
+
+    most = max(WORKERS)
+    return {
+        "workers": {n: side(f"w{n}", "--workers", str(n), maxWorkers=most) for n in WORKERS},
+        "batch": {n: side(f"b{n}", batchSize=n) for n in BATCHES},
+    }
+
+
+def in_process(model: Path, folder: Path, seconds: float) -> dict[str, Panel]:
+    """Images/s of graphs by image size, and by number of detectors."""
+    known, _ = pipelines.load(model / "weights.safetensors", "full")
+    assert known.purifier is not None
+    config, purifier = known.classifier.config, known.purifier.config
+
+    def side(name: str, made: DefendedClassifier, size: int) -> Rate:
+        engine = Engine(to_onnx(made.eval().requires_grad_(False), folder / f"{name}.onnx"))
+        images = torch.randint(0, 256, (BATCH, size, size, 3), dtype=torch.uint8).numpy()
+        return lambda: timed(lambda batch: engine.run(images[:batch]), BATCH, seconds)
+
+    def sized(size: int) -> DefendedClassifier:
+        classifier = Classifier(config._replace(image_size=size))
+        return DefendedClassifier(classifier, Purifier(purifier), FULL)
+
+    def watched(count: int) -> DefendedClassifier:
+        made = DefendedClassifier(known.classifier, known.purifier, FULL[:count])
+        made.detectors.feature_distance = known.detectors.feature_distance
+        return made
+
+    counts = range(1, len(FULL) + 1)
+    return {
+        "size": {size: side(f"s{size}", sized(size), size) for size in SIZES},
+        "detectors": {n: side(f"d{n}", watched(n), config.image_size) for n in counts},
+    }
+
+
+def beside_the_graph(model: Path, folder: Path) -> Panel:
+    """Milliseconds a request that the handler takes beside the graph, by batch."""
+    packed, place = folder / "handler.mar", folder / "handler"
+    archive(model, packed)
+    with ZipFile(packed) as mar:
+        mar.extractall(place)
+    settings = yaml.safe_load((place / "model-config.yaml").read_text())
+    figures = MetricsCacheYamlImpl(str(METRICS))
+    figures.initialize_cache()
+    logging.disable(logging.INFO)  # a worker's lines go to Java
+    manifest = {"model": {"modelVersion": "1.0"}}
+    made = Context("m", str(place), manifest, 8, None, "0.12.0", model_yaml_config=settings)
+    made.metrics = figures
+    handler, bodies = DefendedHandler(), pngs(sample_crops(32, count=max(BATCHES)).numpy())
+    handler.initialize(made)
+    graph, spent = handler._engine.run, [0.0]
+
+    def run(images: NDArray[np.uint8]) -> object:
+        began = time.perf_counter()
+        try:
+            return graph(images)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    handler._engine.run = run  # type: ignore[assignment, method-assign]
+
+    def took(batch: int) -> float:
+        data = [{"body": body} for body in bodies[:batch]]
+        rounds, spent[0], began = 100, 0.0, time.perf_counter()
+        for _ in range(rounds):
+            made.request_processor = [RequestProcessor({"Content-Type": "image/png"}) for _ in data]
+            handler.handle(data, made)
+        return (time.perf_counter() - began - spent[0]) / rounds / batch * 1e3
+
+    return {batch: partial(took, batch) for batch in BATCHES}
+
+
+def picture(found: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """Draw every panel, as a PNG."""
+    what = {
+        "workers": "requests/s by workers",
+        "batch": "requests/s by TorchServe's batch size",
+        "size": "images/s by image size, px",
+        "detectors": "images/s by number of detectors",
+        "Python": "ms a request beside the graph",
+    }
+    figure = Figure(figsize=(15, 3.2), dpi=100, layout="constrained")
+    for at, (name, sides) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(1, len(found), at)
+        values = np.array(list(sides.values()))  # (sides, rounds)
+        middle = np.median(values, axis=1)
+        spread = np.abs(np.quantile(values, [0.1, 0.9], axis=1) - middle)
+        places = range(len(sides))
+        axes.errorbar(places, middle, spread, fmt="o-", color="#0072B2", ecolor="#444444")
+        axes.set_xticks(places, [str(side) for side in sides])
+        axes.set_title(what[name], fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def main() -> None:
+    """Start all sides, alternate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=int, default=2, help="of each side in each round")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        panels = served(options.model, folder, stack, options.seconds)
+        panels |= in_process(options.model, folder, 0.5)
+        panels["Python"] = beside_the_graph(options.model, folder)
+        found = {name: {at: list[float]() for at in sides} for name, sides in panels.items()}
+        for _ in tqdm(range(options.rounds), desc="rounds"):
+            for name, sides in panels.items():
+                for at, rate in sides.items():
+                    found[name][at].append(rate())
+    for name, results in found.items():
+        for at, values in results.items():
+            spread = f"({min(values):.2f} to {max(values):.2f})"
+            print(f"{name:10} {at:4}  {np.median(values):8.2f} {spread}")
+    print(ratios.machine())
+    if options.plot:
+        picture(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
