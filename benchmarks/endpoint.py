@@ -1,6 +1,7 @@
 """Requests per second of defended endpoints and of undefended ones, side by side.
 
     .venv/bin/python benchmarks/endpoint.py --images cifar10-test.npz --plot endpoint.png
+    .venv/bin/python benchmarks/endpoint.py --images cifar10-test.npz --open-loop
 
 Sides, alternated round by round in one run on one machine, one PNG a request:
     full, full int8, lean int8   Rampart's archives: purifier and detectors, or detectors alone
@@ -12,8 +13,9 @@ Sides, alternated round by round in one run on one machine, one PNG a request:
 All but Rampart's serve the bare classifier, which is what their users would do. A TorchServe that
 waits takes 0.4% of a core; LitServe takes 13%, so servers of others are halted while they wait (a
 halted TorchServe would make up for its timers). Load is closed (so many clients, each waiting for
-its answer) by `wrk`, a package of every Linux distribution; `make .venv/peers` sets up the other
-servers. About 17 minutes.
+its answer) by `wrk`, a package of every Linux distribution; with --open-loop requests come at a
+fixed rate, answered or not, from locust. `make .venv/peers` sets up locust and the other servers.
+About 17 minutes.
 """
 
 import argparse
@@ -28,9 +30,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -47,6 +50,7 @@ from hardening.data import load
 
 PEERS = Path(__file__).parent / "peers"
 CONCURRENCY = (1, 8, 32)
+ARRIVALS = (50, 100, 200)  # a second
 CORES = len(os.sched_getaffinity(0))
 OURS = {"full": ("full", "fp32"), "full int8": ("full", "int8"), "lean int8": ("lean", "int8")}
 # (our side, peer, ratio of requests/s that is wanted)
@@ -113,13 +117,18 @@ TUNED_HANDLER = (
 
 
 class Round(NamedTuple):
-    """What one side did in one round: requests/s (images/s for the floor), milliseconds, and CPU
-    seconds per 1,000 requests."""
+    """What one side did in one round: requests/s (images/s for the floor), milliseconds, CPU
+    seconds per 1,000 requests, and the share that failed."""
 
     rate: float
     p50: float
     p99: float
     cpu: float = 0.0
+    failed: float = 0.0
+
+
+Load = Callable[[str, Path, int, int], Round]  # of a URL, with a script, at a level, for seconds
+Results = dict[int, dict[str, list[Round]]]  # by level of load, by side
 
 
 class Side(NamedTuple):
@@ -294,13 +303,13 @@ class Bench:
             self.stack.callback(side.signal, signal.SIGCONT)  # or it could not end
         self.sides[name] = side
 
-    def run(self, name: str, concurrency: int, seconds: int) -> Round:
-        """One round of one side."""
+    def run(self, name: str, load: Load, level: int, seconds: int) -> Round:
+        """One round of one side under `load` of `level` clients or arrivals a second."""
         side = self.sides[name]
         if side.halts:
             side.signal(signal.SIGCONT)
         before = side.cpu()
-        found = load_with_wrk(side.url, side.script, concurrency, seconds)
+        found = load(side.url, side.script, level, seconds)
         used = side.cpu() - before
         side.settle()
         if side.halts:
@@ -320,6 +329,24 @@ def load_with_wrk(url: str, script: Path, concurrency: int, seconds: int) -> Rou
     return Round(float(found[1]), float(found[2]), float(found[3]))
 
 
+def load_with_locust(url: str, script: Path, arrivals: int, seconds: int) -> Round:
+    """One round of open-loop load; the bodies lie in the folder beside the script."""
+    known = {"KIND": "image/png" if script.stem == "png" else "application/json"}
+    place = urlsplit(url)
+    known |= {"WHERE": place.path, "BODIES": str(script.with_suffix(""))}
+    command = [sys.executable, "-m", "locust", "-f", str(PEERS / "arrivals.py"), "--headless"]
+    command += ["--users", str(arrivals), "--spawn-rate", str(arrivals), "--json", "--skip-log"]
+    command += ["--run-time", f"{seconds}s", "--stop-timeout", "30"]  # waits for what is open
+    command += ["--host", f"{place.scheme}://{place.netloc}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | known)
+    (found,) = json.loads(done.stdout)
+    times = sorted((float(ms), count) for ms, count in found["response_times"].items())
+    spread = np.repeat(*np.array(times).T.astype(int))  # (requests,)
+    p50, p99 = np.percentile(spread, [50, 99])
+    failed = found["num_failures"] / found["num_requests"]
+    return Round(found["num_requests"] / seconds, float(p50), float(p99), failed=failed)
+
+
 def run_graph(engine: Engine, images: np.ndarray, batch: int, seconds: float) -> Round:
     """The graph alone, `batch` images a run."""
     times, end, cpu = [], time.perf_counter() + seconds, time.process_time()
@@ -333,13 +360,13 @@ def run_graph(engine: Engine, images: np.ndarray, batch: int, seconds: float) ->
     return Round(done / sum(times), float(p50), float(p99), used)
 
 
-def table(results: dict[int, dict[str, list[Round]]]) -> tuple[list[str], list[dict[str, Any]]]:
+def table(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
     """The printed table, and the claims for --json."""
     head = f"{'c':>3}  {'side':14} {'per s':>6} {'spread':>12} {'p50 ms':>7} {'p99 ms':>7}"
     lines, claims = [f"{head} {'CPU s per 1,000':>16}"], list[dict[str, Any]]()
     for concurrency, sides in results.items():
         for side, rounds in sides.items():
-            rate, p50, p99, cpu = np.median(np.array(rounds), axis=0)
+            rate, p50, p99, cpu, _ = np.median(np.array(rounds), axis=0)
             low, high = min(r.rate for r in rounds), max(r.rate for r in rounds)
             lines.append(
                 f"{concurrency:3}  {side:14} {rate:6.0f} {low:5.0f} ..{high:5.0f}"
@@ -360,7 +387,7 @@ def table(results: dict[int, dict[str, list[Round]]]) -> tuple[list[str], list[d
     return lines, claims
 
 
-def picture(results: dict[int, dict[str, list[Round]]], path: Path) -> None:
+def picture(results: Results, path: Path) -> None:
     """Draw requests/s by side and concurrency, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -385,22 +412,30 @@ def picture(results: dict[int, dict[str, list[Round]]], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def measure(
-    bench: Bench, engine: Engine, images: np.ndarray, options: argparse.Namespace
-) -> dict[int, dict[str, list[Round]]]:
-    """Every side at every concurrency, alternating within each round."""
-    names = [*bench.sides, "floor"]
-    results: dict[int, dict[str, list[Round]]] = {
-        c: {name: [] for name in names} for c in CONCURRENCY
-    }
-    turns = [(c, name) for _ in range(options.rounds) for c in CONCURRENCY for name in names]
-    for concurrency, name in tqdm(turns):
-        if name == "floor":
-            found = run_graph(engine, images, concurrency, options.seconds)
-        else:
-            found = bench.run(name, concurrency, options.seconds)
-        results[concurrency][name].append(found)
+def alternate(
+    levels: Sequence[int], names: Sequence[str], rounds: int, run: Callable[[str, int], Round]
+) -> Results:
+    """Every side at every level of load, alternating within each round."""
+    results: Results = {level: {name: [] for name in names} for level in levels}
+    turns = [(level, name) for _ in range(rounds) for level in levels for name in names]
+    for level, name in tqdm(turns):
+        results[level][name].append(run(name, level))
     return results
+
+
+def arrivals_table(results: Results) -> list[str]:
+    """What is printed of open loop."""
+    head = f"{'arrive':>6}  {'side':14} {'sent':>6} {'failed':>7} {'p50 ms':>7} {'p99 ms':>7}"
+    lines = [f"{head}  p99's spread"]
+    for arrivals, sides in results.items():
+        for side, rounds in sides.items():
+            rate, p50, p99, _, failed = np.median(np.array(rounds), axis=0)
+            low, high = min(r.p99 for r in rounds), max(r.p99 for r in rounds)
+            lines.append(
+                f"{arrivals:6}  {side:14} {rate:6.0f} {failed:7.1%} {p50:7.0f} {p99:7.0f}"
+                f"  {low:.0f} to {high:.0f}"
+            )
+    return lines
 
 
 def main() -> None:
@@ -410,6 +445,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help=".npz; without it crops of a photograph")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--open-loop", action="store_true", help="fixed rates of arrival")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
@@ -422,11 +458,37 @@ def main() -> None:
         bench = Bench(options.model, images, folder)
         with bench.stack:
             bench.start()
-            results = measure(bench, Engine(folder / "full.onnx", "cpu"), images, options)
-            sizes = {name: (side.start, side.megabytes()) for name, side in bench.sides.items()}
+            if options.open_loop:
+                open_loop(bench, options)
+            else:
+                closed_loop(bench, Engine(folder / "full.onnx", "cpu"), images, options)
+
+
+def open_loop(bench: Bench, options: argparse.Namespace) -> None:
+    """Latency of every side where requests come at a fixed rate."""
+
+    def run(name: str, arrivals: int) -> Round:
+        return bench.run(name, load_with_locust, arrivals, options.seconds)
+
+    results = alternate(ARRIVALS, list(bench.sides), options.rounds, run)
+    print("\n".join(arrivals_table(results)))
+
+
+def closed_loop(
+    bench: Bench, engine: Engine, images: np.ndarray, options: argparse.Namespace
+) -> None:
+    """Requests/s of every side and of the graph alone, with so many clients."""
+
+    def run(name: str, clients: int) -> Round:
+        if name == "floor":
+            return run_graph(engine, images, clients, options.seconds)
+        return bench.run(name, load_with_wrk, clients, options.seconds)
+
+    results = alternate(CONCURRENCY, [*bench.sides, "floor"], options.rounds, run)
     lines, claims = table(results)
-    for name, (start, size) in sizes.items():
-        lines.append(f"     {name:14} {start:5.1f} s to the first answer, {size:6.0f} MB resident")
+    for name, side in bench.sides.items():
+        size = f"{side.megabytes():6.0f} MB resident"
+        lines.append(f"     {name:14} {side.start:5.1f} s to the first answer, {size}")
     print("\n".join(lines))
     if options.json:
         ratios.write(options.json, claims)

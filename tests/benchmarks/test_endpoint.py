@@ -20,6 +20,12 @@ def test_a_claim_holds_only_if_its_lower_bound_reaches_the_target(rate: float, h
     assert any(f"full / stock: {claims[0]['ratio']:.2f}" in line for line in lines)
 
 
+def test_open_loop_shows_what_failed_and_the_tail_of_each_side() -> None:
+    rounds = [endpoint.Round(200, 10, 20 + i, failed=0.5 * (i > 3)) for i in range(7)]
+    _, line = endpoint.arrivals_table({200: {"full": rounds}})
+    assert line.split() == ["200", "full", "200", "0.0%", "10", "23", "20", "to", "26"]
+
+
 def test_the_picture_shows_every_side(tmp_path: Path) -> None:
     sides = {name: [endpoint.Round(rate, 1, 2)] * 7 for name, rate in (("full", 5), ("stock", 3))}
     endpoint.picture({1: sides, 8: sides}, tmp_path / "endpoint.png")
