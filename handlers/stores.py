@@ -104,8 +104,11 @@ class LmdbStore:
         """What is known under each key."""
         with self._transaction() as txn:
             number, _ = _head(txn)
-            older, newer = self._generations[~number % 2], self._generations[number % 2]
-            return [txn.get(key, b"", older) + txn.get(key, b"", newer) for key in keys]
+            older, newer = (
+                dict(txn.cursor(self._generations[at % 2]).getmulti(keys))
+                for at in (number - 1, number)
+            )
+        return [older.get(key, b"") + newer.get(key, b"") for key in keys]
 
     def add(self, items: Mapping[bytes, bytes]) -> None:
         """Keep values in the newest generation."""
@@ -117,8 +120,7 @@ class LmdbStore:
                 newest = self._generations[~number % 2]
                 txn.drop(newest, delete=False)
                 txn.put(b"head", HEAD.pack(number + 1, time.time()))
-            for key, value in items.items():
-                txn.put(key, value, db=newest)
+            txn.cursor(newest).putmulti(items.items())
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[Any]:
