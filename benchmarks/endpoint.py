@@ -50,7 +50,7 @@ from hardening.data import load
 
 PEERS = Path(__file__).parent / "peers"
 CONCURRENCY = (1, 8, 32)
-ARRIVALS = (50, 100, 200)  # a second
+ARRIVALS = (50, 200)  # a second
 CORES = len(os.sched_getaffinity(0))
 OURS = {"full": ("full", "fp32"), "full int8": ("full", "int8"), "lean int8": ("lean", "int8")}
 # (our side, peer, ratio of requests/s that is wanted)

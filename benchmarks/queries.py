@@ -211,6 +211,7 @@ def cost(options: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]:
                 for side, url in urls.items():
                     found = load_with_wrk(url, script, concurrency, options.seconds)
                     rates[side][concurrency].append(found.rate)
+                    time.sleep(0.5)  # what was in flight would slow the next side down
     lines, claims = [], []
     for concurrency in CONCURRENCY:
         for side in SIDES:
