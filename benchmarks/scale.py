@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/scale.py --plot scale.png
 
-workers, batch   the archive that `make serve` serves, over HTTP, 32 clients (needs `wrk`)
+workers, batch   the `full` archive in fp32, over HTTP, 32 clients (needs `wrk`)
 size, detectors  graphs in process, batches of 8; sizes with untrained weights
 Python           milliseconds that the handler takes beside the graph, by batch: decoding, verdict,
                  JSON, metrics; at most 0.5 ms a request is wanted

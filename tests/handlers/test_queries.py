@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -354,6 +355,57 @@ def test_workers_share_what_they_have_seen_and_count_it(
     assert "rampart_query_store_up{" in text
     assert "rampart_query_alerts_total" in declared()["counter"]
     assert server.end() == 0
+
+
+@pytest.mark.parametrize("kind", ["redis", "lmdb"])
+def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
+    launch: Callable[..., Server],
+    tiny_folder: Path,
+    tmp_path: Path,
+    photos: np.ndarray,
+    noise: np.random.Generator,
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    policy = {"rampart": {"on_query_attack": "reject"}}
+    archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings=policy)
+    store: Redis | None = request.getfixturevalue("redis") if kind == "redis" else None
+    address = store.address if store else str(tmp_path / "queries")
+    server = launch(tmp_path / "tiny.mar", workers=1, query_store=address)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+
+    def fail() -> None:
+        if store:
+            store.stop()
+        else:  # a disk that takes no more
+            size = (tmp_path / "queries" / "data.mdb").stat().st_size
+            resource.prlimit(server.worker_pids()[0], resource.RLIMIT_FSIZE, (size, -1))
+
+    def mend() -> None:
+        if store:
+            store.start()
+        else:
+            resource.prlimit(server.worker_pids()[0], resource.RLIMIT_FSIZE, (-1, -1))
+
+    def decisions(images: np.ndarray) -> list[str]:
+        answers = [requests.post(server.url, png(image), timeout=60) for image in images]
+        assert {answer.status_code for answer in answers} == {200}
+        return [answer.json()["decision"] for answer in answers]
+
+    assert decisions(np.stack([photos[0], nudged(photos[0], noise)]))[1] == "reject"
+    fail()
+    decisions(photos[1:40])  # until the store takes no more
+    assert "reject" not in decisions(nudged(photos[30:40], noise))
+    mend()
+    deadline, seen = time.monotonic() + 30, [""]
+    while "reject" not in seen and time.monotonic() < deadline:
+        time.sleep(1)
+        seen = decisions(np.stack([photos[40], nudged(photos[40], noise)]))
+    assert "reject" in seen
+    assert server.end() == 0
+    said = "\n".join(server.lines)
+    assert said.count("No watch for query attacks, the store fails") == 1
+    assert said.count("Watching for query attacks again") == 1
 
 
 def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
