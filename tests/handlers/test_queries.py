@@ -402,8 +402,8 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
         time.sleep(1)
         seen = decisions(np.stack([photos[40], nudged(photos[40], noise)]))
     assert "reject" in seen
+    said = "".join(log.read_text() for log in server.temp.rglob("worker.log"))
     assert server.end() == 0
-    said = "\n".join(server.lines)
     assert said.count("No watch for query attacks, the store fails") == 1
     assert said.count("Watching for query attacks again") == 1
 
