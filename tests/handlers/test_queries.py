@@ -35,6 +35,7 @@ from handlers.telemetry import declared
 from hardening.data import Images
 
 SECRET = bytes(range(32))
+LOST = "No watch for query attacks, the store fails"
 Watcher = Callable[..., Watch]
 
 
@@ -392,20 +393,28 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
         assert {answer.status_code for answer in answers} == {200}
         return [answer.json()["decision"] for answer in answers]
 
-    assert decisions(np.stack([photos[0], nudged(photos[0], noise)]))[1] == "reject"
+    def until_rejected(image: np.ndarray) -> bool:
+        """Whether an attack on it is noticed; where all cores are busy Redis may miss one."""
+        deadline = time.monotonic() + 30
+        while decisions(np.stack([image, nudged(image, noise)]))[1] != "reject":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1)
+        return True
+
+    def logged(line: str) -> int:
+        return sum(log.read_text().count(line) for log in server.temp.rglob("worker.log"))
+
+    assert until_rejected(photos[0])
+    before = logged(LOST)
     fail()
     decisions(photos[1:40])  # until the store takes no more
     assert "reject" not in decisions(nudged(photos[30:40], noise))
+    assert logged(LOST) == before + 1
     mend()
-    deadline, seen = time.monotonic() + 30, [""]
-    while "reject" not in seen and time.monotonic() < deadline:
-        time.sleep(1)
-        seen = decisions(np.stack([photos[40], nudged(photos[40], noise)]))
-    assert "reject" in seen
-    said = "".join(log.read_text() for log in server.temp.rglob("worker.log"))
+    assert until_rejected(photos[40])
+    assert logged("Watching for query attacks again") >= 1
     assert server.end() == 0
-    assert said.count("No watch for query attacks, the store fails") == 1
-    assert said.count("Watching for query attacks again") == 1
 
 
 def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
