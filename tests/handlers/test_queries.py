@@ -371,6 +371,8 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
     policy = {"rampart": {"on_query_attack": "reject"}}
     archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings=policy)
     store: Redis | None = request.getfixturevalue("redis") if kind == "redis" else None
+    if store:
+        store.flush()
     address = store.address if store else str(tmp_path / "queries")
     server = launch(tmp_path / "tiny.mar", workers=1, query_store=address)
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
