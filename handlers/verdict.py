@@ -6,6 +6,7 @@ of clean ones flagged is at most the false-alarm rate.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,28 +213,32 @@ class Judge:
             p = np.where(failed, 1.0, p)
         if not (np.isfinite(logits).all() and np.isfinite(raw_logits).all()):
             raise ValueError("the graph gave logits that are not finite")
-        rows = zip(_softmax(logits), raw_logits.argmax(axis=1), scores, p, failed, strict=True)
+        confidences = _softmax(logits)  # (N, K)
+        best = np.argsort(-confidences, axis=1, kind="stable")[:, :TOP]
+        columns = best, confidences, raw_logits.argmax(axis=1), scores, p, failed
+        # Python's own numbers: numpy's are slow one by one.
+        first, shares, *others = (column.tolist() for column in columns)
+        rows = zip(map(self._top, first, shares), *others, strict=True)
         return [self._verdict(*row) for row in rows]
 
     def _verdict(
         self,
-        confidences: Floats,
+        top: tuple[dict[str, Any], ...],
         raw_index: int,
-        scores: NDArray[np.float32],
+        scores: list[float],
         p_value: float,
         failed: bool,
     ) -> Verdict:
         # What cannot be judged is not accepted, whatever the rate, unless it is said to be.
         closed = failed and self.policy.on_failure == "closed"
-        detected = bool(p_value < self.policy.false_alarm_rate or closed)
+        detected = p_value < self.policy.false_alarm_rate or closed
         decision = self.policy.on_detection if detected else "accept"
         decision = "accept" if decision == "shadow" else decision
-        top = self._top(confidences)
         detail = {
             "p_value": _rounded(p_value),
             "scores": dict(zip(self.calibration.detectors, map(_rounded, scores), strict=True)),
             "raw_label": self.labels[raw_index],
-            "changed_by_purifier": bool(raw_index != top[0]["index"]),
+            "changed_by_purifier": raw_index != top[0]["index"],
         }
         verdict = Verdict(
             **top[0],
@@ -241,17 +246,16 @@ class Judge:
             top=top,
             model=self.model,
             detail=detail if self.policy.detail == "full" else None,
-            p_value=float(p_value),
+            p_value=p_value,
             detected=detected,
-            failed=bool(failed),
+            failed=failed,
         )
         return verdict.rejected() if decision == "reject" else verdict
 
-    def _top(self, confidences: Floats) -> tuple[dict[str, Any], ...]:
-        order = np.argsort(-confidences, kind="stable")[:TOP].tolist()
+    def _top(self, best: list[int], confidences: list[float]) -> tuple[dict[str, Any], ...]:
         return tuple(
             {"label": self.labels[i], "index": i, "confidence": _rounded(confidences[i])}
-            for i in order
+            for i in best
         )
 
 
@@ -262,6 +266,6 @@ def _softmax(logits: NDArray[np.float32]) -> Floats:
     return result
 
 
-def _rounded(value: float | np.floating[Any]) -> float | None:
+def _rounded(value: float) -> float | None:
     """Six significant digits; JSON has no NaN or infinity, so these become null."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
