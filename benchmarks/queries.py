@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 import ratios
 from endpoint import CONCURRENCY, DONE, load_with_wrk
 from PIL import Image
-from server import endpoint, free_ports, pngs
+from server import endpoint, free_ports, pack, pngs
 from skimage.data import data_dir
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -189,7 +188,7 @@ def cost(options: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]:
     """Requests/s of the archive that `make serve` serves, each image new to the store."""
     photo = decode((Path(data_dir) / "chelsea.png").read_bytes())
     crops = [photo[y : y + 32, x : x + 32] for y in range(0, 260, 32) for x in range(0, 400, 32)]
-    model, rates = options.model, {side: {c: [] for c in CONCURRENCY} for side in SIDES}
+    rates = {side: {c: [] for c in CONCURRENCY} for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         for number, body in enumerate(pngs(np.stack(crops)), 1):
@@ -197,9 +196,7 @@ def cost(options: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]:
         script = folder / "load.lua"
         load = SCRIPT.replace("COUNT", str(len(crops))).replace("FOLDER", scratch)
         script.write_text(load + DONE)
-        packed = folder / "model.mar"
-        command = [sys.executable, "-m", "rampart", "archive", str(model), "--out", str(packed)]
-        subprocess.run([*command, "--query-owner", "X-Owner"], check=True, capture_output=True)
+        packed = pack(options.model, folder / "model.mar", "--query-owner", "X-Owner")
         urls = {"off": stack.enter_context(endpoint(packed))}
         for kind in STORES:
             address = stack.enter_context(fresh(kind))

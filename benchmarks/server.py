@@ -27,6 +27,13 @@ def free_ports() -> int:
             return port
 
 
+def pack(model: Path, out: Path, *options: str) -> Path:
+    """Build the archive of a model folder that `make serve` serves."""
+    command = [sys.executable, "-m", "rampart", "archive", str(model), "--out", str(out)]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    return out
+
+
 @contextlib.contextmanager
 def endpoint(archive: Path, *options: str, port: int = 0) -> Iterator[str]:
     """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready."""
