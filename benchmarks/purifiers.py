@@ -85,13 +85,19 @@ SETTINGS: dict[str, tuple[type[PurifierTrainer], PurifierConfig]] = {
 
 
 def trained(
-    kind: type[PurifierTrainer], config: PurifierConfig, classifier: Classifier, images: Images
+    kind: type[PurifierTrainer],
+    config: PurifierConfig,
+    classifier: Classifier,
+    images: Images,
+    epochs: int,
 ) -> tuple[nn.Module, Classifier]:
-    """A purifier after one pass over `images`, and the classifier that it was trained with."""
-    recipe = PurifierRecipe(THREAT, epochs=1)
+    """A purifier after `epochs` over `images`, and the classifier that it was trained with."""
+    recipe = PurifierRecipe(THREAT, epochs)
     trainer = kind(copy.deepcopy(classifier), config, recipe, NEVER)
     trainer.run.save_every = float("inf")
-    trainer.run.pass_over(images, trainer.step, epochs=1, batch_size=recipe.batch_size)
+    for trainer.run.epoch in range(epochs):
+        trainer.run.done = 0
+        trainer.run.pass_over(images, trainer.step, epochs=epochs, batch_size=recipe.batch_size)
     return trainer.ema, trainer.classifier.requires_grad_(False)
 
 
@@ -100,7 +106,7 @@ def adaptive(options: argparse.Namespace, train: Images, validation: Images) -> 
     bare = load_classifier(options.model / "weights.safetensors")
     yield in_words("no purifier", validate(bare, validation, THREAT), len(validation))
     for name, (kind, config) in SETTINGS.items():
-        purifier, classifier = trained(kind, config, bare, train)
+        purifier, classifier = trained(kind, config, bare, train, options.epochs)
         both = validate(nn.Sequential(purifier, classifier), validation, THREAT)
         yield in_words(name, both, len(validation))
         if kind is Jointly:
@@ -118,7 +124,9 @@ def in_words(name: str, figures: dict[str, float], count: int) -> str:
 def static(options: argparse.Namespace, train: Images, validation: Images) -> Iterator[str]:
     """Accuracy of an undefended classifier without and with a purifier of its own."""
     bare = load_classifier(options.undefended / "weights.safetensors")
-    purifier, _ = trained(AgainstStatic, PurifierConfig(), bare, train)
+    purifier, _ = trained(
+        AgainstStatic, PurifierConfig(width=options.width), bare, train, options.epochs
+    )
     both = nn.Sequential(purifier, bare)
     x, label, clean = to_float(validation.image), validation.label, right(bare, validation)
     yield in_words("clean", {"bare": clean, "purified": right(both, validation)}, len(validation))
@@ -158,14 +166,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
     parser.add_argument("--undefended", type=Path, default=Path("model_store/cifar10-undefended"))
     parser.add_argument("--images", type=int, default=12_800, help="to train on")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--width", type=int, default=48, help="of the static purifier")
     parser.add_argument("--validate-on", type=int, default=500)
     options = parser.parse_args()
     held_out = load(options.held) if options.held else None
     train, held = hold_out(load_training(options.data, size=32), held_out)
     validation = spread(split(held, "validation"), options.validate_on)
     part = {"adaptive": adaptive, "static": static}[options.part]
-    print(f"{options.images} training images, {len(validation)} validation images, {THREAT}")
-    for line in part(options, spread(train, options.images), validation):
+    chosen = spread(train, options.images)
+    print(f"{len(chosen)} training images, {len(validation)} validation images, {THREAT}")
+    for line in part(options, chosen, validation):
         print(line, flush=True)
 
 

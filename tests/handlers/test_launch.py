@@ -26,6 +26,12 @@ def test_ready_is_said_once_after_the_start_and_before_the_curl_lines(server: Se
     assert prediction.startswith("  curl ") and description.startswith("  curl ")
 
 
+def test_the_worker_of_an_endpoint_on_the_cpu_is_spared_torch(server: Server) -> None:
+    (worker,) = map(psutil.Process, server.worker_pids())
+    loaded = " ".join(mapped.path for mapped in worker.memory_maps())
+    assert "onnxruntime" in loaded and "libtorch" not in loaded
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_printed_curl_lines_work_as_pasted(server: Server) -> None:
     prediction, description = (paste(line) for line in server.lines[-2:])
