@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -406,6 +407,7 @@ def evaluate(
     model: Model,
     data: Data,
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
+    held: Annotated[Path | None, typer.Option(help="Its --held, where --part is of those")] = None,
     part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many images, evenly spaced")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
@@ -430,7 +432,8 @@ def evaluate(
     from hardening.rungs import QUICK, Budget
 
     where, threat = pick_device(device), threat_of(norm, eps)
-    chosen, source = measured(model, data, data_name, part, limit or (100 if quick else None))
+    limit = limit or (100 if quick else None)
+    chosen, source = measured(model, data, data_name, held=held, part=part, limit=limit)
     images = chosen.to(where)
     victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
     if int8:
@@ -467,31 +470,49 @@ def evaluate(
 
 
 def measured(
-    model: Path, data: Path, data_name: str, part: str | None, limit: int | None
+    model: Path,
+    data: Path,
+    data_name: str,
+    *,
+    held: Path | None,
+    part: str | None,
+    limit: int | None,
 ) -> "tuple[Images, str]":
-    """The images under `data` that a model is measured on, and what the card calls them."""
+    """The images under `data` that a model is measured on, and what the card calls them.
+
+    With `part` they are a split of `held`, or of the tenth that training leaves out of `data`; an
+    .npz that was not trained on is taken for held-out images itself.
+    """
     from hardening import report
-    from hardening.data import hold_out, load, load_training, split, spread
+    from hardening.data import load, split, spread
     from hardening.pipeline import load_classifier
 
+    if held and not part:
+        raise ValueError("--held goes with --part: without it, pass as --data what is to be used")
     size = load_classifier(model / "weights.safetensors").config.image_size
-    source = data_name or data.name
-    if part and data.suffix != ".npz":
-        # Of a folder the same tenth is held out as in training; a file holds held-out images.
-        every = hold_out(load_training(data, size=size), None)[1]
+    known, source = trained_on(report.read_card(model), data), data_name or (held or data).name
+    if part and (held or known or data.suffix != ".npz"):
+        every = read_data(data, held, size)[1]
     else:
         every = load(data, train=False, size=size)
+        if known and not (data / "cifar-10-batches-py").is_dir():  # of which this is the test half
+            typer.echo(
+                f"{data} has the name of the training data: on images that were trained on, every"
+                " figure is too high",
+                err=True,
+            )
     if part:
         every, source = split(every, part), f"{part} split of {source}"
     images = spread(every, limit)
-    source = source if len(images) == len(every) else f"{len(images)} of {source}"
-    if source == report.read_card(model).get("data"):
-        typer.echo(
-            f"{data} has the name of the training data: on images that were trained on, every"
-            " figure is too high",
-            err=True,
-        )
-    return images, source
+    return images, source if len(images) == len(every) else f"{len(images)} of {source}"
+
+
+def trained_on(card: dict[str, Any], data: Path) -> bool:
+    """Whether the card names `data` as the images of training, by itself or in a command."""
+    commands = [shlex.split(line) for line in card.get("commands", [])]
+    named = [Path(name).name for words in commands for option, name in pairwise(words)
+             if option == "--data"]  # fmt: skip
+    return data.name in (card.get("data"), *named)
 
 
 class ChecksFailed(ValueError):
@@ -565,7 +586,7 @@ def harden(
         if evaluate_on:
             known = {**source, **threat, **contents(model), "n": evaluate_on}
             options = {"part": "validation", "quick": True, "limit": evaluate_on, **threat}
-            make = partial(evaluate_into, model, held or data, options)
+            make = partial(evaluate_into, model, data, {"held": held, **options})
             model = job.once("evaluate", known, make) / out.stem
         packed = job.once(
             "archive", contents(model), lambda folder: archive(model, folder / out.name)
@@ -767,7 +788,7 @@ def ablate(
     pipeline, known = pipelines.load(weights, calibrated(model)[0])
     size = pipeline.classifier.config.image_size
     _, images = read_data(data, held, size)
-    attacked = load(test, size=size) if test else split(images, "validation")
+    attacked = load(test, train=False, size=size) if test else split(images, "validation")
     for classes in (images.classes, attacked.classes):
         if known != classes:
             raise ValueError(f"the images have the classes {classes}, the model {known}")
@@ -855,7 +876,7 @@ def outside(
     from hardening.rungs import QUICK
 
     where = pick_device(device)
-    chosen, source = measured(model, data, data_name, part, limit)
+    chosen, source = measured(model, data, data_name, held=None, part=part, limit=limit)
     images = chosen.to(where)
     victims = victims_of(model, None, images.classes, rate=rate, device=where)
     rows = list(beyond.rows(victims, images, QUICK, folder=cache))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import rampart
 from hardening import checkpoint, report
+from hardening.data import hold_out
 
 README = Path(rampart.__file__).parent / "README.md"
 
@@ -84,6 +85,34 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
         assert json.loads(archive.read("card.json"))["variant"] == "lean"
     assert rampart.variants_in(Path("store/mine")) == ["lean"]
     assert "ablation" not in report.read_card(Path("store/mine"))  # it was another model
+
+
+@pytest.mark.parametrize(
+    ("card", "held"),
+    [
+        ({"data": "mine.npz"}, None),
+        ({"data": "a name", "commands": ["rampart train --data mine.npz"]}, None),
+        ({"data": "mine.npz"}, "held.npz"),
+    ],
+)
+def test_a_split_to_measure_on_has_no_image_of_training(
+    lean_only: Path, card: dict[str, object], held: str | None
+) -> None:
+    every = {
+        name: blobs(count, seed=seed) for name, count, seed in (("mine", 2200, 0), ("held", 400, 1))
+    }
+    for name, images in every.items():
+        file = lean_only.with_name(name)
+        np.savez(file, image=images.image.numpy(), label=images.label.numpy())
+    report.write_card(lean_only, card)
+    data = lean_only.with_name("mine.npz")
+    beside = lean_only.with_name(held) if held else None
+    seen, name = rampart.measured(lean_only, data, "", held=beside, part="validation", limit=None)
+    trained = hold_out(every["mine"], every["held"] if held else None)[0]
+    assert name == f"validation split of {held or 'mine.npz'}"
+    assert len(seen) >= 50
+    pixels = [{image.tobytes() for image in images.image.numpy()} for images in (seen, trained)]
+    assert not pixels[0] & pixels[1]
 
 
 def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
