@@ -275,8 +275,7 @@ def _start(endpoint: Endpoint, work: Path) -> subprocess.Popen[bytes]:
         f" {endpoint.workers} worker(s) on {endpoint.device}, logs in {work}"
     )
     environment = _environment(endpoint)
-    # Through the model API anybody's handler may come, and want the real one.
-    if not endpoint.model_api and (endpoint.device == "cpu" or not _has_nvidia_driver()):
+    if _spares_torch(endpoint):
         (work / "no-torch").mkdir()
         (work / "no-torch" / "torch.py").write_text(NO_TORCH)
         environment["PYTHONPATH"] = str(work / "no-torch")
@@ -287,12 +286,19 @@ def _start(endpoint: Endpoint, work: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _has_nvidia_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
+def _spares_torch(endpoint: Endpoint) -> bool:
+    """Whether none but our handler will run, and that on the CPU."""
+    with zipfile.ZipFile(endpoint.archive) as content:
+        ours = "handlers/verdict.py" in content.namelist()
+    if endpoint.model_api or not ours:
         return False
-    return True
+    if endpoint.device == "cpu":
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")  # of the driver
+    except OSError:
+        return True
+    return False
 
 
 def _config(endpoint: Endpoint) -> str:

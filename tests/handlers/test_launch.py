@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import psutil
 import pytest
@@ -30,6 +31,20 @@ def test_the_worker_of_an_endpoint_on_the_cpu_is_spared_torch(server: Server) ->
     (worker,) = map(psutil.Process, server.worker_pids())
     loaded = " ".join(mapped.path for mapped in worker.memory_maps())
     assert "onnxruntime" in loaded and "libtorch" not in loaded
+
+
+def test_a_handler_that_is_not_ours_keeps_its_torch(launch: Launch, tmp_path: Path) -> None:
+    manifest = {"model": {"modelName": "other", "modelVersion": "1.0", "handler": "other.py"}}
+    answer = "[str(torch.zeros(2).sum())] * len(data or [])"  # at the start data is None
+    code = f"import torch\ndef handle(data, context): return {answer}\n"
+    with ZipFile(tmp_path / "other.mar", "w") as content:
+        content.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        content.writestr("other.py", code)
+    server = launch(tmp_path / "other.mar")
+    assert "Rampart is ready" in server.read(), server.lines
+    seen = requests.post(f"{server.root}/predictions/other", data=b"1", timeout=60)
+    assert seen.text == "tensor(0.)"
+    assert server.end() == 0
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
