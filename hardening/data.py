@@ -267,9 +267,16 @@ def write_digits(folder: Path) -> dict[str, int]:
 
 
 def split(held: Images, name: str) -> Images:
-    """The images of split `name` ("validation", "tuning" or "calibration") in `held`, in order."""
+    """The images of split `name` ("validation", "tuning" or "calibration") in `held`.
+
+    They keep their order, unless that is by class, as in a folder: then each split would have a few
+    classes alone, so they are shuffled first, always in the same way.
+    """
+    rows = torch.arange(len(held))
+    if len(held) > 1 and held.label[0] != held.label[-1] and (held.label.diff() >= 0).all():
+        rows = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
     first, last = SPLITS[name]
-    return held[slice(len(held) * first // PARTS, len(held) * last // PARTS)]
+    return held[rows[len(held) * first // PARTS : len(held) * last // PARTS]]
 
 
 def hold_out(

@@ -95,10 +95,18 @@ def test_official_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
-    images = data.Images(torch.arange(5170)[:, None], torch.arange(5170), ("a",))
-    parts = {name: data.split(images, name).label for name in data.SPLITS}
+    images = data.Images(torch.arange(5170)[:, None], torch.arange(5170) % 2, ("a", "b"))
+    parts = {name: data.split(images, name).image for name in data.SPLITS}
     assert [len(part) for part in parts.values()] == [1500, 1000, 2670]
-    assert torch.equal(torch.cat(list(parts.values())), images.label)
+    assert torch.equal(torch.cat(list(parts.values())), images.image)
+
+
+def test_each_split_of_images_that_are_sorted_by_class_has_every_class() -> None:
+    images = data.Images(torch.arange(600)[:, None], torch.arange(600) // 60, tuple("abcdefghij"))
+    parts = [data.split(images, name) for name in data.SPLITS]
+    assert all(set(part.label.tolist()) == set(range(10)) for part in parts)
+    assert sorted(torch.cat([part.image for part in parts]).flatten().tolist()) == [*range(600)]
+    assert torch.equal(data.split(images, "tuning").image, parts[1].image)
 
 
 def test_twins_of_held_out_images_leave_training() -> None:
