@@ -20,7 +20,7 @@ import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -164,7 +164,11 @@ def _short(text: object) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was made with; `eps` is n/255, `budget` the queries an image may cost."""
+    """What a run was made with; `eps` is n/255, `budget` the queries an image may cost.
+
+    `said` is what the endpoint said of the first image: another model says something else, whatever
+    it is called.
+    """
 
     endpoint: str
     model: str
@@ -172,6 +176,7 @@ class Settings:
     eps: int
     budget: int
     seed: int
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -424,7 +429,8 @@ def redteam(
     if min(eps, budget, limit) < 1:
         raise ValueError("eps, queries and limit must be at least 1")
     (hello,) = endpoint.ask(images.image[:1].numpy())
-    settings = Settings(endpoint.url, *hello.model, eps=eps, budget=budget, seed=seed)
+    said = f"{hello.label}, {hello.top}"
+    settings = Settings(endpoint.url, *hello.model, eps=eps, budget=budget, seed=seed, said=said)
     done = {(outcome.attack, outcome.index): outcome for outcome in _resume(out, settings)}
     count = min(limit, len(images))
     rows = [number * len(images) // count for number in range(count)]
@@ -436,6 +442,11 @@ def redteam(
                 _append(out, done[name, row])
             elif old.sha256 != _sha256(images, row):
                 raise ValueError(f"{out / FILE} is of other images: choose another --out")
+            elif old.settings.said != said:
+                raise ValueError(
+                    f"{out / FILE} is of another model, of the same name and version: choose"
+                    " another --out"
+                )
     return [done[name, row] for name in attacks for row in rows]
 
 
@@ -490,7 +501,7 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
     """What is done already, and the file made ready for more lines."""
     outcomes = read(out)
     for outcome in outcomes:
-        if outcome.settings != settings:
+        if replace(outcome.settings, said=settings.said) != settings:
             raise ValueError(
                 f"{out / FILE} was made with {_differences(outcome.settings, settings)}: choose"
                 " another --out"

@@ -327,6 +327,10 @@ def test_a_run_of_another_model_or_other_images_is_refused(
     redteam.redteam(endpoint, pictures(40), tmp_path, **options)
     with pytest.raises(ValueError, match="other images: choose another --out"):
         redteam.redteam(endpoint, pictures(41), tmp_path, **options)
+    toy.labels = (*CLASSES[1::-1], *CLASSES[2:])
+    with pytest.raises(ValueError, match="another model, of the same name and version: choose an"):
+        redteam.redteam(endpoint, pictures(40), tmp_path, **options)
+    toy.labels = CLASSES
     probe = probe_of(endpoint, 40)
     toy.version = "2.0"
     with pytest.raises(ValueError, match=r"version 1\.0 \(now 2\.0\): choose another --out"):
