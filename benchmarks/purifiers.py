@@ -68,11 +68,12 @@ class AgainstStatic(PurifierTrainer):
     """As APE-GAN trains (Shen et al. 2017): the attacks see the classifier alone."""
 
     def craft(self, batch: Batch) -> Tensor:
-        """PGD on the bare classifier."""
+        """PGD on the bare classifier; every fourth image stays clean, or such would suffer."""
         threat, steps = self.recipe.threat, self.recipe.steps
         start = random_start(batch.x, threat, batch.noise)
         loss, size = cross_entropy(self.classifier, batch.label), threat.eps * 1.25 / steps
-        return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
+        x = pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 4 == 0, batch.x, x)
 
 
 SETTINGS: dict[str, tuple[type[PurifierTrainer], PurifierConfig]] = {
@@ -124,9 +125,8 @@ def in_words(name: str, figures: dict[str, float], count: int) -> str:
 def static(options: argparse.Namespace, train: Images, validation: Images) -> Iterator[str]:
     """Accuracy of an undefended classifier without and with a purifier of its own."""
     bare = load_classifier(options.undefended / "weights.safetensors")
-    purifier, _ = trained(
-        AgainstStatic, PurifierConfig(width=options.width), bare, train, options.epochs
-    )
+    config = PurifierConfig(options.width, options.depth)
+    purifier, _ = trained(AgainstStatic, config, bare, train, options.epochs)
     both = nn.Sequential(purifier, bare)
     x, label, clean = to_float(validation.image), validation.label, right(bare, validation)
     yield in_words("clean", {"bare": clean, "purified": right(both, validation)}, len(validation))
@@ -167,7 +167,8 @@ def main() -> None:
     parser.add_argument("--undefended", type=Path, default=Path("model_store/cifar10-undefended"))
     parser.add_argument("--images", type=int, default=12_800, help="to train on")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--width", type=int, default=48, help="of the static purifier")
+    parser.add_argument("--width", type=int, default=48, help="of the static purifier's layers")
+    parser.add_argument("--depth", type=int, default=3, help="of the static purifier")
     parser.add_argument("--validate-on", type=int, default=500)
     options = parser.parse_args()
     held_out = load(options.held) if options.held else None
