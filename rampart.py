@@ -377,6 +377,8 @@ def assemble(
     few = spread(train, FITTED) if len(train) else split(images, "validation")
     defended.detectors.feature_distance.fit(net, few)
     pipelines.save(model / "weights.safetensors", defended, images.classes)
+    for file in calibrations(model):  # of what the folder held before
+        file.unlink()
     for variant in VARIANTS if purifier else VARIANTS[1:]:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
@@ -446,10 +448,10 @@ def evaluate(
     result = evaluation.evaluate(
         victims, images, threat, budget, rate=rate, folder=cache, only=only or []
     )
-    rows = [report.row(m, data=source, command=command_line()) for m in result.metrics]
+    rows = [report.row(m, data=source, command=command_line(), rate=rate) for m in result.metrics]
     card = report.read_card(model)
     entries: dict[str, Any] = {"metrics": report.merge(card.get("metrics", []), rows)}
-    if not only or "threat_model" not in card:
+    if "threat_model" not in card:  # figures under another stand beside it, and change nothing
         entries |= {"threat_model": str(threat)}
     if result.checks:
         entries |= {"checks": [check._asdict() for check in result.checks]}
@@ -492,7 +494,7 @@ def measured(
     size = load_classifier(model / "weights.safetensors").config.image_size
     known, source = trained_on(report.read_card(model), data), data_name or (held or data).name
     if part and (held or known or data.suffix != ".npz"):
-        every = read_data(data, held, size)[1]
+        every = not_trained_on(model, data, held, size)
     else:
         every = load(data, train=False, size=size)
         if known and not (data / "cifar-10-batches-py").is_dir():  # of which this is the test half
@@ -509,10 +511,26 @@ def measured(
 
 def trained_on(card: dict[str, Any], data: Path) -> bool:
     """Whether the card names `data` as the images of training, by itself or in a command."""
-    commands = [shlex.split(line) for line in card.get("commands", [])]
-    named = [Path(name).name for words in commands for option, name in pairwise(words)
-             if option == "--data"]  # fmt: skip
-    return data.name in (card.get("data"), *named)
+    return data.name in (card.get("data"), *passed(card, "--data"))
+
+
+def passed(card: dict[str, Any], option: str) -> list[str]:
+    """The names of the files that a model's commands were given as `option`."""
+    lines = map(shlex.split, card.get("commands", []))
+    return [Path(name).name for words in lines for word, name in pairwise(words) if word == option]
+
+
+def not_trained_on(model: Path, data: Path, held: Path | None, size: int) -> "Images":
+    """The held-out images of `read_data`, for a model that is made.
+
+    Raises ValueError where it was made with a --held and none is given now: a tenth of `data` would
+    be images that it was trained on.
+    """
+    from hardening.report import read_card
+
+    if held is None and (named := passed(read_card(model), "--held")):
+        raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
+    return read_data(data, held, size)[1]
 
 
 class ChecksFailed(ValueError):
@@ -591,16 +609,26 @@ def harden(
         packed = job.once(
             "archive", contents(model), lambda folder: archive(model, folder / out.name)
         )
-    deliver(model, out.with_suffix(""))
-    shutil.copy(packed / out.name, out)
+    if deliver(model, out.with_suffix("")) and out.is_file():
+        say(f"{out} is of these weights and stays as it is: `rampart archive` builds it anew")
+    else:
+        shutil.copy(packed / out.name, out)
     card = report.read_card(model)
     say(f"\n{report.markdown(card)}\n")
     say(f"{out}: serve it with `rampart serve --model {out}`")
     insist(card)
 
 
-def deliver(model: Path, target: Path) -> None:
-    """Copy a finished model folder; what was measured since on the same model stays."""
+def calibrations(model: Path) -> list[Path]:
+    """The files of a model folder that belong to its weights alone."""
+    return [*model.glob("calibration-*.json"), *model.glob("ranges-*.json")]
+
+
+def deliver(model: Path, target: Path) -> bool:
+    """Copy a finished model folder; what was measured since on the same model stays.
+
+    Returns whether it is the same. The log of evaluations only grows.
+    """
     from hardening import report
 
     def decides(folder: Path) -> dict[str, bytes]:
@@ -608,18 +636,24 @@ def deliver(model: Path, target: Path) -> None:
         files = [folder / name for name in names]
         return {file.name: file.read_bytes() for file in files if file.is_file()}
 
-    log = target / "evaluations.jsonl"
-    known, lines = report.read_card(target), log.read_text() if log.is_file() else ""
+    def logged(folder: Path) -> list[str]:
+        log = folder / "evaluations.jsonl"
+        return log.read_text().splitlines() if log.is_file() else []
+
+    known, lines = report.read_card(target), [*logged(target), *logged(model)]
     same = decides(target) == decides(model)
     if not same:  # an earlier model's would not fit this one's weights
-        for file in [*target.glob("calibration-*.json"), *target.glob("ranges-*.json")]:
+        for file in [*calibrations(target), *target.glob("*.png"), *target.glob("report.html")]:
             file.unlink()
     shutil.copytree(model, target, dirs_exist_ok=True)
+    if lines:
+        once = "".join(f"{line}\n" for line in dict.fromkeys(lines))
+        (target / "evaluations.jsonl").write_text(once)
     if same:
         card = report.read_card(target)
         rows = report.merge(known.get("metrics", []), card.get("metrics", []))
         report.write_card(target, known | card | {"metrics": rows})
-        log.write_text(lines or (log.read_text() if log.is_file() else ""))
+    return same
 
 
 def adopt_into(weights: Path, options: dict[str, Any], folder: Path) -> None:
@@ -787,7 +821,7 @@ def ablate(
     where, weights = pick_device(device), model / "weights.safetensors"
     pipeline, known = pipelines.load(weights, calibrated(model)[0])
     size = pipeline.classifier.config.image_size
-    _, images = read_data(data, held, size)
+    images = not_trained_on(model, data, held, size)
     attacked = load(test, train=False, size=size) if test else split(images, "validation")
     for classes in (images.classes, attacked.classes):
         if known != classes:
@@ -840,7 +874,7 @@ def alarms(
     for variant in calibrated(model):
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         every.append(false.Judged(pipeline.to(where), load_variant(model, variant)))
-    _, images = read_data(data, held, pipeline.classifier.config.image_size)
+    images = not_trained_on(model, data, held, pipeline.classifier.config.image_size)
     sample = spread(split(images, "calibration"), limit).to(where)
     rows = list(false.false_alarms(every, sample, rate=rate))
     coverage = {
@@ -864,6 +898,7 @@ def outside(
     model: Model,
     data: Annotated[Path, typer.Option(help="Images to measure on: folder or .npz")],
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
+    held: Annotated[Path | None, typer.Option(help="Its --held, where --part is of those")] = None,
     part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
     limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 200,
     rate: Rate = 0.01,
@@ -876,7 +911,7 @@ def outside(
     from hardening.rungs import QUICK
 
     where = pick_device(device)
-    chosen, source = measured(model, data, data_name, held=None, part=part, limit=limit)
+    chosen, source = measured(model, data, data_name, held=held, part=part, limit=limit)
     images = chosen.to(where)
     victims = victims_of(model, None, images.classes, rate=rate, device=where)
     rows = list(beyond.rows(victims, images, QUICK, folder=cache))
@@ -926,7 +961,7 @@ def quantize(
 
     variants, weights = calibrated(model), model / "weights.safetensors"
     source = (held or data).name
-    _, images = read_data(data, held, load_classifier(weights).config.image_size)
+    images = not_trained_on(model, data, held, load_classifier(weights).config.image_size)
     for variant in variants:
         form = partial(make, model, variant, precision, images)
         found = form(source=source, limit=limit, rate=rate)

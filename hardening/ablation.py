@@ -121,14 +121,14 @@ def arm(
     return Attacked(setup, made, victims, engine)
 
 
-def ladder(every: list[Attacked], threat: Threat, budget: Budget) -> list[Rung]:
+def ladder(every: list[Attacked], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
     """Attacks on the label of what never rejects; joint ones, at each rate, on what does."""
     out: list[Rung] = []
     for victim in (victim for attacked in every for victim in attacked.victims):
         if victim.rejects:
             out.append(next(rejection_rungs(victim, threat, budget)))
         else:
-            out += label_rungs(victim, threat, budget)
+            out += label_rungs(victim, threat, budget, classes)
     return out
 
 
@@ -149,7 +149,8 @@ def ablate(
     every: list[Attacked], images: Images, threat: Threat, budget: Budget, *, folder: Path
 ) -> list[Outcome]:
     """Attack every setup and put what was found to all; `folder` keeps it."""
-    found = [item.x for item in climb(ladder(every, threat, budget), images, folder)]
+    rungs = ladder(every, threat, budget, len(images.classes))
+    found = [item.x for item in climb(rungs, images, folder)]
     return [outcome(attacked, found, images, threat) for attacked in every]
 
 

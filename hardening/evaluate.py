@@ -49,14 +49,15 @@ class Rung(NamedTuple):
     fingerprint: str  # what it depends on beside attack and threat
 
 
-def label_rungs(victim: Victim, threat: Threat, budget: Budget) -> Iterator[Rung]:
+def label_rungs(victim: Victim, threat: Threat, budget: Budget, classes: int) -> Iterator[Rung]:
     """Attacks on a victim's label alone."""
     look, key = victim.label_look, victim.label_fingerprint
     pgd20 = partial(rungs.pgd20, look, threat=threat)
     yield Rung("pgd20", victim, PGD20, threat, 21, pgd20, key)
     standard = budget.standard
     name = "autoattack" if standard else "autoattack_short"
-    what = "AutoAttack, standard" if standard else f"APGD-CE + APGD-T + Square, {budget}"
+    what = f"{' + '.join(rungs.parts(budget, classes).values())}, {budget}"
+    what = "AutoAttack, standard" if standard and classes >= 4 else what
     passes = (budget.steps * (1 + budget.targets) + budget.queries / 3) * (2 if standard else 1)
     craft = partial(rungs.autoattack, look, threat=threat, budget=budget)
     yield Rung(name, victim, what, threat, passes, craft, key)
@@ -136,7 +137,7 @@ def estimate(
     x, label = next(iter(batches(images, 16)))
     total = 0.0
     for victim in victims:
-        planned = chosen(ladder([victim], threat, budget), threat, only)
+        planned = chosen(ladder([victim], threat, budget, len(images.classes)), threat, only)
         # The max-softmax alternative is attacked with the same budget.
         planned += [rung for rung in planned if rung.name == "joint_apgd" and not only]
         one_pass = partial(checks.gradients, victim.look, x, label, victim.name)
@@ -283,12 +284,12 @@ class Evaluation(NamedTuple):
     found: list[Found]
 
 
-def ladder(victims: list[Victim], threat: Threat, budget: Budget) -> list[Rung]:
+def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
     """Every rung for `victims`."""
     out: list[Rung] = []
     for victim in victims:
         if has_own_label(victim):
-            out += label_rungs(victim, threat, budget)
+            out += label_rungs(victim, threat, budget, classes)
         if victim.rejects:
             out += rejection_rungs(victim, threat, budget)
     return out
@@ -318,7 +319,7 @@ def evaluate(
     # The plain alternative plays a part in worst cases alone.
     rejecting = [] if only else [v for v in victims if v.rejects]
     plain = {v.name: max_softmax_victim(v, images.image) for v in rejecting}
-    whole = ladder([*victims, *plain.values()], threat, budget)
+    whole = ladder([*victims, *plain.values()], threat, budget, len(images.classes))
     known = sorted({rung.name for rung in whole})
     if unknown := sorted(set(only) - set(known)):
         raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(known)}")

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from handlers.verdict import Calibration, p_values
+from handlers.verdict import Calibration, Policy, p_values
 from hardening.metrics import Bools, Metric, wilson
 from hardening.pipeline import DefendedClassifier
 
+RATE = Policy.false_alarm_rate
+LEAST = 100  # images, fewer of which choose no precision
 
-def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
-    """A metric as card.json lists it."""
+
+def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> dict[str, Any]:
+    """A metric as card.json lists it; of what rejects, with the `rate` if that is no usual one."""
     out: dict[str, Any] = {
         "subject": metric.subject,
         "variant": metric.variant,
@@ -37,6 +40,8 @@ def row(metric: Metric, *, data: str, command: str) -> dict[str, Any]:
         out |= {"norm": metric.threat.norm, "eps": eps or f"{metric.threat.eps:g}"}
     if metric.attack:
         out |= {"attack": metric.attack}
+    if rate != RATE and metric.variant != "-":
+        out |= {"rate": rate}
     return out
 
 
@@ -54,10 +59,10 @@ def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`new` rows, and those `old` ones that no new row replaces.
 
-    Replaced is the same figure under the same threat, attack and data: a weaker attack never takes
-    the place of a stronger one.
+    Replaced is the same figure under the same threat, attack and data, and at the same rate of
+    false alarms: a weaker attack never takes the place of a stronger one.
     """
-    keys = ("subject", "variant", "name", "norm", "eps", "attack", "data")
+    keys = ("subject", "variant", "name", "norm", "eps", "attack", "data", "rate")
     replaced = {tuple(r.get(key) for key in keys) for r in new}
     return [r for r in old if tuple(r.get(key) for key in keys) not in replaced] + new
 
@@ -102,15 +107,17 @@ SUBJECTS = {
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card's main figures at the eps of its threat model, one Markdown table for each data set.
+    """The card's main figures under its threat model and at the usual rate of false alarms, one
+    Markdown table for each data set.
 
     Where a figure was made by several attacks, the lowest counts.
     """
     tables: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
     for r in card.get("metrics", []):
-        lowest = tables.setdefault(f"{r['data']} (n = {r['n']})", {})
+        title = f"{r['data']} (n = {r['n']}), {card['threat_model']}"
+        lowest = tables.setdefault(title, {})
         key = (r["subject"], r["variant"], r["name"])
-        shown = r["name"] in COLUMNS.values() and r.get("eps") in (None, eps_of(card))
+        shown = r["name"] in COLUMNS.values() and is_main(card, r)
         if shown and r["value"] <= lowest.get(key, {"value": 1})["value"]:
             lowest[key] = r
     return "\n\n".join(f"{title}:\n\n{one_table(rows)}" for title, rows in tables.items() if rows)
@@ -134,9 +141,9 @@ def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def eps_of(card: dict[str, Any]) -> str:
-    """The perturbation size of the card's threat model, as its metrics write it."""
-    return str(card["threat_model"]).split()[-1]
+def is_main(card: dict[str, Any], r: dict[str, Any]) -> bool:
+    """Whether a row is of the card's threat model, or of clean images, at the usual rate."""
+    return "rate" not in r and ("eps" not in r or f"{r['norm']} {r['eps']}" == card["threat_model"])
 
 
 def cell_text(r: dict[str, Any] | None) -> str:
@@ -163,8 +170,7 @@ def model_table(folders: Sequence[Path]) -> str:
             rows = [
                 r
                 for r in card.get("metrics", [])
-                if (r["subject"], r["name"]) == ("classifier", name)
-                and r.get("eps") in (None, eps_of(card))
+                if (r["subject"], r["name"]) == ("classifier", name) and is_main(card, r)
             ]
             best = max(rows, key=lambda r: r["n"], default=None)
             cells.append(cell_text(best) + (f", n = {best['n']}" if best else ""))
@@ -175,15 +181,17 @@ def model_table(folders: Sequence[Path]) -> str:
 def robust_in_int8(folder: Path, variant: str) -> float | None:
     """Worst-case robust accuracy, with or without rejection, that int8 costs a variant at most.
 
-    Only validation images decide: test images must not choose what is served. Both figures are of
-    the same images and attacks; of several such pairs that of most images counts. None where it was
-    not measured.
+    Only validation images decide, and at least LEAST of them: test images must not choose what is
+    served. Both figures are of the same images and attacks, under the card's threat model; of
+    several such pairs that of most images counts. None where it was not measured.
     """
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
     sizes: dict[tuple[str, ...], int] = {}
-    for r in read_card(folder).get("metrics", []):
+    card = read_card(folder)
+    for r in card.get("metrics", []):
         kind = r["name"].partition("@")[0]
         wanted = r["variant"] == variant and kind in ("robust", "robust_with_rejection")
+        wanted = wanted and r["n"] >= LEAST and is_main(card, r)
         if wanted and "validation split" in r["data"]:
             key = (r["name"], r["data"], r["attack"], r["norm"], r["eps"])
             pairs.setdefault(key, {})[r["subject"]] = r["value"]

@@ -70,10 +70,8 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
     if budget.standard and classes >= 10:
         attack = AutoAttack(Logits(), version="standard", **common)
     else:
-        names = ["apgd-ce", "apgd-t", "fab-t", "square"] if budget.standard else SHORT
-        # The DLR loss of apgd-t needs four classes.
-        usable = [name for name in names if classes >= 4 or not name.endswith("-t")]
-        attack = AutoAttack(Logits(), version="custom", attacks=usable, **common)
+        names = list(parts(budget, classes))
+        attack = AutoAttack(Logits(), version="custom", attacks=names, **common)
         attack.apgd.n_iter = attack.apgd_targeted.n_iter = budget.steps
         attack.apgd.n_restarts = attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
         attack.apgd_targeted.n_target_classes = min(budget.targets, classes - 1)
@@ -84,7 +82,12 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
     return torch.as_tensor(found).detach()
 
 
-SHORT = ["apgd-ce", "apgd-t", "square"]
+def parts(budget: Budget, classes: int) -> dict[str, str]:
+    """The attacks that AutoAttack makes: what it calls them, and what people do."""
+    every = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+    # The DLR loss of apgd-t needs four classes.
+    left_out = {"apgd-t" if classes < 4 else "", "" if budget.standard else "fab-t"}
+    return {name: title for name, title in every.items() if name not in left_out}
 
 
 class Hunt:

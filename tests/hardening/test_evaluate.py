@@ -147,7 +147,7 @@ def test_a_label_attack_does_not_depend_on_the_calibration(attacked: list[Victim
     full = attacked[1]
     other = full._replace(fingerprint="another rate")
     for one, two in zip(
-        *(evaluation.ladder([v], THREAT, BUDGET) for v in (full, other)), strict=True
+        *(evaluation.ladder([v], THREAT, BUDGET, 4) for v in (full, other)), strict=True
     ):
         assert (one.fingerprint == two.fingerprint) == (one.name in evaluation.LABEL_RUNGS)
 

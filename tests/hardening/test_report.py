@@ -53,6 +53,17 @@ def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     assert "40.0%" not in report.markdown(card)
 
 
+def test_figures_at_another_rate_of_false_alarms_stand_beside_the_usual_ones() -> None:
+    metric = Metric("pipeline", "full", "clean_rejection", 0.01, 100)
+    usual = report.row(metric, data="d", command="c")
+    often = report.row(metric._replace(value=0.2), data="d", command="c", rate=0.2)
+    bare = report.row(metric._replace(variant="-"), data="d", command="c", rate=0.2)
+    assert report.merge([usual], [often]) == [usual, often]
+    assert (often["rate"], "rate" in usual, "rate" in bare) == (0.2, False, False)
+    text = report.markdown({"threat_model": "Linf 8/255", "metrics": [usual, often]})
+    assert "d (n = 100), Linf 8/255:" in text and "1.0%" in text and "20.0%" not in text
+
+
 def test_what_int8_costs_is_of_the_same_validation_images_and_attacks(tmp_path: Path) -> None:
     def row(
         subject: str, value: float, n: int, attack: str = "a", *, name: str = "robust"
@@ -63,17 +74,21 @@ def test_what_int8_costs_is_of_the_same_validation_images_and_attacks(tmp_path: 
     apart = [row("pipeline", 0.5, 600), row("graph:int8", 0.2, 600, "another attack")]
     test = [row("pipeline", 0.5, 617), row("graph:int8", 0.2, 617)]
     test = [r | {"data": "official test images"} for r in test]
-    report.write_card(tmp_path, {"metrics": [*apart, *test]})
+    threat = {"threat_model": "Linf 8/255"}
+    report.write_card(tmp_path, threat | {"metrics": [*apart, *test]})
     assert report.robust_in_int8(tmp_path, "full") is None
     few = [row("pipeline", 0.5, 50), row("graph:int8", 0.1, 50)]
+    report.write_card(tmp_path, threat | {"metrics": few})
+    assert report.robust_in_int8(tmp_path, "full") is None
+    other = [r | {"eps": "1/255"} for r in (row("pipeline", 0.9, 900), row("graph:int8", 0.9, 900))]
     many = [row("pipeline", 0.42, 200), row("graph:int8", 0.41, 200)]
-    report.write_card(tmp_path, {"metrics": [*apart, *test, *few, *many]})
+    report.write_card(tmp_path, threat | {"metrics": [*apart, *test, *few, *other, *many]})
     assert report.robust_in_int8(tmp_path, "full") == 0.01
     rejecting = [
         row(subject, value, 200, name="robust_with_rejection@1%")
         for subject, value in (("pipeline", 0.5), ("graph:int8", 0.46))
     ]
-    report.write_card(tmp_path, {"metrics": [*many, *rejecting]})
+    report.write_card(tmp_path, threat | {"metrics": [*many, *rejecting]})
     assert report.robust_in_int8(tmp_path, "full") == 0.04
     assert report.robust_in_int8(tmp_path, "lean") is None
 
@@ -141,7 +156,7 @@ def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
         Metric("pipeline", "full", "clean", 0.7, 100),
     )
     text = report.fenced(PLACE, "figures", report.markdown(card))
-    assert "test (n = 10):" in text
+    assert "test (n = 10), Linf 8/255:" in text
     assert "| `full` | 70.0% (60.4% to 78.1%) | 42.0% (" in text
     assert "60.0%" not in text
     assert "old" not in text
