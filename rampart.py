@@ -44,6 +44,8 @@ Size = Annotated[int, typer.Option(help="Pixels per side")]
 STEPS = "Of the attack in pgd, trades, mart and rslad"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
+ARITHMETIC = "Of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
+Arithmetic = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help=ARITHMETIC)]
 COMPILE = "torch.compile: a minute or more first, faster steps then"
 INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
 Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
@@ -176,7 +178,7 @@ def train(
     steps: Annotated[int, typer.Option(help=STEPS)] = 10,
     teacher: Annotated[Path | None, typer.Option(help=TEACHER)] = None,
     rectify: Annotated[bool, typer.Option("--rectify", help=RECTIFY)] = False,
-    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the arithmetic")] = "bf16",
+    precision: Arithmetic = None,
     compile: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, typer.Option(help=INIT)] = None,
     validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
@@ -189,11 +191,12 @@ def train(
     """
     import torch
 
+    from handlers.engine import cpu_features
     from hardening import checkpoint, distributed
     from hardening.data import split
     from hardening.models import Classifier, ClassifierConfig
     from hardening.pipeline import load_classifier
-    from hardening.train import Recipe, train_classifier
+    from hardening.train import Recipe, fast_precision, train_classifier
 
     if image_size < 16 or image_size % 8:
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
@@ -226,7 +229,7 @@ def train(
         awp=awp,
         ramp=ramp,
         steps=steps,
-        precision=precision,
+        precision=precision or fast_precision(where, cpu_features()),
         teacher=checkpoint.digest(robust) if robust else "",
         after=str(known.get("training", init.name)) if init else "",
     )
@@ -285,20 +288,26 @@ def purifier(
     epochs: int = 2,
     batch_size: int = 128,
     lr: float = 1e-3,
+    precision: Arithmetic = None,
     validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
     """Train the GAN purifier in front of a frozen classifier. Ctrl-C and torchrun as in `train`."""
+    from handlers.engine import cpu_features
     from hardening import distributed
     from hardening.data import split
     from hardening.pipeline import load_classifier
     from hardening.purifier import PurifierConfig, PurifierRecipe, train_purifier
+    from hardening.train import fast_precision
 
-    net = load_classifier(classifier).to(distributed.join(pick_device(device)))
+    where = distributed.join(pick_device(device))
+    net = load_classifier(classifier).to(where)
     images, held_out = read_data(data, held, net.config.image_size)
     validation = split(held_out, "validation")[slice(validate_on)]
-    recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
+    fast = precision or fast_precision(where, cpu_features())
+    threat = threat_of(norm, eps)
+    recipe = PurifierRecipe(threat, epochs, batch_size, lr, seed=seed, precision=fast)
     parts, commands = (images, validation), [command_line()]
     best = train_purifier(net, PurifierConfig(), recipe, out, parts, commands=commands)
     if distributed.first():

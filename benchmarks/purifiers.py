@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from handlers.engine import cpu_features
 from hardening import rungs
 from hardening.attacks import Threat, cross_entropy, pgd, random_start
 from hardening.data import Batch, Images, hold_out, load, load_training, split, spread, to_float
@@ -25,7 +26,7 @@ from hardening.models import Classifier
 from hardening.objectives import Look, Seen
 from hardening.pipeline import load_classifier
 from hardening.purifier import PurifierConfig, PurifierRecipe, PurifierTrainer
-from hardening.train import accuracy, autocast, validate
+from hardening.train import accuracy, autocast, fast_precision, validate
 
 THREAT = Threat()
 NEVER = Path("never-written")
@@ -37,7 +38,7 @@ class TowardsAttacked(PurifierTrainer):
 
     def step(self, batch: Batch, progress: float) -> Tensor:
         """One batch, attacked before all else."""
-        with autocast(self.device):
+        with autocast(self.device, self.recipe.precision):
             attacked = super().craft(batch)
         return super().step(batch._replace(x=attacked), progress)
 
@@ -93,7 +94,8 @@ def trained(
     epochs: int,
 ) -> tuple[nn.Module, Classifier]:
     """A purifier after `epochs` over `images`, and the classifier that it was trained with."""
-    recipe = PurifierRecipe(THREAT, epochs)
+    precision = fast_precision(classifier.mean.device, cpu_features())
+    recipe = PurifierRecipe(THREAT, epochs, precision=precision)
     trainer = kind(copy.deepcopy(classifier), config, recipe, NEVER)
     trainer.run.save_every = float("inf")
     for trainer.run.epoch in range(epochs):

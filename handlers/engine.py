@@ -95,14 +95,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def dots_bytes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU adds products of bytes up in 32 bits: VNNI of x86, or its like elsewhere."""
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the kernel says that this CPU can do; nothing where it says nothing."""
     try:
         known = cpuinfo.read_text()
     except OSError:
-        return False
-    x86 = re.search(r"^flags\b", known, re.M)
-    return not x86 or re.search(r"\bavx(512)?_vnni\b", known) is not None
+        return set()
+    return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", known, re.M)).split())
+
+
+def dots_bytes(features: set[str]) -> bool:
+    """Whether a CPU adds products of bytes up in 32 bits: VNNI of x86, or its like on ARM."""
+    return bool(features & {"avx_vnni", "avx512_vnni", "asimddp"})
 
 
 def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
@@ -117,7 +121,7 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
             f"no {device.upper()} device for onnxruntime: its {PROVIDERS[device]} is missing,"
             " install onnxruntime-gpu"
         )
-    if not dots_bytes():
+    if not dots_bytes(cpu_features()):
         # It adds them up in 16 bits, which overflow. Other CPUs would take twice the time.
         options.add_session_config_entry("session.x64quantprecision", "1")
     providers = _providers(path, device, device_id)

@@ -25,6 +25,7 @@ from hardening.data import Batch, Folder, Images
 from hardening.models import Classifier
 from hardening.train import (
     Part,
+    Precision,
     Run,
     accuracy,
     autocast,
@@ -97,6 +98,7 @@ class PurifierRecipe(NamedTuple):
     task: float = 1.0
     ema: float = 0.995
     seed: int = 0
+    precision: Precision = "fp32"
 
 
 class PurifierTrainer:
@@ -139,7 +141,7 @@ class PurifierTrainer:
 
     def critic_step(self, real: Tensor, fake: Tensor) -> None:
         """Hinge loss (Lim and Ye 2017): clean images up, purified ones down."""
-        with autocast(self.device):
+        with autocast(self.device, self.recipe.precision):
             up, down = F.relu(1 - self.critic(real)), F.relu(1 + self.critic(fake))
             loss = up.mean() + down.mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
@@ -154,11 +156,11 @@ class PurifierTrainer:
             group["lr"] = recipe.lr * one_cycle(progress)
         batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
         x, label = batch.x, batch.label
-        with autocast(self.device):
+        with autocast(self.device, recipe.precision):
             purified = self.model(self.craft(batch))
         self.critic_step(x, purified.detach())
         # A context of its own: autocast caches weights, and the critic's have just moved.
-        with autocast(self.device):
+        with autocast(self.device, recipe.precision):
             task = F.cross_entropy(self.classifier(purified).float(), label)
             loss = (
                 recipe.reconstruction * F.l1_loss(purified, x)

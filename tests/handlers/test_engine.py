@@ -18,6 +18,7 @@ from handlers.engine import (
     Engine,
     EngineError,
     Outputs,
+    cpu_features,
     dots_bytes,
     tensorrt_options,
 )
@@ -63,9 +64,9 @@ def test_outputs_equal_the_torch_pipeline(
 def test_a_cpu_is_known_by_whether_it_adds_products_of_bytes_without_overflow(
     tmp_path: Path, cpuinfo: str, exact: bool
 ) -> None:
-    assert not dots_bytes(tmp_path / "missing")
+    assert not dots_bytes(cpu_features(tmp_path / "missing"))
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}")
-    assert dots_bytes(tmp_path / "cpuinfo") is exact
+    assert dots_bytes(cpu_features(tmp_path / "cpuinfo")) is exact
 
 
 def test_batches_beyond_the_maximum_equal_single_images(engine: Engine, images: np.ndarray) -> None:

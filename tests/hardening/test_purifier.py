@@ -9,6 +9,7 @@ from hardening.attacks import Threat
 from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_purifier
 from hardening.purifier import Critic, Purifier, PurifierConfig, PurifierRecipe, train_purifier
+from hardening.train import Precision
 
 SMALL = PurifierConfig(width=8, depth=1)
 
@@ -37,13 +38,15 @@ def test_the_critic_scores_patches() -> None:
     assert Critic(8)(torch.rand(2, 3, 32, 32)).shape == (2, 1, 4, 4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    precision: Precision, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     classifier = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16))
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     recipe = PurifierRecipe(Threat("Linf", 2 / 255), epochs=3, batch_size=32, ema=0.5)
+    recipe = recipe._replace(precision=precision)
     images = blobs(256, size=16), blobs(64, size=16, seed=1)
     best = train_purifier(classifier, SMALL, recipe, tmp_path, images)
     state = checkpoint.read_state(tmp_path)

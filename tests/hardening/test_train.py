@@ -11,7 +11,17 @@ from hardening.attacks import Threat
 from hardening.methods import METHODS
 from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_classifier
-from hardening.train import Recipe, Run, Trainer, accuracy, one_cycle, ramp, train_classifier
+from hardening.train import (
+    Precision,
+    Recipe,
+    Run,
+    Trainer,
+    accuracy,
+    fast_precision,
+    one_cycle,
+    ramp,
+    train_classifier,
+)
 
 CONFIG = ClassifierConfig("resnet10", 10, width=0.125, image_size=16)
 RECIPE = Recipe(threat=Threat("Linf", 2 / 255), epochs=2, batch_size=32, lr=0.1, ema=0.5)
@@ -23,13 +33,30 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> Path:
     return train_classifier(Classifier(CONFIG), recipe, folder, images)
 
 
-def test_training_learns_to_withstand_the_attack(tmp_path: Path) -> None:
-    best = load_classifier(train(tmp_path, RECIPE._replace(epochs=5)))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_learns_to_withstand_the_attack(precision: Precision, tmp_path: Path) -> None:
+    best = load_classifier(train(tmp_path, RECIPE._replace(epochs=5, precision=precision)))
     with Image.open(tmp_path / "curve.png") as curve:
         assert curve.size == (840, 480)
     fresh = blobs(128, size=16, seed=2)
     # Chance is 10%.
     assert accuracy(best, fresh, attack="pgd10", threat=RECIPE.threat) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("device", "features", "precision"),
+    [
+        ("cuda", {"avx2"}, "bf16"),
+        ("cpu", {"avx512f", "avx512_bf16"}, "bf16"),
+        ("cpu", {"asimd", "bf16"}, "bf16"),
+        ("cpu", {"avx2", "avx512f"}, "fp32"),
+        ("cpu", set(), "fp32"),
+    ],
+)
+def test_bfloat16_is_for_hardware_that_computes_in_it(
+    device: str, features: set[str], precision: Precision
+) -> None:
+    assert fast_precision(torch.device(device), features) == precision
 
 
 @pytest.mark.parametrize(("arch", "method"), [("resnet10", "trades"), ("squeezenet1_1", "nfgsm")])
