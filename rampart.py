@@ -52,6 +52,7 @@ Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
 ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
+ONLY_ROWS = "Only this row beside the classifier and max-softmax rejection; prints, keeps nothing"
 PRECISION = "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust"
 QueryStore = Annotated[
     str | None,
@@ -816,6 +817,7 @@ def ablate(
     cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
     test: Annotated[Path | None, typer.Option(help=ON_TEST)] = None,
+    only: Annotated[list[str] | None, typer.Option(help=ONLY_ROWS)] = None,
     device: Device = "auto",
 ) -> None:
     """What each part adds under attack, and costs; the outcome names the default variant."""
@@ -827,8 +829,11 @@ def ablate(
     from hardening.rungs import QUICK
     from hardening.victims import label_victim
 
+    if test and only:
+        raise ValueError("--test reports on rows of its own: leave out --only")
     where, weights = pick_device(device), model / "weights.safetensors"
     pipeline, known = pipelines.load(weights, calibrated(model)[0])
+    chosen = ablation.chosen(pipeline, only or [], test=test is not None)
     size = pipeline.classifier.config.image_size
     images = not_trained_on(model, data, held, size)
     attacked = load(test, train=False, size=size) if test else split(images, "validation")
@@ -838,10 +843,9 @@ def ablate(
     few = spread(attacked, limit).to(where)
     every = [
         ablation.arm(pipeline, setup, images, partial(to_engine, threads=1), where)
-        for setup in ablation.setups(pipeline)
-        if not test or setup.name in ablation.ON_TEST
+        for setup in chosen
     ]
-    if (control := twin or sibling(model)) and not test:
+    if (control := twin or sibling(model)) and not (test or only):
         net = pipelines.load_classifier(control / "weights.safetensors")
         victim = label_victim("undefended", net.to(where), checkpoint.digest(net))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
@@ -855,6 +859,7 @@ def ablate(
     if test:
         report.add_to_card(model, {"test_ablation": entry})
         report.log_evaluation(model, {name: entry[name] for name in ("data", "n", "command")})
+    if test or only:
         say(report.piped(*ablation.curve_table(entry["rows"])))
         return
     entry["default"] = ablation.default(outcomes)

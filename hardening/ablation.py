@@ -2,6 +2,7 @@
 
     rampart ablate model_store/NAME --data cifar10/
     rampart ablate model_store/NAME --data cifar10/ --test TEST.npz
+    rampart ablate model_store/NAME --data cifar10/ --only "+ energy"
 
 Every setup is calibrated like a model of its own and attacked with the same budget, and what was
 found against any of them is put to all. Of each image the least suspicious wrong answer is kept:
@@ -10,7 +11,7 @@ it tells at once for every rate of false alarms whether the attacker gets throug
 
 import math
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ SHOWN = (0.02, 0.05)
 DECIDING = 0.05
 # The classifier's largest probability alone: what every other rejection has to beat.
 MAX_SOFTMAX = "+ confidence"
-ON_TEST = ("classifier", MAX_SOFTMAX, "lean", "full")
+BASELINES = ("classifier", MAX_SOFTMAX)
+ON_TEST = (*BASELINES, "lean", "full")
 TWO_VIEWS = ("reconstruction", "disagreement")  # compare the image with its purified view
 ROUNDS = 200
 
@@ -94,6 +96,18 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
         out += [Setup(f"+ purifier + {name}", True, (name,)) for name in TWO_VIEWS]
         out.append(Setup("full", True, (*FULL, *head)))
     return out
+
+
+def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
+    """The rows that `only` names beside the baselines, those of a test, or all. Raises ValueError
+    for a name that no row has.
+    """
+    every = setups(pipeline)
+    names = [setup.name for setup in every]
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"no row {', '.join(unknown)}: choose among {', '.join(names)}")
+    wanted = {*BASELINES, *only} if only else {*ON_TEST} if test else {*names}
+    return [setup for setup in every if setup.name in wanted]
 
 
 def arm(

@@ -304,6 +304,19 @@ def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
     assert '"data": "6 test.npz"' in (model / "evaluations.jsonl").read_text().splitlines()[-1]
 
 
+def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    before = report.read_card(model)
+    data = ["--data", held, "--held", held, "--limit", 4, "--steps", 1]
+    output = run("ablate", model, *data, "--only", "+ energy", "--cache", tmp_path / "found")
+    assert "| + energy | 20.0% |" in output and "| + median |" not in output
+    assert report.read_card(model) == before
+    with pytest.raises(ValueError, match="--test reports on rows of its own"):
+        run("ablate", model, *data, "--test", held, "--only", "+ energy")
+
+
 def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
     tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -41,7 +41,7 @@ def outcomes(
 
     arm = partial(ablation.arm, tiny_pipeline, held=tiny_images, to_engine=to_engine)
     arm = partial(arm, device=torch.device("cpu"))
-    chosen = [s for s in ablation.setups(tiny_pipeline) if s.name in NAMES]
+    chosen = ablation.chosen(tiny_pipeline, NAMES, test=False)
     return ablation.ablate(
         [arm(setup) for setup in chosen], labelled, THREAT, BUDGET, folder=folder / "found"
     )
@@ -61,6 +61,19 @@ def test_every_part_stands_alone_and_detectors_of_two_views_behind_the_purifier(
     assert setups["full"].detectors == tiny_pipeline.detectors.names
     without = DefendedClassifier(tiny_pipeline.classifier, None, ("energy",))
     assert not any(setup.purified for setup in ablation.setups(without))
+
+
+def test_the_rows_that_are_asked_for_stand_beside_the_baselines(
+    tiny_pipeline: DefendedClassifier,
+) -> None:
+    def names(*only: str, test: bool = False) -> list[str]:
+        return [setup.name for setup in ablation.chosen(tiny_pipeline, only, test=test)]
+
+    assert names("+ median") == ["classifier", "+ median", "+ confidence"]
+    assert names(test=True) == ["classifier", "+ confidence", "lean", "full"]
+    assert names() == [setup.name for setup in ablation.setups(tiny_pipeline)]
+    with pytest.raises(ValueError, match="no row median: choose among classifier, "):
+        names("median")
 
 
 def test_rejecting_more_never_loses_an_image(outcomes: list[Outcome]) -> None:
