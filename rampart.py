@@ -877,7 +877,7 @@ def alarms(
     rate: Rate = 0.01,
     device: Device = "auto",
 ) -> None:
-    """How often clean images are flagged, by the way they come to the endpoint."""
+    """How often clean images are flagged, by the way they come and by the class they get."""
     from hardening import alarms as false
     from hardening import pipeline as pipelines
     from hardening import report
@@ -890,13 +890,18 @@ def alarms(
         every.append(false.Judged(pipeline.to(where), load_variant(model, variant)))
     images = not_trained_on(model, data, held, pipeline.classifier.config.image_size)
     sample = spread(split(images, "calibration"), limit).to(where)
-    rows = list(false.false_alarms(every, sample, rate=rate))
+    unranked = split(images, "validation").to(where)
+    rows = [
+        *false.false_alarms(every, sample, rate=rate),
+        *false.by_class(every, unranked, rate=rate),
+    ]
     coverage = {
         judged.calibration.variant: list(false.coverage(judged.calibration.combined))
         for judged in every
     }
     remedies = false.remedies(rows)
-    entry = {"data": f"calibration images of {(held or data).name}", "rate": rate, "rows": rows}
+    source = f"calibration images of {(held or data).name}; by class its validation images"
+    entry = {"data": source, "rate": rate, "rows": rows}
     entry |= {"coverage": coverage, "remedies": remedies, "command": command_line()}
     report.add_to_card(model, {"false_alarms": entry})
     say(report.piped(*false.table(rows)))

@@ -1,3 +1,4 @@
+import copy
 from io import BytesIO
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from handlers.verdict import p_values
 from hardening import alarms, calibrate
 from hardening import pipeline as pipelines
 from hardening.alarms import Judged
@@ -73,6 +75,41 @@ def test_other_pictures_than_those_ranked_are_flagged_more_often(
     assert rows[crops]["drift"] > 0.3
     for row in rows.values():
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
+
+
+def test_each_class_is_told_how_many_of_its_images_are_flagged(
+    full: Judged, tiny_images: Images
+) -> None:
+    few = split(tiny_images, "validation")
+    net = copy.deepcopy(full.pipeline)
+    # Untrained, it takes all images for one class: no class shall be more likely than another.
+    net.classifier.head.bias -= net(few.image).logits.mean(0)
+    judged, out = Judged(net, calibrate.calibrate(net, tiny_images, "full")), net(few.image)
+    rows = list(alarms.by_class([judged], few, rate=0.3))
+    flagged = p_values(out.scores.numpy(), judged.calibration) < 0.3
+    for row in rows:
+        index = few.classes.index(row["way"].removeprefix("taken for "))
+        own = out.logits.argmax(1).numpy() == index
+        assert row["n"] == own.sum()
+        assert row["value"] == pytest.approx(flagged[own].mean(), abs=1e-4)
+    assert sum(row["n"] for row in rows) == len(few)
+    assert len({row["value"] for row in rows}) > 1
+
+
+def test_variants_that_take_other_images_for_a_class_stand_in_one_table() -> None:
+    row = {"way": "taken for cat", "variant": "full", "value": 0.25, "interval": [0.1, 0.5], "n": 4}
+    row |= {"drift": 0.5, "too_many": True}
+    lean = row | {"variant": "lean", "n": 5, "too_many": False}
+    dog = lean | {"way": "taken for dog"}
+    head, body = alarms.table([row, lean, dog])
+    assert len(head) == 6
+    share = "25.0% (10.0% to 50.0%)"
+    assert body[0] == ("taken for cat", "4, 5", f"{share} too many", "0.500", share, "0.500")
+    assert body[1] == ("taken for dog", "5", "-", "-", share, "0.500")
+    assert alarms.remedies([row, lean, dog]) == [
+        "full: taken for cat flags 25.0%: the promise is over all classes together; to reject"
+        " few of these, lower the rate"
+    ]
 
 
 def test_rates_that_so_few_images_cannot_rank_are_left_out() -> None:
