@@ -7,7 +7,6 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,7 +62,6 @@ PrecisionOf = Annotated[
 ]
 Split = Literal["validation", "tuning", "calibration"]
 Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
-VARIANTS: tuple[Literal["full", "lean"], ...] = ("full", "lean")
 
 
 def say(what: object) -> None:
@@ -374,6 +372,7 @@ def assemble(
     """Make a model folder: weights, a calibration for each variant, a card."""
     from hardening import calibrate as calibration
     from hardening import checkpoint, report
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening.data import split, spread
     from hardening.detectors import FITTED, FULL
@@ -387,9 +386,9 @@ def assemble(
     few = spread(train, FITTED) if len(train) else split(images, "validation")
     defended.detectors.feature_distance.fit(net, few)
     pipelines.save(model / "weights.safetensors", defended, images.classes)
-    for file in calibrations(model):  # of what the folder held before
+    for file in folders.calibrations(model):  # of what the folder held before
         file.unlink()
-    for variant in VARIANTS if purifier else VARIANTS[1:]:
+    for variant in folders.VARIANTS if purifier else folders.VARIANTS[1:]:
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         made = calibration.calibrate(pipeline, images, variant)
         say(calibration.write(model, made, f"{(held or data).name}, calibration split"))
@@ -440,6 +439,7 @@ def evaluate(
     import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
     from hardening import evaluate as evaluation
+    from hardening import folder as folders
     from hardening import page, report
     from hardening.rungs import QUICK, Budget
 
@@ -447,7 +447,8 @@ def evaluate(
     limit = limit or (100 if quick else None)
     chosen, source = measured(model, data, data_name, held=held, part=part, limit=limit)
     images = chosen.to(where)
-    victims = victims_of(model, twin or sibling(model), images.classes, rate=rate, device=where)
+    twin = twin or folders.sibling(model)
+    victims = victims_of(model, twin, images.classes, rate=rate, device=where)
     if int8:
         victims += lower_victims(model, "int8", rate=rate, device=where)
     if fp16:
@@ -495,6 +496,7 @@ def measured(
     With `part` they are a split of `held`, or of the tenth that training leaves out of `data`; an
     .npz that was not trained on is taken for held-out images itself.
     """
+    from hardening import folder as folders
     from hardening import report
     from hardening.data import load, split, spread
     from hardening.pipeline import load_classifier
@@ -502,7 +504,8 @@ def measured(
     if held and not part:
         raise ValueError("--held goes with --part: without it, pass as --data what is to be used")
     size = load_classifier(model / "weights.safetensors").config.image_size
-    known, source = trained_on(report.read_card(model), data), data_name or (held or data).name
+    known = folders.trained_on(report.read_card(model), data)
+    source = data_name or (held or data).name
     if part and (held or known or data.suffix != ".npz"):
         every = not_trained_on(model, data, held, size)
     else:
@@ -519,26 +522,16 @@ def measured(
     return images, source if len(images) == len(every) else f"{len(images)} of {source}"
 
 
-def trained_on(card: dict[str, Any], data: Path) -> bool:
-    """Whether the card names `data` as the images of training, by itself or in a command."""
-    return data.name in (card.get("data"), *passed(card, "--data"))
-
-
-def passed(card: dict[str, Any], option: str) -> list[str]:
-    """The names of the files that a model's commands were given as `option`."""
-    lines = map(shlex.split, card.get("commands", []))
-    return [Path(name).name for words in lines for word, name in pairwise(words) if word == option]
-
-
 def not_trained_on(model: Path, data: Path, held: Path | None, size: int) -> "Images":
     """The held-out images of `read_data`, for a model that is made.
 
     Raises ValueError where it was made with a --held and none is given now: a tenth of `data` would
     be images that it was trained on.
     """
+    from hardening import folder as folders
     from hardening.report import read_card
 
-    if held is None and (named := passed(read_card(model), "--held")):
+    if held is None and (named := folders.passed(read_card(model), "--held")):
         raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
     return read_data(data, held, size)[1]
 
@@ -579,6 +572,7 @@ def harden(
     Each stage is done once: the same command goes on where it was interrupted, and does again only
     what other inputs change.
     """
+    from hardening import folder as folders
     from hardening import report
     from hardening.stages import stages
 
@@ -612,14 +606,14 @@ def harden(
         make = partial(calibrate_into, out.stem, data, {"held": held, **parts})
         model = job.once("calibrate", {**source, **parts, "name": out.stem}, make) / out.stem
         if evaluate_on:
-            known = {**source, **threat, **contents(model), "n": evaluate_on}
+            known = {**source, **threat, **folders.contents(model), "n": evaluate_on}
             options = {"part": "validation", "quick": True, "limit": evaluate_on, **threat}
             make = partial(evaluate_into, model, data, {"held": held, **options})
             model = job.once("evaluate", known, make) / out.stem
         packed = job.once(
-            "archive", contents(model), lambda folder: archive(model, folder / out.name)
+            "archive", folders.contents(model), lambda folder: archive(model, folder / out.name)
         )
-    if deliver(model, out.with_suffix("")) and out.is_file():
+    if folders.deliver(model, out.with_suffix("")) and out.is_file():
         say(f"{out} is of these weights and stays as it is: `rampart archive` builds it anew")
     else:
         shutil.copy(packed / out.name, out)
@@ -627,43 +621,6 @@ def harden(
     say(f"\n{report.markdown(card)}\n")
     say(f"{out}: serve it with `rampart serve --model {out}`")
     insist(card)
-
-
-def calibrations(model: Path) -> list[Path]:
-    """The files of a model folder that belong to its weights alone."""
-    return [*model.glob("calibration-*.json"), *model.glob("ranges-*.json")]
-
-
-def deliver(model: Path, target: Path) -> bool:
-    """Copy a finished model folder; what was measured since on the same model stays.
-
-    Returns whether it is the same. The log of evaluations only grows.
-    """
-    from hardening import report
-
-    def decides(folder: Path) -> dict[str, bytes]:
-        names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
-        files = [folder / name for name in names]
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-    def logged(folder: Path) -> list[str]:
-        log = folder / "evaluations.jsonl"
-        return log.read_text().splitlines() if log.is_file() else []
-
-    known, lines = report.read_card(target), [*logged(target), *logged(model)]
-    same = decides(target) == decides(model)
-    if not same:  # an earlier model's would not fit this one's weights
-        for file in [*calibrations(target), *target.glob("*.png"), *target.glob("report.html")]:
-            file.unlink()
-    shutil.copytree(model, target, dirs_exist_ok=True)
-    if lines:
-        once = "".join(f"{line}\n" for line in dict.fromkeys(lines))
-        (target / "evaluations.jsonl").write_text(once)
-    if same:
-        card = report.read_card(target)
-        rows = report.merge(known.get("metrics", []), card.get("metrics", []))
-        report.write_card(target, known | card | {"metrics": rows})
-    return same
 
 
 def adopt_into(weights: Path, options: dict[str, Any], folder: Path) -> None:
@@ -688,64 +645,22 @@ def evaluate_into(model: Path, data: Path, options: dict[str, Any], folder: Path
         evaluate(folder / model.name, data, **options)
 
 
-def contents(model: Path) -> dict[str, Any]:
-    """The files of a model folder, by name."""
-    return {file.name: file for file in sorted(model.iterdir()) if file.is_file()}
-
-
 def cat(model: Path, threat: "Threat", *, rate: float) -> "tuple[DefendedClassifier, Pictures]":
     """The pipeline of a model folder, and pictures that a page may carry: scikit-image's cat."""
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening.calibrate import load_variant
     from hardening.objectives import look_at
     from hardening.page import Pictures
     from hardening.rungs import QUICK, fool
 
-    variant = best_variant(model)
+    variant = folders.best_variant(model)
     pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
     size = pipeline.classifier.config.image_size
     pixels = picture(None, size)
     look = look_at(pipeline, load_variant(model, variant), rate)
     source = f"scikit-image's CC0 cat (chelsea), decoded to {size}x{size}"
     return pipeline, Pictures(pixels, fool(look, pixels, threat, QUICK), ["cat"], source)
-
-
-def variants_in(model: Path) -> list[Literal["full", "lean"]]:
-    """The variants that a model folder is calibrated for, `full` first."""
-    return [v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()]
-
-
-def calibrated(model: Path) -> list[Literal["full", "lean"]]:
-    """`variants_in`, at least one. Raises ValueError that says how to make it."""
-    if known := variants_in(model):
-        return known
-    raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
-
-
-def best_variant(model: Path) -> Literal["full", "lean"]:
-    """The variant that is taken where none is asked for: what the ablation chose, else `full`.
-
-    An empty folder is complained of later.
-    """
-    from hardening.report import read_card
-
-    known = variants_in(model)
-    chosen = read_card(model).get("ablation", {}).get("default", {}).get("variant")
-    return chosen if chosen in known else next(iter(known), VARIANTS[0])
-
-
-def best_precision(model: Path, variant: str) -> "Precision":
-    """int8 where its worst case was measured and is within a point of the float one's."""
-    from hardening.report import robust_in_int8
-
-    loss = robust_in_int8(model, variant)
-    return "int8" if loss is not None and loss <= 0.01 else "fp32"
-
-
-def sibling(model: Path) -> Path | None:
-    """The undefended twin that stands beside `model`, where there is one."""
-    twin = model.with_name(f"{model.name}-undefended")
-    return twin if twin.is_dir() else None
 
 
 def victims_of(
@@ -758,13 +673,14 @@ def victims_of(
 ) -> "list[Victim]":
     """The classifier of a model folder, its variants with their exported graphs, and the twin."""
     from hardening import checkpoint, victims
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening.calibrate import load_variant
 
     weights = model / "weights.safetensors"
     net = pipelines.load_classifier(weights).to(device)
     out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
-    for variant in variants_in(model):
+    for variant in folders.variants_in(model):
         pipeline, known = pipelines.load(weights, variant)
         if known != classes:
             raise ValueError(f"the images have the classes {classes}, the model {known}")
@@ -790,12 +706,13 @@ def lower_victims(
 ) -> "list[Victim]":
     """The graphs of a model folder in fp16 or int8."""
     from export.precision import check_made, ranges_file
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening import victims
     from hardening.calibrate import load_variant
 
     out = []
-    for variant in variants_in(model):
+    for variant in folders.variants_in(model):
         check_made(model, variant, precision)
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         engine = to_engine(pipeline, precision, ranges_file(model, variant))
@@ -824,6 +741,7 @@ def ablate(
     import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
     from hardening import ablation, checkpoint, plots, report
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening.data import load, split, spread
     from hardening.rungs import QUICK
@@ -832,7 +750,7 @@ def ablate(
     if test and only:
         raise ValueError("--test reports on rows of its own: leave out --only")
     where, weights = pick_device(device), model / "weights.safetensors"
-    pipeline, known = pipelines.load(weights, calibrated(model)[0])
+    pipeline, known = pipelines.load(weights, folders.calibrated(model)[0])
     chosen = ablation.chosen(pipeline, only or [], test=test is not None)
     size = pipeline.classifier.config.image_size
     images = not_trained_on(model, data, held, size)
@@ -845,7 +763,7 @@ def ablate(
         ablation.arm(pipeline, setup, images, partial(to_engine, threads=1), where)
         for setup in chosen
     ]
-    if (control := twin or sibling(model)) and not (test or only):
+    if (control := twin or folders.sibling(model)) and not (test or only):
         net = pipelines.load_classifier(control / "weights.safetensors")
         victim = label_victim("undefended", net.to(where), checkpoint.digest(net))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
@@ -879,13 +797,14 @@ def alarms(
 ) -> None:
     """How often clean images are flagged, by the way they come and by the class they get."""
     from hardening import alarms as false
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
     from hardening.data import split, spread
 
     where, every = pick_device(device), []
-    for variant in calibrated(model):
+    for variant in folders.calibrated(model):
         pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
         every.append(false.Judged(pipeline.to(where), load_variant(model, variant)))
     images = not_trained_on(model, data, held, pipeline.classifier.config.image_size)
@@ -975,10 +894,11 @@ def quantize(
 ) -> None:
     """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
     from export.precision import make, parts
+    from hardening import folder as folders
     from hardening import report
     from hardening.pipeline import load_classifier
 
-    variants, weights = calibrated(model), model / "weights.safetensors"
+    variants, weights = folders.calibrated(model), model / "weights.safetensors"
     source = (held or data).name
     images = not_trained_on(model, data, held, load_classifier(weights).config.image_size)
     for variant in variants:
@@ -1026,14 +946,15 @@ def export(
     from export.archive import export_variant
     from export.to_tensorrt import to_tensorrt
     from export.to_triton import to_triton
+    from hardening import folder as folders
 
     if sum(target is not None for target in (out, triton, tensorrt)) != 1:
         raise ValueError(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, and --tensorrt"
             " FILE.plan"
         )
-    chosen = variant or best_variant(model)
-    form = precision or best_precision(model, chosen)
+    chosen = variant or folders.best_variant(model)
+    form = precision or folders.best_precision(model, chosen)
     images = gate_images(model, data)
     if out:
         say(export_variant(model, chosen, out, precision=form, images=images))
@@ -1114,14 +1035,15 @@ def archive(
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     from export import archive as archives
+    from hardening import folder as folders
 
     target = out or model.parent / f"{model.name}.mar"
     policy: dict[str, object] = {"false_alarm_rate": rate, "on_detection": on_detection}
     policy |= {"on_failure": on_failure, "detail": detail, "on_query_attack": on_query_attack}
     policy |= {"query_store": query_store, "query_owner": query_owner}
     policy |= {"query_expiry": query_expiry, "query_capacity": query_capacity}
-    variant = variant or best_variant(model)
-    precision = precision or best_precision(model, variant)
+    variant = variant or folders.best_variant(model)
+    precision = precision or folders.best_precision(model, variant)
     parity = archives.archive(
         model,
         target,
@@ -1151,13 +1073,14 @@ def attack(
     """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution."""
     from PIL import Image
 
+    from hardening import folder as folders
     from hardening import pipeline as pipelines
     from hardening import report
     from hardening.calibrate import load_variant
     from hardening.objectives import look_at
     from hardening.rungs import QUICK, fool
 
-    variant = variant or best_variant(model)
+    variant = variant or folders.best_variant(model)
     pipeline, classes = pipelines.load(model / "weights.safetensors", variant)
     calibration = load_variant(model, variant)
     pixels = picture(image, pipeline.classifier.config.image_size)

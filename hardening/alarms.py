@@ -155,7 +155,7 @@ def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterato
     """
     for judged in every:
         with torch.no_grad():
-            out = [judged.pipeline(part) for part in images.image.split(256)]
+            out = [judged.pipeline(part) for part in torch.split(images.image, 256)]
         logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
         p, guess = p_values(scores, judged.calibration), logits.argmax(1)
         for index, name in enumerate(images.classes):

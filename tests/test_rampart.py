@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import rampart
 from hardening import checkpoint, report
+from hardening import folder as folders
 from hardening.data import hold_out
 
 README = Path(rampart.__file__).parent / "README.md"
@@ -86,7 +87,7 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     assert lean.count("done before") == 1
     with ZipFile("store/mine.mar") as archive:
         assert json.loads(archive.read("card.json"))["variant"] == "lean"
-    assert rampart.variants_in(Path("store/mine")) == ["lean"]
+    assert folders.variants_in(Path("store/mine")) == ["lean"]
     assert "ablation" not in report.read_card(Path("store/mine"))  # it was another model
     assert not Path("store/mine/report.html").exists()
     assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
@@ -279,7 +280,7 @@ def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
     assert seen["n"] == 4
     assert seen["threat_model"] == "Linf 8/255"
     assert seen["rows"][0]["name"] == "classifier"
-    assert seen["default"]["variant"] == rampart.best_variant(model) == "lean"
+    assert seen["default"]["variant"] == folders.best_variant(model) == "lean"
     assert (model / "ablation.png").is_file()
 
 
@@ -317,17 +318,6 @@ def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
         run("ablate", model, *data, "--test", held, "--only", "+ energy")
 
 
-def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
-    model = shutil.copytree(tiny_folder, tmp_path / "tiny")
-    assert rampart.best_variant(model) == "full"
-    report.write_card(model, {"ablation": {"default": {"variant": "lean"}}})
-    assert rampart.best_variant(model) == "lean"
-    (model / "calibration-lean.json").unlink()
-    assert rampart.best_variant(model) == "full"
-
-
 def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     tmp_path: Path, lean_only: Path
 ) -> None:
@@ -349,7 +339,7 @@ def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     assert ": lean, int8, " in run("archive", lean_only, "--out", tmp_path / "a.mar")
     next(row for row in kept if row["subject"] == "graph:int8")["value"] = 0.48
     report.write_card(lean_only, card)
-    assert rampart.best_precision(lean_only, "lean") == "fp32"
+    assert folders.best_precision(lean_only, "lean") == "fp32"
     # A new int8 graph has none of the old one's figures.
     run("quantize", lean_only, "--data", held, "--held", held, "--rate", 0.05, "--limit", 64)
     subjects = {row["subject"] for row in report.read_card(lean_only)["metrics"]}
