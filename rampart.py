@@ -51,8 +51,14 @@ Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
 ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
-ONLY_ROWS = "Only this row beside the classifier and max-softmax rejection; prints, keeps nothing"
-PRECISION = "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust"
+ONLY_ROWS = (
+    "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
+)
+ONLY_ROWS += "other rows' attacks are not put to it"
+PRECISION = (
+    "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust, on "
+)
+PRECISION += "100 validation images or more, under the card's threat model and at --rate 0.01"
 QueryStore = Annotated[
     str | None,
     typer.Option(help="Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"),
@@ -462,11 +468,12 @@ def evaluate(
     rows = [report.row(m, data=source, command=command_line(), rate=rate) for m in result.metrics]
     card = report.read_card(model)
     entries: dict[str, Any] = {"metrics": report.merge(card.get("metrics", []), rows)}
-    if "threat_model" not in card:  # figures under another stand beside it, and change nothing
-        entries |= {"threat_model": str(threat)}
-    if result.checks:
-        entries |= {"checks": [check._asdict() for check in result.checks]}
-    card = report.add_to_card(model, entries | {"versions": versions()})
+    # The first whole evaluation says what the card's threat is; other figures stand beside.
+    settled = card.get("threat_model") if only or "checks" in card else None
+    entries |= {"threat_model": settled or str(threat), "versions": versions()}
+    own = entries["threat_model"] == str(threat)
+    checks = {"checks": [check._asdict() for check in result.checks]}
+    card = report.add_to_card(model, entries | (checks if own and result.checks else {}))
     report.log_evaluation(model, {"data": source, "n": len(images), "command": command_line()})
     say(report.table(rows))
     for check in result.checks:
@@ -475,11 +482,13 @@ def evaluate(
         pipeline, pictures = cat(model, threat, rate=rate)
         pipeline = pipeline.to(where)
         write = partial(page.write, card=card, rows=rows, evaluation=result, pipeline=pipeline)
-        say(write(model / "report.html", pictures=pictures))
+        if own:
+            say(write(model / "report.html", pictures=pictures))
+        else:
+            say(f"the card is of {settled}: its self-checks and report.html stay as they are")
         if gallery:
             say(write(gallery, pictures=page.gallery(result, pipeline)))
-    if result.checks:
-        insist(card)
+    insist(checks)
 
 
 def measured(
@@ -531,7 +540,7 @@ def not_trained_on(model: Path, data: Path, held: Path | None, size: int) -> "Im
     from hardening import folder as folders
     from hardening.report import read_card
 
-    if held is None and (named := folders.passed(read_card(model), "--held")):
+    if held is None and (named := folders.held_beside(read_card(model), data)):
         raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
     return read_data(data, held, size)[1]
 
@@ -564,6 +573,7 @@ def harden(
     epochs: Annotated[int, typer.Option(help="Of training; 0 keeps --weights as they are")] = 30,
     purifier_epochs: Annotated[int, typer.Option(help="0: no purifier, variant lean")] = 2,
     evaluate_on: Annotated[int, typer.Option(help="Validation images to attack; 0: none")] = 100,
+    precision: Arithmetic = None,
     runs: Annotated[Path, typer.Option(help="Folder for what the stages make")] = Path("runs"),
     device: Device = "auto",
 ) -> None:
@@ -586,6 +596,7 @@ def harden(
     source: dict[str, Any] = {"images": images, "held": held_out}
     net: dict[str, Any] = {"arch": arch, "width": width, "image_size": image_size}
     threat: dict[str, Any] = {"norm": norm, "eps": eps, "device": device}
+    fast: dict[str, Any] = {"precision": precision} if precision else {}
     wanted = (weights, epochs, purifier_epochs, "calibrate", evaluate_on, "archive")
     parts: dict[str, Any] = {}
     with stages(runs / out.stem, sum(map(bool, wanted))) as job:
@@ -594,12 +605,12 @@ def harden(
             make = partial(adopt_into, weights, take)
             parts["classifier"] = job.once("adopt", {**take, "weights": weights}, make) / CLASSIFIER
         if epochs:
-            how = {**net, **threat, "method": method, "epochs": epochs}
+            how = {**net, **threat, **fast, "method": method, "epochs": epochs}
             how["init"] = parts.get("classifier")
             make = partial(train, data, held=held, **how)
             parts["classifier"] = job.once("train", {**source, **how}, make) / CLASSIFIER
         if purifier_epochs:
-            how = {**threat, **parts, "epochs": purifier_epochs}
+            how = {**threat, **fast, **parts, "epochs": purifier_epochs}
             make = partial(purifier_into, data, {"held": held, **how})
             folder = job.once("purifier", {**source, **how}, make)
             parts["purifier"] = folder / "purifier.safetensors"
@@ -613,10 +624,11 @@ def harden(
         packed = job.once(
             "archive", folders.contents(model), lambda folder: archive(model, folder / out.name)
         )
-    if folders.deliver(model, out.with_suffix("")) and out.is_file():
+    if folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model):
         say(f"{out} is of these weights and stays as it is: `rampart archive` builds it anew")
-    else:
-        shutil.copy(packed / out.name, out)
+    else:  # whole or not at all
+        partial_copy = shutil.copy(packed / out.name, out.with_suffix(".partial"))
+        Path(partial_copy).replace(out)
     card = report.read_card(model)
     say(f"\n{report.markdown(card)}\n")
     say(f"{out}: serve it with `rampart serve --model {out}`")
@@ -747,8 +759,8 @@ def ablate(
     from hardening.rungs import QUICK
     from hardening.victims import label_victim
 
-    if test and only:
-        raise ValueError("--test reports on rows of its own: leave out --only")
+    if only and (test or twin):
+        raise ValueError("--only goes without --test and --twin, which have rows of their own")
     where, weights = pick_device(device), model / "weights.safetensors"
     pipeline, known = pipelines.load(weights, folders.calibrated(model)[0])
     chosen = ablation.chosen(pipeline, only or [], test=test is not None)
@@ -770,9 +782,8 @@ def ablate(
     threat, budget = threat_of(norm, eps), QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, threat, budget, folder=cache)
     source = test.name if test else f"validation images of {(held or data).name}"
-    entry = ablation.entry(
-        outcomes, threat, budget, data=f"{len(few)} {source}", command=command_line()
-    )
+    how = {"data": f"{len(few)} {source}", "command": command_line()}
+    entry = ablation.entry(outcomes, threat, budget, len(few.classes), **how)
     say(report.piped(*ablation.table(entry["rows"])))
     if test:
         report.add_to_card(model, {"test_ablation": entry})

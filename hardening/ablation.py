@@ -31,7 +31,7 @@ from hardening.evaluate import Rung, climb, label_rungs, rejection_rungs
 from hardening.metrics import Bools, Floats, difference
 from hardening.pipeline import DefendedClassifier
 from hardening.report import cell_text, rounded, share
-from hardening.rungs import Budget, in_8_bits
+from hardening.rungs import Budget, in_8_bits, parts
 from hardening.victims import Victim, label_victim, pipeline_victim
 
 # Rates of false alarms on the curve, and those at which the joint attack wants to be accepted.
@@ -228,15 +228,22 @@ def default(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def entry(
-    outcomes: list[Outcome], threat: Threat, budget: Budget, *, data: str, command: str
+    outcomes: list[Outcome],
+    threat: Threat,
+    budget: Budget,
+    classes: int,
+    *,
+    data: str,
+    command: str,
 ) -> dict[str, Any]:
     """What the card says of an ablation on images that `data` names."""
     aims = ", ".join(f"{rate:.0%}" for rate in AIMS)
+    label = parts(budget, classes).values()
     return {
         "data": data,
         "n": len(outcomes[0].right),
         "threat_model": str(threat),
-        "attack": f"on labels PGD-20, APGD-CE, APGD-T and Square; on what rejects joint APGD that"
+        "attack": f"on labels PGD-20, {', '.join(label)}; on what rejects joint APGD that"
         f" wants to be accepted at {aims} false alarms (other rates are read off what it found);"
         f" {budget}",
         "rows": rows(outcomes),

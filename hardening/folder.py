@@ -4,17 +4,22 @@ weights.safetensors, calibration-VARIANT.json and card.json make a model; figure
 added as they are measured.
 """
 
+import hashlib
+import json
 import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from hardening import report
 from hardening.calibrate import Precision
 from hardening.pipeline import Variant
 
 VARIANTS: tuple[Variant, ...] = ("full", "lean")
+LOG = "evaluations.jsonl"
+PICTURED = ("ablation.png", "curve.png", "report.html")  # what is drawn of a model
 
 
 def variants_in(model: Path) -> list[Variant]:
@@ -53,13 +58,25 @@ def sibling(model: Path) -> Path | None:
 
 def trained_on(card: dict[str, Any], data: Path) -> bool:
     """Whether the card names `data` as the images of training, by itself or in a command."""
-    return data.name in (card.get("data"), *passed(card, "--data"))
+    return data.name in (card.get("data"), *(known.get("--data") for known in commands(card)))
 
 
-def passed(card: dict[str, Any], option: str) -> list[str]:
-    """The names of the files that a model's commands were given as `option`."""
-    lines = map(shlex.split, card.get("commands", []))
-    return [Path(name).name for words in lines for word, name in pairwise(words) if word == option]
+def held_beside(card: dict[str, Any], data: Path) -> list[str]:
+    """What the card's commands on `data` named as held-out images."""
+    named = (known.get("--held") for known in commands(card) if known.get("--data") == data.name)
+    return [held for held in named if held]
+
+
+def commands(card: dict[str, Any]) -> list[dict[str, str]]:
+    """Each command of the card as its options, the last folder or file name of each value."""
+    lines = [
+        [part for word in shlex.split(line) for part in word.split("=", word.startswith("--"))]
+        for line in card.get("commands", [])
+    ]
+    return [
+        {word: Path(value).name for word, value in pairwise(words) if word.startswith("--")}
+        for words in lines
+    ]
 
 
 def contents(model: Path) -> dict[str, Any]:
@@ -73,31 +90,54 @@ def calibrations(model: Path) -> list[Path]:
 
 
 def deliver(model: Path, target: Path) -> bool:
-    """Copy a finished model folder; what was measured since on the same model stays.
+    """Copy a finished model folder; returns whether `target` had that model already.
 
-    Returns whether it is the same. The log of evaluations only grows.
+    If so, the newer of each file stays, and the card keeps what either has. Otherwise what was made
+    of the other model goes, but for the log of evaluations, which only grows.
     """
-
-    def decides(folder: Path) -> dict[str, bytes]:
-        names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
-        files = [folder / name for name in names]
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-    def logged(folder: Path) -> list[str]:
-        log = folder / "evaluations.jsonl"
-        return log.read_text().splitlines() if log.is_file() else []
-
-    known, lines = report.read_card(target), [*logged(target), *logged(model)]
-    same = decides(target) == decides(model)
-    if not same:  # an earlier model's would not fit this one's weights
-        for file in [*calibrations(target), *target.glob("*.png"), *target.glob("report.html")]:
-            file.unlink()
-    shutil.copytree(model, target, dirs_exist_ok=True)
+    same = _decides(target) == _decides(model)
+    if not same:
+        for file in [*calibrations(target), *(target / name for name in ("card.json", *PICTURED))]:
+            file.unlink(missing_ok=True)
+    lines = dict.fromkeys([*_logged(target), *_logged(model)])
+    cards = [report.read_card(target), report.read_card(model)] if same else []
+    if same and _newer(target / "card.json", model / "card.json"):
+        cards.reverse()
+    target.mkdir(parents=True, exist_ok=True)
+    for file in contents(model).values():
+        if not (same and _newer(target / file.name, file)):
+            shutil.copy2(file, target)
     if lines:
-        once = "".join(f"{line}\n" for line in dict.fromkeys(lines))
-        (target / "evaluations.jsonl").write_text(once)
-    if same:
-        card = report.read_card(target)
-        rows = report.merge(known.get("metrics", []), card.get("metrics", []))
-        report.write_card(target, known | card | {"metrics": rows})
+        (target / LOG).write_text("".join(f"{line}\n" for line in lines))
+    if cards:
+        older, newer = cards
+        rows = report.merge(older.get("metrics", []), newer.get("metrics", []))
+        report.write_card(target, older | newer | {"metrics": rows})
     return same
+
+
+def _decides(model: Path) -> dict[str, bytes]:
+    """What makes it another model."""
+    names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
+    files = [model / name for name in names]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _logged(model: Path) -> list[str]:
+    log = model / LOG
+    return log.read_text().splitlines() if log.is_file() else []
+
+
+def _newer(file: Path, other: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime > other.stat().st_mtime
+
+
+def is_of(archive: Path, model: Path) -> bool:
+    """Whether an archive was packed from the weights in a model folder."""
+    try:
+        with ZipFile(archive) as packed:
+            known = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
+    except (OSError, BadZipFile, ValueError, KeyError, TypeError):
+        return False
+    weights = (model / "weights.safetensors").read_bytes()
+    return bool(known == hashlib.sha256(weights).hexdigest())

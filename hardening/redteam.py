@@ -162,12 +162,15 @@ def _short(text: object) -> str:
     return words if len(words) <= 200 else words[:200] + " ..."
 
 
+SAME = 0.001  # confidences that differ by less may be one model's
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run was made with; `eps` is n/255, `budget` the queries an image may cost.
 
-    `said` is what the endpoint said of the first image: another model says something else, whatever
-    it is called.
+    `said` is what the endpoint said of the first image, class and confidence: another model says
+    something else, whatever it is called.
     """
 
     endpoint: str
@@ -176,7 +179,7 @@ class Settings:
     eps: int
     budget: int
     seed: int
-    said: str = ""
+    said: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -429,8 +432,8 @@ def redteam(
     if min(eps, budget, limit) < 1:
         raise ValueError("eps, queries and limit must be at least 1")
     (hello,) = endpoint.ask(images.image[:1].numpy())
-    said = f"{hello.label}, {hello.top}"
-    settings = Settings(endpoint.url, *hello.model, eps=eps, budget=budget, seed=seed, said=said)
+    known, said = (endpoint.url, *hello.model), [list(pair) for pair in hello.top]
+    settings = Settings(*known, eps=eps, budget=budget, seed=seed, said=said)
     done = {(outcome.attack, outcome.index): outcome for outcome in _resume(out, settings)}
     count = min(limit, len(images))
     rows = [number * len(images) // count for number in range(count)]
@@ -442,11 +445,6 @@ def redteam(
                 _append(out, done[name, row])
             elif old.sha256 != _sha256(images, row):
                 raise ValueError(f"{out / FILE} is of other images: choose another --out")
-            elif old.settings.said != said:
-                raise ValueError(
-                    f"{out / FILE} is of another model, of the same name and version: choose"
-                    " another --out"
-                )
     return [done[name, row] for name in attacks for row in rows]
 
 
@@ -506,6 +504,11 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
                 f"{out / FILE} was made with {_differences(outcome.settings, settings)}: choose"
                 " another --out"
             )
+        if not _alike(outcome.settings.said, settings.said):
+            raise ValueError(
+                f"{out / FILE} is of another model, of the same name and version: choose another"
+                " --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     with (out / FILE).open("ab+") as file:
         file.seek(0)
@@ -513,8 +516,19 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
     return outcomes
 
 
+def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bool:
+    """Whether two answers to one image are one model's, which another CPU may compute a little
+    differently; so is whatever was not said."""
+    if not (was and now):
+        return True
+    one, other = ({int(index): share for index, share in pairs} for pairs in (was, now))
+    # What is not among the first few is at most the last of them.
+    last, least = min(one.values()), min(other.values())
+    return all(abs(one.get(k, last) - other.get(k, least)) < SAME for k in one | other)
+
+
 def _differences(old: Settings, new: Settings) -> str:
-    now = asdict(new)
+    now = asdict(replace(new, said=old.said))
     return ", ".join(f"{k} {was} (now {now[k]})" for k, was in asdict(old).items() if was != now[k])
 
 

@@ -76,9 +76,16 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     card = report.read_card(Path("store/mine"))
     report.write_card(Path("store/mine"), card | {"ablation": {"measured": "since"}})
     Path("store/mine/evaluations.jsonl").write_text("logged since\n")
-    Path("store/mine.mar").write_text("built since\n")
-    assert run(*command, 1).count("done before") == 4
-    assert Path("store/mine.mar").read_text() == "built since\n"
+    packed = Path("store/mine.mar").read_bytes()
+    with ZipFile("store/mine.mar", "a") as archive:
+        archive.writestr("built", "since")
+    again = run(*command, 1)
+    assert again.count("done before") == 4 and "mine.mar is of these weights and stays" in again
+    with ZipFile("store/mine.mar") as archive:
+        assert archive.read("built") == b"since"
+    Path("store/mine.mar").write_bytes(packed[:1000])  # as a full disk left it
+    run(*command, 1)
+    assert Path("store/mine.mar").read_bytes() == packed
     Path("store/mine/report.html").touch()
     assert report.read_card(Path("store/mine"))["ablation"] == {"measured": "since"}
     assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
@@ -314,7 +321,7 @@ def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
     output = run("ablate", model, *data, "--only", "+ energy", "--cache", tmp_path / "found")
     assert "| + energy | 20.0% |" in output and "| + median |" not in output
     assert report.read_card(model) == before
-    with pytest.raises(ValueError, match="--test reports on rows of its own"):
+    with pytest.raises(ValueError, match="--only goes without --test and --twin"):
         run("ablate", model, *data, "--test", held, "--only", "+ energy")
 
 

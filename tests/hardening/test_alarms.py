@@ -94,6 +94,11 @@ def test_each_class_is_told_how_many_of_its_images_are_flagged(
         assert row["value"] == pytest.approx(flagged[own].mean(), abs=1e-4)
     assert sum(row["n"] for row in rows) == len(few)
     assert len({row["value"] for row in rows}) > 1
+    assert not any(row["too_many"] for row in rows)
+    # Ranked among another network's scores, they are flagged beyond chance.
+    late = list(alarms.by_class([full._replace(pipeline=net)], few, rate=0.01))
+    assert any(row["too_many"] for row in late if row["n"] > 5)
+    assert not any(row["too_many"] for row in late if round(row["n"] * row["value"]) == 1)
 
 
 def test_variants_that_take_other_images_for_a_class_stand_in_one_table() -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import tarfile
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -101,8 +102,10 @@ def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
     assert torch.equal(torch.cat(list(parts.values())), images.image)
 
 
-def test_each_split_of_images_that_are_sorted_by_class_has_every_class() -> None:
-    images = data.Images(torch.arange(600)[:, None], torch.arange(600) // 60, tuple("abcdefghij"))
+@pytest.mark.parametrize("order", [range(10), (3, 1, 2, 0, 9, 8, 7, 6, 5, 4)])
+def test_each_split_of_images_that_lie_by_class_has_every_class(order: Sequence[int]) -> None:
+    label = torch.tensor(order).repeat_interleave(60)
+    images = data.Images(torch.arange(600)[:, None], label, tuple("abcdefghij"))
     parts = [data.split(images, name) for name in data.SPLITS]
     assert all(set(part.label.tolist()) == set(range(10)) for part in parts)
     assert sorted(torch.cat([part.image for part in parts]).flatten().tolist()) == [*range(600)]

@@ -1,10 +1,19 @@
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from hardening import report
-from hardening.folder import best_variant, calibrated, deliver, passed, sibling, trained_on
+from hardening.folder import (
+    best_variant,
+    calibrated,
+    deliver,
+    held_beside,
+    is_of,
+    sibling,
+    trained_on,
+)
 
 
 def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
@@ -29,35 +38,95 @@ def test_a_twin_is_the_folder_beside_that_is_called_undefended(tmp_path: Path) -
     assert sibling(tmp_path / "mine") == tmp_path / "mine-undefended"
 
 
+ROW = {"subject": "classifier", "variant": "-", "name": "clean", "value": 0.5, "data": "d"}
+
+
 def test_the_images_of_training_are_known_by_name_and_by_command() -> None:
-    card = {"data": "cifar10", "commands": ["rampart train --data 'my pictures/train.npz' --out c"]}
-    assert passed(card, "--data") == ["train.npz"]
-    assert [trained_on(card, Path(name)) for name in ("cifar10", "x/train.npz", "c")] == [
-        True,
-        True,
-        False,
+    lines = [
+        "rampart train --data 'my pictures/train.npz' --out c",
+        "rampart train --data=d=1/more",
     ]
+    card = {"data": "cifar10", "commands": lines}
+    names = ("cifar10", "x/train.npz", "more", "c", "d=1")
+    known = [trained_on(card, Path(name)) for name in names]
+    assert known == [True, True, True, False, False]
 
 
-def test_delivered_again_the_same_model_keeps_its_figures_and_another_one_does_not(
-    tmp_path: Path, tiny_folder: Path
+def test_held_out_images_belong_to_the_images_of_their_own_command() -> None:
+    first = "rampart train --data old/imagenet --held old/val --out pre"
+    card = {"commands": [first, "rampart train --data new/mine --held=new/mine-val --init pre/c"]}
+    assert held_beside(card, Path("imagenet")) == ["val"]
+    assert held_beside(card, Path("mine")) == ["mine-val"]
+    assert held_beside({"commands": [first]}, Path("mine")) == []
+
+
+@pytest.fixture
+def made(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A finished model folder, with a figure, a page and a log."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "made")
+    report.write_card(folder, report.read_card(folder) | {"metrics": [ROW], "checks": ["quick"]})
+    (folder / "report.html").write_text("quick")
+    (folder / "evaluations.jsonl").write_text("then\n")
+    for file in folder.iterdir():
+        os.utime(file, (1000, 1000))
+    return folder
+
+
+def test_the_same_model_keeps_what_was_measured_since(tmp_path: Path, made: Path) -> None:
+    target = tmp_path / "store"
+    assert not deliver(made, target)
+    later = ROW | {"name": "pgd20", "value": 0.4}
+    since = {"metrics": [ROW, later], "outside": {}, "checks": ["whole"]}
+    report.write_card(target, report.read_card(target) | since)
+    (target / "report.html").write_text("whole")
+    (target / "evaluations.jsonl").write_text("then\nsince\n")
+    for _ in range(2):
+        assert deliver(made, target)
+        card = report.read_card(target)
+        assert sorted(row["name"] for row in card["metrics"]) == ["clean", "pgd20"]
+        assert card["checks"] == ["whole"] and "outside" in card
+        assert (target / "report.html").read_text() == "whole"
+        assert (target / "evaluations.jsonl").read_text() == "then\nsince\n"
+
+
+def test_what_a_later_stage_measures_of_the_same_model_replaces_the_old(
+    tmp_path: Path, made: Path
 ) -> None:
-    made, target = shutil.copytree(tiny_folder, tmp_path / "made"), tmp_path / "store"
-    card = report.read_card(made)
-    row = {"subject": "classifier", "variant": "-", "name": "clean", "value": 0.5, "data": "d"}
-    report.write_card(made, card | {"metrics": [row]})
-    assert not deliver(made, target)
-    later = row | {"name": "pgd20", "value": 0.4}
-    report.write_card(target, report.read_card(target) | {"metrics": [row, later], "outside": {}})
-    (target / "evaluations.jsonl").write_text("since\n")
-    (made / "evaluations.jsonl").write_text("then\n")
+    target = tmp_path / "store"
+    deliver(made, target)
+    report.write_card(made, report.read_card(made) | {"checks": ["new"]})
+    (made / "report.html").write_text("new")
+    for name in ("card.json", "report.html"):
+        os.utime(made / name, (2**32, 2**32))
     assert deliver(made, target)
-    assert report.read_card(target)["metrics"] == [later, row]
-    assert "outside" in report.read_card(target)
-    assert (target / "evaluations.jsonl").read_text() == "since\nthen\n"
-    (target / "curve.png").touch()
+    assert report.read_card(target)["checks"] == ["new"]
+    assert (target / "report.html").read_text() == "new"
+
+
+def test_another_model_takes_nothing_over_but_the_log_and_leaves_other_files_alone(
+    tmp_path: Path, made: Path
+) -> None:
+    target = tmp_path / "store"
+    deliver(made, target)
+    report.write_card(target, report.read_card(target) | {"outside": {}})
+    for name in ("ablation.png", "mine.png", "calibration-full-int8.json"):
+        (target / name).touch()
     (made / "calibration-lean.json").write_text("{}")
+    (made / "evaluations.jsonl").write_text("new\n")
+    (made / "report.html").unlink()
     assert not deliver(made, target)
-    assert report.read_card(target)["metrics"] == [row]
-    assert not (target / "curve.png").exists()
-    assert (target / "evaluations.jsonl").read_text() == "since\nthen\n"
+    assert "outside" not in report.read_card(target)
+    assert (target / "evaluations.jsonl").read_text() == "then\nnew\n"
+    kept = {file.name for file in target.iterdir()} - {file.name for file in made.iterdir()}
+    assert kept == {"mine.png"}
+
+
+def test_an_archive_is_known_by_its_weights(
+    tmp_path: Path, tiny_archive: Path, tiny_folder: Path
+) -> None:
+    assert is_of(tiny_archive, tiny_folder)
+    (tmp_path / "torn.mar").write_bytes(tiny_archive.read_bytes()[:1000])
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    (other / "weights.safetensors").write_bytes(b"other")
+    assert not any((is_of(tiny_archive, other), is_of(tmp_path / "torn.mar", tiny_folder)))
+    assert not is_of(tmp_path / "missing.mar", tiny_folder)

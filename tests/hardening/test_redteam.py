@@ -328,8 +328,10 @@ def test_a_run_of_another_model_or_other_images_is_refused(
     with pytest.raises(ValueError, match="other images: choose another --out"):
         redteam.redteam(endpoint, pictures(41), tmp_path, **options)
     toy.labels = (*CLASSES[1::-1], *CLASSES[2:])
-    with pytest.raises(ValueError, match="another model, of the same name and version: choose an"):
-        redteam.redteam(endpoint, pictures(40), tmp_path, **options)
+    for attack in ("square", "simba"):
+        with pytest.raises(ValueError, match="another model, of the same name and version: choose"):
+            redteam.redteam(endpoint, pictures(40), tmp_path, **options | {"attacks": [attack]})
+    assert len(redteam.read(tmp_path)) == 1
     toy.labels = CLASSES
     probe = probe_of(endpoint, 40)
     toy.version = "2.0"
@@ -337,6 +339,23 @@ def test_a_run_of_another_model_or_other_images_is_refused(
         redteam.redteam(endpoint, pictures(40), tmp_path, **options)
     with pytest.raises(ValueError, match=r"toy 2\.0 now"):
         send(probe, flat(40))
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "alike"),
+    [
+        ([[3, 0.6], [1, 0.3]], ((3, 0.6004), (1, 0.2996)), True),
+        ([[3, 0.6], [1, 0.2]], ((3, 0.6), (2, 0.2004)), True),
+        ([[3, 0.6], [1, 0.3]], ((3, 0.6), (2, 0.2)), False),
+        ([[3, 0.6]], ((3, 0.61),), False),
+        ([], ((3, 0.6),), True),
+        ([[3, 0.6]], (), True),
+    ],
+)
+def test_a_model_is_known_by_what_it_says_of_an_image_but_for_rounding(
+    was: list[list[float]], now: tuple[tuple[int, float], ...], alike: bool
+) -> None:
+    assert redteam._alike(was, now) is alike
 
 
 def test_only_loopback_is_attacked_without_a_word() -> None:

@@ -57,9 +57,13 @@ def test_figures_at_another_rate_of_false_alarms_stand_beside_the_usual_ones() -
     metric = Metric("pipeline", "full", "clean_rejection", 0.01, 100)
     usual = report.row(metric, data="d", command="c")
     often = report.row(metric._replace(value=0.2), data="d", command="c", rate=0.2)
-    bare = report.row(metric._replace(variant="-"), data="d", command="c", rate=0.2)
+    bare, worst = (
+        report.row(metric._replace(variant="-", name=name), data="d", command="c", rate=0.2)
+        for name in ("pgd20", "robust")
+    )
     assert report.merge([usual], [often]) == [usual, often]
-    assert (often["rate"], "rate" in usual, "rate" in bare) == (0.2, False, False)
+    assert often["rate"] == worst["rate"] == 0.2
+    assert "rate" not in usual and "rate" not in bare
     text = report.markdown({"threat_model": "Linf 8/255", "metrics": [usual, often]})
     assert "d (n = 100), Linf 8/255:" in text and "1.0%" in text and "20.0%" not in text
 
