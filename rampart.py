@@ -429,6 +429,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only so many images, evenly spaced")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
+    variant: Annotated[
+        Literal["full", "lean"] | None, typer.Option(help="With --only: this variant alone")
+    ] = None,
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Attack the int8 graphs as well")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Attack the fp16 graphs as well")] = False,
@@ -449,6 +452,10 @@ def evaluate(
     from hardening import page, report
     from hardening.rungs import QUICK, Budget
 
+    if variant and not only:
+        raise ValueError("--variant goes with --only: worst cases take the attacks on all variants")
+    if variant and variant not in folders.variants_in(model):
+        raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
     where, threat = pick_device(device), threat_of(norm, eps)
     limit = limit or (100 if quick else None)
     chosen, source = measured(model, data, data_name, held=held, part=part, limit=limit)
@@ -459,6 +466,7 @@ def evaluate(
         victims += lower_victims(model, "int8", rate=rate, device=where)
     if fp16:
         victims += lower_victims(model, "fp16", rate=rate, device=where)
+    victims = [victim for victim in victims if variant in (None, victim.variant)]
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
     say(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")

@@ -91,11 +91,12 @@ def trained(
     config: PurifierConfig,
     classifier: Classifier,
     images: Images,
-    epochs: int,
+    options: argparse.Namespace,
 ) -> tuple[nn.Module, Classifier]:
-    """A purifier after `epochs` over `images`, and the classifier that it was trained with."""
+    """A purifier trained on `images`, and the classifier that it was trained with."""
     precision = fast_precision(classifier.mean.device, cpu_features())
-    recipe = PurifierRecipe(THREAT, epochs, precision=precision)
+    epochs = options.epochs
+    recipe = PurifierRecipe(THREAT, epochs, options.batch_size, precision=precision)
     trainer = kind(copy.deepcopy(classifier), config, recipe, NEVER)
     trainer.run.save_every = float("inf")
     for trainer.run.epoch in range(epochs):
@@ -109,7 +110,7 @@ def adaptive(options: argparse.Namespace, train: Images, validation: Images) -> 
     bare = load_classifier(options.model / "weights.safetensors")
     yield in_words("no purifier", validate(bare, validation, THREAT), len(validation))
     for name, (kind, config) in SETTINGS.items():
-        purifier, classifier = trained(kind, config, bare, train, options.epochs)
+        purifier, classifier = trained(kind, config, bare, train, options)
         both = validate(nn.Sequential(purifier, classifier), validation, THREAT)
         yield in_words(name, both, len(validation))
         if kind is Jointly:
@@ -128,7 +129,7 @@ def static(options: argparse.Namespace, train: Images, validation: Images) -> It
     """Accuracy of an undefended classifier without and with a purifier of its own."""
     bare = load_classifier(options.undefended / "weights.safetensors")
     config = PurifierConfig(options.width, options.depth)
-    purifier, _ = trained(AgainstStatic, config, bare, train, options.epochs)
+    purifier, _ = trained(AgainstStatic, config, bare, train, options)
     both = nn.Sequential(purifier, bare)
     x, label, clean = to_float(validation.image), validation.label, right(bare, validation)
     yield in_words("clean", {"bare": clean, "purified": right(both, validation)}, len(validation))
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--undefended", type=Path, default=Path("model_store/cifar10-undefended"))
     parser.add_argument("--images", type=int, default=12_800, help="to train on")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=48, help="of the static purifier's layers")
     parser.add_argument("--depth", type=int, default=3, help="of the static purifier")
     parser.add_argument("--validate-on", type=int, default=500)

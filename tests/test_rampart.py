@@ -50,7 +50,13 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path)
     names = {(m["subject"], m["variant"], m["name"]) for m in metrics}
     assert {("classifier", "-", "pgd20"), ("pipeline", "full", "clean_rejection")} <= names
     assert all(m["n"] == 16 and len(m["interval"]) == 2 and m["command"] for m in metrics)
-    assert "parity on" in run("archive", model, "--data", tmp_path / "test.npz")
+    test = ["--data", tmp_path / "test.npz"]
+    run("evaluate", model, *test, *few, "--variant", "full", "--eps", 4)
+    card = report.read_card(model)
+    alone = [row for row in card["metrics"] if row.get("eps") == "4/255"]
+    assert {(row["subject"], row["variant"]) for row in alone} == {("pipeline", "full")}
+    assert card["threat_model"] == "Linf 8/255"  # the first one's
+    assert "parity on" in run("archive", model, *test)
     assert (tmp_path / "toy.mar").is_file()
 
 
@@ -274,6 +280,14 @@ def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> N
     assert len(seen["remedies"]) == sum(row["too_many"] for row in seen["rows"])
     assert "| JPEG, quality 75 | 50 |" in output
     assert "lean, promised 5%: " in output
+
+
+def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) -> None:
+    data = ["--data", lean_only.with_name("held.npz")]
+    with pytest.raises(ValueError, match="--variant goes with --only"):
+        run("evaluate", lean_only, *data, "--variant", "full")
+    with pytest.raises(ValueError, match="is not calibrated as full: leave out --variant"):
+        run("evaluate", lean_only, *data, "--only", "pgd20", "--variant", "full")
 
 
 def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
