@@ -68,7 +68,7 @@ def ramp(progress: float, length: float) -> float:
 
 
 def fast_precision(device: torch.device, features: set[str]) -> Precision:
-    """bf16 on GPUs, and on a CPU whose `features` have it; others took 16 times as long as fp32."""
+    """bf16 on GPUs, and on a CPU whose `features` have it; others imitate it slowly."""
     known = {"avx512_bf16", "amx_bf16", "bf16"}
     return "bf16" if device.type != "cpu" or features & known else "fp32"
 
