@@ -22,7 +22,7 @@ from skimage.data import data_dir
 from torch import Tensor
 from tqdm import tqdm
 
-from handlers.image import decode
+from handlers.image import decode, fit
 from handlers.verdict import Calibration, drift, p_values
 from hardening.calibrate import scores_of
 from hardening.data import Images
@@ -118,7 +118,7 @@ def photographs(size: int) -> Tensor:
             left = int(draws.integers(picture.width - side + 1))
             top = int(draws.integers(picture.height - side + 1))
             crop = picture.crop((left, top, left + side, top + side))
-            out.append(decode(saved(crop), size))
+            out.append(fit(np.asarray(crop), size))
     return torch.from_numpy(np.stack(out))
 
 
