@@ -80,7 +80,7 @@ def export_variant(
     engine = Engine(out, device="cpu")
     parity = compare(pipeline, engine, load_variant(folder, variant), images, rate=rate)
     if precision != "fp32":
-        lower(pipeline, precision, out, ranges_file(folder, variant))
+        lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
         check_close(engine, Engine(out, device="cpu"), images)
     return parity
 

@@ -27,11 +27,20 @@ def ranges_file(folder: Path, variant: str) -> Path:
 
 
 def lower(
-    pipeline: pipelines.DefendedClassifier, precision: Precision, out: Path, ranges: Path
+    pipeline: pipelines.DefendedClassifier,
+    precision: Precision,
+    out: Path,
+    ranges: Path,
+    *,
+    fp32: Path | None = None,
 ) -> Path:
-    """Write the graph of `pipeline` to `out`; int8 takes its activation ranges from a file."""
-    to_onnx(halve(pipeline) if precision == "fp16" else pipeline, out)
-    return quantize(out, ranges, out) if precision == "int8" else out
+    """Write the graph of `pipeline` to `out`; int8 takes its activation ranges from a file.
+
+    `fp32` is its graph in fp32, where there is one already: an export takes seconds.
+    """
+    if precision == "int8":
+        return quantize(fp32 or to_onnx(pipeline, out), ranges, out)
+    return to_onnx(halve(pipeline) if precision == "fp16" else pipeline, out)
 
 
 def make(
@@ -54,11 +63,13 @@ def make(
         raise ValueError(f"the images have the classes {held.classes}, the model {classes}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
-        graph, ranges = to_onnx(pipeline, work / "fp32.onnx"), ranges_file(work, variant)
+        graph, form = to_onnx(pipeline, work / "fp32.onnx"), work / f"{precision}.onnx"
+        ranges = ranges_file(work, variant)
         if precision == "int8":
-            few = spread(split(held, "tuning"), limit).image.numpy()
-            quantize(graph, ranges, work / "int8.onnx", few)
-        engine = Engine(lower(pipeline, precision, work / "lower.onnx", ranges))
+            quantize(graph, ranges, form, spread(split(held, "tuning"), limit).image.numpy())
+        else:
+            lower(pipeline, precision, form, ranges)
+        engine = Engine(form)
         made = calibrate.calibrate(pipeline, held, variant, engine)
         found = agree(
             Engine(graph), engine, made, split(held, "validation"), precision=precision, rate=rate

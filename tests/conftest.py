@@ -8,6 +8,7 @@ import torch
 from blobs import Learned, blobs, learn_blobs
 
 from export.archive import archive
+from export.to_onnx import to_onnx
 from handlers.verdict import Calibration
 from hardening import calibrate
 from hardening import pipeline as pipelines
@@ -49,6 +50,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_folder: Path) -> DefendedClassifier:
     return pipelines.load(tiny_folder / "weights.safetensors", "full")[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
+    """The graph of the full variant, alone in its folder, since an export takes seconds."""
+    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("graph") / "graph.onnx")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import torch
 
 from export import parity
 from export.archive import sample_crops
-from export.to_onnx import to_onnx
 from handlers.engine import Engine
 from handlers.verdict import Calibration
 from hardening import pipeline as pipelines
@@ -20,8 +19,8 @@ def calibration(tiny_folder: Path) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Engine:
-    return Engine(to_onnx(tiny_pipeline, tmp_path_factory.mktemp("p") / "g.onnx"), device="cpu")
+def engine(tiny_graph: Path) -> Engine:
+    return Engine(tiny_graph, device="cpu")
 
 
 @pytest.mark.parametrize("rate", [0, 0.01])

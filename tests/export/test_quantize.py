@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import onnx
@@ -5,14 +6,12 @@ import pytest
 from onnx import TensorProto
 
 from export.quantize import classifier_nodes, quantize
-from export.to_onnx import to_onnx
 from hardening.data import Images
-from hardening.pipeline import DefendedClassifier
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
-    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("q") / "graph.onnx")
+def graph(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Path) -> Path:
+    return Path(shutil.copy(tiny_graph, tmp_path_factory.mktemp("q")))
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,9 @@ from hardening.data import Images
 from hardening.pipeline import DefendedClassifier
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
-    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("graph") / "graph.onnx")
-
-
-def test_the_graph_is_one_file_with_the_documented_border(graph: Path) -> None:
-    assert [file.name for file in graph.parent.iterdir()] == ["graph.onnx"]
-    model = onnx.load(graph)
+def test_the_graph_is_one_file_with_the_documented_border(tiny_graph: Path) -> None:
+    assert [file.name for file in tiny_graph.parent.iterdir()] == ["graph.onnx"]
+    model = onnx.load(tiny_graph)
     onnx.checker.check_model(model)
     image = model.graph.input[0]
     assert image.name == "image"
@@ -28,16 +23,16 @@ def test_the_graph_is_one_file_with_the_documented_border(graph: Path) -> None:
     assert tuple(output.name for output in model.graph.output) == OUTPUTS
 
 
-def test_the_graph_says_nothing_of_where_its_code_lay(graph: Path) -> None:
-    assert b".py" not in graph.read_bytes()
+def test_the_graph_says_nothing_of_where_its_code_lay(tiny_graph: Path) -> None:
+    assert b".py" not in tiny_graph.read_bytes()
 
 
 @pytest.mark.parametrize("count", [1, 3, 32])
 def test_any_batch_gives_what_torch_gives(
-    graph: Path, tiny_pipeline: DefendedClassifier, tiny_images: Images, count: int
+    tiny_graph: Path, tiny_pipeline: DefendedClassifier, tiny_images: Images, count: int
 ) -> None:
     image = tiny_images.image[:count]
-    found = Engine(graph, device="cpu").run(image.numpy())
+    found = Engine(tiny_graph, device="cpu").run(image.numpy())
     with torch.no_grad():
         expected = tiny_pipeline(image)
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
@@ -46,17 +41,17 @@ def test_any_batch_gives_what_torch_gives(
 
 
 def test_the_lean_graph_runs_the_classifier_once(
-    tmp_path: Path, graph: Path, tiny_folder: Path
+    tmp_path: Path, tiny_graph: Path, tiny_folder: Path
 ) -> None:
     lean, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
     kinds = [n.op_type for n in onnx.load(to_onnx(lean, tmp_path / "lean.onnx")).graph.node]
     # A ResNet-10 has 12 convolutions; the tiny purifier of `full` adds two.
     assert kinds.count("Conv") == 12
-    assert [n.op_type for n in onnx.load(graph).graph.node].count("Conv") == 14
+    assert [n.op_type for n in onnx.load(tiny_graph).graph.node].count("Conv") == 14
 
 
-def test_a_frozen_batch_is_refused(tmp_path: Path, graph: Path) -> None:
-    model = onnx.load(graph)
+def test_a_frozen_batch_is_refused(tmp_path: Path, tiny_graph: Path) -> None:
+    model = onnx.load(tiny_graph)
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, tmp_path / "frozen.onnx")
     with pytest.raises(RuntimeError, match="logits has a fixed batch of 2"):

@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.archive import archive, export_variant
+from export.archive import archive
 from export.precision import lower
 from export.quantize import quantize
 from export.to_tensorrt import (
@@ -27,13 +27,6 @@ missing = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    path = tmp_path_factory.mktemp("trt") / "graph.onnx"
-    export_variant(tiny_folder, "full", path)
-    return path
-
-
 def test_the_profile_spans_from_one_image_to_the_largest_batch() -> None:
     shapes = [(1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3)]
     assert PROFILE.shapes(32) == shapes
@@ -45,12 +38,18 @@ def key(graph: Path, gpu: str = "H200", tensorrt: str = "10.16", profile: Profil
     return cache_key(graph, gpu=gpu, tensorrt=tensorrt, profile=profile)
 
 
-def test_the_cache_key_changes_with_everything_that_was_timed(graph: Path, tmp_path: Path) -> None:
+def test_the_cache_key_changes_with_everything_that_was_timed(
+    tiny_graph: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.onnx"
-    other.write_bytes(graph.read_bytes() + b"\0")
-    changed = [key(graph, gpu="L4"), key(graph, tensorrt="11.0"), key(graph, profile=Profile(1, 1))]
-    assert key(graph) == key(graph)
-    assert len({key(graph), key(other), *changed}) == 5
+    other.write_bytes(tiny_graph.read_bytes() + b"\0")
+    changed = [
+        key(tiny_graph, gpu="L4"),
+        key(tiny_graph, tensorrt="11.0"),
+        key(tiny_graph, profile=Profile(1, 1)),
+    ]
+    assert key(tiny_graph) == key(tiny_graph)
+    assert len({key(tiny_graph), key(other), *changed}) == 5
 
 
 def test_trtexec_is_told_the_same() -> None:
@@ -99,15 +98,15 @@ def test_without_tensorrt_it_says_what_to_install_and_what_trtexec_would_do(
 
 
 def test_an_archive_takes_a_plan_of_its_own_graph_alone(
-    tiny_folder: Path, graph: Path, tiny_images: Images, tmp_path: Path
+    tiny_folder: Path, tiny_graph: Path, tiny_images: Images, tmp_path: Path
 ) -> None:
     plan = tmp_path / "tiny.plan"
     plan.write_bytes(b"not run here")
-    record = write_record(plan, graph, version="10.16.0", parity="parity on 96 images")
+    record = write_record(plan, tiny_graph, version="10.16.0", parity="parity on 96 images")
     assert json.loads(record.read_text())["tensorrt"] == "10.16.0"
     archive(tiny_folder, tmp_path / "a.mar", plan=plan)
     int8 = tmp_path / "int8.onnx"
-    quantize(graph, tmp_path / "ranges.json", int8, tiny_images.image[:64].numpy())
+    quantize(tiny_graph, tmp_path / "ranges.json", int8, tiny_images.image[:64].numpy())
     write_record(plan, int8, version="10.16.0", parity="parity on 96 images")
     with pytest.raises(RuntimeError, match="is not the file that"):
         archive(tiny_folder, tmp_path / "b.mar", plan=plan)

@@ -84,9 +84,10 @@ def rampart(*arguments: object, processes: int) -> str:
 
 
 def test_the_command_line_under_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:
-    images = blobs(2000, size=32)
-    np.savez(tmp_path / "images", image=images.image.numpy(), label=images.label.numpy())
-    small = ["--data", tmp_path / "images.npz", "--epochs", 1, "--batch-size", 64]
+    for name, images in (("images", blobs(640)), ("held", blobs(200, seed=1))):
+        np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())
+    small = ["--data", tmp_path / "images.npz", "--held", tmp_path / "held.npz"]
+    small += ["--epochs", 1, "--batch-size", 64]
     small += ["--validate-on", 20, "--device", "cpu"]
     net = ["--arch", "vgg11", "--width", 0.125, "--lr", 0.01]
     said = rampart("train", *small, *net, "--out", tmp_path / "c", processes=2)

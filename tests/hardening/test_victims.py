@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from export.quantize import quantize
-from export.to_onnx import to_onnx
 from handlers.engine import Engine
 from handlers.verdict import Calibration
 from hardening import evaluate as evaluation
@@ -20,11 +19,10 @@ from hardening.rungs import Budget
 
 @pytest.fixture(scope="module")
 def engine(
-    tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier, tiny_images: Images
+    tmp_path_factory: pytest.TempPathFactory, tiny_graph: Path, tiny_images: Images
 ) -> Engine:
-    folder = tmp_path_factory.mktemp("int8")
-    graph = to_onnx(tiny_pipeline, folder / "graph.onnx")
-    return Engine(quantize(graph, folder / "ranges.json", graph, tiny_images.image.numpy()))
+    folder, image = tmp_path_factory.mktemp("int8"), tiny_images.image.numpy()
+    return Engine(quantize(tiny_graph, folder / "ranges.json", folder / "int8.onnx", image))
 
 
 def test_an_attack_sees_the_values_of_the_int8_graph_and_the_gradients_of_the_float_one(
