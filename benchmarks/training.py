@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from handlers.engine import cpu_features
 from hardening.attacks import Threat
 from hardening.data import CIFAR10_CLASSES, Images, to_float
 from hardening.models import Classifier, ClassifierConfig
-from hardening.train import Precision, Recipe, Trainer, autocast
+from hardening.train import Precision, Recipe, Trainer, autocast, fast_precision
 
 BATCH, PGD_STEPS = 128, 7  # AdversarialTrainerMadryPGD's own
 THREAT = Threat("Linf", 8 / 255)
@@ -124,20 +125,21 @@ def sides(
     images: Images, device: torch.device, *, compiled: bool
 ) -> dict[str, dict[str, Callable[[], None]]]:
     """By attack, the name and the pass of each side; the first is what is compared."""
-    out = {}
+    out, precision = {}, fast_precision(device, cpu_features())
     for method, title, other, steps in (
         ("pgd", f"PGD-{PGD_STEPS}", "MadryPGD", PGD_STEPS),
         ("nfgsm", "single step", "FBF", 1),
     ):
         rows = {
-            "rampart": ours(method, "bf16", images, device, compiled=False),
+            "rampart": ours(method, precision, images, device, compiled=False),
             f"ART {other}": art(other, images, device),
-            "ideal": ideal(steps, "bf16", images, device),
-            "rampart fp32": ours(method, "fp32", images, device, compiled=False),
-            "ideal fp32": ideal(steps, "fp32", images, device),
+            "ideal": ideal(steps, precision, images, device),
         }
+        if precision != "fp32":
+            rows["rampart fp32"] = ours(method, "fp32", images, device, compiled=False)
+            rows["ideal fp32"] = ideal(steps, "fp32", images, device)
         if compiled:
-            rows["compiled"] = ours(method, "bf16", images, device, compiled=True)
+            rows["compiled"] = ours(method, precision, images, device, compiled=True)
         out[title] = rows
     return out
 

@@ -252,7 +252,7 @@ def verdict_on(rows: Sequence[Row], who: str, threat: Threat) -> Iterator[str]:
     if not (kept and safe):
         return
     yield (
-        f"{who}: in the worst case over all attacks up to {threat}, the label of {both(kept)} of"
+        f"{who}: in the worst case over these attacks up to {threat}, the label of {both(kept)} of"
         f" {kept['n']} images stays right, and {both(safe)} are right or rejected."
     )
     for name, other in (

@@ -341,7 +341,7 @@ def test_the_verdict_says_what_the_figures_do(seen: Evaluation, full_page: str) 
     for m in seen.metrics:
         value = f"{m.value:.1%} ("
         if m.subject == "pipeline" and m.name == "robust":
-            start = f"pipeline {m.variant}: in the worst case over all attacks up to Linf 8/255,"
+            start = f"pipeline {m.variant}: in the worst case over these attacks up to Linf 8/255,"
             assert f"{start} the label of {value}" in said
         if m.subject == "pipeline" and m.name == "stratified@0.25eps":
             assert f"moved by up to eps/4 is an error, {value}" in said

@@ -53,6 +53,17 @@ def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     assert "40.0%" not in report.markdown(card)
 
 
+def test_a_later_attack_that_leaves_fewer_counts_in_the_worst_case() -> None:
+    figures = (("robust", 0.4), ("robust_with_rejection@1%", 0.5), ("autoattack", 0.3))
+    rows = [
+        report.row(Metric("pipeline", "full", name, v, 10, Threat(), "A"), data="d", command="c")
+        for name, v in figures
+    ]
+    text = report.markdown({"threat_model": "Linf 8/255", "metrics": rows})
+    cells = text.splitlines()[-1].split(" | ")
+    assert [cell[:5] for cell in cells[1:]] == ["30.0%", "30.0%", "50.0%"]
+
+
 def test_figures_at_another_rate_of_false_alarms_stand_beside_the_usual_ones() -> None:
     metric = Metric("pipeline", "full", "clean_rejection", 0.01, 100)
     usual = report.row(metric, data="d", command="c")
@@ -178,11 +189,14 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
     tmp_path: Path,
 ) -> None:
     runs = [[{"clean": 0.5, "pgd10": 0.3, "minutes": 30.0}] * 3, [{"minutes": 60.0}] * 2]
+    standard = "AutoAttack, standard"
     figures = [
         Metric("classifier", "-", "clean", 0.9, 10),
         Metric("classifier", "-", "clean", 0.7, 100),
-        Metric("classifier", "-", "autoattack", 0.4, 100, Threat(), "AutoAttack"),
-        Metric("classifier", "-", "autoattack", 0.6, 100, Threat(eps=2 / 255), "AutoAttack"),
+        Metric("classifier", "-", "autoattack", 0.4, 100, Threat(), standard),
+        Metric("classifier", "-", "autoattack", 0.6, 100, Threat(eps=2 / 255), standard),
+        # What it is where there are fewer than four classes.
+        Metric("classifier", "-", "autoattack", 0.5, 200, Threat(), "APGD-CE + Square, steps 100"),
     ]
     for name, more in (("first", {"history": runs}), ("second", {})):
         (tmp_path / name).mkdir()
@@ -191,7 +205,7 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
     lines = report.model_table([tmp_path / "first", tmp_path / "second"]).splitlines()
     assert lines[2].startswith("| `first` | resnet10 x 0.125 | 1.5 MB | 5 epochs, 1.5 h | 70.0% (")
     assert lines[3].startswith("| `second` | resnet10 x 0.125 | 1.5 MB | - | 70.0% (")
-    assert lines[2].endswith("n = 100 | 40.0% (30.9% to 49.8%), n = 100 |")
+    assert lines[2].endswith("n = 100 | 40.0% (30.9% to 49.8%), n = 100, Linf 8/255 |")
 
 
 def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:
