@@ -119,12 +119,12 @@ def serve(
     """Serve a `.mar` until Ctrl-C or SIGTERM; returns the exit code.
 
     Prints `Rampart is ready` once a real prediction has come back, with curl lines for `samples`
-    (image files; without them a generated one). `device` is cpu, cuda or auto. Each of `workers`
-    processes gets an equal share of the cores. With `grpc_port` gRPC is served on `host` too. With
-    `model_api` the management address, which is loopback, registers and removes archives that lie
-    beside this one. `tls` are files of a certificate chain and its key, PEM; a token lives for
-    `token_minutes`. `query_store` is a folder, or the address of a Redis; `quarantine` a folder for
-    flagged images. A `host` beyond loopback needs token authorization. Call it from the main
+    (image files; without them a generated one). `device` is cpu, cuda, tensorrt, plan or auto. Each
+    of `workers` processes gets an equal share of the cores. With `grpc_port` gRPC is served on
+    `host` too. With `model_api` the management address, which is loopback, registers and removes
+    models, from any folder. `tls` are files of a certificate chain and its key, PEM; a token lives
+    for `token_minutes`. `query_store` is a folder, or the address of a Redis; `quarantine` a folder
+    for flagged images. A `host` beyond loopback needs token authorization. Call it from the main
     thread: it handles signals.
     """
     try:

@@ -45,8 +45,9 @@ class Store(Protocol):
 def open_store(address: str, *, entries: int, expiry: float) -> Store:
     """The store at a `redis://` address, or else in a folder, which is made.
 
-    It keeps about `entries` keys and forgets them after `expiry` seconds at the latest. Raises
-    ValueError where its package is missing or the address makes no sense, not where Redis is down.
+    It keeps about `entries` keys and forgets them after `expiry` seconds at the latest; what LMDB
+    has forgotten leaves its file at the next `add`, or when it is opened. Raises ValueError where
+    its package is missing or the address makes no sense, not where Redis is down.
     """
     if expiry <= 0 or entries < 2:
         raise ValueError("query_expiry must be above 0 seconds and query_capacity above 0 queries")
@@ -93,6 +94,10 @@ class LmdbStore:
         )  # fmt: skip
         self._env.reader_check()  # slots of workers that were killed
         self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
+        with self._env.begin(write=True) as txn:
+            if time.time() - _head(txn)[1] >= 3 * self._age:  # even the youngest has expired
+                for generation in self._generations:
+                    txn.drop(generation, delete=False)
 
     def secret(self) -> bytes:
         """32 random bytes, made at first use."""

@@ -126,8 +126,8 @@ class Policy:
 
     `on_detection` is flag (the label stays), reject (it goes), or shadow (it is counted, and the
     answer is as if nothing had been found). `detail` is full, or public for clients who must not
-    see scores. Where purifier or detectors give no number, `on_failure` closed refuses or flags the
-    image, and open takes the classifier's word for it.
+    see scores. Where purifier or detectors give no number, `on_failure` closed refuses what has
+    no logits and counts as found what has no scores; open takes the classifier's word for it.
     """
 
     false_alarm_rate: float = 0.01
@@ -229,7 +229,7 @@ class Judge:
         p_value: float,
         failed: bool,
     ) -> Verdict:
-        # What cannot be judged is not accepted, whatever the rate, unless it is said to be.
+        # What cannot be judged counts as found, whatever the rate, unless it is said not to.
         closed = failed and self.policy.on_failure == "closed"
         detected = p_value < self.policy.false_alarm_rate or closed
         decision = self.policy.on_detection if detected else "accept"

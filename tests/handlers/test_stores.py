@@ -57,6 +57,18 @@ def test_everything_is_forgotten_after_its_expiry_and_nothing_before_half_of_it(
     assert store.find([b"old", b"new"]) == [b"", b"4"]
 
 
+def test_a_start_removes_what_lmdb_has_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    def opened(expiry: float) -> LmdbStore:
+        return LmdbStore(tmp_path, entries=1_000, expiry=expiry)
+
+    opened(60.0).add({b"one": b"1"})
+    secret = opened(60.0).secret()
+    time.sleep(0.4)
+    assert opened(60.0).find([b"one"]) == [b"1"]
+    assert opened(0.2).find([b"one"]) == [b""]
+    assert opened(60.0).secret() == secret
+
+
 def test_a_store_keeps_about_as_many_entries_as_it_may(opened: Open) -> None:
     store = opened(entries=100)
     keys = [f"{number:04}".encode() for number in range(1_000)]

@@ -200,6 +200,9 @@ def test_where_the_defence_fails_closed_no_rate_lets_the_image_through() -> None
     broken = np.array([[math.nan, 0.0]], dtype=np.float32)
     (answer,) = judge(false_alarm_rate=0.0).verdicts(LOGITS, RAW, broken)
     assert (answer.decision, answer.failed) == ("flag", True)
+    # Who only looks on changes no answer, and is told.
+    (answer,) = judge(on_detection="shadow").verdicts(LOGITS, RAW, broken)
+    assert (answer.decision, answer.detected, answer.failed) == ("accept", True, True)
 
 
 def test_where_the_defence_fails_open_the_classifiers_word_stands() -> None:
