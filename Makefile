@@ -61,9 +61,10 @@ lock:
 	    --no-emit-find-links --upgrade -o requirements/serve.txt
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --extra evaluate --extra test --extra benchmark -c requirements/serve.txt \
-	    -o requirements/dev.txt
+	    --upgrade -o requirements/dev.txt
 	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --extra peers -c requirements/dev.txt -o requirements/peers.txt
+	    --no-emit-find-links --extra peers -c requirements/dev.txt \
+	    --upgrade -o requirements/peers.txt
 	echo kserve | uv pip compile - -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header --no-annotate --upgrade -o requirements/kserve.txt
 
