@@ -7,6 +7,8 @@ its first slopes are of the order of rounding, which differs between batches of 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +19,34 @@ from trajectory import STEPS, TORCHRUN, trajectory
 
 from hardening import checkpoint, distributed
 
+Losses = dict[int, float]  # by step
+Alone = Callable[[str, str], tuple[Path, Losses]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """The folder and the losses of one process's run, of which several tests need the same."""
+
+    @cache
+    def run(arch: str, method: str) -> tuple[Path, Losses]:
+        folder = tmp_path_factory.mktemp("alone")
+        return folder, trajectory(folder, arch, method)
+
+    return run
+
 
 @pytest.mark.parametrize(
     ("arch", "method"), [("vgg11", "nfgsm"), ("timm:convnext_atto", "pgd")], ids=str
 )
-def test_two_processes_train_as_one_does(arch: str, method: str, tmp_path: Path) -> None:
-    one = trajectory(tmp_path / "one", arch, method)
+def test_two_processes_train_as_one_does(
+    arch: str, method: str, alone: Alone, tmp_path: Path
+) -> None:
+    folder, one = alone(arch, method)
     two = trajectory(tmp_path / "two", arch, method, processes=2)
     assert list(one) == list(two) == list(range(STEPS))
     assert two == pytest.approx(one, abs=1e-4)
     assert max(one.values()) - min(one.values()) > 0.05  # a run that stands still proves nothing
-    states = [checkpoint.read_state(tmp_path / name) for name in ("one", "two")]
+    states = [checkpoint.read_state(run) for run in (folder, tmp_path / "two")]
     assert states[0] is not None
     assert states[1] is not None
     for row, other in zip(states[0]["history"], states[1]["history"], strict=True):
@@ -35,8 +54,8 @@ def test_two_processes_train_as_one_does(arch: str, method: str, tmp_path: Path)
         assert {name: other[name] for name in known} == pytest.approx(known, abs=1e-4)
 
 
-def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
-    whole = trajectory(tmp_path / "whole", "vgg11", "nfgsm")
+def test_a_killed_run_of_two_processes_goes_on_in_one(alone: Alone, tmp_path: Path) -> None:
+    _, whole = alone("vgg11", "nfgsm")
     cut = trajectory(tmp_path / "cut", "vgg11", "nfgsm", processes=2, kill_at=8)
     rest = trajectory(tmp_path / "cut", "vgg11", "nfgsm")
     assert min(rest) in (8, 9)  # the ninth step was perhaps not saved
