@@ -154,7 +154,7 @@ class AgainstStatic:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * one_cycle(progress)
         batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
-        with autocast(self.run.loss.device, self.recipe.precision):
+        with autocast(self.classifier.mean.device, self.recipe.precision):
             new = batch, self.craft(batch)
             others = self.draws.sample(self.attacked, min(self.uses - 1, len(self.attacked)))
             task, *_ = [self.descend(*pair) for pair in (new, *others)]

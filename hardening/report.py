@@ -125,8 +125,8 @@ def markdown(card: dict[str, Any]) -> str:
             lowest[key] = r
     for lowest in tables.values():
         for (subject, variant, name), worst in lowest.items():
-            others = [lowest.get((subject, variant, other), worst) for other in ON_LABELS]
             if name == "robust":
+                others = [lowest.get((subject, variant, other), worst) for other in ON_LABELS]
                 lowest[subject, variant, name] = min(worst, *others, key=lambda r: r["value"])
     return "\n\n".join(f"{title}:\n\n{one_table(rows)}" for title, rows in tables.items() if rows)
 
