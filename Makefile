@@ -20,7 +20,8 @@ serve: $(ARCHIVE)
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
-	@$(BIN)/python -m pytest
+	@# Two files at a time; a thread each, or they would wait for each other's cores.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .

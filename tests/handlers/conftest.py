@@ -34,8 +34,10 @@ sys.exit(serve(Path(sys.argv[1]), **options))
 
 
 def free_port() -> int:
-    """The first of four neighbouring ports that nobody uses."""
-    for port in range(20_000 + os.getpid() % 5_000, 60_000, 4):
+    """The first of four neighbouring ports that nobody uses, in this test process's own range."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = 20_000 + worker * 2_000 + os.getpid() % 400 * 4
+    for port in range(first, first + 2_000, 4):
         try:
             for offset in range(4):
                 with socket.socket() as probe:
