@@ -137,6 +137,7 @@ class Load:
                             self.seen[f"slow {status}"] += 1
             except OSError as error:
                 self._surprise(f"a slow client was cut: {error}")
+                self.stop.wait(1)
 
     def _count(self, kind: str, answer: requests.Response) -> None:
         with self._lock:
@@ -161,25 +162,25 @@ class Load:
             self.wrong.append(what)
 
 
-def processes() -> tuple[psutil.Process, psutil.Process]:
-    """Java and its worker, below this process."""
+def processes() -> list[psutil.Process]:
+    """Java and its worker, below this process; fewer where one has died."""
     family = psutil.Process().children(recursive=True)
-    java = next(one for one in family if one.name() == "java")
-    worker = next(one for one in family if "model_service_worker" in " ".join(one.cmdline()))
-    return java, worker
+    java = [one for one in family if one.name() == "java"]
+    return java + [one for one in family if "model_service_worker" in " ".join(one.cmdline())]
 
 
 def watch(load: Load, minutes: float) -> tuple[np.ndarray, bool]:
     """MB of Java and the worker, (seconds / 10, 2), and whether both are those of the beginning."""
-    java, worker = processes()
-    sizes = []
+    first = processes()
+    time.sleep(10)  # what is loaded once
+    sizes = [[one.memory_info().rss / 1e6 for one in first]]
     for _ in tqdm(range(int(minutes * 6)), desc="10 s each"):
         time.sleep(10)
-        if not (java.is_running() and worker.is_running()):
-            break
-        sizes.append([one.memory_info().rss / 1e6 for one in (java, worker)])
-    same = processes() == (java, worker)
-    return np.array(sizes), same
+        try:
+            sizes.append([one.memory_info().rss / 1e6 for one in first])
+        except psutil.NoSuchProcess:
+            return np.array(sizes), False
+    return np.array(sizes), processes() == first
 
 
 def main() -> None:
@@ -195,10 +196,12 @@ def main() -> None:
         with endpoint(options.archive, *extra) as url:
             load = Load(url, images)
             threads = load.start(options.pause)
-            sizes, same = watch(load, options.minutes)
-            load.stop.set()
-            for thread in threads:
-                thread.join()
+            try:
+                sizes, same = watch(load, options.minutes)
+            finally:
+                load.stop.set()
+                for thread in threads:
+                    thread.join()
     third = max(1, len(sizes) // 3)
     growth = np.median(sizes[-third:], axis=0) - np.median(sizes[:third], axis=0)
     print("\n".join(f"{kind:12} {count:7}" for kind, count in sorted(load.seen.items())))
