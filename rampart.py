@@ -1313,11 +1313,12 @@ def probe(
         "http://127.0.0.1:8082/metrics"
     ),
     within: Annotated[float, typer.Option(help="Seconds that a model may be silent")] = 15.0,
+    model: Annotated[str | None, typer.Option(help="This one alone, not all")] = None,
 ) -> None:
     """Whether the served models are alive, for liveness checks: needs no token."""
     from handlers.probe import probe as look
 
-    for name, age in look(metrics, within).items():
+    for name, age in look(metrics, within, model).items():
         print(f"{name}: alive {age:.0f} s ago")
 
 

@@ -153,8 +153,7 @@ def in_process(count: int, draw: random.Random, out: Path) -> Counter[int]:
     known, statuses = seeds(), Counter[int]()
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
-        for image in answered(fields, headers):
-            pixels = _decoded(image, SIZE)
+        for pixels in _decoded(answered(fields, headers), SIZE):
             code = pixels.code if isinstance(pixels, ImageError) else 200
             statuses[code] += 1
             if code >= 500:

@@ -21,7 +21,7 @@ import handlers
 from export.parity import Parity, check_close, compare
 from export.precision import check_made, lower, ranges_file
 from export.to_onnx import to_onnx
-from handlers.defended import PLAN, read_policy
+from handlers.defended import NEEDED, PLAN, read_policy
 from handlers.engine import Engine
 from handlers.image import decode
 from handlers.plan import check_record, record_file
@@ -33,20 +33,6 @@ from hardening.report import read_card
 
 HANDLERS = Path(handlers.__file__).parent
 # What runs inside TorchServe's worker; the launcher stays outside.
-SERVED = (
-    "__init__.py",
-    "image.py",
-    "engine.py",
-    "plan.py",
-    "verdict.py",
-    "quarantine.py",
-    "queries.py",
-    "stores.py",
-    "telemetry.py",
-    "protocol.py",
-    "open_inference.py",
-    "defended.py",
-)
 SETTINGS = {
     "minWorkers": 1,
     "maxWorkers": 1,
@@ -136,8 +122,9 @@ def archive(
         if plan:
             policy["device"] = "plan"
             pack_plan(plan, graph)
-        for name in SERVED:
-            shutil.copy(HANDLERS / name, work / "handlers" / name)
+        for name in NEEDED:
+            if name.startswith("handlers/"):
+                shutil.copy(HANDLERS.parent / name, work / name)
         table = calibration_file(folder, variant, precision)
         shutil.copy(table, work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
@@ -146,7 +133,6 @@ def archive(
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
         (work / "sha256.json").write_text(json.dumps(hash_tree(work), indent=1))
-        policy["image_size"] = config["classifier"]["image_size"]
         model_yaml = Path(scratch) / "model-config.yaml"
         model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
         pack(work, model_yaml, out, version=version)

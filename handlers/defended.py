@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from handlers.engine import Engine, EngineError, Runs, available_cores
-from handlers.image import ImageError, decode, fit
+from handlers.cores import available_cores
+from handlers.engine import Engine, EngineError, Runs
+from handlers.image import Allowance, ImageError, decode, fit
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
@@ -39,6 +40,7 @@ NEEDED = (
     "card.json",
     "labels.json",
     "handlers/__init__.py",
+    "handlers/cores.py",
     "handlers/defended.py",
     "handlers/image.py",
     "handlers/engine.py",
@@ -53,6 +55,8 @@ NEEDED = (
 )
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
+# What the management API's question for a description comes without, and a prediction with.
+PREDICTION = {"url_path", "explain", "content-type"}
 TOO_SIMILAR = ImageError(
     429,
     "similar_query",
@@ -61,7 +65,8 @@ TOO_SIMILAR = ImageError(
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
-SETTINGS = POLICY | QUERIES | {"image_size", "threads", "device", "quarantine"}
+SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine"}
+QUERY_WAIT = 1.0  # seconds that answers wait for the query store once the graph is done
 
 
 class DefendedHandler:
@@ -82,7 +87,8 @@ class DefendedHandler:
         folder = Path(context.system_properties["model_dir"])
         verify(folder)
         settings = context.model_yaml_config.get("rampart") or {}
-        workers = int(context.model_yaml_config.get("maxWorkers") or 1)
+        told = os.environ.get("RAMPART_WORKERS") or context.model_yaml_config.get("maxWorkers")
+        workers = int(told or 1)
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         self._card = (folder / "card.json").read_bytes()
         self._judge = Judge(
@@ -95,6 +101,7 @@ class DefendedHandler:
             },
         )
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="queries")
+        self._looked: Future[list[Response | None]] | None = None  # how the store answered last
         self._watch = read_watch(settings, context.model_name)
         self._owner = str(settings.get("query_owner") or "").lower()
         aside = os.environ.get("RAMPART_QUARANTINE") or settings.get("quarantine")
@@ -126,19 +133,17 @@ class DefendedHandler:
                     for index, fields in enumerate(data)
                 ]
                 images = [
-                    _decoded(image, self._size) for asked in requests for image in asked.images
+                    image for asked in requests for image in _decoded(asked.images, self._size)
                 ]
                 owners = [
                     self._owner_of(context.get_all_request_header(index))
                     for index, asked in enumerate(requests)
                     for _ in asked.images
                 ]
-            # Beside the graph, which computes without Python: so a store adds hardly any latency.
-            watch = self._watch
-            watched = watch and self._aside.submit(self._watched, watch, images, owners)
+            looked = self._ask_store(images, owners)
             with self._timed("graph"):
                 answers = self._infer_all(images)
-            responses = watched.result() if watched else [None] * len(images)
+            responses = self._responses(looked, len(images))
             judged = map(self._judged, images, answers, responses)
             with self._timed("response"):
                 replies = [
@@ -148,7 +153,8 @@ class DefendedHandler:
 
     def _read(self, fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
         """One request. TorchServe asks for a description by a header, which any client can send."""
-        if headers.get("describe") == "True" and not fields:
+        described = headers.get("describe") == "True" and not fields
+        if described and PREDICTION.isdisjoint(map(str.lower, headers)):
             return Request([], lambda _: (200, json.loads(self._card)))
         try:
             return read(fields, headers)
@@ -165,6 +171,29 @@ class DefendedHandler:
         """Whose query it is, by the header that the operator's gateway writes."""
         known = {name.lower(): value for name, value in headers.items()} if self._owner else {}
         return str(known.get(self._owner, ""))
+
+    def _ask_store(
+        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+    ) -> Future[list[Response | None]] | None:
+        """Look for near queries beside the graph, which computes without Python: so a store adds
+        hardly any latency. One that still has not answered is asked nothing more."""
+        if self._watch is None or (self._looked and not self._looked.done()):
+            return None
+        self._looked = self._aside.submit(self._watched, self._watch, images, owners)
+        return self._looked
+
+    def _responses(
+        self, looked: Future[list[Response | None]] | None, count: int
+    ) -> list[Response | None]:
+        """What the store says of each image; nothing where it takes too long: a name server or a
+        lock that hangs must not hold up predictions."""
+        if looked is None:
+            return [None] * count
+        if wait([looked], QUERY_WAIT).done:
+            return looked.result()
+        logger.error("No watch for query attacks: the store has not answered for %g s", QUERY_WAIT)
+        self._metrics.set("rampart_query_store_up", 0.0)
+        return [None] * count
 
     def _watched(
         self, watch: Watch, images: Sequence[Pixels | ImageError], owners: Sequence[str]
@@ -320,11 +349,18 @@ def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
     return int(chosen) if chosen else max(1, available_cores() // workers)
 
 
-def _decoded(image: bytes | Pixels | ImageError, size: int) -> Pixels | ImageError:
-    """Pixels at the graph's resolution, or what is wrong with an image."""
+def _decoded(images: Sequence[bytes | Pixels | ImageError], size: int) -> list[Pixels | ImageError]:
+    """The images of one request as pixels at the graph's resolution, or what is wrong with them."""
+    allowance = Allowance()
+    return [_decoded_one(image, size, allowance) for image in images]
+
+
+def _decoded_one(
+    image: bytes | Pixels | ImageError, size: int, allowance: Allowance
+) -> Pixels | ImageError:
     try:
         if isinstance(image, bytes):
-            return decode(image, size)
+            return decode(image, size, allowance)
         return image if isinstance(image, ImageError) else fit(image, size)
     except ImageError as error:
         return error.bare()

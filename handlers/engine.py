@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from handlers.cores import available_cores
+
 logger = logging.getLogger(__name__)
 
 OUTPUTS = ("logits", "raw_logits", "scores", "purified")
@@ -88,11 +90,6 @@ class Engine:
             for start in range(0, len(images), MAX_BATCH)
         ]
         return Outputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
-
-
-def available_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:

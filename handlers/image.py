@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-MAX_PIXELS = 16_000_000
+MAX_PIXELS = 16_000_000  # of a picture, and of all that come in one request
+MEGAPIXELS = f"{MAX_PIXELS // 1_000_000} megapixels"
 MAX_ASPECT = 20
 MAX_IMAGES = 32  # of one request
 # Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten.
 MAX_JPEG_SCANS = 100
-MAX_SCANNED = 200_000_000  # pixels, over all scans
+FREE_SCANS = 12  # that one picture's pixels allow for
 # EXIF orientation (CIPA DC-008, tag 0x0112) and what undoes it; 1 is upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,12 +50,33 @@ class ImageError(Exception):
         return ImageError(self.code, self.type, self.message)
 
 
-def decode(data: bytes, size: int | None = None) -> NDArray[np.uint8]:
+class Allowance:
+    """The pixels that the pictures of one request may still have: 40 bytes can hold 16 million."""
+
+    def __init__(self) -> None:
+        self._left = MAX_PIXELS
+
+    def spend(self, pixels: int) -> None:
+        """Take `pixels` off. Raises ImageError where less is left."""
+        if pixels > self._left:
+            raise ImageError(
+                413,
+                "too_many_pixels",
+                f"the images of one request have more than {MEGAPIXELS} together: send fewer, or"
+                " smaller ones",
+            )
+        self._left -= pixels
+
+
+def decode(
+    data: bytes, size: int | None = None, allowance: Allowance | None = None
+) -> NDArray[np.uint8]:
     """Decode one JPEG, PNG or WebP picture to RGB pixels, uint8 (H, W, 3).
 
     With `size`, a picture of another size is scaled (bicubic, antialiased, shorter side to `size`)
     and centre-cropped to (size, size); one that has that size already is returned untouched.
-    Raises ImageError for anything that is not one opaque still picture within the bounds.
+    Raises ImageError for anything that is not one opaque still picture within the bounds, or more
+    than what `allowance` has left for the request that it came with.
     """
     opener = _opener(data)
     # Pillow answers hostile bytes with a dozen exception types; here all of them mean one thing.
@@ -65,7 +87,9 @@ def decode(data: bytes, size: int | None = None) -> NDArray[np.uint8]:
         raise _too_large() from error
     except Exception as error:
         raise _corrupt() from error
-    _check_header(data, image.size, frames)
+    cost = _check_header(data, image.size, frames)
+    if allowance:
+        allowance.spend(cost)
     try:
         image.load()
         turn = UPRIGHT.get(_orientation(image))
@@ -130,6 +154,8 @@ def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
     if not data:
         raise ImageError(422, "empty_body", "the body is empty: send a JPEG, PNG or WebP image")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data[12:16] != b"IHDR":  # Pillow would read on, and we its colour key at a wrong depth
+            raise _corrupt()
         return PngImagePlugin.PngImageFile
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.jpeg_factory
@@ -138,16 +164,19 @@ def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
     raise ImageError(415, "unsupported_format", "not a JPEG, PNG or WebP image: send one of these")
 
 
-def _check_header(data: bytes, size: tuple[int, int], frames: int) -> None:
-    """Refuse by what the header tells: pixels, shape, frames, scans."""
+def _check_header(data: bytes, size: tuple[int, int], frames: int) -> int:
+    """Refuse by what the header tells: pixels, shape, frames, scans. What decoding costs, in pixels
+    that are gone over no more than FREE_SCANS times."""
     check_size(size)
     if frames > 1:
         raise ImageError(
             422, "multiple_frames", "the file holds several frames: send one still image"
         )
     scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
-    if scans > MAX_JPEG_SCANS or scans * size[0] * size[1] > MAX_SCANNED:
+    cost = size[0] * size[1] * max(FREE_SCANS, scans) // FREE_SCANS
+    if scans > MAX_JPEG_SCANS or cost > MAX_PIXELS:
         raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it anew")
+    return cost
 
 
 def _orientation(image: Image.Image) -> int:
@@ -203,9 +232,8 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def _too_large() -> ImageError:
-    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
     return ImageError(
-        413, "too_many_pixels", f"the image has more than {limit}: send a smaller one"
+        413, "too_many_pixels", f"the image has more than {MEGAPIXELS}: send a smaller one"
     )
 
 

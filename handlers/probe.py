@@ -11,11 +11,11 @@ import urllib.request
 HEARTBEAT = re.compile(r'^rampart_heartbeat_seconds\{(?:.*,)?model="([^"]+)".*\} (\S+)$', re.M)
 
 
-def probe(metrics: str, within: float) -> dict[str, float]:
-    """Seconds since each model's last sign of life, by name, none above `within`.
+def probe(metrics: str, within: float, model: str | None = None) -> dict[str, float]:
+    """Seconds since the last sign of life of `model`, or of each, by name, none above `within`.
 
-    `metrics` is the address, http://127.0.0.1:8082/metrics. Raises RuntimeError where a model is
-    silent, or there is none.
+    `metrics` is the address, http://127.0.0.1:8082/metrics. TorchServe keeps figures of a model
+    that was removed, which so is silent. Raises RuntimeError where one is, or there is none.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -25,9 +25,15 @@ def probe(metrics: str, within: float) -> dict[str, float]:
         raise RuntimeError(f"no metrics at {metrics}: {error}") from error
     now = time.time()
     ages = {name: now - float(value) for name, value in HEARTBEAT.findall(text)}
+    if model:
+        ages = {name: age for name, age in ages.items() if name == model}
     if not ages:
-        raise RuntimeError(f"{metrics} tells of no Rampart model: none is loaded")
+        what = f"model {model}" if model else "Rampart model"
+        raise RuntimeError(f"{metrics} tells of no {what}: none is loaded")
     for name, age in ages.items():
         if age > within:
-            raise RuntimeError(f"{name} has been silent for {age:.0f} s")
+            raise RuntimeError(
+                f"{name} has been silent for {age:.0f} s; where it was removed, name another with"
+                " --model"
+            )
     return ages

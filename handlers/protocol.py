@@ -4,18 +4,16 @@ Taken are raw bytes, multipart files, JSON with base64 (KServe v1) and Open Infe
 Parts of one multipart request need different names: TorchServe keeps the last of each name.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from handlers import open_inference
 from handlers.image import ImageError, check_count, from_base64
 from handlers.open_inference import Answer, Pixels
 
-# What TorchServe calls a whole body, and gRPC clients call their image by custom.
-BODY_NAMES = ("body", "data")
 JSON_SHAPE = '{"instances": [{"b64": "..."}]}'
 
 Reply = Callable[[Sequence[Answer]], Answer]
@@ -43,8 +41,8 @@ def read(fields: Mapping[str, object], headers: Mapping[str, object]) -> Request
     if isinstance(body, list):
         return Request(body, plain)
     # TorchServe gives its own route, /predictions/NAME, a header that /v1 and /v2 lack.
-    reply = plain if "url_path" in known else predictions
-    reply = partial(open_inference.reply, body) if "inputs" in body else reply
+    reply: Reply = plain if "url_path" in known else predictions
+    reply = open_inference.replier(body) if "inputs" in body else reply
     try:
         images = open_inference.images(body, rest) if "inputs" in body else _read_instances(body)
     except ImageError as error:
@@ -68,18 +66,21 @@ def _body(
     fields: Mapping[str, object], headers: Mapping[str, object], json_length: object
 ) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
     """Encoded images, or a JSON object and what follows it: the first `json_length` bytes of a body
-    of binary tensors are JSON."""
+    of binary tensors are JSON.
+
+    TorchServe calls a whole body `body`; gRPC clients call their image `data` by custom.
+    """
+    whole = "body" if "body" in fields else "data"
     parts = [
-        value
-        for name, value in fields.items()
-        if name in BODY_NAMES or _content_type(headers.get(name))
+        value for name, value in fields.items() if name == whole or _content_type(headers.get(name))
     ]
     if not parts:
         raise ImageError(
             415,
             "no_image",
             "the request carries no image: send the file itself (curl -T FILE, or --data-binary"
-            f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {JSON_SHAPE}",
+            f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {JSON_SHAPE}; over gRPC"
+            ' under the key "data"',
         )
     check_count(len(parts))
     if len(parts) > 1:
@@ -89,7 +90,8 @@ def _body(
         data = _as_bytes(body)
         told = re.fullmatch(r"[0-9]{1,9}", str(json_length))
         length = int(told[0]) if told else len(data)
-        if data.lstrip()[:1] not in (b"{", b"["):  # which no image starts with
+        start = data.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if start not in (b"{", b"["):  # which no image starts with
             return [data], b""
         body, rest = _parse_json(data[:length]), data[length:]
     return (body if isinstance(body, Mapping) else {}), rest

@@ -97,11 +97,11 @@ class Metrics:
                 "No Rampart metrics: start TorchServe with metrics_config=deploy/metrics.yaml"
             )
 
-    def count(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add to a counter."""
+    def count(self, name: str, *labels: str) -> None:
+        """Add one to a counter."""
         with self._lock:
             if self.on:  # or nobody would ever take it
-                self._counts[name, labels] = self._counts.get((name, labels), 0) + by
+                self._counts[name, labels] = self._counts.get((name, labels), 0) + 1
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add a value to a histogram."""

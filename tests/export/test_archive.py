@@ -19,6 +19,7 @@ def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Pat
         "defended.py",
         "graph.onnx",
         "handlers/__init__.py",
+        "handlers/cores.py",
         "handlers/defended.py",
         "handlers/engine.py",
         "handlers/image.py",
@@ -62,7 +63,6 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path
         "on_detection": "reject",
         "on_failure": "closed",
         "detail": "full",
-        "image_size": 32,
     }
     assert calibration["detectors"] == ["confidence", "energy"]
 

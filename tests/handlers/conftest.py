@@ -48,6 +48,18 @@ def free_port() -> int:
     raise OSError("no four neighbouring ports are free")
 
 
+def peak_memory(pid: int) -> int:
+    """The most that a process held in memory since its peak was forgotten, in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def forget_peak(pid: int) -> int:
+    """Let a process's peak start from what it holds now, in KiB."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak_memory(pid)
+
+
 @dataclass
 class Server:
     """A launcher at work: its process, what it has printed, and where it serves."""

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import http.client
+import itertools
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import requests
-from conftest import Server
+from conftest import Server, forget_peak, peak_memory
 from onnx import TensorProto, helper
 from PIL import Image
 from test_image import huge_png
@@ -112,17 +113,11 @@ def test_every_row_of_what_an_image_may_be_is_answered_by_the_same_worker(
     assert server.worker_pids() == workers
 
 
-def peak_memory(pid: int) -> int:
-    """The most a process ever held in memory, in KiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
-
-
 def test_a_png_of_144_megapixels_is_refused_fast_and_with_flat_memory(server: Server) -> None:
     body = huge_png(12_000)
     assert len(body) < 1_000_000
     (worker,) = server.worker_pids()
-    before, times = peak_memory(worker), []
+    before, times = forget_peak(worker), []
     for _ in range(3):
         began = time.monotonic()
         answer = post(server, body)
@@ -262,6 +257,16 @@ def test_a_client_that_asks_for_a_description_harms_nobody(
     body = png(pixels)
     own = post(server, body).json()
     assert post(server, body, describe="True").json() == own
+    empty = {"application/x-www-form-urlencoded": b"", "multipart/form-data; boundary=x": b"--x--"}
+    routes = (
+        server.url,
+        f"{server.root}/v1/models/tiny:predict",
+        f"{server.root}/v2/models/tiny/infer",
+    )
+    for url, (kind, nothing) in itertools.product(routes, empty.items()):
+        headers = {"describe": "True", "Content-Type": kind}
+        answer = requests.post(url, nothing, headers=headers, timeout=60)
+        assert answer.status_code >= 400 and "metrics" not in answer.text
     handler, made = DefendedHandler(), context(unpacked, requests=3)
     handler.initialize(made)
     made.request_processor[0] = RequestProcessor({"describe": "True", "url_path": ""})
@@ -270,12 +275,24 @@ def test_a_client_that_asks_for_a_description_harms_nobody(
     assert labels == [own["label"], own["label"], None]
 
 
+def test_pictures_of_one_request_that_are_too_large_together_get_an_error_in_their_place(
+    server: Server, encode: Encode
+) -> None:
+    b64 = base64.b64encode(encode(Image.new("L", (3900, 3900)))).decode()
+    body = json.dumps({"instances": [{"b64": b64}] * 32})
+    began = time.monotonic()
+    answers = post(server, body.encode()).json()["predictions"]
+    assert "label" in answers[0]
+    assert {answer["type"] for answer in answers[1:]} == {"too_many_pixels"}
+    assert time.monotonic() - began < 15  # of the 30 s after which a worker counts as hung
+
+
 def test_an_error_does_not_hold_the_picture_it_is_about(pixels: np.ndarray) -> None:
     image = Image.fromarray(pixels).convert("RGBA")
     image.putalpha(7)
     out = BytesIO()
     image.save(out, "PNG")
-    error = defended._decoded(out.getvalue(), 32)
+    (error,) = defended._decoded([out.getvalue()], 32)
     assert isinstance(error, ImageError) and error.type == "transparent_image"
     assert error.__traceback__ is error.__context__ is error.__cause__ is None
 

@@ -39,8 +39,7 @@ def test_json_of_any_shape_is_answered_and_never_a_server_error(
     sent = body if parsed else json.dumps(body).encode() + tail
     asked = read({"body": sent}, {"Inference-Header-Content-Length": told})
     answers = []
-    for image in asked.images:
-        pixels = _decoded(image, 8)
+    for pixels in _decoded(asked.images, 8):
         assert not isinstance(pixels, ImageError) or 400 <= pixels.code < 500
         bad = {"code": 422, "type": "t", "message": "m"}
         answers.append((422, bad) if isinstance(pixels, ImageError) else (200, VERDICT))

@@ -1,15 +1,16 @@
 """The decoder, row by row of what an image may be."""
 
-import resource
+import os
 import struct
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from conftest import forget_peak, peak_memory
 from PIL import Image, ImageOps
 
-from handlers.image import MAX_JPEG_SCANS, ImageError, decode
+from handlers.image import FREE_SCANS, MAX_JPEG_SCANS, Allowance, ImageError, decode
 
 Encode = Callable[..., bytes]
 
@@ -91,9 +92,9 @@ def test_sixteen_megapixels_pass_and_one_row_more_is_413(encode: Encode) -> None
 def test_a_png_of_144_megapixels_costs_nothing() -> None:
     data = huge_png(12_000)
     assert len(data) < 1_000_000
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak(os.getpid())
     assert refusal(data) == (413, "too_many_pixels")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4_000  # KiB
+    assert peak_memory(os.getpid()) - before < 4_000  # KiB
 
 
 @pytest.mark.parametrize("size", [(16_383, 16_383), (60_000, 60_000)])
@@ -101,9 +102,25 @@ def test_a_webp_that_claims_a_huge_canvas_costs_nothing(
     encode: Encode, pixels: np.ndarray, size: tuple[int, int]
 ) -> None:
     data = huge_webp(encode(pixels, "WEBP", lossless=True), *size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak(os.getpid())
     assert refusal(data) == (413, "too_many_pixels")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4_000  # KiB
+    assert peak_memory(os.getpid()) - before < 4_000  # KiB
+
+
+def test_the_pictures_of_one_request_share_sixteen_megapixels(encode: Encode) -> None:
+    half, scans = Image.new("L", (4000, 2000)), Image.new("L", (3000, 2000))
+    allowance = Allowance()
+    for _ in range(2):
+        decode(encode(half), 32, allowance)
+    with pytest.raises(ImageError, match="together: send fewer, or smaller ones") as caught:
+        decode(encode(Image.new("L", (1, 1))), 32, allowance)
+    assert (caught.value.code, caught.value.type) == (413, "too_many_pixels")
+    data = encode(scans, "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    allowance = Allowance()
+    decode(data[:-2] + scan * 2 * FREE_SCANS + data[-2:], 32, allowance)  # counts twice and more
+    with pytest.raises(ImageError, match="together"):
+        decode(data, 32, allowance)
 
 
 def test_an_aspect_of_20_passes_and_beyond_is_422(encode: Encode) -> None:
@@ -154,6 +171,13 @@ def test_a_colour_key_is_422_only_where_it_shows(
     if mode != "1":
         absent = (0, 0, 0) if mode == "RGB" else 0
         assert decode(encode(image, transparency=absent)).shape == (32, 32, 3)
+
+
+def test_a_png_that_does_not_begin_with_its_header_is_422(
+    encode: Encode, pixels: np.ndarray
+) -> None:
+    data = encode(pixels)
+    assert refusal(data[:8] + chunk(b"tEXt", b"a\0b") + data[8:]) == (422, "corrupt_image")
 
 
 def test_opaque_alpha_of_every_kind_is_dropped(encode: Encode, pixels: np.ndarray) -> None:

@@ -1,13 +1,15 @@
 """Tensors of the Open Inference Protocol v2 to images, verdicts to tensors."""
 
 import base64
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
 
 from handlers.image import MAX_IMAGES, ImageError
-from handlers.open_inference import Answer, images, reply
+from handlers.open_inference import Answer, images, replier
 
 IMAGE = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 PICTURES = [b"\x89PNG", b"", b"\xff\xd8\xff"]
@@ -92,7 +94,7 @@ def test_binary_data_that_ends_early_is_refused(cut: int) -> None:
 
 
 def test_verdicts_become_tensors_with_the_requests_id() -> None:
-    code, body = reply({"id": "7"}, [verdict(), verdict("dog", index=5, decision="flag")])
+    code, body = replier({"id": "7"})([verdict(), verdict("dog", index=5, decision="flag")])
     assert (code, body["id"], body["model_name"], body["model_version"]) == (200, "7", "m", "1.0")
     outputs = {entry["name"]: (entry["datatype"], entry["data"]) for entry in body["outputs"]}
     assert outputs == {
@@ -106,13 +108,13 @@ def test_verdicts_become_tensors_with_the_requests_id() -> None:
 
 
 def test_only_the_outputs_that_are_asked_for_come_back() -> None:
-    _, body = reply({"outputs": [{"name": "decision"}, {"name": "label"}]}, [verdict()])
+    _, body = replier({"outputs": [{"name": "decision"}, {"name": "label"}]})([verdict()])
     assert [entry["name"] for entry in body["outputs"]] == ["label", "decision"]
 
 
 @pytest.mark.parametrize("outputs", [True, 7, "label", {}, [], None])
 def test_outputs_that_name_nothing_are_all_of_them(outputs: object) -> None:
-    assert len(reply({"outputs": outputs}, [verdict()])[1]["outputs"]) == 5
+    assert len(replier({"outputs": outputs})([verdict()])[1]["outputs"]) == 5
 
 
 @pytest.mark.parametrize("name", ["nope", None, [1], 7])
@@ -140,16 +142,38 @@ def test_a_body_of_a_million_empty_elements_is_refused_at_once() -> None:
 def test_a_rejected_image_has_no_label_and_a_public_answer_no_p_value() -> None:
     answer = verdict(None, index=None, confidence=None, decision="reject")
     del answer[1]["detail"]
-    _, body = reply({}, [answer])
+    _, body = replier({})([answer])
     values = {entry["name"]: entry["data"] for entry in body["outputs"]}
     assert values == {"label": [""], "index": [-1], "confidence": [0.0], "decision": ["reject"]}
     assert "id" not in body
 
 
+def test_who_asks_for_a_p_value_that_is_not_shown_is_told() -> None:
+    answer = verdict()
+    del answer[1]["detail"]
+    code, body = replier({"id": "7", "outputs": [{"name": "p_value"}]})([answer])
+    assert (code, body["type"], body["id"]) == (422, "unknown_output", "7")
+    assert "p_value" in body["error"] == body["message"]
+
+
+class Marked(dict[str, object]):
+    """A parsed body, to see whether anything still holds it."""
+
+
+def test_nothing_of_a_large_body_is_kept_until_its_answer() -> None:
+    body = Marked(uint8(IMAGE.tolist()), id="7", more=[{}] * 1000)
+    gone = weakref.ref(body)
+    reply = replier(body)
+    del body
+    gc.collect()
+    assert gone() is None
+    assert reply([verdict()])[1]["id"] == "7"
+
+
 def test_an_image_at_fault_is_the_answer_and_is_named() -> None:
     bad = (415, {"code": 415, "type": "unsupported_format", "message": "send one of these"})
-    code, body = reply({"id": "7"}, [verdict(), bad])
+    code, body = replier({"id": "7"})([verdict(), bad])
     assert code == body["code"] == 415
     assert body["error"] == body["message"] == "image 1: send one of these"
-    assert reply({}, [bad])[1]["error"] == "send one of these"
+    assert replier({})([bad])[1]["error"] == "send one of these"
     json.dumps(body, allow_nan=False)

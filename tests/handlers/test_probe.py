@@ -1,11 +1,15 @@
 """The probe against a real server whose worker is alive, hangs, or was never there."""
 
 import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from conftest import Server
 
 from handlers.probe import probe
@@ -38,3 +42,31 @@ def test_no_server_and_no_model_are_each_told(server: Server) -> None:
         probe("http://127.0.0.1:1/metrics", 5)
     with pytest.raises(RuntimeError, match="tells of no Rampart model"):
         probe(f"http://127.0.0.1:{server.port + 1}/models", 5)
+    with pytest.raises(RuntimeError, match="tells of no model other"):
+        probe(f"http://127.0.0.1:{server.port + 2}/metrics", 5, "other")
+
+
+def test_a_model_that_was_removed_does_not_make_another_one_dead(
+    launch: Callable[..., Server], tiny_archive: Path
+) -> None:
+    store = tiny_archive.parent / "removed"
+    store.mkdir()
+    for name in ("tiny", "trial"):
+        shutil.copy(tiny_archive, store / f"{name}.mar")
+    server = launch(store / "tiny.mar", model_api=True)
+    server.read()
+    trial = f"http://127.0.0.1:{server.port + 1}/models/trial"
+    options = {"url": "trial.mar", "model_name": "trial", "initial_workers": "1"}
+    made = requests.post(
+        trial.rpartition("/")[0], params=options | {"synchronous": "true"}, timeout=60
+    )
+    assert made.status_code == 200
+    address = f"http://127.0.0.1:{server.port + 2}/metrics"
+    while "trial" not in requests.get(address, timeout=30).text:
+        time.sleep(0.2)
+    assert requests.delete(trial, timeout=30).status_code == 200
+    time.sleep(3)
+    with pytest.raises(RuntimeError, match=r"trial has been silent .* name another with --model"):
+        probe(address, 2)
+    assert set(probe(address, 3, "tiny")) == {"tiny"}
+    server.end()

@@ -40,11 +40,12 @@ def test_multipart_files_come_in_order() -> None:
 def test_query_parameters_and_plain_form_fields_are_no_images() -> None:
     headers = {"note": {"content-type": ""}, "body": {"content-type": ""}}
     assert images({"note": bytearray(b"hello"), "body": PICTURE}, headers) == [PICTURE]
+    assert images({"data": bytearray(b"hello"), "body": PICTURE}) == [PICTURE]
     error = refusal({"note": bytearray(b"hello")}, headers)
     assert (error.code, error.type) == (415, "no_image")
 
 
-@pytest.mark.parametrize("form", ["parsed", "bytes", "text", "indented"])
+@pytest.mark.parametrize("form", ["parsed", "bytes", "text", "indented", "with a mark"])
 def test_json_instances_are_decoded_in_every_form_torchserve_gives(form: str) -> None:
     body = instances({"b64": B64}, {"b64": ""})
     text = json.dumps(body, indent=2)
@@ -53,6 +54,7 @@ def test_json_instances_are_decoded_in_every_form_torchserve_gives(form: str) ->
         "bytes": bytearray(json.dumps(body).encode()),
         "text": json.dumps(body),
         "indented": f"\n  {text}".encode(),
+        "with a mark": b"\xef\xbb\xbf" + text.encode(),  # of byte order, as Windows writes it
     }
     assert images({"body": forms[form]}) == [PICTURE, b""]
 

@@ -3,8 +3,10 @@
 import json
 import logging
 import resource
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from skimage.data import data_dir
 from test_defended import context, png
 
 from export.archive import archive
-from handlers import queries
+from handlers import defended, queries
 from handlers.defended import DefendedHandler
 from handlers.image import decode
 from handlers.queries import (
@@ -259,6 +261,40 @@ def test_what_others_wrote_into_the_store_fails_the_watch_and_not_the_prediction
     store.add({b"qshort": b"no entry"})
     assert look(watch, photos[:1]) == [None] and not watch.up
     assert caplog.messages == ["No watch for query attacks, the store fails: error"]
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up_and_is_asked_nothing_more(
+    unpacked: Path,
+    photos: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(defended, "QUERY_WAIT", 0.1)
+    known, handler = context(unpacked, requests=1), DefendedHandler()
+    known.model_yaml_config = {"rampart": {"query_store": str(tmp_path / "queries")}}
+    handler.initialize(known)
+    watch, freed, asked = handler._watch, threading.Event(), []
+    assert watch is not None
+
+    def hangs(images: object, owners: Sequence[str]) -> list[None]:
+        asked.append(images)
+        freed.wait(60)
+        return [None] * len(owners)
+
+    monkeypatch.setattr(watch, "look", hangs)
+    began = time.monotonic()
+    for photo in photos[:3]:
+        (answer,) = handler.handle([{"body": png(photo)}], known)
+        assert "label" in json.loads(answer)
+    assert time.monotonic() - began < 30 and len(asked) == 1
+    lines = [line for line in caplog.messages if "query" in line]
+    assert lines == ["No watch for query attacks: the store has not answered for 0.1 s"]
+    freed.set()
+    handler._aside.shutdown()
+    handler._aside = ThreadPoolExecutor(1)
+    handler.handle([{"body": png(photos[3])}], known)
+    assert len(asked) == 2
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Figures for Prometheus, most of them read off a real TorchServe."""
 
+import logging
 import re
 import time
 import warnings
@@ -149,6 +150,7 @@ def test_a_batch_that_never_ends_is_no_sign_of_life(monkeypatch: pytest.MonkeyPa
 def test_without_our_metrics_a_line_says_so_once_and_nothing_breaks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)  # of which TorchServe's lines of metrics are
     for without in (cache(DEFAULT), None):
         caplog.clear()
         figures = Metrics(without, "m", 900)
