@@ -64,10 +64,12 @@ def export_variant(
         images = sample_crops(pipeline.classifier.config.image_size)
     to_onnx(pipeline, out)
     engine = Engine(out, device="cpu")
-    parity = compare(pipeline, engine, load_variant(folder, variant), images, rate=rate)
+    calibration = load_variant(folder, variant)
+    parity = compare(pipeline, engine, calibration, images, rate=rate)
     if precision != "fp32":
         lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
-        check_close(engine, Engine(out, device="cpu"), images)
+        made = Engine(out, device="cpu"), load_variant(folder, variant, precision)
+        check_close((engine, calibration), made, images)
     return parity
 
 

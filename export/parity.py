@@ -2,20 +2,23 @@
 
 Compared at batch 1, 2 and 32, on clean, attacked and near-threshold images: labels are equal;
 decisions are equal wherever the p-value is farther from the threshold than ten times the largest
-score difference seen.
+score difference seen; logits, those before the purifier too, are close, and purified pixels the
+same to a level.
 
 A graph in fp16 or int8 cannot pass that gate. Its own one asks, on clean images, for labels and
-accuracy close to those of the fp32 graph, and for the promised rate of false alarms.
+accuracy close to those of the fp32 graph, and for the promised rate of false alarms; when it is
+built again, for labels and p-values close to that graph's.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handlers.engine import Engine, Runs
+from handlers.engine import Engine, Outputs, Runs
 from handlers.verdict import Calibration, p_values
 from hardening.attacks import Threat, pgd10
 from hardening.calibrate import detection_margin
@@ -29,21 +32,26 @@ BATCHES = (1, 2, 32)
 # Least share of equal labels and most accuracy lost, on validation images.
 GATES = {"fp16": (0.995, 0.005), "int8": (0.98, 0.01)}
 LEAST_CLOSE = 0.9  # of the labels of such a graph, on any images
+MOST_APART = 0.05  # its p-values and those of the fp32 one, each by its own calibration: the median
+MOST_LOGITS = 0.01  # that logits may differ, of their range
+MOST_PIXELS = 1  # levels that purified pixels may differ: they are rounded
 
 
 class Parity(NamedTuple):
     """Largest differences between torch and the graph, and how many images were compared."""
 
     images: int
-    logits: float
+    logits: float  # also those before the purifier
     scores: float
+    pixels: int  # levels
     labels_differ: int
     decisions_differ: int
 
     def __str__(self) -> str:
         return (
             f"parity on {self.images} images at batch {', '.join(map(str, BATCHES))}:"
-            f" logits differ by at most {self.logits:.2g}, scores by {self.scores:.2g};"
+            f" logits differ by at most {self.logits:.2g}, scores by {self.scores:.2g},"
+            f" purified pixels by {self.pixels};"
             f" labels differ on {self.labels_differ}, decisions on {self.decisions_differ}"
         )
 
@@ -91,30 +99,42 @@ def compare(
     """
     image = samples(pipeline, calibration, image, rate=rate)
     with torch.no_grad():
-        out = pipeline(image)
-    logits, scores = out.logits.numpy(), out.scores.numpy()
-    p = p_values(scores.astype(np.float64), calibration)
-    worst = Parity(len(image), 0.0, 0.0, 0, 0)
+        own = Outputs(*(output.numpy() for output in pipeline(image)))
     ran = [run_in_batches(engine, image.numpy(), size) for size in BATCHES]
-    score_gap = max(float(np.abs(s - scores).max()) for _, s in ran)
-    for graph_logits, graph_scores in ran:
-        graph_p = p_values(graph_scores.astype(np.float64), calibration)
-        clear = np.abs(p - rate) > 10 * score_gap
-        differ = clear & ((p < rate) != (graph_p < rate))
-        labels = graph_logits.argmax(1) != logits.argmax(1)
-        worst = Parity(
-            len(image),
-            max(worst.logits, float(np.abs(graph_logits - logits).max())),
-            score_gap,
-            max(worst.labels_differ, int(labels.sum())),
-            max(worst.decisions_differ, int(differ.sum())),
-        )
+    score_gap = largest(apart(own.scores, out.scores) for out in ran)
+    p = p_values(own.scores, calibration)
+    clear = np.abs(p - rate) > 10 * score_gap
+    decided = [clear & ((p < rate) != (p_values(out.scores, calibration) < rate)) for out in ran]
+    worst = Parity(
+        len(image),
+        largest(gap for out in ran for gap in logit_gaps(own, out)),
+        score_gap,
+        int(largest(apart(own.purified, out.purified) for out in ran)),
+        max(int((own.logits.argmax(1) != out.logits.argmax(1)).sum()) for out in ran),
+        max(int(differ.sum()) for differ in decided),
+    )
     # With NaN scores, or a gap that leaves no image clear of the rate, decisions prove nothing. At
     # rate 0 nothing is ever flagged, but scores are still shown: hold them to the usual rate.
     vacuous = not 10 * score_gap < (rate or 0.01) / 2
-    if worst.labels_differ or worst.decisions_differ or vacuous:
+    shown = worst.logits <= MOST_LOGITS * float(np.ptp(own.logits)) and worst.pixels <= MOST_PIXELS
+    if worst.labels_differ or worst.decisions_differ or vacuous or not shown:
         raise RuntimeError(f"the exported graph decides differently: {worst}")
     return worst
+
+
+def largest(gaps: Iterable[float]) -> float:
+    """The largest, NaN where there is one, which `max` would pass over."""
+    return float(np.max([*gaps]))
+
+
+def logit_gaps(own: Outputs, out: Outputs) -> tuple[float, float]:
+    """How far logits are apart, those before the purifier second."""
+    return apart(own.logits, out.logits), apart(own.raw_logits, out.raw_logits)
+
+
+def apart(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest difference between two arrays of one shape; NaN where either has one."""
+    return float(np.abs(one.astype(np.float64) - other).max())
 
 
 class Agreement(NamedTuple):
@@ -172,29 +192,32 @@ def agree(
     )
 
 
-def check_close(fp32: Runs, lower: Runs, image: Tensor) -> str:
-    """Raise RuntimeError where a graph is plainly not made from the fp32 one; says what was seen.
+def check_close(
+    before: tuple[Runs, Calibration], lower: tuple[Runs, Calibration], image: Tensor
+) -> str:
+    """Raise RuntimeError where a graph is plainly not made from the one `before`; says what was
+    seen. Each comes with its own calibration.
 
     For when it is built again: what it costs was measured when it was made, on validation images.
     """
-    ran = [engine.run(image.numpy()) for engine in (fp32, lower)]
+    ran = [engine.run(image.numpy()) for engine, _ in (before, lower)]
     if not all(np.isfinite(out).all() for out in (ran[1].logits, ran[1].scores)):
         raise RuntimeError(
             "the graph in lower precision gives logits or scores that are no numbers"
         )
     same = float((ran[0].logits.argmax(1) == ran[1].logits.argmax(1)).mean())
-    seen = f"has the labels of the fp32 one on {same:.0%} of {len(image)} images"
-    if same < LEAST_CLOSE:
+    p = [p_values(out.scores, known) for out, (_, known) in zip(ran, (before, lower), strict=True)]
+    gap = float(np.median(np.abs(p[0] - p[1])))
+    seen = (
+        f"has the labels of the fp32 one on {same:.0%} of {len(image)} images, and p-values that"
+        f" are {gap:.2g} from its (median)"
+    )
+    if same < LEAST_CLOSE or gap > MOST_APART:
         raise RuntimeError(f"the graph in lower precision only {seen}: `rampart quantize` anew")
     return seen
 
 
-def run_in_batches(
-    engine: Runs, image: NDArray[np.uint8], size: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits (N, K) and scores (N, D) of image (N, H, W, 3), `size` images a run."""
+def run_in_batches(engine: Runs, image: NDArray[np.uint8], size: int) -> Outputs:
+    """What the graph says of image (N, H, W, 3), `size` images a run."""
     parts = [engine.run(image[i : i + size]) for i in range(0, len(image), size)]
-    return (
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.scores for part in parts]),
-    )
+    return Outputs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

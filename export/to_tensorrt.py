@@ -184,11 +184,12 @@ def to_tensorrt(
             ) from error
         write_record(made, graph, version=version, parity="running")
         engine = PlanEngine(made, graph)
+        table = load_variant(folder, variant, precision)
         if precision == "fp32":
-            table = load_variant(folder, variant)
             parity = str(compare(pipeline, engine, table, images, rate=rate))
         else:
-            parity = f"the plan {check_close(Engine(graph), engine, images)}"
+            close = check_close((Engine(graph), table), (engine, table), images)
+            parity = f"the plan {close}"
         record = write_record(made, graph, version=version, parity=parity)
         record.replace(record_file(plan))
         made.replace(plan)

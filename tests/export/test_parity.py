@@ -1,11 +1,13 @@
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from export import parity
 from export.archive import sample_crops
-from handlers.engine import Engine
+from handlers.engine import Engine, Outputs
 from handlers.verdict import Calibration
 from hardening import pipeline as pipelines
 from hardening.calibrate import detection_margin, load_variant
@@ -52,8 +54,39 @@ def test_the_gate_stops_scores_that_say_nothing(
 ) -> None:
     other, _ = pipelines.load(tiny_folder / "weights.safetensors")
     other.detectors.feature_distance.whiten.mul_(1.5)
-    with pytest.raises(RuntimeError, match=r"scores by [0-9]\.[0-9]+; labels differ on 0"):
+    with pytest.raises(RuntimeError, match=r"scores by [0-9]\.[0-9]+, .*; labels differ on 0"):
         parity.compare(other, engine, calibration, tiny_images.image[:8])
+
+
+class Altered:
+    """A graph of which one output is another one."""
+
+    def __init__(self, engine: Engine, change: Callable[[Outputs], Outputs]) -> None:
+        self.engine, self.change = engine, change
+        self.device, self.image_shape = engine.device, engine.image_shape
+
+    def run(self, images: np.ndarray) -> Outputs:
+        return self.change(self.engine.run(images))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out._replace(logits=100 * out.logits),
+        lambda out: out._replace(raw_logits=0 * out.raw_logits),
+        lambda out: out._replace(raw_logits=out.raw_logits * np.float32("nan")),
+        lambda out: out._replace(purified=255 - out.purified),
+    ],
+)
+def test_the_gate_stops_outputs_that_decide_nothing_and_are_shown(
+    change: Callable[[Outputs], Outputs],
+    engine: Engine,
+    tiny_pipeline: DefendedClassifier,
+    calibration: Calibration,
+    tiny_images: Images,
+) -> None:
+    with pytest.raises(RuntimeError, match="labels differ on 0, decisions on 0"):
+        parity.compare(tiny_pipeline, Altered(engine, change), calibration, tiny_images.image[:8])
 
 
 def test_near_threshold_images_straddle_the_decision_closely(

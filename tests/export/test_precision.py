@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from test_parity import Altered
 
 from export import parity
 from export.archive import archive, sample_crops
@@ -68,16 +69,22 @@ def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
 
 
 def test_a_graph_of_another_net_is_not_taken_for_a_form_of_this_one(
-    graph: Path, fp16: Path, tiny_folder: Path
+    graph: Path, fp16: Path, tiny_folder: Path, tiny_images: Images
 ) -> None:
     other, _ = pipelines.load(tiny_folder / "weights.safetensors")
     with torch.no_grad():
         other.classifier.head.weight.neg_()
         other.classifier.head.bias.neg_()
-    before, turned = Engine(graph), Engine(to_onnx(other, graph.with_name("turned.onnx")))
-    assert "on 100% of 32" in parity.check_close(before, Engine(fp16), sample_crops(32))
+    table, crops = load_variant(tiny_folder, "full"), sample_crops(32)
+    before, half = (Engine(graph), table), Engine(fp16)
+    turned = Engine(to_onnx(other, graph.with_name("turned.onnx")))
+    assert "on 100% of 32" in parity.check_close(before, (half, table), crops)
     with pytest.raises(RuntimeError, match="only has the labels of the fp32 one on 0%"):
-        parity.check_close(before, turned, sample_crops(32))
+        parity.check_close(before, (turned, table), crops)
+    for scores in (-1e6, 1e6):  # accepts everything, flags everything
+        constant = Altered(half, lambda out, x=scores: out._replace(scores=0 * out.scores + x))
+        with pytest.raises(RuntimeError, match="p-values that are"):
+            parity.check_close(before, (constant, table), tiny_images.image[:32])
 
 
 @pytest.mark.parametrize(("precision", "size"), [("int8", 0.6), ("fp16", 0.65)])
