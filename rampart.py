@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -33,7 +34,9 @@ Method = Annotated[str, typer.Option(help=METHOD)]
 CLASSIFIER = "classifier.safetensors"
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
 Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
-Eps = Annotated[float | None, typer.Option(help="n/255 for Linf (default 8), plain for L2 (0.5)")]
+EPS = "n/255 for Linf (default 8), plain for L2 (0.5)"
+Eps = Annotated[float | None, typer.Option(min=0, help=EPS)]
+Count = Annotated[int, typer.Option(min=1)]
 ARCH = "Name of torchvision's (resnet18, vgg11_bn, alexnet, googlenet ...), or timm:NAME"
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
 NORM += "ImageNet's above"
@@ -67,7 +70,7 @@ PrecisionOf = Annotated[
     Literal["fp32", "fp16", "int8"] | None, typer.Option("--precision", help=PRECISION)
 ]
 Split = Literal["validation", "tuning", "calibration"]
-Rate = Annotated[float, typer.Option(help="False-alarm rate on clean images")]
+Rate = Annotated[float, typer.Option(min=0, max=0.99, help="False-alarm rate on clean images")]
 
 
 def say(what: object) -> None:
@@ -173,8 +176,8 @@ def train(
     method: Method = "nfgsm",
     norm: Norm = "Linf",
     eps: Eps = None,
-    epochs: int = 30,
-    batch_size: int = 128,
+    epochs: Count = 30,
+    batch_size: Count = 128,
     lr: float = 0.2,
     ema: Annotated[float, typer.Option(help="Decay of the weight average")] = 0.998,
     awp: Annotated[float, typer.Option(help="Adversarial weights: parts of their norm, 0.005")] = 0,
@@ -186,7 +189,9 @@ def train(
     precision: Arithmetic = None,
     compile: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, typer.Option(help=INIT)] = None,
-    validate_on: Annotated[int, typer.Option(help="Validation images used each epoch")] = 1500,
+    validate_on: Annotated[
+        int, typer.Option(min=1, help="Validation images used each epoch")
+    ] = 1500,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -207,8 +212,6 @@ def train(
         raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
     if (method == "rslad") != bool(teacher):
         raise ValueError("--method rslad and --teacher go together: one distils, from the other")
-    if validate_on < 1:
-        raise ValueError(f"--validate-on {validate_on}: take one image or more")
     where = distributed.join(pick_device(device))
     torch.manual_seed(seed)  # new layers of --init are drawn from it too
     start = load_classifier(init, auxiliary=True, rectified=rectify) if init else None
@@ -275,8 +278,8 @@ def adopt(
     from hardening.models import SMALL, ClassifierConfig
 
     usual = CIFAR10_NORM if image_size <= SMALL else IMAGENET_NORM
-    config = ClassifierConfig(arch, classes, width, image_size, mean or usual[0], std or usual[1])
-    net = foreign.adopt(weights, config)
+    config = ClassifierConfig(arch, classes, width, image_size, *usual)
+    net = foreign.adopt(weights, config, mean=mean, std=std)
     content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
     checkpoint.save(out, net, content)
     say(f"{out}: {arch}, mean {net.config.mean}, std {net.config.std}")
@@ -375,7 +378,8 @@ def assemble(
     held: Path | None,
     data_name: str,
 ) -> None:
-    """Make a model folder: weights, a calibration for each variant, a card."""
+    """Make a model folder: weights, a calibration for each variant, a card. What stood there goes
+    once all of it is made, and stays where it was of the same model."""
     from hardening import calibrate as calibration
     from hardening import checkpoint, report
     from hardening import folder as folders
@@ -390,33 +394,40 @@ def assemble(
     defended = pipelines.DefendedClassifier(net, generator, FULL).eval()
     # On training images, since every held-out split is measured on, combined on or ranked.
     few = spread(train, FITTED) if len(train) else split(images, "validation")
+    if not len(train):
+        say("all images of --data are held out: what is measured on validation images is too good")
     defended.detectors.feature_distance.fit(net, few)
-    pipelines.save(model / "weights.safetensors", defended, images.classes)
-    for file in folders.calibrations(model):  # of what the folder held before
-        file.unlink()
-    for variant in folders.VARIANTS if purifier else folders.VARIANTS[1:]:
-        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
-        made = calibration.calibrate(pipeline, images, variant)
-        say(calibration.write(model, made, f"{(held or data).name}, calibration split"))
     made_by = {"classifier": checkpoint.read(classifier)[0]}
     if purifier:
         made_by["purifier"] = checkpoint.read(purifier)[0]
+    training = {
+        part: str(known.get("training", f"told by no file of {part}"))
+        for part, known in made_by.items()
+    }
     commands = [line for known in made_by.values() for line in known.get("commands", [])]
     history = made_by["classifier"].get("history", [])
-    if history:
-        draw(history, model / "curve.png")
-    report.write_card(
-        model,
-        {
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        pipelines.save(made / "weights.safetensors", defended, images.classes)
+        for variant in folders.VARIANTS if purifier else folders.VARIANTS[1:]:
+            pipeline, _ = pipelines.load(made / "weights.safetensors", variant)
+            ranks = calibration.calibrate(pipeline, images, variant)
+            calibration.write(made, ranks, f"{(held or data).name}, calibration split")
+        if history:
+            draw(history, made / "curve.png")
+        card = {
             "model": model.name,
             "data": data_name or data.name,
-            "training": {part: known["training"] for part, known in made_by.items()},
+            "training": training,
             "history": history,
             "classifier": net.config._asdict(),
-            "calibration_images": made.images,
+            "calibration_images": ranks.images,
             "commands": list(dict.fromkeys([*commands, command_line()])),  # one line of `harden`
-        },
-    )
+        }
+        report.write_card(made, card)
+        folders.deliver(made, model)
+    for file in folders.calibrations(model):
+        say(file)
 
 
 @app.command()
@@ -426,7 +437,9 @@ def evaluate(
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
     held: Annotated[Path | None, typer.Option(help="Its --held, where --part is of those")] = None,
     part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many images, evenly spaced")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many images, evenly spaced")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
     variant: Annotated[
@@ -454,8 +467,7 @@ def evaluate(
 
     if variant and not only:
         raise ValueError("--variant goes with --only: worst cases take the attacks on all variants")
-    if variant and variant not in folders.variants_in(model):
-        raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
+    folders.check_variant(model, variant)
     where, threat = pick_device(device), threat_of(norm, eps)
     limit = limit or (100 if quick else None)
     chosen, source = measured(model, data, data_name, held=held, part=part, limit=limit)
@@ -578,9 +590,13 @@ def harden(
     method: Method = "nfgsm",
     norm: Norm = "Linf",
     eps: Eps = None,
-    epochs: Annotated[int, typer.Option(help="Of training; 0 keeps --weights as they are")] = 30,
-    purifier_epochs: Annotated[int, typer.Option(help="0: no purifier, variant lean")] = 2,
-    evaluate_on: Annotated[int, typer.Option(help="Validation images to attack; 0: none")] = 100,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Of training; 0 keeps --weights as they are")
+    ] = 30,
+    purifier_epochs: Annotated[int, typer.Option(min=0, help="0: no purifier, variant lean")] = 2,
+    evaluate_on: Annotated[
+        int, typer.Option(min=0, help="Validation images to attack; 0: none")
+    ] = 100,
     precision: Arithmetic = None,
     runs: Annotated[Path, typer.Option(help="Folder for what the stages make")] = Path("runs"),
     device: Device = "auto",
@@ -747,7 +763,7 @@ def ablate(
     model: Model,
     data: Data,
     held: Held = None,
-    limit: Annotated[int, typer.Option(help="So many images, evenly spaced")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="So many images, evenly spaced")] = 200,
     steps: Annotated[int, typer.Option(help="Of each attack")] = 20,
     norm: Norm = "Linf",
     eps: Eps = None,
@@ -810,7 +826,9 @@ def alarms(
     model: Model,
     data: Data,
     held: Held = None,
-    limit: Annotated[int, typer.Option(help="So many calibration images, evenly spaced")] = 1000,
+    limit: Annotated[
+        int, typer.Option(min=1, help="So many calibration images, evenly spaced")
+    ] = 1000,
     rate: Rate = 0.01,
     device: Device = "auto",
 ) -> None:
@@ -857,7 +875,7 @@ def outside(
     data_name: Annotated[str, typer.Option(help="What the card calls these images")] = "",
     held: Annotated[Path | None, typer.Option(help="Its --held, where --part is of those")] = None,
     part: Annotated[Split | None, typer.Option(help="Only this split of held-out images")] = None,
-    limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Only so many images, evenly spaced")] = 200,
     rate: Rate = 0.01,
     cache: Annotated[Path, typer.Option(help="Folder for what attacks found")] = Path("runs/found"),
     device: Device = "auto",
@@ -942,8 +960,11 @@ def table(
     ),
 ) -> None:
     """Write into README.md what the models' cards say: all in one table, the first in detail."""
+    from hardening import folder as folders
     from hardening import report
 
+    for model in models:
+        folders.calibrated(model)
     readme.write_text(report.with_tables(readme.read_text(), models))
     say(report.model_table(models))
 
@@ -972,6 +993,7 @@ def export(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, and --tensorrt"
             " FILE.plan"
         )
+    folders.check_variant(model, variant)
     chosen = variant or folders.best_variant(model)
     form = precision or folders.best_precision(model, chosen)
     images = gate_images(model, data)
@@ -1061,6 +1083,7 @@ def archive(
     policy |= {"on_failure": on_failure, "detail": detail, "on_query_attack": on_query_attack}
     policy |= {"query_store": query_store, "query_owner": query_owner}
     policy |= {"query_expiry": query_expiry, "query_capacity": query_capacity}
+    folders.check_variant(model, variant)
     variant = variant or folders.best_variant(model)
     precision = precision or folders.best_precision(model, variant)
     parity = archives.archive(
@@ -1220,7 +1243,7 @@ def redteam(
         typer.Option(help="square, simba, hopskipjump, boundary or oars; repeatable; default all"),
     ] = None,
     queries: Annotated[int, typer.Option(help="Budget of an image under one attack")] = 1000,
-    limit: Annotated[int, typer.Option(help="Only so many images, evenly spaced")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Only so many images, evenly spaced")] = 50,
     eps: Annotated[int, typer.Option(help="Radius of the Linf ball, n/255")] = 8,
     image_size: Annotated[int, typer.Option(help="Pixels per side that the model takes")] = 32,
     beside: Annotated[

@@ -145,7 +145,9 @@ def false_alarms(
         # Crops of one photograph are no independent images: the range over photographs is given.
         each = (p.reshape(len(PHOTOGRAPHS), CROPS) < rate).mean(1)
         name = f"{len(p)} crops of {len(PHOTOGRAPHS)} photographs, with their range"
-        yield figures(judged, name, p, (each.min(), each.max()), rate)
+        row = figures(judged, name, p, (each.min(), each.max()), rate)
+        many = sum(wilson(share, CROPS)[0] > rate for share in each)
+        yield row | {"too_many": many > 1 and row["value"] > WORTH_NAMING * rate}
 
 
 def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[dict[str, Any]]:

@@ -214,22 +214,7 @@ def n_fgsm(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
     return pgd(loss, x, free, steps=1, step_size=threat.eps, start=start, keep_best=False)
 
 
-def fgsm(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
-    """One step of size eps from the image itself (Goodfellow et al. 2015); `noise` is not used."""
-    zero = torch.zeros_like(x)
-    return pgd(loss, x, threat, steps=1, step_size=threat.eps, start=zero, keep_best=False)
-
-
 def pgd10(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
     """Ten steps of eps/4 from a random start."""
     start = random_start(x, threat, noise)
     return pgd(loss, x, threat, steps=10, step_size=threat.eps / 4, start=start)
-
-
-def pgd20(loss: Loss, x: Tensor, threat: Threat, *, noise: Noise) -> Tensor:
-    """Twenty steps of eps/4 (2/255 at 8/255) from one random start."""
-    start = random_start(x, threat, noise)
-    return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
-
-
-ATTACKS = {"fgsm": fgsm, "n_fgsm": n_fgsm, "pgd10": pgd10, "pgd20": pgd20}

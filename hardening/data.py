@@ -8,12 +8,14 @@ goes on. Augmentation is two tensor functions.
 import hashlib
 import math
 import os
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -144,9 +146,10 @@ class Folder:
         return Images(image, self.label, self.classes, self.paths)
 
     def digest(self) -> str:
-        """Stands for the files, without reading them: names, sizes, times of the last change."""
-        stats = [file.stat() for file in self.files]
-        known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(self.paths, stats, strict=True)]
+        """Stands for the files, without reading them: names and sizes. Not times, which differ
+        between copies of them on several machines."""
+        sizes = [file.stat().st_size for file in self.files]
+        known = list(zip(self.paths, sizes, strict=True))
         return hashlib.sha256(repr((known, self.classes, self.size)).encode()).hexdigest()
 
 
@@ -190,7 +193,16 @@ def load_cifar10(path: Path, *, train: bool = True, download: bool = False) -> I
 
 def load_npz(path: Path) -> Images:
     """Read `image`, `label` and, where present, `classes` and `jpeg_path` from an .npz file."""
-    with np.load(path, allow_pickle=False) as file:
+    try:
+        with path.open("rb") as file:  # which numpy would leave open where it fails
+            return read_npz(path, file)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is cut or damaged ({error}): copy or save it anew") from error
+
+
+def read_npz(path: Path, opened: BinaryIO) -> Images:
+    """As `load_npz`, of a file that is whole and open."""
+    with np.load(opened, allow_pickle=False) as file:
         missing = {"image", "label"} - set(file.files)
         if missing:
             raise ValueError(f"{path} lacks {sorted(missing)}: save image (N, H, W, 3) and label")
@@ -218,8 +230,8 @@ def load_training(path: Path, *, size: int) -> Images | Folder:
     if not path.is_dir() or (path / "cifar-10-batches-py").is_dir():
         return load(path, size=size)
     folder = find_pictures(path, size=size)
-    room = MEMORY // distributed.beside()
-    return folder if len(folder) * size * size * 3 > room else folder.whole()
+    # Whatever the number of processes, or a run could not go on with another one.
+    return folder if len(folder) * size * size * 3 > MEMORY else folder.whole()
 
 
 def find_pictures(path: Path, *, size: int) -> Folder:
@@ -287,7 +299,8 @@ def hold_out(
 
     With `held`, its images are left out of training where its `paths` name them (the lossless
     twins of JPEG training images) or, of images in memory, their pixels are the same. Without it a
-    tenth, at most 5,170, is drawn with `seed`. Raises ValueError where both name classes
+    tenth, at most 5,170, is drawn with `seed`, and other images of the same pixels are left out as
+    well. Raises ValueError where both name classes
     differently, or where `held` names twins and none is found.
     """
     if held is not None:
@@ -295,10 +308,7 @@ def hold_out(
             raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
         twins = set(held.paths)
         paths = images.paths or ("",) * len(images)
-        keep = torch.tensor([path not in twins for path in paths])
-        if isinstance(images, Images):
-            pixels = {short(image) for image in held.image.numpy()}
-            keep &= torch.tensor([short(image) not in pixels for image in images.image.numpy()])
+        keep = torch.tensor([path not in twins for path in paths]) & unlike(images, held)
         if twins and keep.all():
             raise ValueError(
                 f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
@@ -307,8 +317,17 @@ def hold_out(
         return images[keep.nonzero().flatten()], held
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = min(PARTS, math.ceil(len(images) / 10))
-    drawn = images[order[:count]]
-    return images[order[count:]], drawn.whole() if isinstance(drawn, Folder) else drawn
+    drawn, rest = images[order[:count]], images[order[count:]]
+    out = drawn.whole() if isinstance(drawn, Folder) else drawn
+    return rest[unlike(rest, out).nonzero().flatten()], out
+
+
+def unlike(images: Images | Folder, held: Images) -> Tensor:
+    """Which `images` (N,) have other pixels than all of `held`; of a folder nothing is read."""
+    if isinstance(images, Folder):
+        return torch.ones(len(images), dtype=torch.bool)
+    known = {short(image) for image in held.image.numpy()}
+    return torch.tensor([short(i) not in known for i in images.image.numpy()], dtype=torch.bool)
 
 
 def short(image: np.ndarray) -> bytes:

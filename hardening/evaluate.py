@@ -34,6 +34,7 @@ PGD20 = "PGD, 20 steps of eps/4"
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
 LABEL_CODE = ("attacks", "data", "models", "noise", "objectives", "rungs")
 PIPELINE_CODE = (*LABEL_CODE, "calibrate", "detectors", "pipeline", "purifier", "victims")
+BARE = ("classifier", "undefended")  # victims that nothing stands in front of
 LABEL_RUNGS = ("pgd20", "autoattack", "autoattack_short")
 
 
@@ -113,7 +114,8 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
     found = []
     for rung in ladder:
-        source = attack_source(PIPELINE_CODE if rung.victim.rejects else LABEL_CODE)
+        bare = rung.victim.name in BARE
+        source = attack_source(LABEL_CODE if bare else PIPELINE_CODE)
         key = f"{source} {rung.fingerprint} {rung.name} {rung.attack} {rung.threat}"
         title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
         found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
@@ -161,11 +163,16 @@ class Record(NamedTuple):
     under: list[tuple[Rung, Replay]]
     budget: str
 
-    def own(self, name: str) -> tuple[Rung, Replay]:
-        """The attack called `name` on this victim at full eps; `lean` labels as the classifier."""
+    def attacks(self, name: str) -> list[tuple[Rung, Replay]]:
+        """Those called `name` on this victim, that at full eps last; `lean` labels as the
+        classifier."""
         twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
         mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
-        return max(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
+        return sorted(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
+
+    def own(self, name: str) -> tuple[Rung, Replay]:
+        """The attack called `name` on this victim at full eps."""
+        return self.attacks(name)[-1]
 
     def metric(self, name: str, share: Bools, rung: Rung | None = None) -> Metric:
         """The figure that `share` (N,) of the images makes."""
@@ -203,10 +210,10 @@ def label_figures(seen: Record) -> Iterator[Metric]:
     yield seen.metric("clean", seen.clean.right)
     if seen.victim.rejects:
         yield seen.metric("clean_rejection", ~seen.clean.deployed.accepted)
-    names = {rung.name for rung, _ in seen.under}
-    for name in [name for name in LABEL_RUNGS if name in names]:
-        rung, after = seen.own(name)
-        yield seen.metric(name, seen.clean.right & after.right, rung)
+    for name in LABEL_RUNGS:
+        if mine := seen.attacks(name):
+            rung, after = mine[-1]
+            yield seen.metric(name, seen.clean.right & after.right, rung)
     for rung, after in seen.under:
         if (rung.victim.subject, rung.name) == ("undefended", "pgd20"):
             how = rung._replace(attack=f"{rung.attack}, made on the undefended twin")
@@ -323,7 +330,10 @@ def evaluate(
     known = sorted({rung.name for rung in whole})
     if unknown := sorted(set(only) - set(known)):
         raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(known)}")
-    found = climb(chosen(whole, threat, only), images, folder)
+    rungs = chosen(whole, threat, only)
+    if not rungs:
+        raise ValueError(f"{', '.join(only)} is made on the classifier: leave out --variant")
+    found = climb(rungs, images, folder)
     everyone = [*victims, *plain.values()]
     records = {v.name: record(v, found, images, str(budget)) for v in everyone}
     metrics: list[Metric] = []

@@ -34,6 +34,13 @@ def calibrated(model: Path) -> list[Variant]:
     raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
 
 
+def check_variant(model: Path, variant: str | None) -> None:
+    """Raise ValueError where a variant is asked for that a model folder is not calibrated for. A
+    missing folder is complained of later."""
+    if variant and (known := variants_in(model)) and variant not in known:
+        raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
+
+
 def best_variant(model: Path) -> Variant:
     """The variant that is taken where none is asked for: what the ablation chose, else `full`.
 

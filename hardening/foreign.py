@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hardening.models import Classifier, ClassifierConfig
 
+Colour = tuple[float, float, float]  # red, green, blue
 State = dict[str, Tensor]
 # What training scripts call the entry that holds the weights.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net")
@@ -29,14 +30,18 @@ CONVERT = (
 )
 
 
-def adopt(path: Path, config: ClassifierConfig) -> Classifier:
+def adopt(
+    path: Path, config: ClassifierConfig, *, mean: Colour | None = None, std: Colour | None = None
+) -> Classifier:
     """The classifier of `config` with the weights of `path`, frozen.
 
-    A normalizer in the file replaces the config's. Raises FileNotFoundError, or ValueError that
-    names a layer which is missing, unknown or of another size.
+    A normalizer in the file replaces the config's, and `mean` and `std` replace either. Raises
+    FileNotFoundError, or ValueError that names a layer which is missing, unknown or of another
+    size.
     """
     found = read(path)
     config = normalized(config, found)
+    config = config._replace(mean=mean or config.mean, std=std or config.std)
     net = Classifier(config)
     own = library_names(net)
     state = without_prefix(found, own, path)
@@ -92,7 +97,7 @@ def tensors(content: Any, path: Path) -> State:
 def normalized(config: ClassifierConfig, found: State) -> ClassifierConfig:
     """`config` with the mean and std that the file carries beside the network."""
 
-    def values(names: tuple[str, ...]) -> tuple[float, float, float] | None:
+    def values(names: tuple[str, ...]) -> Colour | None:
         fitting = [t for n, t in found.items() if n.split(".")[-1] in names and t.numel() == 3]
         if not fitting:
             return None

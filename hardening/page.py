@@ -175,10 +175,7 @@ def name_of(pipeline: DefendedClassifier) -> str:
 
 def own(seen: Record, name: str) -> tuple[Rung, Replay] | None:
     """The attack called `name` on this victim at full eps, where there was one."""
-    try:
-        return seen.own(name)
-    except ValueError:
-        return None
+    return next(reversed(seen.attacks(name)), None)
 
 
 def attacked(evaluation: Evaluation, seen: Record) -> Tensor | None:

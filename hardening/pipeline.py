@@ -125,6 +125,8 @@ def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = Fa
     `rectified` a network that has no head of rectified rejection gets a new one.
     """
     config, state = checkpoint.read(path)
+    if "classifier" not in config:
+        raise ValueError(f"{path} holds no classifier: pass the file of `rampart train`")
     prefix = "classifier."
     own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     state = own or state

@@ -194,7 +194,7 @@ def train_purifier(
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
-    alone = accuracy(classifier, validation, attack="pgd10", threat=recipe.threat)
+    alone = accuracy(classifier, validation, threat=recipe.threat)
     say(f"without the purifier: pgd10 {alone:.4g}")
     both = nn.Sequential(trainer.ema, classifier)
     best = folder / "purifier.safetensors"
@@ -207,7 +207,8 @@ def train_purifier(
     trainer.run.fit(
         train,
         trainer.step,
-        lambda: validate(both, validation, recipe.threat),
+        lambda seen: validate(both, seen, recipe.threat),
+        chosen_on=validation,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         keep=keep,

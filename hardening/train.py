@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from hardening import checkpoint, distributed
-from hardening.attacks import ATTACKS, Threat, cross_entropy
+from hardening.attacks import Threat, cross_entropy, pgd10
 from hardening.data import Batch, Folder, Images, shuffled, to_float
 from hardening.methods import METHODS, adversarial_weights, rectification
 from hardening.models import Classifier
@@ -90,9 +90,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def accuracy(
-    model: nn.Module, images: Images, *, attack: str | None = None, threat: Threat, seed: int = 0
+    model: nn.Module, images: Images, *, threat: Threat | None = None, seed: int = 0
 ) -> float:
-    """Share of `images` that `model` labels right, under ATTACKS[attack] where one is named.
+    """Share of `images` that `model` labels right, under PGD-10 where there is a `threat`.
 
     Several processes share the images; each returns the figure of all.
     """
@@ -100,9 +100,8 @@ def accuracy(
     right = torch.zeros((), dtype=torch.int64, device=every.device)
     for index in torch.split(every, 128):
         x, label = to_float(images.image[index]), images.label[index]
-        if attack:
-            noise = Noise(index, seed=seed)
-            x = ATTACKS[attack](cross_entropy(model, label), x, threat, noise=noise)
+        if threat:
+            x = pgd10(cross_entropy(model, label), x, threat, noise=Noise(index, seed=seed))
         with torch.no_grad():
             right += (model(x).argmax(1) == label).sum()
     return int(distributed.total(right)) / len(images)
@@ -110,8 +109,7 @@ def accuracy(
 
 def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, float]:
     """The figures of an epoch: clean and PGD-10 accuracy."""
-    clean = accuracy(model, images, threat=threat)
-    return {"clean": clean, "pgd10": accuracy(model, images, attack="pgd10", threat=threat)}
+    return {"clean": accuracy(model, images), "pgd10": accuracy(model, images, threat=threat)}
 
 
 class Run:
@@ -217,25 +215,28 @@ class Run:
         self,
         images: Images | Folder,
         step: Step,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[Images], dict[str, float]],
         *,
+        chosen_on: Images,
         epochs: int,
         batch_size: int,
         keep: Callable[[], None],
         best: str = "pgd10",
     ) -> None:
-        """Run all epochs; `keep` is called when an epoch has the best figure `best` so far.
+        """Run all epochs; `keep` is called when one has the best figure `best` so far, on the
+        images `chosen_on`.
 
         A run that was cut off loses at most `save_every` seconds: the same command continues it.
         """
         if not len(images):
             raise ValueError("no image is left to train on: all are among the held-out ones")
-        self.settings += f" on images {images.digest()[:16]}"
+        self.settings += f" on images {images.digest()[:16]}, chosen on {chosen_on.digest()[:16]}"
         self.resume()
         while self.epoch < epochs:
             loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
             self.check()
-            row = {"epoch": self.epoch + 1, "loss": loss} | evaluate() | {"minutes": self.worked()}
+            seen = evaluate(chosen_on)
+            row = {"epoch": self.epoch + 1, "loss": loss} | seen | {"minutes": self.worked()}
             say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
             # Of two epochs that are as robust, the more accurate one.
             merit = [(old[best], old["clean"]) for old in [*self.history, row]]
@@ -385,7 +386,8 @@ def train_classifier(
     trainer.run.fit(
         train,
         trainer.step,
-        lambda: validate(trainer.ema, validation, recipe.threat),
+        lambda seen: validate(trainer.ema, seen, recipe.threat),
+        chosen_on=validation,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         keep=keep,

@@ -20,6 +20,7 @@ import rampart
 from hardening import checkpoint, report
 from hardening import folder as folders
 from hardening.data import hold_out
+from hardening.models import Classifier, ClassifierConfig
 
 README = Path(rampart.__file__).parent / "README.md"
 
@@ -258,6 +259,31 @@ def test_adopted_weights_calibrate_as_trained_ones_do(tmp_path: Path) -> None:
     assert report.read_card(tmp_path / "mine")["training"]["classifier"] == "adopted from w.pth"
 
 
+def test_a_calibration_that_fails_leaves_the_folder_as_it_was_and_one_of_another_net_leaves_nothing(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    held = lean_only.with_name("held.npz")
+    data = ["--data", held, "--held", held]
+    (lean_only / "report.html").touch()
+    before = {file.name: file.read_bytes() for file in lean_only.iterdir()}
+    other = Classifier(ClassifierConfig("resnet10", 3, width=0.125))
+    checkpoint.save(tmp_path / "three.safetensors", other, {"classifier": other.config._asdict()})
+    for wrong in (tmp_path / "three.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises((ValueError, RuntimeError, OSError)):
+            run("calibrate", lean_only, *data, "--classifier", wrong)
+        assert {file.name: file.read_bytes() for file in lean_only.iterdir()} == before
+    known = ["--classifier", lean_only / "weights.safetensors"]
+    run("calibrate", tmp_path / "again", *data, *known)  # a model folder's weights are a classifier
+    torch.manual_seed(7)
+    net = Classifier(ClassifierConfig("resnet10", 10, width=0.125))
+    checkpoint.save(tmp_path / "c.safetensors", net, {"classifier": net.config._asdict()})
+    output = run("calibrate", lean_only, *data, "--classifier", tmp_path / "c.safetensors")
+    assert str(lean_only / "calibration-lean.json") in output
+    assert not (lean_only / "report.html").exists()
+    card = report.read_card(lean_only)
+    assert "metrics" not in card and "no file" in card["training"]["classifier"]
+
+
 @pytest.fixture
 def lean_only(tmp_path: Path, tiny_folder: Path) -> Path:
     """A model folder without the full variant, and beside it held.npz to measure it on."""
@@ -286,8 +312,9 @@ def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) 
     data = ["--data", lean_only.with_name("held.npz")]
     with pytest.raises(ValueError, match="--variant goes with --only"):
         run("evaluate", lean_only, *data, "--variant", "full")
-    with pytest.raises(ValueError, match="is not calibrated as full: leave out --variant"):
-        run("evaluate", lean_only, *data, "--only", "pgd20", "--variant", "full")
+    for command in (["evaluate", *data, "--only", "pgd20"], ["archive"], ["export", "--out", "x"]):
+        with pytest.raises(ValueError, match="is not calibrated as full: leave out --variant"):
+            run(command[0], lean_only, *command[1:], "--variant", "full")
 
 
 def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
@@ -459,6 +486,27 @@ def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="--device cpu"):
         rampart.pick_device("cuda")
     assert rampart.pick_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["train", "--data", "x", "--out", "y", "--batch-size", 0], "--batch-size"),
+        (["train", "--data", "x", "--out", "y", "--epochs", 0], "--epochs"),
+        (["train", "--data", "x", "--out", "y", "--eps", -8], "--eps"),
+        (["attack", "--rate", 5], "--rate"),
+        (["evaluate", "x", "--data", "y", "--rate", 1.5], "--rate"),
+        (["evaluate", "x", "--data", "y", "--limit", 0], "--limit"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_at_once(command: list[object], option: str) -> None:
+    done = CliRunner().invoke(rampart.app, [str(a) for a in command])
+    assert done.exit_code == 2 and option in done.output and "or equal to" in done.output
+
+
+def test_a_folder_that_is_no_model_has_no_row_in_a_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder of a calibrated model"):
+        run("table", tmp_path, "--readme", tmp_path / "README.md")
 
 
 def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:

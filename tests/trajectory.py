@@ -82,7 +82,8 @@ def main(folder: str, arch: str, method: str) -> None:
     trainer.run.fit(
         images,
         step,
-        lambda: validate(trainer.ema, held, threat),
+        lambda seen: validate(trainer.ema, seen, threat),
+        chosen_on=held,
         epochs=2,
         batch_size=16,
         keep=lambda: None,

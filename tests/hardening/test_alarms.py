@@ -77,6 +77,21 @@ def test_other_pictures_than_those_ranked_are_flagged_more_often(
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
 
 
+@pytest.mark.parametrize(("flagged", "many"), [((1, 1, 1, 1, 0), True), ((1, 0, 0, 0, 0), False)])
+def test_crops_are_too_many_where_two_photographs_are_and_not_for_one_or_all_alone(
+    flagged: tuple[int, ...],
+    many: bool,
+    full: Judged,
+    tiny_images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share = np.repeat(1.0 - np.array(flagged), alarms.CROPS)
+    monkeypatch.setattr(alarms, "p_of", lambda _, image: share if len(image) == 200 else [1.0])
+    monkeypatch.setattr(alarms, "WAYS", {})
+    (row,) = alarms.false_alarms([full], tiny_images, rate=0.05)
+    assert row["too_many"] is many and row["value"] == sum(flagged) / 5
+
+
 def test_each_class_is_told_how_many_of_its_images_are_flagged(
     full: Judged, tiny_images: Images
 ) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import tarfile
 from collections.abc import Sequence
@@ -46,6 +47,14 @@ def test_a_wrong_npz_names_the_file_and_the_fault(
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
         data.load(tmp_path / "bad.npz")
+
+
+def test_a_cut_npz_is_named_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "cut.npz"
+    np.savez(file, image=np.zeros((9, 8, 8, 3), np.uint8), label=np.zeros(9))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut\.npz is cut or damaged .*: copy or save it anew"):
+        data.load(file)
 
 
 def test_missing_data_names_the_path_and_the_remedy(tmp_path: Path) -> None:
@@ -167,6 +176,13 @@ def test_a_tenth_is_held_out_where_nothing_else_is_given() -> None:
     assert sorted([*train.label.tolist(), *held.label.tolist()]) == list(range(95))
 
 
+def test_what_has_the_pixels_of_the_held_out_tenth_is_not_trained_on() -> None:
+    images = data.Images(torch.arange(190)[:, None] // 2, torch.arange(190), ("a",))
+    train, held = data.hold_out(images, None)
+    assert len(held) == 19 and len(train) < 190 - 19
+    assert not {*train.image.flatten().tolist()} & {*held.image.flatten().tolist()}
+
+
 def test_pixels_survive_the_way_to_float_and_back() -> None:
     image = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
     assert torch.equal(data.to_uint8(data.to_float(image)), image)
@@ -233,7 +249,11 @@ def test_a_folder_that_fills_memory_is_read_while_training_and_gives_the_same_ba
 ) -> None:
     path = picture_folder(tmp_path / "pictures", 40)
     held = data.hold_out(data.load_training(path, size=32), None)
-    monkeypatch.setattr(data, "MEMORY", 1000)
+    whole = 40 * 32 * 32 * 3
+    monkeypatch.setattr(data.distributed, "beside", lambda: 8)
+    monkeypatch.setattr(data, "MEMORY", whole)  # whatever the number of processes
+    assert isinstance(data.load_training(path, size=32), data.Images)
+    monkeypatch.setattr(data, "MEMORY", whole - 1)
     streamed = data.load_training(path, size=32)
     assert isinstance(streamed, data.Folder)
     again = data.hold_out(streamed, None)
@@ -264,6 +284,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
 def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
     path = picture_folder(tmp_path / "pictures", 4)
     before = data.find_pictures(path, size=32).digest()
+    os.utime(path / "class0" / "000.png", (1, 1))  # as a copy on another machine may have it
     assert data.find_pictures(path, size=32).digest() == before
     (path / "class0" / "000.png").write_bytes(b"other")
     assert data.find_pictures(path, size=32).digest() != before

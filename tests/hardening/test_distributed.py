@@ -78,7 +78,8 @@ def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> N
         "distributed.join(torch.device('cpu'))\n"
         "images = blobs(8 + distributed.place()[0])\n"
         f"run = Run(Path({str(tmp_path)!r}), 'settings', {{}})\n"
-        "run.fit(images, print, dict, epochs=1, batch_size=4, keep=print)\n"
+        "sizes = {'epochs': 1, 'batch_size': 4}\n"
+        "run.fit(images, print, dict, chosen_on=images, keep=print, **sizes)\n"
     )
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -159,6 +159,35 @@ def test_an_unknown_attack_is_named_with_the_known_ones(
         run(attacked, few, tmp_path, "pdg")
 
 
+def test_lean_alone_has_no_label_to_attack_and_its_int8_form_has_one(
+    attacked: list[Victim], few: Images, tmp_path: Path
+) -> None:
+    lean = attacked[2]
+    with pytest.raises(ValueError, match="pgd20 is made on the classifier: leave out --variant"):
+        run([lean], few, tmp_path, "pgd20")
+    lower = lean._replace(subject="graph:int8")
+    done = run([lean, lower], few, tmp_path, "pgd20")
+    assert figures(done, "graph:int8", "lean").keys() == {"clean", "clean_rejection", "pgd20"}
+    assert figures(done, "pipeline", "lean").keys() == {"clean", "clean_rejection"}
+
+
+def test_what_a_purifier_answers_depends_on_its_code(
+    attacked: list[Victim], few: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = attacked[0]
+    purified = bare._replace(subject="+ purifier")
+    assert not purified.rejects
+
+    def made(victim: Victim) -> set[Path]:
+        before = set(tmp_path.rglob("*.npy"))
+        run([victim], few, tmp_path, "pgd20")
+        return set(tmp_path.rglob("*.npy")) - before
+
+    assert made(bare) and made(purified) and not made(bare) and not made(purified)
+    monkeypatch.setattr(evaluation, "PIPELINE_CODE", evaluation.LABEL_CODE[:1])
+    assert not made(bare) and made(purified)
+
+
 def test_an_image_must_survive_in_float_and_through_the_8_bit_entry(
     attacked: list[Victim], few: Images
 ) -> None:

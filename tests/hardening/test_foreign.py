@@ -66,6 +66,16 @@ def test_a_checkpoint_of_each_layout_gives_the_librarys_logits(
     torch.testing.assert_close(adopted(x), expected)
 
 
+def test_what_the_user_says_counts_before_the_files_normalizer(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    layout = next(name for name in LAYOUTS if "normalizer" in name)
+    torch.save(LAYOUTS[layout](net.state_dict()), tmp_path / "w.pth")
+    said = (0.5, 0.25, 0.75)
+    assert adopt(tmp_path / "w.pth", CONFIG, mean=said).config == CONFIG._replace(mean=said)
+    assert adopt(tmp_path / "w.pth", CONFIG, std=said).config == CONFIG._replace(std=said)
+
+
 def test_safetensors_without_our_metadata_are_read(tmp_path: Path) -> None:
     net = get_model("squeezenet1_1", weights=None, num_classes=5).eval()
     save_file(net.state_dict(), tmp_path / "w.safetensors")

@@ -51,6 +51,12 @@ def test_detection_figures_come_with_intervals_that_hold_them() -> None:
     assert 0.05 < high - low < 0.25
 
 
+def test_no_detection_of_few_images_is_certain() -> None:
+    clean, attacked = np.arange(40.0), 100 + np.arange(5.0)
+    for value, (low, high) in metrics.detection(clean, attacked).values():
+        assert (value, high) == (1.0, 1.0) and low == pytest.approx(0.4)
+
+
 def test_an_auroc_of_one_half_means_no_separation() -> None:
     clean = np.arange(50, dtype=float)
     assert metrics.auroc(clean, clean) == 0.5

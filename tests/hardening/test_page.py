@@ -14,13 +14,12 @@ import torch
 from matplotlib.figure import Figure
 
 from hardening import evaluate, page, pipeline, plots, report, victims
-from hardening.attacks import Threat, cross_entropy, fgsm
+from hardening.attacks import Threat, cross_entropy, pgd
 from hardening.calibrate import load_variant
 from hardening.checks import Check
 from hardening.data import Images, to_float
 from hardening.evaluate import Evaluation, Found, Rung
 from hardening.metrics import tpr_at_fpr
-from hardening.noise import Noise
 from hardening.pipeline import DefendedClassifier
 from hardening.rungs import QUICK
 
@@ -30,13 +29,13 @@ CHECKS = [Check("logits", "classifier", True, "outputs are not probabilities"), 
 
 
 def one_step(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
-    """As `evaluate.climb`, with FGSM on the label for every attack."""
+    """As `evaluate.climb`, with one step on the label for every attack."""
     found = []
     for rung in ladder:
         look = rung.victim.label_look
         loss = cross_entropy(lambda x, look=look: look(x).logits, images.label)  # type: ignore[misc]
-        noise = Noise(torch.arange(len(images)))
-        x = fgsm(loss, to_float(images.image), rung.threat, noise=noise)
+        x, eps = to_float(images.image), rung.threat.eps
+        x = pgd(loss, x, rung.threat, steps=1, step_size=eps, start=torch.zeros_like(x))
         found.append(Found(rung, x))
     return found
 

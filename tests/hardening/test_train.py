@@ -8,6 +8,7 @@ from trajectory import trajectory
 
 from hardening import checkpoint
 from hardening.attacks import Threat
+from hardening.data import Images
 from hardening.methods import METHODS
 from hardening.models import Classifier, ClassifierConfig
 from hardening.pipeline import load_classifier
@@ -40,7 +41,7 @@ def test_training_learns_to_withstand_the_attack(precision: Precision, tmp_path:
         assert curve.size == (840, 480)
     fresh = blobs(128, size=16, seed=2)
     # Chance is 10%.
-    assert accuracy(best, fresh, attack="pgd10", threat=RECIPE.threat) > 0.4
+    assert accuracy(best, fresh, threat=RECIPE.threat) > 0.4
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,8 @@ def test_the_kept_checkpoint_is_the_most_robust_epoch_and_of_equals_the_most_acc
     run.fit(
         blobs(4),
         lambda *_: torch.tensor(1.0),
-        lambda: dict(zip(("pgd10", "clean"), next(figures), strict=True)),
+        lambda _: dict(zip(("pgd10", "clean"), next(figures), strict=True)),
+        chosen_on=blobs(2),
         epochs=5,
         batch_size=2,
         keep=lambda: kept.append(run.epoch),
@@ -159,7 +161,7 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
         lambda *_: dict(zip(("clean", "pgd10"), next(figures), strict=True)),
     )
     monkeypatch.setattr("hardening.train.checkpoint.save", lambda *_: chosen.append(len(chosen)))
-    monkeypatch.setattr("hardening.train.ATTACKS", {})
+    monkeypatch.setattr("hardening.train.pgd10", None)
     train(tmp_path, RECIPE._replace(method="standard", epochs=3))
     assert len(chosen) == 2
 
@@ -180,7 +182,7 @@ def test_every_method_learns_with_all_its_options(method: str, tmp_path: Path) -
     best = load_classifier(file)
     assert best.config.rectified
     # Chance is 10%.
-    assert accuracy(best, blobs(128, size=16, seed=2), threat=RECIPE.threat) > 0.4
+    assert accuracy(best, blobs(128, size=16, seed=2)) > 0.4
 
 
 def test_a_second_head_leaves_the_classifier_what_it_is_without_one(tmp_path: Path) -> None:
@@ -209,10 +211,29 @@ def test_an_unknown_method_is_named(tmp_path: Path) -> None:
         train(tmp_path, RECIPE._replace(method="fsgm"))
 
 
+def test_a_run_does_not_go_on_with_other_images_to_choose_by(tmp_path: Path) -> None:
+    def fit(epochs: int, chosen_on: Images) -> None:
+        run, figures = Run(tmp_path, "settings", {}), {"pgd10": 0.0, "clean": 0.0}
+        run.fit(
+            blobs(4),
+            lambda *_: torch.tensor(1.0),
+            lambda _: figures,
+            chosen_on=chosen_on,
+            epochs=epochs,
+            batch_size=2,
+            keep=lambda: None,
+        )
+
+    fit(1, blobs(2))
+    fit(2, blobs(2))
+    with pytest.raises(ValueError, match="holds a run with other settings or images"):
+        fit(3, blobs(2, seed=1))
+
+
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     run = Run(tmp_path, "settings", {})
     with pytest.raises(ValueError, match="no image is left"):
-        run.fit(blobs(4)[:0], print, dict, epochs=1, batch_size=2, keep=print)
+        run.fit(blobs(4)[:0], print, dict, chosen_on=blobs(2), epochs=1, batch_size=2, keep=print)
 
 
 def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> None:
@@ -222,6 +243,7 @@ def test_divergence_stops_the_run_and_says_what_to_change(tmp_path: Path) -> Non
             blobs(4),
             lambda *_: torch.tensor(torch.nan),
             dict,
+            chosen_on=blobs(2),
             epochs=1,
             batch_size=2,
             keep=lambda: None,
