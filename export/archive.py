@@ -32,7 +32,6 @@ from hardening.calibrate import Precision, calibration_file, load_variant
 from hardening.report import read_card
 
 HANDLERS = Path(handlers.__file__).parent
-# What runs inside TorchServe's worker; the launcher stays outside.
 SETTINGS = {
     "minWorkers": 1,
     "maxWorkers": 1,

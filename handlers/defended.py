@@ -34,6 +34,7 @@ from handlers.verdict import Calibration, Judge, Policy, Verdict
 logger = logging.getLogger(__name__)
 
 HASHES = "sha256.json"
+# What runs inside the worker is packed beside the graph; the launcher stays outside.
 NEEDED = (
     "graph.onnx",
     "calibration.json",
