@@ -443,7 +443,8 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="100 images, short attacks")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this attack, as pgd20")] = None,
     variant: Annotated[
-        Literal["full", "lean"] | None, typer.Option(help="With --only: this variant alone")
+        Literal["full", "lean"] | None,
+        typer.Option(help="With --only: this alone, in the precision that is asked for"),
     ] = None,
     twin: Annotated[Path | None, typer.Option(help="Undefended twin, as a control")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Attack the int8 graphs as well")] = False,
@@ -474,11 +475,12 @@ def evaluate(
     images = chosen.to(where)
     twin = twin or folders.sibling(model)
     victims = victims_of(model, twin, images.classes, rate=rate, device=where)
-    if int8:
-        victims += lower_victims(model, "int8", rate=rate, device=where)
-    if fp16:
-        victims += lower_victims(model, "fp16", rate=rate, device=where)
-    victims = [victim for victim in victims if variant in (None, victim.variant)]
+    lower = lower_victims(model, "int8", rate=rate, device=where) if int8 else []
+    lower += lower_victims(model, "fp16", rate=rate, device=where) if fp16 else []
+    if variant:
+        victims = [victim for victim in lower or victims if victim.variant == variant]
+    else:
+        victims += lower
     budget = QUICK if quick else Budget()
     seconds = evaluation.estimate(victims, images, threat, budget, only=only or [])
     say(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")

@@ -6,6 +6,7 @@ reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020; feature di
 2018 (section 2.1); rectified rejection, Pang et al. 2022.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,6 @@ from torch.nn import functional as F
 
 from hardening.data import Images, batches
 from hardening.models import Classifier
-
-# Devillard's 19 compare-exchange steps that leave the median of nine values at index 4: more than
-# ten times faster than a sort in ONNX Runtime, and exact.
-# fmt: off
-MEDIAN_OF_9 = (
-    (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3),
-    (5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2),
-)
-# fmt: on
 
 
 class Views(NamedTuple):
@@ -38,13 +30,31 @@ class Views(NamedTuple):
 
 
 def median3x3(x: Tensor) -> Tensor:
-    """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected."""
+    """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected.
+
+    Exact, from minima and maxima alone: each row of three is sorted once for the three windows
+    that it is in, and a window's median is that of the largest of its small, the middle of its
+    middle and the smallest of its large values (Smith 1996, "Implementing median filters in
+    XC4000E FPGAs"). More than ten times faster than a sort in ONNX Runtime.
+    """
     height, width = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    p = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    for low, high in MEDIAN_OF_9:
-        p[low], p[high] = torch.minimum(p[low], p[high]), torch.maximum(p[low], p[high])
-    return p[4]
+    a, b, c = (padded[..., i : i + width] for i in range(3))  # each (N, C, H + 2, W)
+    a, b = torch.minimum(a, b), torch.maximum(a, b)
+    middle, large = torch.minimum(b, c), torch.maximum(b, c)
+    small, middle = torch.minimum(a, middle), torch.maximum(a, middle)
+
+    def rows(sorted_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(sorted_[..., i : i + height, :] for i in range(3))  # each (N, C, H, W)
+
+    small = reduce(torch.maximum, rows(small))
+    large = reduce(torch.minimum, rows(large))
+    return median(small, median(*rows(middle)), large)
+
+
+def median(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The middle one of three values, element by element."""
+    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
 
 
 def squeezed(x: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +144,9 @@ class Detectors(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """Scores (N, D)."""
-        return torch.stack([self.score(name, views) for name in self.names], dim=1)
+        # One copy and one transposition, where stacking columns would take a node each.
+        each = torch.cat([self.score(name, views) for name in self.names])
+        return each.view(len(self.names), -1).T
 
     def score(self, name: str, views: Views) -> Tensor:
         """The (N,) scores of one detector."""

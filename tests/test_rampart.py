@@ -379,6 +379,9 @@ def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     # Worst cases take the whole ladder; what stands in for them here is of the same images.
     found = [row for row in card["metrics"] if row["name"] == "pgd20"]
     assert {"classifier", "pipeline", "graph:int8"} == {row["subject"] for row in found}
+    table = run("evaluate", lean_only, "--data", held, *options, "--variant", "lean", "--eps", 4)
+    assert "graph:int8  lean     pgd20" in table
+    assert "classifier" not in table and "pipeline" not in table
     kept = [row | {"name": "robust", "attack": "all", "value": 0.5, "n": 100} for row in found]
     for row in kept:
         row.pop("rate", None)

@@ -19,7 +19,7 @@ def scores(name: str, of: Views) -> torch.Tensor:
     return Detectors((name,), 10, 6)(of)[:, 0]
 
 
-def test_the_median_network_equals_a_sort() -> None:
+def test_the_median_of_minima_and_maxima_equals_that_of_a_sort() -> None:
     x = torch.rand(5, 3, 9, 7)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
     patches = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2)
