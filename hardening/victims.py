@@ -84,21 +84,33 @@ class StraightThrough:
         self.pipeline, self.engine = pipeline, engine
 
     def defend(self, x: Tensor) -> Outputs:
-        """The graph's logits and scores of x (N, 3, H, W) in [0, 1], rounded to 8 bits."""
-        smooth, own = self.pipeline.defend(x), self.engine.run(to_uint8(x.detach()).cpu().numpy())
-
-        def moved(value: Tensor, to: NDArray[np.float32]) -> Tensor:
-            return value + (torch.from_numpy(to).to(value) - value).detach()
-
-        return smooth._replace(
-            logits=moved(smooth.logits, own.logits),
-            raw_logits=moved(smooth.raw_logits, own.raw_logits),
-            scores=moved(smooth.scores, own.scores),
-        )
+        """The graph's outputs for x (N, 3, H, W) in [0, 1], rounded to 8 bits."""
+        own = self.graph(x)
+        if not wants_gradient(x):
+            return own
+        smooth = self.pipeline.defend(x)
+        return Outputs(*(carried(to, value) for to, value in zip(own, smooth, strict=True)))
 
     def label_logits(self, x: Tensor) -> Tensor:
         """The graph's logits (N, K)."""
-        return self.defend(x).logits
+        own = self.graph(x).logits
+        return carried(own, self.pipeline.label_logits(x)) if wants_gradient(x) else own
+
+    def graph(self, x: Tensor) -> Outputs:
+        """What the graph itself says, without gradients."""
+        out = self.engine.run(to_uint8(x.detach()).cpu().numpy())
+        logits, raw_logits, scores, image = (torch.from_numpy(part).to(x.device) for part in out)
+        return Outputs(logits, raw_logits, scores, to_float(image))
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether anybody will differentiate by x: all weights are frozen."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def carried(value: Tensor, by: Tensor) -> Tensor:
+    """`value` with the gradients of `by`, of the same shape."""
+    return by + (value - by).detach()
 
 
 def lower_victim(

@@ -1,6 +1,7 @@
 """What is attacked answers as what is deployed; the other victims are seen in test_evaluate."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from handlers.verdict import Calibration
 from hardening import evaluate as evaluation
 from hardening import victims
 from hardening.attacks import Threat
-from hardening.data import Images, to_float
-from hardening.pipeline import DefendedClassifier
+from hardening.data import Images, to_float, to_uint8
+from hardening.pipeline import Defended, DefendedClassifier
 from hardening.rungs import Budget
 
 
@@ -40,6 +41,30 @@ def test_an_attack_sees_the_values_of_the_int8_graph_and_the_gradients_of_the_fl
         sums = after.sum(), before.sum()
         own, float_one = (torch.autograd.grad(s, x, retain_graph=True)[0] for s in sums)
         torch.testing.assert_close(own, float_one)
+
+
+def test_the_label_of_the_int8_graph_has_the_gradients_of_the_float_label(
+    engine: Engine, tiny_pipeline: DefendedClassifier, tiny_images: Images
+) -> None:
+    made = victims.StraightThrough(tiny_pipeline, engine)
+    x = to_float(tiny_images.image[:6]).requires_grad_(True)
+    seen, smooth = made.label_logits(x), tiny_pipeline.label_logits(x)
+    torch.testing.assert_close(seen, made.graph(x).logits)
+    own, float_one = (torch.autograd.grad(logits[:, 0].sum(), x)[0] for logits in (seen, smooth))
+    torch.testing.assert_close(own, float_one)
+
+
+def test_without_gradients_the_int8_graph_alone_is_run(engine: Engine, tiny_images: Images) -> None:
+    nothing = torch.nn.Module()  # it has no `defend` and no `label_logits` to call
+    made = victims.StraightThrough(cast(Defended, nothing), engine)
+    image = tiny_images.image[:6]
+    x, own = to_float(image).requires_grad_(True), engine.run(image.numpy())
+    with torch.no_grad():
+        for out in (made.defend(x), made.defend(x.detach())):
+            for seen, expected in zip(out[:3], own[:3], strict=True):
+                np.testing.assert_array_equal(seen, expected)
+            np.testing.assert_array_equal(to_uint8(out.purified), own.purified)
+        np.testing.assert_array_equal(made.label_logits(x), own.logits)
 
 
 def test_the_int8_graph_is_a_victim_of_its_own(
