@@ -142,11 +142,17 @@ def estimate(
         planned = chosen(ladder([victim], threat, budget, len(images.classes)), threat, only)
         # The max-softmax alternative is attacked with the same budget.
         planned += [rung for rung in planned if rung.name == "joint_apgd" and not only]
-        one_pass = partial(checks.gradients, victim.look, x, label, victim.name)
-        seconds = min(timeit.repeat(one_pass, number=1, repeat=3)) / len(x)
-        total += seconds * sum(rung.passes for rung in planned) / 2 * len(images)
+        passes = {victim.label_look: 0.0, victim.look: 0.0}
+        for rung in planned:
+            look = victim.label_look if rung.name in LABEL_RUNGS else victim.look
+            passes[look] += rung.passes / 2 * len(images)
         if has_own_label(victim) and not only:
-            total += seconds * CHECKED * (sum(checks.STEPS) + 200 + QUERIES / 3)
+            passes[victim.label_look] += CHECKED * (sum(checks.STEPS) + 200 + QUERIES / 3)
+        for look, count in passes.items():
+            if count:
+                one_pass = partial(checks.gradients, look, x, label, victim.name)
+                seconds = min(timeit.repeat(one_pass, number=1, repeat=3)) / len(x)
+                total += seconds * count
     return total
 
 
