@@ -153,8 +153,9 @@ def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int
 
     class Square(SquareAttack):  # type: ignore[misc]
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            # The first is compared with zero in place, the second is what shrinks.
-            return margin(x, y), margin(x, y)
+            # The first is compared with zero, the second is what shrinks; it keeps both, apart.
+            left = margin(x, y)
+            return left, left.clone()
 
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from hardening import cache, checks, rungs
 from hardening.attacks import Threat
@@ -373,7 +374,8 @@ def self_checks(
 ) -> list[Check]:
     """Every check on every defended victim, on images that it gets right and accepts."""
     out: list[Check] = []
-    for victim in (v for v in victims if v.subject != "undefended"):
+    defended = [victim for victim in victims if victim.subject != "undefended"]
+    for victim in tqdm(defended, desc="self-checks", leave=False):
         seen = records[victim.name]
         right = np.flatnonzero(seen.clean.right & ~seen.clean.rejected)
         if not len(right):
