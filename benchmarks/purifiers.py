@@ -115,7 +115,7 @@ def conv(channels: int, out: int) -> nn.Conv2d:
     """3x3, drawn so that ReLUs keep the variance."""
     layer = nn.Conv2d(channels, out, 3, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -130,9 +130,9 @@ class AgainstStatic:
     ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
         self.classifier, self.recipe, self.uses = classifier.requires_grad_(False), recipe, uses
-        self.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.classifier.to(memory_format=torch.channels_last)
         self.model = Denoiser(width, blocks).to(classifier.mean.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr)
         parts: dict[str, Part] = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
@@ -166,7 +166,7 @@ class AgainstStatic:
         purified = self.model(x)
         task = F.cross_entropy(self.classifier(purified).float(), batch.label)
         self.optimizer.zero_grad(set_to_none=True)
-        (F.l1_loss(purified, batch.x) + task).backward()  # type: ignore[no-untyped-call]
+        (F.l1_loss(purified, batch.x) + task).backward()
         self.optimizer.step()
         self.run.steps += 1
         update_ema(self.ema, self.model, min(0.995, self.run.steps / (10 + self.run.steps)))

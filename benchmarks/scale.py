@@ -123,7 +123,7 @@ def beside_the_graph(packed: Path) -> Panel:
         finally:
             spent[0] += time.perf_counter() - began
 
-    handler._engine.run = run  # type: ignore[assignment, method-assign]
+    handler._engine.run = run
 
     def took(batch: int) -> float:
         data = [{"body": body} for body in bodies[:batch]]

@@ -94,7 +94,7 @@ def ideal(
     steps: int, precision: Precision, images: Images, device: torch.device
 ) -> Callable[[], None]:
     """The passes alone: `steps` to the image, one to the weights, for each batch."""
-    net = network(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = network(device).to(memory_format=torch.channels_last)
     here = images[torch.arange(BATCH)].to(device)
     x = to_float(here.image).contiguous(memory_format=torch.channels_last)
 
