@@ -44,8 +44,8 @@ def median3x3(x: Tensor) -> Tensor:
     middle, large = torch.minimum(b, c), torch.maximum(b, c)
     small, middle = torch.minimum(a, middle), torch.maximum(a, middle)
 
-    def rows(sorted_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(sorted_[..., i : i + height, :] for i in range(3))  # each (N, C, H, W)
+    def rows(values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(values[..., i : i + height, :] for i in range(3))  # each (N, C, H, W)
 
     small = reduce(torch.maximum, rows(small))
     large = reduce(torch.minimum, rows(large))
