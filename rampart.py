@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Data = Annotated[Path, typer.Option(help="Training images: CIFAR-10 folder, ImageFolder or .npz")]
 Held = Annotated[Path | None, typer.Option(help="Held-out images; without it a tenth of --data")]
 Out = Annotated[Path, typer.Option(help="Folder of this run; an unfinished run there continues")]
-METHOD = "nfgsm, pgd, trades, mart, rslad; standard makes an undefended control"
+METHOD = "nfgsm, gat, pgd, trades, mart, rslad; standard makes an undefended control"
 Method = Annotated[str, typer.Option(help=METHOD)]
 CLASSIFIER = "classifier.safetensors"
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to compute")]
@@ -43,6 +43,7 @@ NORM += "ImageNet's above"
 Arch = Annotated[str, typer.Option(help=ARCH)]
 Width = Annotated[float, typer.Option(help="Factor on the channels of a ResNet or VGG")]
 Size = Annotated[int, typer.Option(help="Pixels per side")]
+MIRROR = "Flip half of the images; not for signs, letters and digits, which then are others"
 STEPS = "Of the attack in pgd, trades, mart and rslad"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
@@ -189,6 +190,7 @@ def train(
     precision: Arithmetic = None,
     compile: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, typer.Option(help=INIT)] = None,
+    mirror: Annotated[bool, typer.Option(help=MIRROR)] = True,
     validate_on: Annotated[
         int, typer.Option(min=1, help="Validation images used each epoch")
     ] = 1500,
@@ -238,6 +240,7 @@ def train(
         ramp=ramp,
         steps=steps,
         precision=precision or fast_precision(where, cpu_features()),
+        mirrored=mirror,
         teacher=checkpoint.digest(robust) if robust else "",
         after=str(known.get("training", init.name)) if init else "",
     )

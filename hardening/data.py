@@ -389,12 +389,19 @@ def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def shuffled(
-    images: Images | Folder, size: int, *, seed: int, epoch: int, skip: int = 0
+    images: Images | Folder,
+    size: int,
+    *,
+    seed: int,
+    epoch: int,
+    skip: int = 0,
+    mirrored: bool = True,
 ) -> Iterator[Batch]:
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
 
-    Order and augmentation follow from `seed`, `epoch` and the image alone. A short last batch would
-    unbalance BatchNorm's statistics, so it is dropped.
+    Order and augmentation follow from `seed`, `epoch` and the image alone. With `mirrored` each
+    image is flipped with probability 1/2: not for signs, letters and digits, which then are others.
+    A short last batch would unbalance BatchNorm's statistics, so it is dropped.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=draws)
@@ -408,4 +415,5 @@ def shuffled(
     for index, (image, label) in zip(rows, images.read(rows), strict=True):
         key = images.send(index) if isinstance(images, Folder) else index
         noise = Noise(key, seed=seed, epoch=epoch)
-        yield Batch(crop(flip(to_float(image), noise), noise), label, noise)
+        x = to_float(image)
+        yield Batch(crop(flip(x, noise) if mirrored else x, noise), label, noise)

@@ -2,7 +2,8 @@
 
 Sources: N-FGSM, de Jorge et al. 2022; PGD training, Madry et al. 2018; TRADES, Zhang et al. 2019
 (equation 5); MART, Wang et al. 2020 (equation 10); RSLAD, Zi et al. 2021 (equation 4); adversarial
-weights, Wu et al. 2020 (section 4); rectified rejection, Pang et al. 2022 (section 4).
+weights, Wu et al. 2020 (section 4); rectified rejection, Pang et al. 2022 (section 4); GAT (guided
+adversarial training), Sriramanan et al. 2020 (section 3.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening import distributed
-from hardening.attacks import Loss, Threat, cross_entropy, n_fgsm, pgd, random_start
+from hardening.attacks import (
+    Loss,
+    Threat,
+    ascent_direction,
+    cross_entropy,
+    n_fgsm,
+    pgd,
+    random_start,
+)
 from hardening.data import Batch
 from hardening.models import Classifier
 
 AUXILIARY = 0.3  # weight of GoogLeNet's auxiliary heads (Szegedy et al. 2015, section 5)
-# What stands before the robust part of the loss: TRADES' beta, MART's lambda.
-TRADES_BETA, MART_LAMBDA = 6.0, 5.0
+# What stands before the robust part of the loss: TRADES' beta, the lambdas of MART and GAT.
+TRADES_BETA, MART_LAMBDA, GAT_LAMBDA = 6.0, 5.0, 10.0
 RSLAD_ALPHA = 5 / 6  # weight of attacked images, clean ones have the rest
 
 
@@ -68,6 +77,31 @@ def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int
     return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
+def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """One step from noise of half of eps, whatever `steps`.
+
+    Half of the images climb the cross-entropy; the others climb the distance from the clean
+    prediction as well. The paper alternates between batches. So a network that hides the gradient
+    of one loss gains nothing.
+    """
+    with torch.no_grad():
+        clean = F.softmax(model(batch.x).float(), 1)
+    start = (
+        threat.eps
+        / 2
+        * ascent_direction(batch.noise.uniform(*batch.x.shape[1:]) - 0.5, threat.norm)
+    )
+    guide = GAT_LAMBDA * (batch.noise.uniform() < 0.5)
+
+    def loss(x: Tensor) -> Tensor:
+        logits = model(x).float()
+        gap = (F.softmax(logits, 1) - clean).square().sum(1)
+        return F.cross_entropy(logits, batch.label, reduction="none") + guide * gap
+
+    size = threat.eps
+    return pgd(loss, batch.x, threat, steps=1, step_size=size, start=start, keep_best=False)
+
+
 def away_from_the_teacher(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """PGD that moves the prediction away from the teacher's for x."""
     start = random_start(batch.x, threat, batch.noise)
@@ -105,6 +139,14 @@ def trades(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) 
     return classification(every, batch.label, smoothing) + TRADES_BETA * gap.mean()
 
 
+def gat(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy on clean images, plus the squared distance between both predictions."""
+    every = model.all_logits(batch.x)
+    clean = F.softmax(every[0].float(), 1)
+    gap = (F.softmax(model(attacked).float(), 1) - clean).square().sum(1)
+    return classification(every, batch.label, smoothing) + GAT_LAMBDA * gap.mean()
+
+
 def mart(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
     """Margin-boosted cross-entropy on attacked images; misclassified ones weigh more."""
     label = batch.label
@@ -128,6 +170,7 @@ def rslad(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -
 METHODS = {
     "standard": Method(as_they_are, on_attacked),
     "nfgsm": Method(in_one_step, on_attacked),
+    "gat": Method(guided, gat),
     "pgd": Method(away_from_the_label, on_attacked),
     "trades": Method(away_from_itself, trades),
     "mart": Method(away_from_the_label, mart),

@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     steps: int = 10  # of the attack, where the method has more than one
     precision: Precision = "fp32"
     teacher: str = ""  # stands for the weights of the network that is distilled from
+    mirrored: bool = True  # whether half of the images are flipped
     # The recipe that made the weights this run goes on from, where it does not start afresh.
     after: str = ""
 
@@ -125,10 +126,11 @@ class Run:
         parts: dict[str, Part],
         *,
         seed: int = 0,
+        mirrored: bool = True,
         save_every: float = 300.0,
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
-        self.seed, self.save_every = seed, save_every
+        self.seed, self.mirrored, self.save_every = seed, mirrored, save_every
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
@@ -189,7 +191,14 @@ class Run:
         """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
         rank, world = distributed.place()
         count = max(1, len(images) // batch_size)
-        rounds = shuffled(images, batch_size, seed=self.seed, epoch=self.epoch, skip=self.done)
+        rounds = shuffled(
+            images,
+            batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            skip=self.done,
+            mirrored=self.mirrored,
+        )
         with tqdm(
             total=count,
             initial=self.done,
@@ -307,7 +316,7 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, seed=recipe.seed)
+        self.run = Run(folder, settings, parts, seed=recipe.seed, mirrored=recipe.mirrored)
 
     def step(self, batch: Batch, progress: float) -> Tensor:
         """Craft, descend, average; returns the loss on the perturbed batch."""

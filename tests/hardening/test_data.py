@@ -229,6 +229,19 @@ def test_skipped_batches_change_nothing_in_those_that_follow() -> None:
     assert torch.equal(rest[0].noise.uniform(4), whole[3].noise.uniform(4))
 
 
+def test_what_is_not_mirrored_keeps_left_and_right() -> None:
+    ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(16, 16)
+    images = data.Images(ramp[None, :, :, None].repeat(64, 1, 1, 3), torch.zeros(64).long(), ("a",))
+
+    def rises(mirrored: bool) -> set[bool]:
+        (batch,) = data.shuffled(images, 64, seed=0, epoch=0, mirrored=mirrored)
+        middle = batch.x[:, 0, 8, 5:11]
+        return set((middle.diff() > 0).all(1).tolist())
+
+    assert rises(mirrored=False) == {True}
+    assert rises(mirrored=True) == {True, False}
+
+
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch() -> None:
     small, large = (
         torch.cat([b.x for b in data.shuffled(blobs(64), size, seed=0, epoch=0)])

@@ -8,6 +8,7 @@ from torch import Tensor
 from hardening.attacks import Threat
 from hardening.data import Batch, to_float
 from hardening.methods import (
+    GAT_LAMBDA,
     MART_LAMBDA,
     METHODS,
     RSLAD_ALPHA,
@@ -85,6 +86,20 @@ def test_mart_weighs_the_divergence_by_the_doubt_in_the_clean_label(
     assert float(loss.detach()) == pytest.approx(total / len(x), rel=1e-4)
 
 
+def test_gat_is_clean_cross_entropy_plus_lambda_times_the_squared_distance(
+    net: Classifier, batch: Batch
+) -> None:
+    attacked = (batch.x + 0.05).clamp(0, 1)
+    clean, moved = probabilities(net(batch.x)), probabilities(net(attacked))
+    total = 0.0
+    for p, q, y in zip(clean, moved, batch.label.tolist(), strict=True):
+        gap = sum((a - b) ** 2 for a, b in zip(p, q, strict=True))
+        assert gap > 1e-4
+        total += -math.log(p[y]) + GAT_LAMBDA * gap
+    loss = METHODS["gat"].loss(net, batch, attacked, 0.0)
+    assert float(loss.detach()) == pytest.approx(total / len(batch.x), rel=1e-4)
+
+
 def test_smoothing_gives_its_share_to_all_classes_alike() -> None:
     logits, label = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
     (p,) = probabilities(logits)
@@ -99,7 +114,7 @@ def test_auxiliary_heads_count_three_tenths() -> None:
 
 
 @pytest.mark.parametrize("threat", [THREAT, Threat("L2", 0.5)], ids=str)
-@pytest.mark.parametrize("name", ["pgd", "trades", "mart", "rslad"])
+@pytest.mark.parametrize("name", ["gat", "pgd", "trades", "mart", "rslad"])
 def test_crafted_images_lie_in_the_ball_and_raise_the_robust_part_of_the_loss(
     name: str, threat: Threat, net: Classifier, batch: Batch
 ) -> None:
