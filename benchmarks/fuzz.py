@@ -27,8 +27,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.server import endpoint
-from handlers.defended import _decoded
-from handlers.image import ImageError
+from handlers.defended import examined, pixels_of
+from handlers.image import MAX_PIXELS, ImageError
 from handlers.open_inference import Pixels
 from handlers.protocol import read
 
@@ -153,7 +153,8 @@ def in_process(count: int, draw: random.Random, out: Path) -> Counter[int]:
     known, statuses = seeds(), Counter[int]()
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
-        for pixels in _decoded(answered(fields, headers), SIZE):
+        for picture in examined(answered(fields, headers), SIZE, MAX_PIXELS):
+            pixels = pixels_of(picture, SIZE)
             code = pixels.code if isinstance(pixels, ImageError) else 200
             statuses[code] += 1
             if code >= 500:

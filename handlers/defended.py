@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -19,9 +20,20 @@ from typing import Any
 
 import numpy as np
 
+from handlers import wire
+from handlers.budget import BUSY, RETRY, Budget
 from handlers.cores import available_cores
 from handlers.engine import Engine, EngineError, Runs
-from handlers.image import Allowance, ImageError, decode, fit
+from handlers.image import (
+    MAX_IMAGES,
+    MAX_PIXELS,
+    Allowance,
+    ImageError,
+    Picture,
+    default_pixels,
+    examine,
+    fit,
+)
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read
@@ -41,6 +53,8 @@ NEEDED = (
     "card.json",
     "labels.json",
     "handlers/__init__.py",
+    "handlers/budget.py",
+    "handlers/containers.py",
     "handlers/cores.py",
     "handlers/defended.py",
     "handlers/image.py",
@@ -53,6 +67,7 @@ NEEDED = (
     "handlers/queries.py",
     "handlers/stores.py",
     "handlers/telemetry.py",
+    "handlers/wire.py",
 )
 # Headers of a request that its answer repeats; TorchServe writes an x-request-id of its own.
 ECHOED = {"x-request-id": "x-client-request-id", "traceparent": "traceparent"}
@@ -66,7 +81,11 @@ TOO_SIMILAR = ImageError(
 PLAN = "graph.plan"  # of TensorRT; an archive may hold one beside the graph
 POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
-SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine"}
+SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels"}
+MAX_REPLY = 1 << 22  # bytes; TorchServe ends a worker whose reply has more than 6,553,500
+TOO_LONG = ImageError(
+    500, "reply_too_long", "the answer is too long to send: ask about fewer images at once"
+)
 QUERY_WAIT = 1.0  # seconds that answers wait for the query store once the graph is done
 
 
@@ -85,6 +104,9 @@ class DefendedHandler:
             raise ValueError(f"Rampart cannot serve this archive: {reason}") from None
 
     def _load(self, context: Any) -> None:
+        wire.bound()
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or pictures could fill the log
+        warnings.filterwarnings("ignore", module="PIL")
         folder = Path(context.system_properties["model_dir"])
         verify(folder)
         settings = context.model_yaml_config.get("rampart") or {}
@@ -111,6 +133,8 @@ class DefendedHandler:
         gpu = context.system_properties.get("gpu_id") or 0
         self._engine = load_engine(folder, device, threads_for(workers, settings), gpu)
         self._size = self._engine.image_shape[0]
+        self._max_pixels = read_max_pixels(settings, self._size)
+        self._budget = Budget()
         calibration = self._judge.calibration
         self._metrics = Metrics(context.metrics, context.model_name, calibration.images)
         self._judge_zeros()
@@ -127,15 +151,14 @@ class DefendedHandler:
 
     def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
         """Answer a batch of requests, one JSON body each; statuses go to the context."""
+        self._budget.begin()
         with self._metrics.busy():
             with self._timed("decode"):
                 requests = [
                     self._read(fields, context.get_all_request_header(index))
                     for index, fields in enumerate(data)
                 ]
-                images = [
-                    image for asked in requests for image in _decoded(asked.images, self._size)
-                ]
+                images = self._decoded(requests)
                 owners = [
                     self._owner_of(context.get_all_request_header(index))
                     for index, asked in enumerate(requests)
@@ -150,7 +173,24 @@ class DefendedHandler:
                 replies = [
                     _replied(asked, [next(judged) for _ in asked.images]) for asked in requests
                 ]
-                return [self._respond(context, index, reply) for index, reply in enumerate(replies)]
+                bodies = [
+                    self._respond(context, index, reply) for index, reply in enumerate(replies)
+                ]
+        self._budget.end()
+        return bodies
+
+    def _decoded(self, requests: Sequence[Request]) -> list[Pixels | ImageError]:
+        """The pixels of all images of a batch, in order, or what is wrong with each."""
+        pictures = [
+            (index, picture)
+            for index, asked in enumerate(requests)
+            for picture in examined(asked.images, self._size, self._max_pixels)
+        ]
+        costs = [
+            (index, picture.cost if isinstance(picture, Picture) else 0)
+            for index, picture in pictures
+        ]
+        return self._budget.decode(costs, lambda at: pixels_of(pictures[at][1], self._size))
 
     def _read(self, fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
         """One request. TorchServe asks for a description by a header, which any client can send."""
@@ -210,12 +250,18 @@ class DefendedHandler:
         return [responses.get(i) for i in range(len(images))]
 
     def _infer_all(self, images: Sequence[Pixels | ImageError]) -> list[Verdict | ImageError]:
-        """A whole batch by one run of the graph."""
+        """A whole batch by few runs of the graph; what is left when its time is up is put off."""
         pixels = [image for image in images if not isinstance(image, ImageError)]
-        if pixels:
-            self._metrics.observe("rampart_batch_images", len(pixels))
-        verdicts = iter(self._try_infer(pixels) if pixels else [])
-        return [image if isinstance(image, ImageError) else next(verdicts) for image in images]
+        verdicts: list[Verdict | ImageError] = []
+        for start in range(0, len(pixels), MAX_IMAGES):
+            some = pixels[start : start + MAX_IMAGES]
+            if self._budget.is_spent():
+                verdicts += [BUSY] * len(some)
+                continue
+            self._metrics.observe("rampart_batch_images", len(some))
+            verdicts += self._try_infer(some)
+        each = iter(verdicts)
+        return [image if isinstance(image, ImageError) else next(each) for image in images]
 
     def _judged(
         self,
@@ -253,16 +299,26 @@ class DefendedHandler:
     def _respond(self, context: Any, index: int, answer: Answer) -> bytes:
         """One request's body; its status too. Phrases are HTTP's own: others can end a worker."""
         code, body = answer
+        reply = json.dumps(body, allow_nan=False).encode() + b"\n"
+        if len(reply) > MAX_REPLY:
+            code, reply = TOO_LONG.code, json.dumps(_error(TOO_LONG)).encode() + b"\n"
         context.set_response_status(code, HTTPStatus(code).phrase, index)
         context.set_response_content_type(index, "application/json")
-        if code == TOO_SIMILAR.code:
-            context.set_response_header(index, "Retry-After", f"{PAUSE:.0f}")
-        for name, value in context.get_all_request_header(index).items():
-            echo = ECHOED.get(name.lower())
-            if echo and re.fullmatch(r"[!-~]{1,256}", str(value)):  # no line break, which ends it
-                context.set_response_header(index, echo, str(value))
+        if code in (TOO_SIMILAR.code, BUSY.code):
+            wait = PAUSE if code == TOO_SIMILAR.code else RETRY
+            context.set_response_header(index, "Retry-After", f"{wait:.0f}")
+        headers = {
+            name.lower(): str(value)
+            for name, value in context.get_all_request_header(index).items()
+        }
+        if "content-length" not in headers:
+            # So the call came by gRPC. One that streams ends the worker where this is not said.
+            context.set_response_header(index, "ts_stream_next", "false")
+        for name, echo in ECHOED.items():
+            if re.fullmatch(r"[!-~]{1,256}", headers.get(name, "")):  # a line break would end it
+                context.set_response_header(index, echo, headers[name])
         self._metrics.count("rampart_requests_total", str(code))
-        return json.dumps(body, allow_nan=False).encode() + b"\n"
+        return reply
 
 
 def verify(folder: Path) -> None:
@@ -350,18 +406,44 @@ def threads_for(workers: int, settings: Mapping[str, Any]) -> int:
     return int(chosen) if chosen else max(1, available_cores() // workers)
 
 
-def _decoded(images: Sequence[bytes | Pixels | ImageError], size: int) -> list[Pixels | ImageError]:
-    """The images of one request as pixels at the graph's resolution, or what is wrong with them."""
-    allowance = Allowance()
-    return [_decoded_one(image, size, allowance) for image in images]
+def read_max_pixels(settings: Mapping[str, Any], size: int) -> int:
+    """How many pixels the images of a request may have: `max_pixels`, or what fits the model.
+
+    Raises ValueError.
+    """
+    told = settings.get("max_pixels", default_pixels(size))
+    if type(told) is not int or not size * size <= told <= MAX_PIXELS:
+        raise ValueError(
+            f"max_pixels must be a whole number from {size * size}, which the model takes, to"
+            f" {MAX_PIXELS}"
+        )
+    return told
 
 
-def _decoded_one(
+def examined(
+    images: Sequence[bytes | Pixels | ImageError], size: int, max_pixels: int
+) -> list[Picture | Pixels | ImageError]:
+    """The images of one request by what their headers tell, or what is wrong with them."""
+    allowance = Allowance(max_pixels)
+    return [_examined_one(image, size, allowance) for image in images]
+
+
+def _examined_one(
     image: bytes | Pixels | ImageError, size: int, allowance: Allowance
-) -> Pixels | ImageError:
+) -> Picture | Pixels | ImageError:
     try:
-        if isinstance(image, bytes):
-            return decode(image, size, allowance)
+        return examine(image, size, allowance) if isinstance(image, bytes) else image
+    except ImageError as error:
+        return error.bare()
+    except Exception as error:
+        return _unexpected(error)
+
+
+def pixels_of(image: Picture | Pixels | ImageError, size: int) -> Pixels | ImageError:
+    """Pixels (size, size, 3) of an image that was examined, or what is wrong with it."""
+    try:
+        if isinstance(image, Picture):
+            return image.pixels()
         return image if isinstance(image, ImageError) else fit(image, size)
     except ImageError as error:
         return error.bare()

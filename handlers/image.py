@@ -1,25 +1,36 @@
 """Bytes to pixels, bounded: the one image decoder, for serving and for training alike.
 
-Everything that a header tells (format, frames, size) is judged before a pixel is decoded, so a
-small file that claims a huge picture costs nothing.
+Everything that a file's structure tells (format, frames, size) is judged before a pixel is decoded,
+so a small file that claims a huge picture costs nothing.
 """
 
 import base64
 import binascii
 from collections.abc import Callable
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-MAX_PIXELS = 16_000_000  # of a picture, and of all that come in one request
-MEGAPIXELS = f"{MAX_PIXELS // 1_000_000} megapixels"
+from handlers.containers import ContainerError, FramesError, Still, read_still
+
+MAX_PIXELS = 2**24  # of any picture; also the largest setting of what a request may hold
+ENOUGH = 2**22  # pixels that a request may hold for every model
 MAX_ASPECT = 20
 MAX_IMAGES = 32  # of one request
 # Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten.
 MAX_JPEG_SCANS = 100
 FREE_SCANS = 12  # that one picture's pixels allow for
+# A few bytes can claim millions of pixels of one colour. Beyond what is free, pixels want bytes.
+FREE_PIXELS, PIXELS_A_BYTE = 2**20, 2048
+# Called directly: `Image.open` warns about large pictures and tries formats that we do not take.
+READERS: dict[str, Callable[[BytesIO], Image.Image]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+}
 # EXIF orientation (CIPA DC-008, tag 0x0112) and what undoes it; 1 is upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,21 +62,110 @@ class ImageError(Exception):
 
 
 class Allowance:
-    """The pixels that the pictures of one request may still have: 40 bytes can hold 16 million."""
+    """What decoding the pictures of one request may still cost, in pixels of a PNG."""
 
-    def __init__(self) -> None:
-        self._left = MAX_PIXELS
+    def __init__(self, pixels: int = MAX_PIXELS) -> None:
+        self.pixels = pixels
+        self._left, self._earned = pixels, FREE_PIXELS
 
-    def spend(self, pixels: int) -> None:
-        """Take `pixels` off. Raises ImageError where less is left."""
-        if pixels > self._left:
+    def spend(self, cost: int, length: int) -> None:
+        """Pay for a picture of `length` bytes. Raises ImageError where too little is left."""
+        if cost > self._left:
+            which = "image has" if cost > self.pixels else "images of one request together have"
             raise ImageError(
                 413,
                 "too_many_pixels",
-                f"the images of one request have more than {MEGAPIXELS} together: send fewer, or"
-                " smaller ones",
+                f"the {which} too many pixels: this endpoint takes {self.pixels / 1e6:.1f} million"
+                f" a request ({4 * self.pixels / 1e6:.1f} million as a JPEG). Scale down before you"
+                " send",
             )
-        self._left -= pixels
+        self._left -= cost
+        self._earned += length * PIXELS_A_BYTE - cost
+        if self._earned < 0:
+            raise ImageError(
+                413,
+                "implausible_size",
+                f"the file is too small for so many pixels: above {FREE_PIXELS / 1e6:.1f} million a"
+                f" byte may stand for {PIXELS_A_BYTE}. Scale the image down, or send it as a JPEG",
+            )
+
+
+def default_pixels(size: int) -> int:
+    """How many pixels a request may hold by default for a model of `size`: eight times its side."""
+    return min(MAX_PIXELS, max(ENOUGH, (8 * size) ** 2))
+
+
+class Picture(NamedTuple):
+    """A picture that may be decoded: `cost` says how dear that is, in pixels of a PNG."""
+
+    still: Still
+    size: int | None
+    cost: int
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """RGB pixels, uint8 (H, W, 3), as `decode` returns them. Raises ImageError."""
+        # Pillow answers hostile bytes with a dozen exception types; all of them mean one thing.
+        try:
+            image = self._open()
+            image.load()
+            hidden = _hides_colours(image, self.still.depth)
+            image = image if hidden else _to_rgb(image)
+        except Exception as error:
+            raise _corrupt() from error
+        if hidden:
+            raise ImageError(
+                422,
+                "transparent_image",
+                "the image has transparent pixels: flatten it onto a colour",
+            )
+        turn = UPRIGHT.get(self.still.orientation)
+        image = image if turn is None else image.transpose(turn)
+        return np.array(image if self.size is None else _fit(image, self.size))  # (H, W, 3)
+
+    def _open(self) -> Image.Image:
+        image = READERS[self.still.format](BytesIO(self.still.data))
+        if image.size != self.still.size:
+            raise _corrupt()
+        if self.size is not None:
+            # Of JPEGs alone: the inverse transform computes a half, a quarter or an eighth.
+            image.draft(None, (2 * self.size, 2 * self.size))
+        return image
+
+
+def examine(data: bytes, size: int | None = None, allowance: Allowance | None = None) -> Picture:
+    """Judge a file by its structure, as `decode` does before it decodes. Raises ImageError."""
+    if not data:
+        raise ImageError(422, "empty_body", "the body is empty: send a JPEG, PNG or WebP image")
+    try:
+        still = read_still(data)
+    except FramesError as error:
+        raise ImageError(
+            422, "multiple_frames", "the file holds several frames: send one still image"
+        ) from error
+    except ContainerError as error:
+        raise _corrupt() from error
+    if still is None:
+        raise ImageError(
+            415, "unsupported_format", "not a JPEG, PNG or WebP image: send one of these"
+        )
+    check_size(still.size)
+    if still.scans > MAX_JPEG_SCANS:
+        raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it anew")
+    picture = Picture(still, size, _cost(still, size))
+    (allowance or Allowance()).spend(picture.cost, len(data))
+    return picture
+
+
+def _cost(still: Still, size: int | None) -> int:
+    """What decoding costs, in pixels of a PNG, as measured by `benchmarks/decoding.py`."""
+    pixels = still.size[0] * still.size[1]
+    if still.format != "JPEG":
+        return pixels
+    reduction = min(still.size) // (2 * size) if size else 1  # that its decoder may make
+    if still.progressive:
+        return pixels * max(FREE_SCANS, still.scans) // FREE_SCANS // max(1, min(reduction, 2))
+    # Passes over other channels are scans too; more of them than those are passes for nothing.
+    return pixels * max(4, still.scans) // 4 // max(1, min(reduction, 4))
 
 
 def decode(
@@ -73,36 +173,14 @@ def decode(
 ) -> NDArray[np.uint8]:
     """Decode one JPEG, PNG or WebP picture to RGB pixels, uint8 (H, W, 3).
 
-    With `size`, a picture of another size is scaled (bicubic, antialiased, shorter side to `size`)
-    and centre-cropped to (size, size); one that has that size already is returned untouched.
-    Raises ImageError for anything that is not one opaque still picture within the bounds, or more
-    than what `allowance` has left for the request that it came with.
+    With `size`, a picture of another size is scaled (bicubic, antialiased, shorter side to `size`;
+    a JPEG of four times that side or more within its decoder first) and centre-cropped to
+    (size, size); one that has that size already is returned untouched. Of a camera's file with
+    previews the primary picture is taken. Raises ImageError for anything that is not one opaque
+    still picture within the bounds, or more than what `allowance` has left for the request that it
+    came with.
     """
-    opener = _opener(data)
-    # Pillow answers hostile bytes with a dozen exception types; here all of them mean one thing.
-    try:
-        image = opener(BytesIO(data))
-        frames = getattr(image, "n_frames", 1)
-    except Image.DecompressionBombError as error:  # the WebP reader looks at the size itself
-        raise _too_large() from error
-    except Exception as error:
-        raise _corrupt() from error
-    cost = _check_header(data, image.size, frames)
-    if allowance:
-        allowance.spend(cost)
-    try:
-        image.load()
-        turn = UPRIGHT.get(_orientation(image))
-        hidden = _hides_colours(image, data)
-        image = image if hidden else _to_rgb(image)
-    except Exception as error:
-        raise _corrupt() from error
-    if hidden:
-        raise ImageError(
-            422, "transparent_image", "the image has transparent pixels: flatten it onto a colour"
-        )
-    image = image if turn is None else image.transpose(turn)
-    return np.array(image if size is None else _fit(image, size))  # (H, W, 3)
+    return examine(data, size, allowance).pixels()
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -111,12 +189,16 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise ImageError for a picture of too many pixels, or of too extreme a shape."""
+    """Raise ImageError for a picture of more than MAX_PIXELS, or of too extreme a shape."""
     short, long = sorted(size)
     if short < 1:
         raise _corrupt()
     if short * long > MAX_PIXELS:
-        raise _too_large()
+        raise ImageError(
+            413,
+            "too_many_pixels",
+            f"the image has more than {MAX_PIXELS / 1e6:.1f} million pixels: send a smaller one",
+        )
     if long > MAX_ASPECT * short:
         raise ImageError(
             422, "extreme_aspect", f"one side is more than {MAX_ASPECT} times the other: crop it"
@@ -145,71 +227,34 @@ def from_base64(text: object) -> bytes | ImageError:
     )
 
 
-def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
-    """The reader for the format that the first bytes name.
-
-    The readers are called directly because `Image.open` only warns about large pictures, or
-    refuses them before their size can be told.
-    """
-    if not data:
-        raise ImageError(422, "empty_body", "the body is empty: send a JPEG, PNG or WebP image")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        if data[12:16] != b"IHDR":  # Pillow would read on, and we its colour key at a wrong depth
-            raise _corrupt()
-        return PngImagePlugin.PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.jpeg_factory
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    raise ImageError(415, "unsupported_format", "not a JPEG, PNG or WebP image: send one of these")
-
-
-def _check_header(data: bytes, size: tuple[int, int], frames: int) -> int:
-    """Refuse by what the header tells: pixels, shape, frames, scans. What decoding costs, in pixels
-    that are gone over no more than FREE_SCANS times."""
-    check_size(size)
-    if frames > 1:
-        raise ImageError(
-            422, "multiple_frames", "the file holds several frames: send one still image"
-        )
-    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
-    cost = size[0] * size[1] * max(FREE_SCANS, scans) // FREE_SCANS
-    if scans > MAX_JPEG_SCANS or cost > MAX_PIXELS:
-        raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it anew")
-    return cost
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; a picture with unreadable EXIF data counts as upright."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _hides_colours(image: Image.Image, data: bytes) -> bool:
+def _hides_colours(image: Image.Image, depth: int) -> bool:
     """Whether any pixel is less than opaque, by alpha channel, palette or colour key.
 
-    Converting to RGB would reveal the colour beneath, which no viewer of the picture sees.
+    Converting to RGB would reveal the colour beneath, which no viewer of the picture sees. `depth`
+    are the bits of the file's samples.
     """
     if not image.has_transparency_data:
         return False
     if image.mode in ("1", "L", "RGB", "I;16"):
-        return _shows_key(image, data)
+        return _shows_key(image, depth)
     lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
     return bool(lowest != 255)
 
 
-def _shows_key(image: Image.Image, data: bytes) -> bool:
+def _shows_key(image: Image.Image, depth: int) -> bool:
     """Whether a PNG's colour key (tRNS, given at the file's bit depth) occurs among its pixels."""
     key = np.atleast_1d(image.info["transparency"])
-    depth = data[24]  # in the IHDR chunk, which comes first
     if depth == 16:
         key = key >> 8
     elif depth > 1:  # Pillow has scaled the key of a two-coloured picture
         key = key * 255 // (2**depth - 1)
-    return bool((np.array(_to_rgb(image)) == key).all(axis=-1).any())
+    bands = _to_rgb(image).split()
+    masks = [
+        band.point([255 * (value == wanted) for value in range(256)])
+        for band, wanted in zip(bands, np.broadcast_to(key, 3).tolist(), strict=True)
+    ]
+    every = ImageChops.darker(ImageChops.darker(masks[0], masks[1]), masks[2])
+    return every.getbbox() is not None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -229,12 +274,6 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     left, top = ((length - side) / 2 for length in image.size)
     box = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def _too_large() -> ImageError:
-    return ImageError(
-        413, "too_many_pixels", f"the image has more than {MEGAPIXELS}: send a smaller one"
-    )
 
 
 def _corrupt() -> ImageError:

@@ -19,6 +19,7 @@ SHAPE = (
     'send one input: {"name": "image", "datatype": "UINT8", "shape": [N, height, width, 3],'
     ' "data": [...]}, or "BYTES" with one base64 image an element'
 )
+MAX_ID = 256  # characters of a request's id, which its answer repeats
 # What each output is, of a verdict; a rejected image has no label.
 OUTPUTS = {
     "label": ("BYTES", lambda verdict: verdict["label"] or ""),
@@ -41,6 +42,9 @@ def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | 
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
         raise wrong("its shape is not a list of positive whole numbers")
+    told = body.get("id")
+    if isinstance(told, str) and len(told) > MAX_ID:
+        raise ImageError(422, "id_too_long", f"an id may have {MAX_ID} characters: shorten it")
     if wanted(body) - set(OUTPUTS):
         raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(OUTPUTS)}")
     check_count(shape[0] if shape else 0)
@@ -104,7 +108,8 @@ def elements(data: bytes, count: int) -> list[bytes]:
 def replier(body: Mapping[str, Any]) -> Callable[[Sequence[Answer]], Answer]:
     """What answers a request. It keeps no more of the body than that takes: a parsed one may be 25
     times as large as it came."""
-    known = {"id": body["id"]} if isinstance(body.get("id"), str) else {}
+    told = body.get("id")
+    known = {"id": told} if isinstance(told, str) and len(told) <= MAX_ID else {}
     return partial(reply, wanted(body), known)
 
 

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from handlers import open_inference
 from handlers.image import ImageError, check_count, from_base64
 from handlers.open_inference import Answer, Pixels
+from handlers.wire import MAX_PARTS, TOO_MANY
 
+# A list of JSON takes 3 bytes on its way and 64 in memory: so many of them are read at most.
+MAX_VALUES = 200_000
 JSON_SHAPE = '{"instances": [{"b64": "..."}]}'
 
 Reply = Callable[[Sequence[Answer]], Answer]
@@ -70,6 +73,12 @@ def _body(
 
     TorchServe calls a whole body `body`; gRPC clients call their image `data` by custom.
     """
+    if TOO_MANY in fields:
+        raise ImageError(
+            413,
+            "too_many_parts",
+            f"a request may have {MAX_PARTS} parts, fields and query parameters: send fewer",
+        )
     whole = "body" if "body" in fields else "data"
     parts = [
         value for name, value in fields.items() if name == whole or _content_type(headers.get(name))
@@ -93,6 +102,7 @@ def _body(
         start = data.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if start not in (b"{", b"["):  # which no image starts with
             return [data], b""
+        check_nesting(data[:length])
         body, rest = _parse_json(data[:length]), data[length:]
     return (body if isinstance(body, Mapping) else {}), rest
 
@@ -107,6 +117,17 @@ def _as_bytes(value: object) -> bytes:
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     return str(value).encode("utf-8", "surrogatepass")
+
+
+def check_nesting(data: bytes) -> None:
+    """Raise ImageError where JSON has so many lists, objects or texts that it would fill memory."""
+    if max(data.count(b"["), data.count(b"{"), data.count(b'"') // 2) > MAX_VALUES:
+        raise ImageError(
+            413,
+            "too_many_values",
+            f"the JSON has more than {MAX_VALUES} lists, objects or texts: send pixels as one flat"
+            " list, as a binary tensor, or the picture itself",
+        )
 
 
 def _parse_json(data: bytes) -> object:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import in_process
-from handlers.defended import _decoded
-from handlers.image import ImageError
+from handlers.defended import examined, pixels_of
+from handlers.image import MAX_PIXELS, ImageError
 from handlers.protocol import read
 
 NAMES = ("instances", "inputs", "outputs", "b64", "name", "datatype", "shape", "data", "id")
@@ -39,7 +39,8 @@ def test_json_of_any_shape_is_answered_and_never_a_server_error(
     sent = body if parsed else json.dumps(body).encode() + tail
     asked = read({"body": sent}, {"Inference-Header-Content-Length": told})
     answers = []
-    for pixels in _decoded(asked.images, 8):
+    for picture in examined(asked.images, 8, MAX_PIXELS):
+        pixels = pixels_of(picture, 8)
         assert not isinstance(pixels, ImageError) or 400 <= pixels.code < 500
         bad = {"code": 422, "type": "t", "message": "m"}
         answers.append((422, bad) if isinstance(pixels, ImageError) else (200, VERDICT))

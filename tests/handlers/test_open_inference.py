@@ -80,9 +80,9 @@ def test_what_is_no_tensor_of_images_says_what_to_send(body: dict[str, object]) 
     assert (caught.value.code, caught.value.type) == (422, "malformed_tensor")
 
 
-@pytest.mark.parametrize("shape", [(1, 4001, 4000, 3), (1, 1, 100, 3), (1, 10**30, 5, 3)])
+@pytest.mark.parametrize("shape", [(1, 4097, 4096, 3), (1, 1, 100, 3), (1, 10**30, 5, 3)])
 def test_the_bounds_are_those_of_pictures(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ImageError, match=r"megapixels|20 times"):
+    with pytest.raises(ImageError, match=r"million pixels|20 times"):
         images(uint8([0] * 300, shape), b"")
 
 

@@ -1,0 +1,86 @@
+"""How long a batch may take, and which of its pictures come first.
+
+TorchServe replaces a worker that does not answer, and what others sent is lost with it. So no batch
+takes half as long as that. And a few clients with huge pictures must not hold up all others: dear
+pictures beside cheap ones get the time in which the worker was idle, and a tenth of the rest.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from handlers.image import ImageError
+
+Decoded = TypeVar("Decoded")
+BATCH_SECONDS = 10.0  # below half of the 30 that an archive's responseTimeout allows
+REQUEST_SECONDS = 2.0  # of decoding the images of one request
+DEAR = 2**18  # pixels that a picture costs from which it is dear: some milliseconds
+SHARE = 0.1  # of a busy worker's time for dear pictures
+SAVED = 1.0  # seconds of that time that are saved up for at most
+RETRY = 1.0  # seconds after which a client that was put off may come again
+
+BUSY = ImageError(
+    503, "busy", f"the server has too much to do: send this request again in {RETRY:g} s"
+)
+DEAR_BUSY = ImageError(
+    503,
+    "busy",
+    f"the server is busy, and this picture is large: scale it down, or send it in {RETRY:g} s",
+)
+TOO_SLOW = ImageError(
+    413, "too_much_work", "the images of this request take too long to decode: send fewer"
+)
+
+
+class Budget:
+    """The time of one worker, by `clock` in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._ended = clock()
+        self._credit = SAVED  # seconds for dear pictures
+        self._contended = False
+
+    def begin(self) -> None:
+        """A batch begins; until now the worker was idle."""
+        self._began = self._clock()
+        self._earn(self._began - self._ended)
+
+    def end(self) -> None:
+        """The batch is answered."""
+        self._ended = self._clock()
+        self._earn(SHARE * (self._ended - self._began))
+
+    def _earn(self, seconds: float) -> None:
+        self._credit = min(SAVED, self._credit + seconds)
+
+    def is_spent(self) -> bool:
+        """Whether the batch has had its time."""
+        return self._clock() - self._began > BATCH_SECONDS
+
+    def decode(
+        self, pictures: Sequence[tuple[int, int]], decoded: Callable[[int], Decoded]
+    ) -> list[Decoded | ImageError]:
+        """`decoded(i)` for each (request, cost) of `pictures`, cheap ones first; or why not.
+
+        Costs are pixels, as `handlers.image.Picture` tells them.
+        """
+        results: list[Decoded | ImageError] = [BUSY] * len(pictures)
+        dear = {request for request, cost in pictures if cost > DEAR}
+        contended = any(request not in dear for request, _ in pictures)
+        spent: dict[int, float] = {}
+        for at in sorted(range(len(pictures)), key=lambda at: pictures[at][1]):
+            request, cost = pictures[at]
+            if self.is_spent():
+                break
+            if spent.get(request, 0.0) > REQUEST_SECONDS:
+                results[at] = TOO_SLOW
+            elif cost > DEAR and contended and self._credit <= 0:
+                results[at] = DEAR_BUSY
+            else:
+                began = self._clock()
+                results[at] = decoded(at)
+                took = self._clock() - began
+                spent[request] = spent.get(request, 0.0) + took
+                self._credit -= took if cost > DEAR else 0.0
+        return results
