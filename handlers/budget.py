@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from handlers.image import ImageError
 
-Decoded = TypeVar("Decoded")
+Done = TypeVar("Done")
 BATCH_SECONDS = 10.0  # below half of the 30 that an archive's responseTimeout allows
 REQUEST_SECONDS = 2.0  # of decoding the images of one request
 DEAR = 2**18  # pixels that a picture costs from which it is dear: some milliseconds
@@ -58,19 +58,19 @@ class Budget:
         """Whether the batch has had its time."""
         return self._clock() - self._began > BATCH_SECONDS
 
-    def decode(
-        self, pictures: Sequence[tuple[int, int]], decoded: Callable[[int], Decoded]
-    ) -> list[Decoded | ImageError]:
-        """`decoded(i)` for each (request, cost) of `pictures`, cheap ones first; or why not.
+    def spend(
+        self, work: Sequence[tuple[int, int]], done: Callable[[int], Done]
+    ) -> list[Done | ImageError]:
+        """`done(i)` for each (request, cost) of `work`, what is cheap first; or why not.
 
         Costs are pixels, as `handlers.image.Picture` tells them.
         """
-        results: list[Decoded | ImageError] = [BUSY] * len(pictures)
-        dear = {request for request, cost in pictures if cost > DEAR}
-        contended = any(request not in dear for request, _ in pictures)
+        results: list[Done | ImageError] = [BUSY] * len(work)
+        dear = {request for request, cost in work if cost > DEAR}
+        contended = any(request not in dear for request, _ in work)
         spent: dict[int, float] = {}
-        for at in sorted(range(len(pictures)), key=lambda at: pictures[at][1]):
-            request, cost = pictures[at]
+        for at in sorted(range(len(work)), key=lambda at: work[at][1]):
+            request, cost = work[at]
             if self.is_spent():
                 break
             if spent.get(request, 0.0) > REQUEST_SECONDS:
@@ -79,7 +79,7 @@ class Budget:
                 results[at] = DEAR_BUSY
             else:
                 began = self._clock()
-                results[at] = decoded(at)
+                results[at] = done(at)
                 took = self._clock() - began
                 spent[request] = spent.get(request, 0.0) + took
                 self._credit -= took if cost > DEAR else 0.0

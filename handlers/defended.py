@@ -36,7 +36,7 @@ from handlers.image import (
 )
 from handlers.open_inference import Answer, Pixels
 from handlers.plan import PlanEngine
-from handlers.protocol import Request, plain, read
+from handlers.protocol import Request, plain, read, reading_cost
 from handlers.quarantine import Quarantine
 from handlers.queries import ENTRIES, PAUSE, Response, Watch
 from handlers.stores import open_store
@@ -154,10 +154,7 @@ class DefendedHandler:
         self._budget.begin()
         with self._metrics.busy():
             with self._timed("decode"):
-                requests = [
-                    self._read(fields, context.get_all_request_header(index))
-                    for index, fields in enumerate(data)
-                ]
+                requests = self._requests(data, context)
                 images = self._decoded(requests)
                 owners = [
                     self._owner_of(context.get_all_request_header(index))
@@ -190,7 +187,19 @@ class DefendedHandler:
             (index, picture.cost if isinstance(picture, Picture) else 0)
             for index, picture in pictures
         ]
-        return self._budget.decode(costs, lambda at: pixels_of(pictures[at][1], self._size))
+        return self._budget.spend(costs, lambda at: pixels_of(pictures[at][1], self._size))
+
+    def _requests(self, data: Sequence[Mapping[str, object]], context: Any) -> list[Request]:
+        """The requests of a batch; one that takes long to read may be put off."""
+
+        def reading(index: int) -> Request:
+            return self._read(data[index], context.get_all_request_header(index))
+
+        costs = [(index, reading_cost(fields)) for index, fields in enumerate(data)]
+        return [
+            Request([asked], plain) if isinstance(asked, ImageError) else asked
+            for asked in self._budget.spend(costs, reading)
+        ]
 
     def _read(self, fields: Mapping[str, object], headers: Mapping[str, object]) -> Request:
         """One request. TorchServe asks for a description by a header, which any client can send."""

@@ -32,7 +32,7 @@ def batch(
         return at
 
     budget.begin()
-    results = budget.decode(pictures, decoded)
+    results = budget.spend(pictures, decoded)
     budget.end()
     return results
 
@@ -44,7 +44,7 @@ def test_results_stand_where_their_pictures_do(clock: Clock) -> None:
 
 def test_cheap_pictures_come_before_dear_ones(clock: Clock) -> None:
     order: list[int] = []
-    Budget(clock).decode([(0, 4 * DEAR), (1, 1), (2, 2 * DEAR), (3, 2)], order.append)
+    Budget(clock).spend([(0, 4 * DEAR), (1, 1), (2, 2 * DEAR), (3, 2)], order.append)
     assert order == [1, 3, 2, 0]
 
 
