@@ -1,24 +1,32 @@
-"""Hostile bodies: mutated pictures, JSON, tensors and multipart parts, by the thousand.
+"""Hostile bodies: mutated pictures, JSON, tensors, forms and multipart parts, by the thousand.
 
     .venv/bin/python benchmarks/fuzz.py --bodies 100000
-    .venv/bin/python benchmarks/fuzz.py --bodies 5000 --serve model_store/cifar10.mar
+    .venv/bin/python benchmarks/fuzz.py --bodies 50000 --serve model_store/cifar10.mar
+    .venv/bin/python benchmarks/fuzz.py --bodies 5000 --serve model_store/cifar10.mar --grpc
 
 In process every body goes through the handler's own reading and decoding; with --serve through a
-real TorchServe. Asked for: no answer of 500 or above, no worker that died, memory that grows by
-less than 50 MB. A body that fails is written to --out: keep it in tests/handlers/hostile/.
+real TorchServe, over HTTP with every content type and on every route, or over gRPC. Asked for: no
+answer of 500 or above from Rampart, no worker that died, memory that grows by less than 50 MB, and
+nothing of a body in the server's logs. What TorchServe answers with 5xx before Rampart sees it is
+counted by cause. A body that fails is written to --out: keep it as a test.
 """
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import random
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes
 
+import grpc
 import psutil
 import requests
 from PIL import Image
@@ -26,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.server import endpoint
+from benchmarks.server import endpoint, free_ports
 from handlers.defended import examined, pixels_of
 from handlers.image import MAX_PIXELS, ImageError
 from handlers.open_inference import Pixels
@@ -35,6 +43,11 @@ from handlers.protocol import read
 Fields = dict[str, object]
 SIZE = 32
 GROWTH = 50_000_000
+KINDS = ("image/png", "application/json", "application/octet-stream", "text/plain", "", "x/y; q=")
+# What TorchServe answers before Rampart sees the request: its front cannot be changed from here.
+FRONT: tuple[str, ...] = ()
+INFERENCE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService"
+PREDICT, STREAM = f"{INFERENCE}/Predictions", f"{INFERENCE}/StreamPredictions"
 INTERESTING = (
     b"\0",
     b"\xff",
@@ -148,38 +161,123 @@ def answered(fields: Fields, headers: Fields) -> Sequence[bytes | Pixels | Image
         return [ImageError(500, "raised", type(error).__name__)]
 
 
-def in_process(count: int, draw: random.Random, out: Path) -> Counter[int]:
+def in_process(count: int, draw: random.Random, out: Path) -> Counter[str]:
     """Read and decode `count` requests; how often each status came."""
-    known, statuses = seeds(), Counter[int]()
+    known, statuses = seeds(), Counter[str]()
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
         for picture in examined(answered(fields, headers), SIZE, MAX_PIXELS):
             pixels = pixels_of(picture, SIZE)
             code = pixels.code if isinstance(pixels, ImageError) else 200
-            statuses[code] += 1
+            statuses[str(code)] += 1
             if code >= 500:
                 keep(fields, out)
     return statuses
 
 
-def over_http(
-    count: int, draw: random.Random, archive: Path, out: Path
-) -> tuple[Counter[int], list[int]]:
-    """Send `count` bodies to a server; statuses, and by how much each worker's memory grew."""
-    known, statuses = seeds(), Counter[int]()
-    with endpoint(archive) as url, requests.Session() as session:
-        workers = processes(url)
-        before = [process.memory_info().rss for process in workers]
+def form(draw: random.Random, body: bytes) -> tuple[bytes, str]:
+    """`body` as one of several fields of a form, urlencoded or not."""
+    fields = [f"f{i}={draw.randrange(99)}".encode() for i in range(draw.randrange(4))]
+    data = quote_from_bytes(body).encode() if draw.random() < 0.5 else body
+    return b"&".join([*fields, b"image=" + data]), "application/x-www-form-urlencoded"
+
+
+def multipart(draw: random.Random, body: bytes) -> tuple[bytes, str]:
+    """`body` as one of several parts, whose headers are whole or not."""
+    boundary, out = b"rampart", b""
+    for number in range(draw.randrange(1, 4)):
+        kind = draw.choice(("image/png", "application/json", "text/plain", "\xff"))
+        head = f'Content-Disposition: form-data; name="p{number}"; filename="f"\r\n'
+        head += f"Content-Type: {kind}\r\n"
+        out += b"--" + boundary + b"\r\n" + head.encode("latin-1") + b"\r\n" + body + b"\r\n"
+    out += b"--" + boundary + b"--\r\n"
+    if draw.random() < 0.5:
+        out = mutated(out, [out], draw)
+    return out, "multipart/form-data; boundary=rampart"
+
+
+def http_body(draw: random.Random, known: list[bytes]) -> tuple[bytes, str]:
+    """One body and its content type."""
+    body = mutated(draw.choice(known), known, draw)
+    match draw.randrange(6):
+        case 0:
+            return form(draw, body)
+        case 1:
+            return multipart(draw, body)
+    return body, draw.choice(KINDS)
+
+
+def cause(answer: requests.Response) -> str:
+    """Status and type of an answer."""
+    try:
+        return f"{answer.status_code} {answer.json()['type']}"
+    except (ValueError, KeyError, TypeError):
+        return str(answer.status_code)
+
+
+def over_http(count: int, draw: random.Random, url: str, out: Path) -> Counter[str]:
+    """Send `count` bodies to a server; how often each status came, with its type from 400 up."""
+    root, name = url.split("/predictions/")
+    routes = (url, f"{root}/v1/models/{name}:predict", f"{root}/v2/models/{name}/infer")
+    known, statuses = seeds(), Counter[str]()
+    with requests.Session() as session:
         for _ in tqdm(range(count), desc="over HTTP", leave=False):
-            body = mutated(draw.choice(known), known, draw)
-            kind = draw.choice(("image/png", "application/json", "application/octet-stream"))
-            answer = session.post(url, data=body, headers={"Content-Type": kind}, timeout=60)
-            statuses[answer.status_code] += 1
-            if answer.status_code >= 500:
+            body, kind = http_body(draw, known)
+            headers = {"Content-Type": kind}
+            if draw.random() < 0.1:
+                length = draw.choice(("1", "58", "-1", "x", "9" * 40))
+                headers["Inference-Header-Content-Length"] = length
+            answer = session.post(draw.choice(routes), body, headers=headers, timeout=60)
+            statuses[cause(answer)] += 1
+            if answer.status_code >= 500 and cause(answer) not in FRONT:
                 keep({"body": body}, out)
-        if processes(url) != workers:
-            raise SystemExit("a worker died and was started anew")
-        return statuses, [p.memory_info().rss - b for p, b in zip(workers, before, strict=True)]
+    return statuses
+
+
+def field(number: int, data: bytes) -> bytes:
+    """One field of a protobuf message that holds bytes, a text or a message."""
+    length, out = len(data), bytes([number << 3 | 2])
+    while length > 127:
+        out, length = out + bytes([length & 127 | 128]), length >> 7
+    return out + bytes([length]) + data
+
+
+def grpc_request(model: str, inputs: Mapping[str, bytes]) -> bytes:
+    """TorchServe's PredictionsRequest."""
+    entries = [field(1, name.encode()) + field(2, data) for name, data in inputs.items()]
+    return field(1, model.encode()) + b"".join(field(3, entry) for entry in entries)
+
+
+def grpc_answer(reply: bytes) -> dict[str, Any]:
+    """What the bytes of TorchServe's PredictionResponse hold: one field, as JSON."""
+    answer: dict[str, Any] = json.loads(reply[reply.index(b"{") :])
+    return answer
+
+
+def over_grpc(count: int, draw: random.Random, port: int, model: str, out: Path) -> Counter[str]:
+    """Send `count` maps of inputs, a third of them by a call that streams; statuses as by HTTP."""
+    known, statuses = seeds(), Counter[str]()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        one, stream = (channel.unary_unary(PREDICT), channel.unary_stream(STREAM))
+        for _ in tqdm(range(count), desc="over gRPC", leave=False):
+            names = draw.sample(("data", "body", "a", "\u2028", ""), draw.randrange(1, 4))
+            fields = {name: mutated(draw.choice(known), known, draw) for name in names}
+            asked = grpc_request(model, fields)
+            broken = draw.random() < 0.1
+            asked = mutated(asked, [asked], draw) if broken else asked
+            try:
+                if draw.random() < 0.3:
+                    reply = list(stream(asked, timeout=60))[-1]
+                else:
+                    reply = one(asked, timeout=60)
+                content = grpc_answer(reply)
+                told = f"{content['code']} {content['type']}" if "code" in content else "200"
+            except grpc.RpcError as error:
+                told = f"{'front' if broken else 500} {error.code().name}"
+            statuses[told] += 1
+            if told.startswith("5"):
+                keep(dict(fields), out)
+    return statuses
 
 
 def processes(url: str) -> list[psutil.Process]:
@@ -198,25 +296,54 @@ def keep(fields: dict[str, object], out: Path) -> None:
         (out / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
 
 
+def served(options: argparse.Namespace, draw: random.Random) -> tuple[Counter[str], list[int]]:
+    """Fuzz a server; statuses, and by how much each worker's memory grew."""
+    with contextlib.ExitStack() as stack:
+        port = free_ports()
+        more = ["--grpc-port", str(port + 3)] if options.grpc else []
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(endpoint(options.serve, "--logs", str(logs), *more, port=port))
+        workers = processes(url)
+        before = [process.memory_info().rss for process in workers]
+        if options.grpc:
+            model = options.serve.stem
+            statuses = over_grpc(options.bodies, draw, port + 3, model, options.out)
+        else:
+            statuses = over_http(options.bodies, draw, url, options.out)
+        if processes(url) != workers:
+            raise SystemExit("a worker died and was started anew")
+        growth = [p.memory_info().rss - b for p, b in zip(workers, before, strict=True)]
+        found = [file.name for file in logs.iterdir() if told(file.read_bytes())]
+        if found:
+            raise SystemExit(f"pieces of bodies stand in {', '.join(found)}")
+    return statuses, growth
+
+
+def told(log: bytes) -> bool:
+    """Whether a log has pieces of what was sent: of base64, of pictures, of JSON's names."""
+    return any(piece in log for piece in (b"IHDR", b"JFIF", b"b64", b"iVBOR", b'"inputs"', b"f0="))
+
+
 def main() -> int:
     """Fuzz, print; the exit code says whether all held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--serve", type=Path, help="archive to fuzz over HTTP")
+    parser.add_argument("--grpc", action="store_true", help="over gRPC, with --serve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/hostile"))
     options = parser.parse_args()
     draw = random.Random(options.seed)
     if options.serve:
-        statuses, growth = over_http(options.bodies, draw, options.serve, options.out)
+        statuses, growth = served(options, draw)
     else:
         in_process(1000, draw, options.out)  # what is loaded once
         before = psutil.Process().memory_info().rss
         statuses = in_process(options.bodies, draw, options.out)
         growth = [psutil.Process().memory_info().rss - before]
-    bad = sum(count for code, count in statuses.items() if code >= 500)
-    print(f"{options.bodies} bodies, images answered: {dict(sorted(statuses.items()))}")
-    print(f"of 500 and above: {bad}; memory grew by {max(growth) / 1e6:.1f} MB (at most 50)")
+    bad = sum(n for cause, n in statuses.items() if cause.startswith("5") and cause not in FRONT)
+    print(f"{options.bodies} bodies: {dict(sorted(statuses.items()))}")
+    print(f"of 500 and above from Rampart: {bad}; memory grew by {max(growth) / 1e6:.1f} MB")
     return 1 if bad or max(growth) > GROWTH else 0
 
 

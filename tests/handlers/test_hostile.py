@@ -61,5 +61,5 @@ VERDICT = {
 
 def test_mutated_pictures_and_bodies_are_answered_and_never_a_server_error(tmp_path: Path) -> None:
     statuses = in_process(3000, random.Random(1), tmp_path)
-    assert max(statuses) < 500 and not list(tmp_path.iterdir())
-    assert {200, 400, 415, 422} <= set(statuses)
+    assert max(map(int, statuses)) < 500 and not list(tmp_path.iterdir())
+    assert {"200", "400", "415", "422"} <= set(statuses)
