@@ -1309,6 +1309,13 @@ def serve(
     quarantine: Annotated[
         Path | None, typer.Option(help="Keep the newest 1,000 flagged images in this folder")
     ] = None,
+    java_memory: Annotated[
+        int, typer.Option(help="MB of Java's heap, and as many beside it for bodies under way")
+    ] = 300,
+    logs: Annotated[
+        Path | None,
+        typer.Option(help="Keep logs in this folder", show_default="~/.local/state/rampart/..."),
+    ] = None,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from skimage.data import data_dir
@@ -1330,6 +1337,8 @@ def serve(
         token_minutes=token_minutes,
         query_store=query_store,
         quarantine=quarantine,
+        java_memory=java_memory,
+        log_folder=logs,
         samples=[Path(data_dir) / "chelsea.png"],
     )
     raise typer.Exit(code)

@@ -280,12 +280,10 @@ def over_grpc(count: int, draw: random.Random, port: int, model: str, out: Path)
     return statuses
 
 
-def processes(url: str) -> list[psutil.Process]:
-    """The workers behind `url`."""
-    root, name = url.split("/predictions/")
-    address, port = root.rsplit(":", 1)
-    known = requests.get(f"{address}:{int(port) + 1}/models/{name}", timeout=30).json()
-    return [psutil.Process(worker["pid"]) for worker in known[0]["workers"]]
+def processes() -> list[psutil.Process]:
+    """The workers of the server that this process has started."""
+    family = psutil.Process().children(recursive=True)
+    return [one for one in family if "model_service_worker.py" in " ".join(one.cmdline())]
 
 
 def keep(fields: dict[str, object], out: Path) -> None:
@@ -303,14 +301,14 @@ def served(options: argparse.Namespace, draw: random.Random) -> tuple[Counter[st
         more = ["--grpc-port", str(port + 3)] if options.grpc else []
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url = stack.enter_context(endpoint(options.serve, "--logs", str(logs), *more, port=port))
-        workers = processes(url)
+        workers = processes()
         before = [process.memory_info().rss for process in workers]
         if options.grpc:
             model = options.serve.stem
             statuses = over_grpc(options.bodies, draw, port + 3, model, options.out)
         else:
             statuses = over_http(options.bodies, draw, url, options.out)
-        if processes(url) != workers:
+        if processes() != workers:
             raise SystemExit("a worker died and was started anew")
         growth = [p.memory_info().rss - b for p, b in zip(workers, before, strict=True)]
         found = [file.name for file in logs.iterdir() if told(file.read_bytes())]

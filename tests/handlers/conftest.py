@@ -27,6 +27,8 @@ from pathlib import Path
 from handlers.launch import serve
 options = json.loads(sys.argv[2])
 options["samples"] = [Path(sample) for sample in options.get("samples", ())]
+if options.get("log_folder"):
+    options["log_folder"] = Path(options["log_folder"])
 if options.get("tls"):
     options["tls"] = tuple(map(Path, options["tls"]))
 sys.exit(serve(Path(sys.argv[1]), **options))
@@ -67,6 +69,7 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     temp: Path
+    state: Path  # where logs are kept
     lines: list[str]
     grpc: int = 0
 
@@ -82,9 +85,31 @@ class Server:
     def management(self) -> str:
         return f"http://127.0.0.1:{self.port + 1}/models/tiny"
 
+    @property
+    def keys(self) -> dict[str, dict[str, str]]:
+        """The tokens of this server."""
+        return json.loads(next(self.temp.glob("rampart-*/key_file.json")).read_text())
+
+    @property
+    def token(self) -> dict[str, str]:
+        """The header that opens management."""
+        return {"Authorization": f"Bearer {self.keys['management']['key']}"}
+
+    @property
+    def work(self) -> Path:
+        return next(self.temp.glob("rampart-*"))
+
+    @property
+    def logs(self) -> Path:
+        return next(self.state.glob("rampart/*"))
+
     def worker_pids(self) -> list[int]:
-        workers = requests.get(self.management, timeout=30).json()[0]["workers"]
-        return [worker["pid"] for worker in workers]
+        answer = requests.get(self.management, headers=self.token, timeout=30)
+        return [worker["pid"] for worker in answer.json()[0]["workers"]]
+
+    def java(self) -> psutil.Process:
+        (java,) = psutil.Process(self.process.pid).children()
+        return java
 
     def read(self, until: str = "Rampart is ready") -> list[str]:
         """Lines up to the one that begins with `until`, or to the end."""
@@ -119,20 +144,24 @@ def launch() -> Iterator[Callable[..., Server]]:
     """Starts launchers, each with a temporary folder of its own, and ends what is left of them."""
     servers: list[Server] = []
 
-    def start(archive: Path, **options: object) -> Server:
+    def start(
+        archive: Path, environment: Mapping[str, str] = {}, code: str = CODE, **options: object
+    ) -> Server:
         options.setdefault("port", free_port())
-        temp = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want short paths
+        temp, state = (Path(tempfile.mkdtemp(prefix="t-", dir="/tmp")) for _ in range(2))
         process = subprocess.Popen(
-            [sys.executable, "-c", CODE, str(archive), json.dumps(options)],
+            [sys.executable, "-c", code, str(archive), json.dumps(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"TMPDIR": str(temp), "PYTHONPATH": str(Path.cwd())},
+            env=os.environ
+            | {"TMPDIR": str(temp), "XDG_STATE_HOME": str(state), "PYTHONPATH": str(Path.cwd())}
+            | environment,
             # Under nohup SIGHUP arrives ignored, and the launcher leaves it so.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         port, grpc = (int(str(options.get(name, 0))) for name in ("port", "grpc_port"))
-        servers.append(Server(process, port, temp, [], grpc))
+        servers.append(Server(process, port, temp, state, [], grpc))
         return servers[-1]
 
     yield start
@@ -143,6 +172,7 @@ def launch() -> Iterator[Callable[..., Server]]:
         server.process.stdout.close()
         litter += server.temp.iterdir()
         shutil.rmtree(server.temp)
+        shutil.rmtree(server.state)
     assert litter == []
 
 

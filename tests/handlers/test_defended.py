@@ -248,7 +248,9 @@ def test_good_requests_among_bad_ones_on_64_connections_are_all_right(
 
 
 def test_describe_gives_the_card(server: Server, unpacked: Path) -> None:
-    answer = requests.get(server.management, params={"customized": "true"}, timeout=60)
+    answer = requests.get(
+        server.management, params={"customized": "true"}, headers=server.token, timeout=60
+    )
     card = json.loads((unpacked / "card.json").read_text())
     assert answer.json()[0]["customizedMetadata"] == card
 

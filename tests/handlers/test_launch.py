@@ -20,10 +20,11 @@ Gone = Callable[[list[psutil.Process]], list[psutil.Process]]
 
 
 def test_ready_is_said_once_after_the_start_and_before_the_curl_lines(server: Server) -> None:
-    first, *waiting, ready, prediction, description = server.lines
+    first, *waiting, ready, function, prediction, description = server.lines
     assert first.startswith("Starting TorchServe for tiny: predictions on 127.0.0.1")
     assert all(line.startswith("Still starting") for line in waiting)
     assert ready == "Rampart is ready"
+    assert function.startswith("  rampart_key() {")
     assert prediction.startswith("  curl ") and description.startswith("  curl ")
 
 
@@ -49,7 +50,8 @@ def test_a_handler_that_is_not_ours_keeps_its_torch(launch: Launch, tmp_path: Pa
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_printed_curl_lines_work_as_pasted(server: Server) -> None:
-    prediction, description = (paste(line) for line in server.lines[-2:])
+    function, *lines = server.lines[-3:]
+    prediction, description = (paste(function, line) for line in lines)
     assert prediction["model"]["name"] == "tiny"
     assert description[0]["customizedMetadata"]["variant"] == "full"
 
@@ -169,6 +171,8 @@ def test_a_missing_archive_is_named(launch: Launch, tmp_path: Path) -> None:
     server = launch(tmp_path / "none.mar")
     assert server.finish() == 1
     assert f"there is no archive at {tmp_path / 'none.mar'}" in server.lines[0]
+    assert f"`rampart archive model_store/none --out {tmp_path / 'none.mar'}`" in server.lines[0]
+    assert "`make serve MODEL=none` in the Rampart checkout" in server.lines[0]
 
 
 def test_a_file_that_is_no_archive_is_named(launch: Launch, tmp_path: Path) -> None:

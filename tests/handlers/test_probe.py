@@ -41,7 +41,7 @@ def test_no_server_and_no_model_are_each_told(server: Server) -> None:
     with pytest.raises(RuntimeError, match=re.escape("no metrics at http://127.0.0.1:1/")):
         probe("http://127.0.0.1:1/metrics", 5)
     with pytest.raises(RuntimeError, match="tells of no Rampart model"):
-        probe(f"http://127.0.0.1:{server.port + 1}/models", 5)
+        probe(f"{server.root}/ping", 5)
     with pytest.raises(RuntimeError, match="tells of no model other"):
         probe(f"http://127.0.0.1:{server.port + 2}/metrics", 5, "other")
 
@@ -58,13 +58,16 @@ def test_a_model_that_was_removed_does_not_make_another_one_dead(
     trial = f"http://127.0.0.1:{server.port + 1}/models/trial"
     options = {"url": "trial.mar", "model_name": "trial", "initial_workers": "1"}
     made = requests.post(
-        trial.rpartition("/")[0], params=options | {"synchronous": "true"}, timeout=60
+        trial.rpartition("/")[0],
+        params=options | {"synchronous": "true"},
+        headers=server.token,
+        timeout=60,
     )
     assert made.status_code == 200
     address = f"http://127.0.0.1:{server.port + 2}/metrics"
     while "trial" not in requests.get(address, timeout=30).text:
         time.sleep(0.2)
-    assert requests.delete(trial, timeout=30).status_code == 200
+    assert requests.delete(trial, headers=server.token, timeout=30).status_code == 200
     time.sleep(3)
     with pytest.raises(RuntimeError, match=r"trial has been silent .* name another with --model"):
         probe(address, 2)

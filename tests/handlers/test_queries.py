@@ -441,7 +441,7 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
         return True
 
     def logged(line: str) -> int:
-        return sum(log.read_text().count(line) for log in server.temp.rglob("worker.log"))
+        return sum(log.read_text().count(line) for log in server.state.rglob("worker.log"))
 
     assert until_rejected(photos[0])
     before = logged(LOST)
