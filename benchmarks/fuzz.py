@@ -45,7 +45,7 @@ SIZE = 32
 GROWTH = 50_000_000
 KINDS = ("image/png", "application/json", "application/octet-stream", "text/plain", "", "x/y; q=")
 # What TorchServe answers before Rampart sees the request: its front cannot be changed from here.
-FRONT: tuple[str, ...] = ()
+FRONT = {"500 ErrorDataDecoderException", "500 ArrayIndexOutOfBoundsException"}
 INFERENCE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService"
 PREDICT, STREAM = f"{INFERENCE}/Predictions", f"{INFERENCE}/StreamPredictions"
 INTERESTING = (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from handlers.containers import ContainerError, FramesError, Still, read_still
 
@@ -248,13 +248,9 @@ def _shows_key(image: Image.Image, depth: int) -> bool:
         key = key >> 8
     elif depth > 1:  # Pillow has scaled the key of a two-coloured picture
         key = key * 255 // (2**depth - 1)
-    bands = _to_rgb(image).split()
-    masks = [
-        band.point([255 * (value == wanted) for value in range(256)])
-        for band, wanted in zip(bands, np.broadcast_to(key, 3).tolist(), strict=True)
-    ]
-    every = ImageChops.darker(ImageChops.darker(masks[0], masks[1]), masks[2])
-    return every.getbbox() is not None
+    plain = image if image.mode == "RGB" else _to_rgb(image).getchannel(0)
+    plain.info["transparency"] = tuple(key.tolist()) if image.mode == "RGB" else int(key[0])
+    return bool(plain.convert("RGBA").getchannel("A").getextrema()[0] != 255)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -78,10 +78,12 @@ def flat(data: object) -> bytes:
     row = listed(data)
     while row and isinstance(row[0], list):
         row = [item for part in row for item in listed(part)]
-    values = [item for item in row if type(item) is int and 0 <= item <= 255]
-    if len(values) < len(row):
-        raise wrong("its data is not whole numbers from 0 to 255")
-    return bytes(values)
+    try:
+        if set(map(type, row)) <= {int}:  # true and false would pass for numbers
+            return bytes(row)  # type: ignore[arg-type]
+    except ValueError:  # a number beyond those of a byte
+        pass
+    raise wrong("its data is not whole numbers from 0 to 255")
 
 
 def listed(data: object) -> list[object]:

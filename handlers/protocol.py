@@ -15,8 +15,8 @@ from handlers.image import ImageError, check_count, from_base64
 from handlers.open_inference import Answer, Pixels
 from handlers.wire import MAX_PARTS, TOO_MANY
 
-# A list of JSON takes 3 bytes on its way and 64 in memory: so many of them are read at most.
-MAX_VALUES = 200_000
+# Of JSON, so much is read at most: a list takes 3 bytes on its way and 64 in memory.
+MAX_NUMBERS, MAX_VALUES = 2**19, 200_000
 PIXELS_A_NUMBER = 25  # that are decoded while one is read
 JSON_SHAPE = '{"instances": [{"b64": "..."}]}'
 
@@ -111,7 +111,7 @@ def _body(
         start = data.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if start not in (b"{", b"["):  # which no image starts with
             return [data], b""
-        check_nesting(data[:length])
+        check_values(data[:length])
         body, rest = _parse_json(data[:length]), data[length:]
     return (body if isinstance(body, Mapping) else {}), rest
 
@@ -128,14 +128,15 @@ def _as_bytes(value: object) -> bytes:
     return str(value).encode("utf-8", "surrogatepass")
 
 
-def check_nesting(data: bytes) -> None:
-    """Raise ImageError where JSON has so many lists, objects or texts that it would fill memory."""
-    if max(data.count(b"["), data.count(b"{"), data.count(b'"') // 2) > MAX_VALUES:
+def check_values(data: bytes) -> None:
+    """Raise ImageError where JSON has so much in it that it would take long, or fill memory."""
+    others = max(data.count(b"["), data.count(b"{"), data.count(b'"') // 2)
+    if data.count(b",") > MAX_NUMBERS or others > MAX_VALUES:
         raise ImageError(
             413,
             "too_many_values",
-            f"the JSON has more than {MAX_VALUES} lists, objects or texts: send pixels as one flat"
-            " list, as a binary tensor, or the picture itself",
+            f"the JSON has more than {MAX_NUMBERS} numbers, or {MAX_VALUES} lists, objects or"
+            " texts: send a binary tensor, or the picture itself",
         )
 
 
