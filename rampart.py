@@ -1031,12 +1031,19 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(help="An archive (.mar), a graph (.onnx) or a plan (.plan)")
     ],
+    card: Annotated[
+        bool, typer.Option("--card", help="The archive's card in full, as JSON, and nothing else")
+    ] = False,
 ) -> None:
     """What a finished file is, its figures and hashes, and whether this machine can run it."""
-    from export.inspection import inspect as look
+    from export import inspection
+    from export.terminal import visible
 
-    for line in look(file):
-        say(line)
+    if card:
+        say(inspection.card_text(file))
+        return
+    for line in inspection.inspect(file):
+        say(visible(line))
 
 
 @app.command()
@@ -1046,10 +1053,11 @@ def verify(
     public_key: Annotated[Path | None, typer.Option(help="Of its signer, PEM")] = None,
 ) -> None:
     """Check an archive's hashes and, where given, its signature, before it is served."""
+    from export.terminal import visible
     from export.verification import verify as check
 
     for line in check(archive, signature, public_key):
-        say(line)
+        say(visible(line))
 
 
 @app.command()
@@ -1149,13 +1157,9 @@ def picture(file: Path | None, size: int) -> "torch.Tensor":
     import torch
     from skimage.data import data_dir
 
-    from handlers.image import ImageError, decode
+    from hardening.data import read_picture
 
-    file = file or Path(data_dir) / "chelsea.png"
-    try:
-        return torch.from_numpy(decode(file.read_bytes(), size))[None]
-    except ImageError as error:
-        raise ValueError(f"{file}: {error.message}") from error
+    return torch.from_numpy(read_picture(file or Path(data_dir) / "chelsea.png", size))[None]
 
 
 @app.command()
@@ -1361,13 +1365,16 @@ def probe(
 
 def main() -> Any:
     """Run the command line; an expected failure is one line, not a traceback."""
+    from export.terminal import visible
+
     try:
         return app()
     except ModuleNotFoundError as error:
         typer.echo(f"rampart: this needs {error.name}: `make .venv/dev` installs it", err=True)
         return 1
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        typer.echo(f"rampart: {error}", err=True)
+        # It may quote a name out of a file that others made.
+        typer.echo(f"rampart: {visible(' '.join(str(error).splitlines()))}", err=True)
         return 1
 
 

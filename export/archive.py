@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import handlers
 from export.parity import Parity, check_close, compare
 from export.precision import check_made, lower, ranges_file
 from export.to_onnx import to_onnx
-from handlers.defended import NEEDED, PLAN, read_policy
+from handlers.defended import HASHES, NEEDED, PLAN, read_policy
 from handlers.engine import Engine
 from handlers.image import decode
 from handlers.plan import check_record, record_file
@@ -133,7 +134,6 @@ def archive(
         card = names | read_card(folder)
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
-        (work / "sha256.json").write_text(json.dumps(hash_tree(work), indent=1))
         model_yaml = Path(scratch) / "model-config.yaml"
         model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
         pack(work, model_yaml, out, version=version)
@@ -148,7 +148,7 @@ def pack_plan(plan: Path, graph: Path) -> None:
 
 
 def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
-    """Run torch-model-archiver; the finished file replaces an older one at once."""
+    """Run torch-model-archiver and add sha256.json, which lists what it adds too."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as partial:
         command = [str(Path(sys.executable).with_name("torch-model-archiver"))]
@@ -160,12 +160,29 @@ def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=own)
         if done.returncode:
             raise RuntimeError(f"torch-model-archiver failed: {done.stderr.strip()}")
-        (Path(partial) / out.name).replace(out)
+        content = Path(partial) / "content"
+        with zipfile.ZipFile(Path(partial) / out.name) as packed:
+            packed.extractall(content)
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+        (content / HASHES).write_text(json.dumps(hash_tree(content), indent=1))
+        repack(content, [*names, HASHES], out)
+
+
+def repack(work: Path, names: list[str], out: Path) -> None:
+    """The files of `work` as an archive; the finished file replaces an older one at once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        partial = Path(folder) / out.name
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in names:
+                packed.write(work / name, name)
+        partial.replace(out)
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tree(folder: Path) -> dict[str, str]:

@@ -6,23 +6,21 @@ rampart inspect model_store/NAME.mar
 import importlib.util
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime as ort
 import yaml
 
 from export.archive import sha256
-from export.recalibrate import unpack
-from handlers.engine import Engine
+from export.recalibrate import TEXT, unpack
+from export.terminal import all_visible
+from export.trial import trial
 from handlers.plan import record_file
 from hardening.report import markdown, read_card
 
 KINDS = (".mar", ".onnx", ".plan")
-FREQUENT = 6  # kinds of nodes named
+SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow
 
 
 def inspect(file: Path) -> Iterator[str]:
@@ -33,7 +31,7 @@ def inspect(file: Path) -> Iterator[str]:
         raise FileNotFoundError(f"no file at {file}")
     yield f"{file}: {file.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256(file)}"
     if file.suffix == ".onnx":
-        yield from graph_lines(file)
+        yield from trial(file)
         return
     if file.suffix == ".plan":
         yield from plan_lines(file)
@@ -44,14 +42,38 @@ def inspect(file: Path) -> Iterator[str]:
         listed = json.loads((work / "sha256.json").read_text())
         free = ", ".join(sorted(name for name in names if name not in listed))
         yield f"{len(listed)} files have the hashes that sha256.json lists; not listed: {free}"
-        yield from card_lines(read_card(work), work)
-        yield from graph_lines(work / "graph.onnx")
+        yield from archive_lines(work)
+        yield from trial(work / "graph.onnx")
+
+
+def card_text(file: Path) -> str:
+    """The card of an archive in full, as JSON without control characters."""
+    if file.suffix != ".mar":
+        raise ValueError(f"{file}: only an archive (.mar) has a card")
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack(file, Path(scratch))
+        # JSON's own escapes leave DEL alone.
+        return json.dumps(known_card(Path(scratch)), indent=1).replace("\x7f", "\\u007f")
+
+
+def known_card(work: Path) -> dict[str, Any]:
+    """The card of an unpacked archive. Raises ValueError where it is none."""
+    try:
+        card = read_card(work)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"card.json is not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError("card.json is not a card: build the archive anew")
+    return card
 
 
 def plan_lines(file: Path) -> Iterator[str]:
     """What the record beside a plan says of it. A plan is code, so it is not loaded."""
     try:
-        record = json.loads(record_file(file).read_text(encoding="utf-8"))
+        beside = record_file(file)
+        if not beside.is_file() or beside.stat().st_size > TEXT:
+            raise ValueError("no plain file of a record's size")
+        record = json.loads(beside.read_text(encoding="utf-8"))
         same = record["sha256"] == sha256(file)
         facts = [f"TensorRT {record['tensorrt']}", f"graph SHA-256 {record['graph_sha256']}"]
         facts.append(f"gate: {record['parity']}")
@@ -65,47 +87,43 @@ def plan_lines(file: Path) -> Iterator[str]:
     yield f"TensorRT is {'installed' if here else 'not installed'} here; inputs are its graph's"
 
 
-def card_lines(card: dict[str, Any], work: Path) -> Iterator[str]:
+def archive_lines(work: Path) -> Iterator[str]:
     """Name, policy and figures of an unpacked archive."""
+    # Before anything is cut into lines: a line break in a name would begin a line of its own.
+    card, policy = all_visible(known_card(work)), all_visible(policy_of(work))
     try:
-        settings = yaml.safe_load((work / "model-config.yaml").read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"model-config.yaml is not YAML: {error}") from error
+        yield from card_lines(card, policy)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"card.json is not a card ({error!r}): build the archive anew") from error
+
+
+def policy_of(work: Path) -> dict[str, Any]:
+    """What an unpacked archive's model-config.yaml says for us.
+
+    Raises ValueError for YAML that is none, or that refers to itself: printed it would not end.
+    """
+    text = (work / "model-config.yaml").read_text(errors="replace")
+    if len(text) > SETTINGS:
+        raise ValueError("model-config.yaml is too long for settings: build the archive anew")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("model-config.yaml refers to itself: build the archive anew")
+        settings = yaml.safe_load(text) or {}
+        return dict(settings.get("rampart") or {})
+    except (yaml.YAMLError, RecursionError, AttributeError, TypeError) as error:
+        raise ValueError(f"model-config.yaml is not YAML of ours: {error}") from error
+
+
+def card_lines(card: dict[str, Any], policy: dict[str, Any]) -> Iterator[str]:
+    """What a card tells, and the policy."""
     facts = {
         "model": f"{card.get('name')}, {card.get('variant')}, {card.get('precision', 'fp32')}",
         "trained on": card.get("data", "not said"),
         "threat model": card.get("threat_model", "not evaluated"),
         "calibration": f"{card.get('calibration_images', '?')} images",
-        "policy": ", ".join(f"{k} {v}" for k, v in (settings.get("rampart") or {}).items()),
+        "policy": ", ".join(f"{name} {value}" for name, value in policy.items()),
         "weights": f"SHA-256 {card.get('sha256', {}).get('weights.safetensors', 'not said')}",
     }
     yield from (f"{name}: {fact}" for name, fact in facts.items())
     if card.get("metrics") and "threat_model" in card:
-        yield f"\n{markdown(card)}\n"
-
-
-def graph_lines(file: Path) -> Iterator[str]:
-    """Inputs, outputs and nodes of a graph, and what this machine makes of it."""
-    try:
-        model = onnx.load(file)
-    except Exception as error:  # protobuf's errors have no common type
-        raise ValueError(f"{file} is no ONNX graph: {error}") from error
-    if not model.opset_import:
-        raise ValueError(f"{file} is no ONNX graph: it is empty")
-    for title, values in (("input", model.graph.input), ("output", model.graph.output)):
-        for value in values:
-            kind = value.type.tensor_type
-            shape = [d.dim_param or d.dim_value for d in kind.shape.dim]
-            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
-            yield f"{title} {value.name}: {name} {tuple(shape)}"
-    kinds = Counter(node.op_type for node in model.graph.node)
-    common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(FREQUENT))
-    opset = model.opset_import[0].version
-    yield f"{len(model.graph.node)} nodes, opset {opset}: {common} ..."
-    yield f"ONNX Runtime {ort.__version__} here has {', '.join(ort.get_available_providers())}"
-    try:
-        Engine(file)
-    except Exception as error:  # ONNX Runtime's exceptions have no common type
-        yield f"it does not run as a Rampart graph: {error}"
-    else:
-        yield "it runs here, on the CPU"
+        yield from ("", *markdown(card).split("\n"), "")

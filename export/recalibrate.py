@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 from tqdm import tqdm
 
-from export.archive import hash_tree, sha256
-from handlers.defended import read_policy, verify
+from export.archive import hash_tree, repack, sha256
+from export.terminal import visible
+from handlers.defended import HASHES, read_policy, verify
 from handlers.engine import Engine
-from handlers.image import ImageError, decode
 from handlers.verdict import Calibration, Judge, combine, drift, drift_by_chance, p_values
-from hardening.data import SUFFIXES
+from hardening.data import pictures_below, read_picture
 
 FEWEST = 100  # for a false-alarm rate of 1%
 LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
+TEXT = 64_000_000  # bytes of one that is read as JSON, YAML or code
 # What was measured with the old thresholds.
 OUTDATED = ("checks", "ablation", "test_ablation", "false_alarms", "outside", "fp16", "int8")
 
@@ -99,10 +100,11 @@ def unpack(archive: Path, work: Path) -> list[str]:
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{archive} is not an archive of TorchServe: {error}") from error
     try:
+        check_listed(work, names)
         verify(work)
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
-    # TorchServe runs the handler at the root, which has no hash of its own.
+    # TorchServe runs the handler at the root, which has no hash of its own in older archives.
     if (work / "defended.py").read_bytes() != (work / "handlers" / "defended.py").read_bytes():
         raise ValueError(f"{archive}: its defended.py is not the one that was packed")
     return names
@@ -116,17 +118,34 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{archive} holds a file named {name!r}: do not trust it")
     if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > LARGEST:
         raise ValueError(f"{archive} holds a file twice, or more than 8 GB: do not trust it")
+    for entry in entries:
+        if entry.file_size > TEXT and entry.filename.endswith((".json", ".yaml", ".py")):
+            raise ValueError(
+                f"{archive} holds {entry.filename!r} of more than 64 MB: do not trust it"
+            )
+
+
+def check_listed(work: Path, names: list[str]) -> None:
+    """Raise ValueError where sha256.json lists what is no file of the archive."""
+    try:
+        listed = json.loads((work / HASHES).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"{HASHES} is no table of files: build the archive anew")
+    if missing := sorted(set(listed) - set(names)):
+        raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
 
 
 def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:
     """Pictures below `folder` as uint8 (N, size, size, 3), and what the endpoint would refuse."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = pictures_below(folder)
     images, refused = [], []
     for file in tqdm(files, desc="reading pictures", leave=False):
         try:
-            images.append(decode(file.read_bytes(), size))
-        except ImageError as error:
-            refused.append(f"{file.relative_to(folder)}: {error.message}")
+            images.append(read_picture(file, size))
+        except ValueError as error:
+            refused.append(visible(str(error).removeprefix(f"{folder}/")))
     if len(images) < FEWEST:
         raise ValueError(
             f"{folder} holds {len(images)} usable pictures: a false-alarm rate of 1% needs at"
@@ -166,14 +185,3 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
     listed = json.loads((work / "sha256.json").read_text())
     found = hash_tree(work)
     (work / "sha256.json").write_text(json.dumps({name: found[name] for name in listed}, indent=1))
-
-
-def repack(work: Path, names: list[str], out: Path) -> None:
-    """The files of `work` as an archive; the finished file replaces an older one at once."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        partial = Path(folder) / out.name
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
-            for name in names:
-                packed.write(work / name, name)
-        partial.replace(out)

@@ -2,9 +2,8 @@
 
     rampart verify NAME.mar --signature NAME.sig --public-key signer.pem
 
-The hashes inside tell damage, and nothing of an attacker, who writes them anew; nor do they cover
-model-config.yaml, the policy. A signature tells both: OpenSSF Model Signing, by a key, over the
-whole file (sigstore/model-transparency).
+The hashes inside tell damage, and nothing of an attacker, who writes them anew. A signature tells
+both: OpenSSF Model Signing, by a key, over the whole file (sigstore/model-transparency).
 """
 
 import json
@@ -14,9 +13,11 @@ from pathlib import Path
 
 from export.archive import sha256
 from export.recalibrate import unpack
+from handlers.defended import HASHES
 
-# What torch-model-archiver adds; of these defended.py is compared with the listed one.
-UNLISTED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py", "sha256.json"}
+# What torch-model-archiver adds: in archives of before it has no hash, though defended.py is
+# compared with the listed one.
+ADDED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py"}
 
 
 def verify(archive: Path, signature: Path | None = None, key: Path | None = None) -> Iterator[str]:
@@ -30,10 +31,16 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
         yield signed(archive, signature, key)
     with tempfile.TemporaryDirectory() as scratch:
         names = unpack(archive, Path(scratch))
-        listed = json.loads((Path(scratch) / "sha256.json").read_text())
-    if more := set(names) - set(listed) - UNLISTED:
+        listed = json.loads((Path(scratch) / HASHES).read_text())
+    free = set(names) - set(listed) - {HASHES}
+    if more := free - ADDED:
         raise ValueError(f"{archive} holds {', '.join(sorted(more))}, which nobody packed")
-    yield f"{archive}: {len(listed)} files have the hashes that sha256.json lists"
+    yield f"{archive}: {len(listed)} files have the hashes that {HASHES} lists; it has none itself"
+    if free:
+        yield (
+            f"{', '.join(sorted(free))} have none, as an older `rampart archive` packed them:"
+            " build the archive anew"
+        )
     if signature is None:
         yield f"no signature was checked: compare {sha256(archive)} with what its maker says"
 

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from handlers import private_folder
+
 logger = logging.getLogger(__name__)
 
 MAP_BYTES = 1 << 24  # of LMDB besides its entries: a map costs disk only as it fills
 ENTRY_BYTES = 1024  # for a key and its value, the longest of half that, on pages half empty
 TIMEOUT = 0.1  # seconds for Redis; who waits longer is worse off than who is not watched
+LONGEST, MOST = 1e9, 10**9  # seconds and entries: beyond, Redis or LMDB take no such number
 HEAD = struct.Struct("<Qd")  # the number of the newest generation, and when it began
 
 
@@ -46,11 +49,15 @@ def open_store(address: str, *, entries: int, expiry: float) -> Store:
     """The store at a `redis://` address, or else in a folder, which is made.
 
     It keeps about `entries` keys and forgets them after `expiry` seconds at the latest; what LMDB
-    has forgotten leaves its file at the next `add`, or when it is opened. Raises ValueError where
-    its package is missing or the address makes no sense, not where Redis is down.
+    has forgotten leaves its file at the next `add`, or when it is opened. Raises ValueError, of one
+    line, where its package is missing, the address makes no sense or the folder is not ours alone,
+    not where Redis is down.
     """
-    if expiry <= 0 or entries < 2:
-        raise ValueError("query_expiry must be above 0 seconds and query_capacity above 0 queries")
+    if not 0 < expiry < LONGEST or not 2 <= entries < MOST:
+        raise ValueError(
+            "query_expiry must be above 0 seconds and query_capacity above 0 queries, and neither"
+            f" beyond {LONGEST:.0e} seconds or {MOST:.0e} entries"
+        )
     try:
         if "://" not in address:
             return LmdbStore(Path(address), entries=entries, expiry=expiry)
@@ -71,18 +78,23 @@ class LmdbStore:
         self._lmdb = lmdb
         self._half, self._age = entries // 2, expiry / 2
         self._bytes = MAP_BYTES + entries * ENTRY_BYTES
+        damage = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, struct.error)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Who can write the file knows the secret, and can hide an attack or feign one.
+            private_folder.claim(folder, "data.mdb", "lock.mdb")
             try:
                 self._open(folder)
-            except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError):
+            except damage:
                 logger.warning("The query store is damaged and begins anew")
                 (folder / "data.mdb").unlink()
                 self._open(folder)
-        except (OSError, lmdb.Error) as error:
+        except private_folder.NotOursError as error:
+            raise ValueError(f"query_store {error}") from error
+        except Exception as error:  # also of the operating system, and of a path with a zero byte
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"query_store {folder}: {error}. Name a folder on a local disk that the server may"
-                " write to, or a redis:// address"
+                f"query_store {folder}: {reason}. Name a folder on a local disk that the"
+                " server may write to, or a redis:// address"
             ) from error
 
     def _open(self, folder: Path) -> None:
@@ -92,12 +104,16 @@ class LmdbStore:
             str(folder), map_size=self._bytes, max_dbs=3, mode=0o600,
             sync=False, metasync=False, max_readers=1024,
         )  # fmt: skip
-        self._env.reader_check()  # slots of workers that were killed
-        self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
-        with self._env.begin(write=True) as txn:
-            if time.time() - _head(txn)[1] >= 3 * self._age:  # even the youngest has expired
-                for generation in self._generations:
-                    txn.drop(generation, delete=False)
+        try:
+            self._env.reader_check()  # slots of workers that were killed
+            self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
+            with self._env.begin(write=True) as txn:
+                if time.time() - _head(txn)[1] >= 3 * self._age:  # even the youngest has expired
+                    for generation in self._generations:
+                        txn.drop(generation, delete=False)
+        except Exception:
+            self._env.close()  # a process opens a file once
+            raise
 
     def secret(self) -> bytes:
         """32 random bytes, made at first use."""
@@ -161,7 +177,8 @@ class RedisStore:
                 socket_connect_timeout=TIMEOUT,
                 retry=Retry(NoBackoff(), 1),  # for a connection that a restart has cut
             )
-        except ValueError as error:
+            self._redis.connection_pool.make_connection()  # connects not; settings are checked here
+        except Exception as error:  # its own words may hold the password
             raise ValueError(
                 "query_store must be a folder or redis://HOST:PORT/NUMBER (rediss:// for TLS)"
             ) from error

@@ -8,6 +8,7 @@ goes on. Augmentation is two tensor functions.
 import hashlib
 import math
 import os
+import stat
 import zipfile
 import zlib
 from collections import deque
@@ -20,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -35,6 +37,7 @@ PARTS = 5170
 SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500, 5170)}
 # Decoded training images up to this size are kept in memory; beyond, files are read as needed.
 MEMORY = 4 * 2**30
+LARGEST = 256 * 2**20  # bytes of one picture's file
 AHEAD = 2  # batches decoded before they are asked for
 
 
@@ -118,10 +121,7 @@ class Folder:
 
     def picture(self, row: int) -> Tensor:
         """One picture as uint8 (H, W, 3), decoded as the endpoint decodes it."""
-        try:
-            return torch.from_numpy(decode(self.files[row].read_bytes(), self.size))
-        except ImageError as error:
-            raise ValueError(f"{self.files[row]}: {error.message}") from error
+        return torch.from_numpy(read_picture(self.files[row], self.size))
 
     def collect(self, index: Tensor, pictures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
         """(image, label) of a batch on the device."""
@@ -237,15 +237,21 @@ def load_training(path: Path, *, size: int) -> Images | Folder:
 def find_pictures(path: Path, *, size: int) -> Folder:
     """The pictures of an ImageFolder directory, each class in a folder of its own.
 
-    Raises ValueError where there is none, or where the folders are splits.
+    Raises ValueError where there is none, where one cannot be read as a picture (a device, a pipe,
+    a link to nothing, a huge file), or where the folders are splits.
     """
     found = {
-        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in SUFFIXES)
+        entry.name: pictures_below(entry)
         for entry in sorted(path.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
     classes = tuple(name for name, pictures in found.items() if pictures)
     files = tuple(file for name in classes for file in found[name])
+    for file in files:  # now, and not hours into a training
+        try:
+            check_picture(file, file.stat())
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}: remove it") from error
     if not files:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     if set(classes) <= {"train", "test", "val", "valid", "validation"}:
@@ -254,6 +260,43 @@ def find_pictures(path: Path, *, size: int) -> Folder:
     root = path.resolve().name
     names = tuple(f"{root}/{file.relative_to(path)}" for file in files)
     return Folder(files, label, classes, names, size, torch.device("cpu"))
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """What is named as a picture at any depth, sorted. Folders that are links are not entered."""
+    found = (Path(home) / name for home, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+
+
+def read_picture(file: Path, size: int) -> NDArray[np.uint8]:
+    """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it.
+
+    Raises ValueError that names it. It may be a link, but only to a plain file: a device has no
+    end, and a pipe makes its reader wait for a writer.
+    """
+    try:
+        with open(file, "rb", opener=open_at_once) as stream:
+            check_picture(file, os.fstat(stream.fileno()))
+            return decode(stream.read(LARGEST), size)
+    except ImageError as error:
+        raise ValueError(f"{file}: {error.message}") from error
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """As `os.open`, but a pipe without a writer is opened too."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def check_picture(file: Path, found: os.stat_result) -> None:
+    """Raise ValueError for what is no plain file, or far larger than any picture."""
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file} is no plain file: remove it")
+    if found.st_size > LARGEST:
+        raise ValueError(
+            f"{file} has {found.st_size / 1e6:.0f} MB, too many for a picture: remove it"
+        )
 
 
 def write_digits(folder: Path) -> dict[str, int]:

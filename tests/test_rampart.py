@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import typer
@@ -474,6 +475,30 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stderr.startswith("rampart: no checkpoint at ")
     assert done.stderr.count("\n") == 1
+
+
+def test_names_out_of_files_do_not_act_on_the_terminal(tiny_archive: Path, tmp_path: Path) -> None:
+    file = shutil.copy(tiny_archive, tmp_path / "a.mar")
+    with ZipFile(file, "a") as packed:
+        packed.writestr("\x1b[2J\nall is well\u202e.txt", "x")
+    done = subprocess.run(
+        [sys.executable, "-m", "rampart", "verify", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert r"\x1b[2J" in done.stderr and r"all is well\u202e.txt, which nobody" in done.stderr
+    with ZipFile(tiny_archive) as packed:
+        model = onnx.load_model_from_string(packed.read("graph.onnx"))
+    model.graph.input[0].name = "\x1b]0;mine\x07\nit runs here"
+    onnx.save(model, tmp_path / "a.onnx")
+    shown = run("inspect", tmp_path / "a.onnx")
+    assert "\x1b" not in shown and "\x07" not in shown and "\nit runs here" not in shown
+    assert r"input \x1b]0;mine\x07\nit runs here: uint8" in shown
+
+
+def test_the_card_of_an_archive_is_printed_in_full(tiny_archive: Path) -> None:
+    with ZipFile(tiny_archive) as packed:
+        card = json.loads(packed.read("card.json"))
+    assert json.loads(run("inspect", tiny_archive, "--card")) == card
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import warnings
 import zipfile
@@ -10,6 +11,7 @@ from PIL import Image
 
 from export.archive import archive
 from export.recalibrate import recalibrate
+from export.verification import verify as whole_archive
 from handlers.defended import verify
 from handlers.engine import Engine
 from handlers.verdict import Calibration, p_values
@@ -74,6 +76,8 @@ def test_only_calibration_card_and_hashes_differ(
     assert list(old) == list(new)
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {"calibration.json", "card.json", "sha256.json"}
+    assert set(json.loads(new["sha256.json"])) == set(new) - {"sha256.json"}
+    assert len(list(whole_archive(tmp_path / "new.mar"))) == 2
     card = json.loads(new["card.json"])
     assert card["calibration_images"] == 150
     assert card["commands"][-1] == "rampart calibrate x"
@@ -119,6 +123,25 @@ def test_pictures_that_the_endpoint_refuses_are_named(
     made = recalibrate(tiny_archive, traffic, tmp_path / "new.mar", command="")
     assert len(made.refused) == 1
     assert made.refused[0].startswith("day0/cut.png: ")
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(
+    tiny_archive: Path, traffic: Path, tmp_path: Path
+) -> None:
+    seen = shutil.copytree(traffic, tmp_path / "seen")
+    os.mkfifo(seen / "a.png")
+    (seen / "b\x1b.png").symlink_to("/dev/zero")
+    (seen / "c.png").symlink_to(seen / "day1" / "1.png")
+    (seen / "d.png").symlink_to("nowhere")
+    (seen / "e.png").mkdir()
+    (seen / "e.png" / "round").symlink_to(seen)
+    made = recalibrate(tiny_archive, seen, tmp_path / "new.mar", command="")
+    assert made.images == 151
+    assert [line for line in made.refused if not line.startswith("day0/cut.png: ")] == [
+        "a.png is no plain file: remove it",
+        r"b\x1b.png is no plain file: remove it",
+        "d.png: No such file or directory",
+    ]
 
 
 def test_too_few_pictures_are_refused_and_nothing_is_written(

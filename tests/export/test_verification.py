@@ -1,3 +1,6 @@
+import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from model_signing import signing
 
-from export.verification import verify
+from export.verification import ADDED, verify
+from handlers.defended import verify as check
 
 
 def keys(folder: Path, name: str) -> tuple[Path, Path]:
@@ -25,7 +29,7 @@ def keys(folder: Path, name: str) -> tuple[Path, Path]:
 
 def test_a_whole_archive_is_told_with_the_hash_to_compare(tiny_archive: Path) -> None:
     whole, unsigned = verify(tiny_archive)
-    assert whole.endswith("files have the hashes that sha256.json lists")
+    assert whole.endswith("files have the hashes that sha256.json lists; it has none itself")
     assert "no signature was checked" in unsigned
 
 
@@ -36,6 +40,82 @@ def test_a_damaged_archive_is_refused(tiny_archive: Path, tmp_path: Path) -> Non
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.mar"):
         list(verify(damaged))
+
+
+def rewritten(archive: Path, out: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """A copy of an archive with other contents."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["model-config.yaml", "MAR-INF/MANIFEST.json", "defended.py", "labels.json"]
+)
+def test_a_changed_file_is_refused_by_us_and_by_the_handler(
+    tiny_archive: Path, tmp_path: Path, name: str
+) -> None:
+    changed = rewritten(
+        tiny_archive, tmp_path / "a.mar", lambda n, data: data + b"\n" if n == name else data
+    )
+    with pytest.raises(ValueError, match=rf"a\.mar: {name} is not the file that was packed"):
+        list(verify(changed))
+    with zipfile.ZipFile(changed) as packed:
+        packed.extractall(tmp_path / "unpacked")
+    with pytest.raises(ValueError, match=f"{name} is not the file that was packed"):
+        check(tmp_path / "unpacked")
+
+
+def test_an_archive_of_before_is_told_by_what_has_no_hash(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    def shorter(name: str, data: bytes) -> bytes:
+        if name != "sha256.json":
+            return data
+        return json.dumps({n: d for n, d in json.loads(data).items() if n not in ADDED}).encode()
+
+    old = rewritten(tiny_archive, tmp_path / "a.mar", shorter)
+    whole, unlisted, unsigned = verify(old)
+    assert "files have the hashes" in whole and "no signature" in unsigned
+    assert unlisted == (
+        "MAR-INF/MANIFEST.json, defended.py, model-config.yaml have none, as an older"
+        " `rampart archive` packed them: build the archive anew"
+    )
+    changed = rewritten(
+        old, tmp_path / "b.mar", lambda n, data: data + b"#" if n == "defended.py" else data
+    )
+    with pytest.raises(ValueError, match=r"its defended\.py is not the one that was packed"):
+        list(verify(changed))
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (b"[]", r"a\.mar: sha256\.json is no table of files"),
+        (b"[" * 100_000, r"a\.mar: sha256\.json is missing or unreadable"),
+        (b'{"/proc/kcore": "0"}', r"a\.mar: /proc/kcore is missing from the archive"),
+        (b'{"../up": "0"}', r"a\.mar: \.\./up is missing from the archive"),
+    ],
+)
+def test_a_list_of_hashes_reaches_no_other_file(
+    tiny_archive: Path, tmp_path: Path, listed: bytes, message: str
+) -> None:
+    forged = rewritten(
+        tiny_archive, tmp_path / "a.mar", lambda n, data: listed if n == "sha256.json" else data
+    )
+    with pytest.raises(ValueError, match=message):
+        list(verify(forged))
+
+
+def test_a_text_that_would_fill_memory_is_refused(tiny_archive: Path, tmp_path: Path) -> None:
+    forged = tmp_path / "a.mar"
+    with zipfile.ZipFile(tiny_archive) as old, zipfile.ZipFile(forged, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("more.json", bytes(65_000_000), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"'more\.json' of more than 64 MB: do not trust it"):
+        list(verify(forged))
 
 
 def test_a_signature_holds_for_its_file_and_its_key_alone(

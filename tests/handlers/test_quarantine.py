@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_defended import context, png
+from test_private_folder import give_away
 
 from handlers import quarantine
 from handlers.defended import DefendedHandler
@@ -23,6 +26,7 @@ VERDICT = Verdict(
     label="a", index=0, confidence=0.5, decision="flag", top=(), model={"name": "m"}, detail=None,
     p_value=0.004, detected=True, failed=False,
 )  # fmt: skip
+BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -34,7 +38,9 @@ def serving(unpacked: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         made.model_yaml_config = {"rampart": {"quarantine": str(tmp_path / "aside"), **settings}}
         handler = DefendedHandler()
         handler.initialize(made)
-        return json.loads(handler.handle([{"body": png(image)}], made)[0])
+        answer = json.loads(handler.handle([{"body": png(image)}], made)[0])
+        handler._quarantine.flush()
+        return answer
 
     return answer
 
@@ -74,6 +80,7 @@ def test_only_the_newest_files_stay_and_others_files_are_left_alone(
     aside = Quarantine(tmp_path)
     for level in range(6):
         aside.keep(np.full((8, 8, 3), level, dtype=np.uint8), VERDICT)
+    aside.flush()
     levels = []
     for path in kept(tmp_path)[5:]:
         assert path.stat().st_mode & 0o077 == 0
@@ -83,16 +90,121 @@ def test_only_the_newest_files_stay_and_others_files_are_left_alone(
 
 
 def test_a_flood_is_kept_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quarantine.time, "time", lambda: 1_000.0)
+    monkeypatch.setattr(quarantine.time, "monotonic", lambda: 1_000.0)
     aside = Quarantine(tmp_path)
     for _ in range(20):
-        aside.keep(np.zeros((8, 8, 3), dtype=np.uint8), VERDICT)
+        aside.keep(BLACK, VERDICT)
+    aside.flush()
     assert len(kept(tmp_path)) == quarantine.PER_SECOND
+    assert aside.dropped == 20 - quarantine.PER_SECOND
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"quarantine /proc/aside: .*Name a folder"):
-        Quarantine(Path("/proc/aside"))
+def test_a_disk_that_hangs_holds_up_no_answer_and_fills_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "PER_SECOND", 1_000)
+    monkeypatch.setattr(quarantine, "DELAY", (0, 0))
+    hangs, goes_on = threading.Event(), threading.Event()
+    write = Quarantine._write
+
+    def wait(self: Quarantine, flagged: quarantine.Flagged) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        write(self, flagged)
+
+    monkeypatch.setattr(Quarantine, "_write", wait)
+    aside = Quarantine(tmp_path)
+    aside.keep(BLACK, VERDICT)
+    assert hangs.wait(60)
+    for _ in range(100):
+        aside.keep(BLACK, VERDICT)
+    assert kept(tmp_path) == []
+    assert aside.dropped == 100 - quarantine.WAITING
+    goes_on.set()
+    aside.flush()
+    assert len(kept(tmp_path)) == 1 + quarantine.WAITING
+
+
+def test_nothing_is_written_while_the_answer_is_under_way(tmp_path: Path) -> None:
+    aside = Quarantine(tmp_path)
+    began = time.monotonic()
+    aside.keep(BLACK, VERDICT)
+    time.sleep(0.1)
+    seen, took = kept(tmp_path), time.monotonic() - began
+    assert seen == [] or took > 0.2
+    aside.flush()
+    assert len(kept(tmp_path)) == 1
+
+
+def test_names_sort_by_age_also_when_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second that turns over, a clock that stands still, and one that goes back.
+    times = iter([10**18 - 1, 10**18, 10**18, 10**18 - 5 * 10**9])
+    monkeypatch.setattr(quarantine.time, "time_ns", lambda: next(times))
+    monkeypatch.setattr(quarantine.time, "monotonic", lambda: 1_000.0)
+    aside = Quarantine(tmp_path)
+    for level in range(4):
+        aside.keep(np.full((8, 8, 3), level, dtype=np.uint8), VERDICT)
+    aside.flush()
+    levels = []
+    for path in kept(tmp_path):
+        with Image.open(path) as picture:
+            levels.append(picture.getpixel((0, 0))[0])
+    assert levels == [0, 1, 2, 3]
+    assert kept(tmp_path)[1].name.startswith("rampart-20010909T014640-000000000-")
+
+
+def test_a_folder_that_fails_at_the_start_is_one_log_line_and_is_tried_again_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "aside"
+    folder.write_text("in the way")
+    aside = Quarantine(folder)
+    aside.keep(BLACK, VERDICT)
+    aside.flush()
+    assert caplog.messages == [f"Nothing goes into quarantine {folder}: File exists"]
+    assert not aside.works and aside.dropped == 1
+    folder.unlink()
+    aside.keep(BLACK, VERDICT)
+    aside.flush()
+    assert not aside.works and aside.dropped == 2 and not folder.exists()
+    monkeypatch.setattr(quarantine, "RETRY", 0)
+    aside.keep(BLACK, VERDICT)
+    aside.flush()
+    assert aside.works and len(kept(folder)) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_lets_the_server_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert not Quarantine(Path("/proc/aside")).works
+    (message,) = caplog.messages
+    assert message.startswith("Nothing goes into quarantine /proc/aside: ")
+
+
+def test_a_folder_that_is_not_ours_alone_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, public, link = (tmp_path / name for name in ("theirs", "public", "link"))
+    for folder in (theirs, public):
+        folder.mkdir(mode=0o700)
+    public.chmod(0o701)
+    link.symlink_to(tmp_path)
+    give_away(theirs, monkeypatch)
+    folders = (theirs, public, link)
+    for folder in folders:
+        aside = Quarantine(folder)
+        aside.keep(BLACK, VERDICT)
+        aside.flush()
+        assert not aside.works
+    reasons = ("belongs to somebody else: chmod 700", "is open to others: chmod 700", "is a link")
+    for folder, reason, message in zip(
+        (theirs, public, link), reasons, caplog.messages, strict=True
+    ):
+        assert f"{folder} {reason}" in message
+    assert sorted(tmp_path.iterdir()) == [link, public, theirs]
+    assert not kept(theirs) and not kept(public)
 
 
 def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
@@ -101,16 +213,20 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
         from pathlib import Path
         import numpy as np
         from test_quarantine import VERDICT
+        from handlers import quarantine
         from handlers.quarantine import Quarantine
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         aside = Quarantine(Path(sys.argv[1]))
+        quarantine.RETRY = 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
         noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
         for _ in range(3):
             aside.keep(noise, VERDICT)
+            aside.flush()
         print(aside.works)
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         aside.keep(noise, VERDICT)
+        aside.flush()
         print(aside.works)
     """
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -118,7 +234,7 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     assert out.stdout.splitlines() == [
-        "Nothing goes into quarantine: File too large",
+        f"Nothing goes into quarantine {tmp_path}: File too large",
         "False",
         "True",
     ], out.stderr

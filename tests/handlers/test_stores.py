@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import pytest
 from conftest import Redis
+from test_private_folder import give_away
 
 from handlers.stores import LmdbStore, RedisStore, Store, StoreError, open_store
 
@@ -131,6 +133,17 @@ def test_a_damaged_file_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureF
     assert caplog.messages == ["The query store is damaged and begins anew"]
 
 
+def test_a_file_whose_head_makes_no_sense_is_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lmdb.open(str(tmp_path), max_dbs=3) as env, env.begin(write=True) as txn:
+        txn.put(b"head", b"x")
+    store = open_store(str(tmp_path), entries=100, expiry=60)
+    store.add({b"key": b"1"})
+    assert store.find([b"key"]) == [b"1"]
+    assert caplog.messages == ["The query store is damaged and begins anew"]
+
+
 def test_a_worker_with_room_for_more_does_not_lock_the_other_out(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), entries=10, expiry=60)
     code = """if True:
@@ -177,16 +190,49 @@ def test_an_address_decides_which_store_it_is(tmp_path: Path) -> None:
     [
         ("ftp://somewhere", {}, "query_store must be a folder or redis://"),
         ("/proc/nowhere", {}, "query_store /proc/nowhere: .*Name a folder on a local disk"),
+        ("/proc/a\0b", {}, "query_store /proc/a.b: embedded null byte.*Name a folder"),
+        ("redis://:word@127.0.0.1:x/0", {}, "must be a folder or redis://HOST"),
+        ("redis://:word@127.0.0.1:1/0?nonsense=1", {}, "must be a folder or redis://HOST"),
         ("queries", {"expiry": 0.0}, "query_expiry must be above 0"),
+        ("queries", {"expiry": float("nan")}, "query_expiry must be above 0"),
+        ("redis://127.0.0.1:1/0", {"expiry": float("inf")}, "neither beyond"),
+        ("queries", {"entries": 10**18}, "neither beyond"),
         ("queries", {"entries": 0}, "query_capacity above 0"),
     ],
 )
 def test_what_cannot_be_a_store_is_refused_with_the_remedy(
     address: str, settings: dict[str, float], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         open_store(address, **({"entries": 100, "expiry": 60.0} | settings))  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value) and "word" not in str(refused.value)
     assert not Path("queries").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "data.mdb", "lock.mdb"])
+def test_a_store_that_somebody_else_owns_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+    theirs = tmp_path / "mine" / ("" if name == "folder" else name)
+    give_away(theirs, monkeypatch)
+    with pytest.raises(ValueError, match=r"query_store /.* belongs to somebody else: chmod 700"):
+        open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+
+
+def test_a_store_that_others_may_enter_or_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o750)
+    with pytest.raises(ValueError, match=r"query_store /.*open is open to others: chmod 700"):
+        open_store(str(tmp_path / "open"), entries=100, expiry=60)
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"query_store /.*link is a link: name the folder"):
+        open_store(str(tmp_path / "link"), entries=100, expiry=60)
+    (tmp_path / "mine" / "data.mdb").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"query_store /.*data\.mdb is no plain file"):
+        open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+    assert not (tmp_path / "elsewhere").exists() and not list((tmp_path / "open").iterdir())
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -80,6 +80,35 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
         data.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "endless", "nothing", "huge"])
+def test_what_is_no_plain_picture_file_is_named_and_not_read(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a" / "deep" / "x.jpg"
+    file.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "huge":
+        with file.open("wb") as stream:
+            stream.truncate(300_000_000)
+    else:
+        file.symlink_to("/dev/zero" if kind == "endless" else "nowhere")
+    with pytest.raises(ValueError, match=r"deep/x\.jpg.*: remove it"):
+        data.load(tmp_path)
+    with pytest.raises(ValueError, match=r"deep/x\.jpg"):
+        data.read_picture(file, 32)
+
+
+def test_links_to_pictures_are_read_and_circles_of_folders_are_not_walked(tmp_path: Path) -> None:
+    home = tmp_path / "data" / "cat"
+    (home / "named.jpg").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "elsewhere.png")
+    (home / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    (home / "named.jpg" / "circle").symlink_to(home)
+    (tmp_path / "data" / "dog").symlink_to(home)
+    images = data.load(tmp_path / "data")
+    assert images.paths == ("data/cat/link.png", "data/dog/link.png")
+    assert images.image[0, 0, 0].tolist() == [255, 0, 0]
+
+
 def test_an_empty_folder_says_what_layout_is_expected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CLASS/NAME"):
         data.load(tmp_path)

@@ -1,0 +1,58 @@
+"""What a client wants to know of a model's card, and no more: the card itself has its history."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FACTS = (
+    "name",
+    "model",
+    "variant",
+    "precision",
+    "data",
+    "classifier",
+    "threat_model",
+    "calibration_images",
+    "recalibrated_on",
+)
+FILES = ("graph.onnx", "calibration.json", "weights.safetensors")
+FIGURES = (
+    "clean",
+    "clean_rejection",
+    "pgd20",
+    "autoattack",
+    "autoattack_short",
+    "joint_apgd",
+    "robust",
+    "robust_with_rejection@1%",
+)
+KEPT = ("name", "norm", "eps", "value", "n", "interval", "data")
+
+
+def summary(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts, the main figures of what is served, and hashes, out of an archive's card."""
+    facts = {name: card[name] for name in FACTS if name in card}
+    hashes = card.get("sha256") or {}
+    return facts | {
+        "metrics": figures(card),
+        "sha256": {name: hashes[name] for name in FILES if name in hashes},
+    }
+
+
+def figures(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The main figures of the card's variant and precision, at the usual rate of false alarms.
+
+    Of several attacks behind one figure the strongest counts. Each figure names its data, since
+    one of validation images, by which the model was chosen, is worth less than one of test images.
+    """
+    precision = card.get("precision", "fp32")
+    subject = "pipeline" if precision == "fp32" else f"graph:{precision}"
+    lowest: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in card.get("metrics") or []:
+        ours = row["subject"] == subject and row["variant"] == card.get("variant")
+        if not ours or row["name"] not in FIGURES or "rate" in row:
+            continue
+        known = {name: row[name] for name in KEPT if name in row}
+        key = tuple(known.get(name) for name in ("name", "norm", "eps", "data"))
+        if known["value"] <= lowest.get(key, known)["value"]:
+            lowest[key] = known
+    return list(lowest.values())
