@@ -63,6 +63,10 @@ PRECISION = (
     "fp16 and int8 after `rampart quantize`; default int8 where measured to be as robust, on "
 )
 PRECISION += "100 validation images or more, under the card's threat model and at --rate 0.01"
+MAX_PIXELS = (
+    "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304 or"
+    " more"
+)
 QueryStore = Annotated[
     str | None,
     typer.Option(help="Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"),
@@ -1086,6 +1090,7 @@ def archive(
     ] = None,
     query_expiry: Annotated[float, typer.Option(help="Seconds to remember a query")] = 3600,
     query_capacity: Annotated[int, typer.Option(help="Queries to remember")] = 100_000,
+    max_pixels: Annotated[int | None, typer.Option(help=MAX_PIXELS)] = None,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     from export import archive as archives
@@ -1096,6 +1101,8 @@ def archive(
     policy |= {"on_failure": on_failure, "detail": detail, "on_query_attack": on_query_attack}
     policy |= {"query_store": query_store, "query_owner": query_owner}
     policy |= {"query_expiry": query_expiry, "query_capacity": query_capacity}
+    if max_pixels:
+        policy["max_pixels"] = max_pixels
     folders.check_variant(model, variant)
     variant = variant or folders.best_variant(model)
     precision = precision or folders.best_precision(model, variant)

@@ -22,7 +22,7 @@ import handlers
 from export.parity import Parity, check_close, compare
 from export.precision import check_made, lower, ranges_file
 from export.to_onnx import to_onnx
-from handlers.defended import HASHES, NEEDED, PLAN, read_policy
+from handlers.defended import HASHES, NEEDED, PLAN, read_max_pixels, read_policy
 from handlers.engine import Engine
 from handlers.image import decode
 from handlers.plan import check_record, record_file
@@ -110,6 +110,7 @@ def archive(
     check_made(folder, variant, precision)
     # The handler would refuse such a policy at start; refuse it before it is packed.
     judge = read_policy(policy)
+    max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
     Judge(tuple(config["classes"]), load_variant(folder, variant, precision), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / "content"
@@ -131,7 +132,7 @@ def archive(
         shutil.copy(table, work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
         names = {"name": out.stem, "variant": variant, "precision": precision}
-        card = names | read_card(folder)
+        card = names | {"max_pixels": max_pixels} | read_card(folder)
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
         model_yaml = Path(scratch) / "model-config.yaml"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from handlers.plan import PlanEngine
 from handlers.protocol import Request, plain, read, reading_cost
 from handlers.quarantine import Quarantine
 from handlers.queries import ENTRIES, PAUSE, Response, Watch
-from handlers.stores import open_store
+from handlers.stores import FolderError, LateStore, Store, open_store
+from handlers.summary import summary
 from handlers.telemetry import Metrics
 from handlers.verdict import Calibration, Judge, Policy, Verdict
 
@@ -115,7 +117,8 @@ class DefendedHandler:
         told = os.environ.get("RAMPART_WORKERS") or context.model_yaml_config.get("maxWorkers")
         workers = int(told or 1)
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        self._card = (folder / "card.json").read_bytes()
+        card = json.loads((folder / "card.json").read_bytes())
+        self._summary = summary(card)
         self._judge = Judge(
             labels=tuple(map(str, labels)),
             calibration=Calibration.load(folder / "calibration.json"),
@@ -141,10 +144,12 @@ class DefendedHandler:
         self._metrics = Metrics(context.metrics, context.model_name, calibration.images)
         self._judge_zeros()
         logger.info("Rampart serves on %s", self._engine.device)
-        precision = json.loads(self._card).get("precision", "fp32")
+        precision = card.get("precision", "fp32")
         known = (self._engine.device, precision, calibration.variant)
         self._metrics.set("rampart_engine_info", 1, *known)
         self._metrics.set("rampart_false_alarm_rate", self._judge.policy.false_alarm_rate)
+        if self._watch:
+            self._aside.submit(self._begin_watch, self._watch)
         self._metrics.start()
 
     def _judge_zeros(self) -> None:
@@ -175,6 +180,8 @@ class DefendedHandler:
                 bodies = [
                     self._respond(context, index, reply) for index, reply in enumerate(replies)
                 ]
+            if self._quarantine:
+                self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
         self._budget.end()
         return bodies
 
@@ -207,7 +214,7 @@ class DefendedHandler:
         """One request. TorchServe asks for a description by a header, which any client can send."""
         described = headers.get("describe") == "True" and not fields
         if described and PREDICTION.isdisjoint(map(str.lower, headers)):
-            return Request([], lambda _: (200, json.loads(self._card)))
+            return Request([], lambda _: (200, self._summary))
         try:
             return read(fields, headers)
         except Exception as error:
@@ -246,6 +253,10 @@ class DefendedHandler:
         logger.error("No watch for query attacks: the store has not answered for %g s", QUERY_WAIT)
         self._metrics.set("rampart_query_store_up", 0.0)
         return [None] * count
+
+    def _begin_watch(self, watch: Watch) -> None:
+        watch.begin()
+        self._metrics.set("rampart_query_store_up", float(watch.up))
 
     def _watched(
         self, watch: Watch, images: Sequence[Pixels | ImageError], owners: Sequence[str]
@@ -406,7 +417,12 @@ def read_watch(settings: Mapping[str, Any], model: str) -> Watch | None:
         return None
     expiry = float(settings.get("query_expiry", 3600))
     entries = ENTRIES * int(settings.get("query_capacity", 100_000))
-    store = open_store(str(address), entries=entries, expiry=expiry)
+    make = partial(open_store, str(address), entries=entries, expiry=expiry)
+    store: Store
+    try:
+        store = make()
+    except FolderError:  # of a restart too, so the server serves without it; `begin` says so
+        store = LateStore(make)
     response = settings.get("on_query_attack", "alert")
     return Watch(store, model, response=response, expiry=expiry)
 

@@ -171,6 +171,13 @@ class Watch:
         self._down_until = 0.0
         self.up = True  # whether the store worked when last asked
 
+    def begin(self) -> None:
+        """Say now whether the store works, and not at the first image."""
+        try:
+            self._store.secret()
+        except Exception as error:  # whatever it is, the server starts
+            self._fail(error)
+
     def look(self, images: Sequence[Pixels], owners: Sequence[str]) -> list[Response | None]:
         """What becomes of each image (H, W, 3), None for nothing. Images are compared with those of
         the same owner. Where the store fails nobody is watched, which is logged once."""
@@ -182,16 +189,19 @@ class Watch:
             if items:
                 self._store.add(items)
         except Exception as error:  # whatever it is, predictions go on
-            if self.up:
-                what = error if isinstance(error, StoreError) else type(error).__name__
-                logger.error("No watch for query attacks, the store fails: %s", what)
-            self.up, self._down_until = False, time.monotonic() + RETRY
-            self._prints = None  # the secret may be another one then
+            self._fail(error)
             return seen
         if items and not self.up:  # one that can be read only does not work
             logger.warning("Watching for query attacks again")
             self.up = True
         return seen
+
+    def _fail(self, error: Exception) -> None:
+        if self.up:
+            what = error if isinstance(error, StoreError) else type(error).__name__
+            logger.error("No watch for query attacks, the store fails: %s", what)
+        self.up, self._down_until = False, time.monotonic() + RETRY
+        self._prints = None  # the secret may be another one then
 
     def _look(
         self, images: Sequence[Pixels], owners: Sequence[str], seen: list[Response | None]

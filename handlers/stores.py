@@ -10,7 +10,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,6 +27,10 @@ HEAD = struct.Struct("<Qd")  # the number of the newest generation, and when it 
 
 class StoreError(RuntimeError):
     """Why the store cannot be used now; the next call may find it working."""
+
+
+class FolderError(ValueError):
+    """Why a folder cannot hold the store now; the message names the remedy."""
 
 
 class Store(Protocol):
@@ -69,6 +73,33 @@ def open_store(address: str, *, entries: int, expiry: float) -> Store:
         ) from error
 
 
+class LateStore:
+    """A store that could not be opened; each call tries it again."""
+
+    def __init__(self, make: Callable[[], Store]) -> None:
+        self._make = make
+        self._made: Store | None = None
+
+    def secret(self) -> bytes:
+        """As the store's."""
+        return self._store().secret()
+
+    def find(self, keys: Sequence[bytes]) -> list[bytes]:
+        """As the store's."""
+        return self._store().find(keys)
+
+    def add(self, items: Mapping[bytes, bytes]) -> None:
+        """As the store's."""
+        self._store().add(items)
+
+    def _store(self) -> Store:
+        try:
+            self._made = self._made or self._make()
+        except ValueError as error:
+            raise StoreError(str(error)) from error
+        return self._made
+
+
 class LmdbStore:
     """An LMDB file in a folder that only its owner may enter."""
 
@@ -89,10 +120,10 @@ class LmdbStore:
                 (folder / "data.mdb").unlink()
                 self._open(folder)
         except private_folder.NotOursError as error:
-            raise ValueError(f"query_store {error}") from error
+            raise FolderError(f"query_store {error}") from error
         except Exception as error:  # also of the operating system, and of a path with a zero byte
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise FolderError(
                 f"query_store {folder}: {reason}. Name a folder on a local disk that the"
                 " server may write to, or a redis:// address"
             ) from error

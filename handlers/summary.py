@@ -12,6 +12,7 @@ FACTS = (
     "classifier",
     "threat_model",
     "calibration_images",
+    "max_pixels",
     "recalibrated_on",
 )
 FILES = ("graph.onnx", "calibration.json", "weights.safetensors")

@@ -34,6 +34,7 @@ GAUGES: dict[str, Labels] = {
     "rampart_drift_limit": (),
     "rampart_heartbeat_seconds": (),
     "rampart_query_store_up": (),
+    "rampart_quarantine_up": (),
 }
 HISTOGRAMS: dict[str, Labels] = {
     "rampart_p_value": (),

@@ -27,8 +27,9 @@ from pathlib import Path
 from handlers.launch import serve
 options = json.loads(sys.argv[2])
 options["samples"] = [Path(sample) for sample in options.get("samples", ())]
-if options.get("log_folder"):
-    options["log_folder"] = Path(options["log_folder"])
+for name in ("log_folder", "quarantine"):
+    if options.get(name):
+        options[name] = Path(options[name])
 if options.get("tls"):
     options["tls"] = tuple(map(Path, options["tls"]))
 sys.exit(serve(Path(sys.argv[1]), **options))

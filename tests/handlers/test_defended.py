@@ -32,9 +32,10 @@ from export.archive import archive
 from handlers import defended
 from handlers.defended import NEEDED, DefendedHandler, threads_for, verify
 from handlers.engine import Engine
-from handlers.image import MAX_PIXELS, ImageError
+from handlers.image import MAX_PIXELS, ImageError, default_pixels
 from handlers.open_inference import Answer
 from handlers.protocol import Request
+from handlers.summary import summary
 from handlers.verdict import p_values
 from hardening import report
 from hardening.calibrate import load_variant
@@ -247,12 +248,13 @@ def test_good_requests_among_bad_ones_on_64_connections_are_all_right(
     assert server.worker_pids() == workers
 
 
-def test_describe_gives_the_card(server: Server, unpacked: Path) -> None:
+def test_describe_gives_a_summary_of_the_card(server: Server, unpacked: Path) -> None:
     answer = requests.get(
         server.management, params={"customized": "true"}, headers=server.token, timeout=60
     )
     card = json.loads((unpacked / "card.json").read_text())
-    assert answer.json()[0]["customizedMetadata"] == card
+    told = answer.json()[0]["customizedMetadata"]
+    assert told == summary(card) and told["max_pixels"] == default_pixels(32)
 
 
 def test_a_client_that_asks_for_a_description_harms_nobody(
@@ -452,6 +454,7 @@ def test_a_reply_that_cannot_be_made_fails_its_own_request_alone() -> None:
         ({"on_detection": "shrug"}, "on_detection must be flag, reject or shadow"),
         ({"false_alarm": 0.1}, "unknown rampart setting"),
         ({"false_alarm_rate": 1e-9}, "cannot tell a false_alarm_rate"),
+        ({"max_pixels": 10}, "max_pixels must be a whole number from 1024"),
         ({"device": "tpu"}, "choose one of cpu, cuda, tensorrt, auto"),
     ],
 )
