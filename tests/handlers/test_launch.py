@@ -5,6 +5,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import psutil
 import pytest
 import requests
 from conftest import Server, free_port
+
+from handlers.launch import _redis_failure
 
 Launch = Callable[..., Server]
 Gone = Callable[[list[psutil.Process]], list[psutil.Process]]
@@ -156,6 +160,7 @@ def test_beyond_loopback_it_refuses_to_start_without_tokens(
         ({"grpc_port": 70_000}, "the gRPC port must lie between"),
         ({"port": 29_870, "grpc_port": 29_871}, "the gRPC port must lie between"),
         ({"token_minutes": 0}, "a token must live"),
+        ({"java_memory": 63}, "Java needs a memory of 64 MB or more"),
         ({"host": "::1"}, "must be an IPv4 address"),
     ],
 )
@@ -165,6 +170,51 @@ def test_impossible_options_are_refused(
     server = launch(tiny_archive, **options)
     assert server.finish() == 1
     assert message in server.lines[0]
+
+
+def test_a_redis_that_does_not_answer_is_told_and_serving_goes_on(
+    launch: Launch, tiny_archive: Path
+) -> None:
+    server = launch(tiny_archive, query_store="redis://:secret@127.0.0.1:1/0")
+    assert "Rampart is ready" in server.read(), server.lines
+    warning, *_ = server.lines
+    assert warning.startswith("warning: no watch for query attacks until Redis answers (127.0.0.1")
+    assert "secret" not in warning
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "alive"),
+    [(b"+PONG\r\n", True), (b"-NOAUTH wants\r\n", True), (b"-LOADING\r\n", False), (b"", False)],
+)
+def test_a_redis_lives_that_answers_though_it_wants_a_password(answer: bytes, alive: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asked = []
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(100))
+                connection.sendall(answer)
+
+        redis = threading.Thread(target=serve)
+        redis.start()
+        port = listener.getsockname()[1]
+        assert (_redis_failure(f"redis://:secret@127.0.0.1:{port}/0") is None) == alive
+        redis.join()
+    assert asked == [b"PING\r\n"]
+
+
+def test_a_redis_that_hangs_is_waited_for_a_second() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        began = time.monotonic()
+        assert _redis_failure(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("address", ["/dev/shm/store", "http://here", "redis://here:port"])
+def test_what_is_no_address_of_a_redis_is_left_to_the_handler(address: str) -> None:
+    assert _redis_failure(address) is None
 
 
 def test_a_missing_archive_is_named(launch: Launch, tmp_path: Path) -> None:

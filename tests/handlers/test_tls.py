@@ -1,7 +1,9 @@
 """Predictions by https, with a token that lives as long as was asked."""
 
+import contextlib
 import ipaddress
-import json
+import socket
+import ssl
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -45,7 +47,40 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "c.pem", folder / "k.pem"
 
 
-def test_predictions_are_served_by_https_to_who_has_a_token(
+def negotiated(
+    port: int, ciphers: str = "ALL:@SECLEVEL=0", version: ssl.TLSVersion | None = None
+) -> tuple[str, str]:
+    """(version, cipher) that a client is given that takes only these, and anybody's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers(ciphers)
+    if version:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is old
+            context.minimum_version = context.maximum_version = version
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=20) as plain,
+        context.wrap_socket(plain) as connection,
+    ):
+        cipher = connection.cipher()
+        assert cipher is not None
+        return str(connection.version()), cipher[0]
+
+
+def taken(port: int) -> int:
+    """How many bytes of a plain request of 100 MB are taken before the server hangs up."""
+    sent, block = 0, b"x" * 100_000
+    with (
+        contextlib.suppress(ConnectionError),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
+        connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n")
+        while sent < 100_000_000:
+            sent += connection.send(block)
+    return sent
+
+
+def test_predictions_are_served_by_modern_https_to_who_has_a_token(
     launch: Callable[..., Server],
     tiny_archive: Path,
     pair: tuple[Path, Path],
@@ -58,7 +93,7 @@ def test_predictions_are_served_by_https_to_who_has_a_token(
     assert "Rampart is ready" in server.read(until="Keys are in"), server.lines
     assert server.lines[-1].endswith("live 600 min; for a new one:")
     url, body = server.url.replace("http:", "https:"), encode(pixels)
-    known = json.loads(next(server.temp.glob("rampart-*/key_file.json")).read_text())
+    known = server.keys
     token = {"Authorization": f"Bearer {known['inference']['key']}"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nobody here knows the authority
@@ -68,6 +103,15 @@ def test_predictions_are_served_by_https_to_who_has_a_token(
     assert stranger.status_code == 400
     plain = requests.post(server.url, data=body, headers=token, timeout=60)
     assert plain.status_code == 403 and "label" not in plain.text
+    assert negotiated(server.port)[1] == "ECDHE-RSA-AES128-GCM-SHA256"
+    assert negotiated(server.port, "ECDHE+AESGCM")[0] == "TLSv1.2"  # TorchServe takes no 1.3
+    for ciphers in ("AES128-SHA", "ECDHE-RSA-AES128-SHA", "AES128-GCM-SHA256"):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            negotiated(server.port, ciphers)
+    for old in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            negotiated(server.port, version=old)
+    assert taken(server.port) < 10_000_000  # of a plain request without end
     ends = datetime.fromisoformat(known["inference"]["expiration time"][:26] + "+00:00")
     assert timedelta(hours=9) < ends - datetime.now(UTC) < timedelta(hours=11)
     assert server.end() == 0
