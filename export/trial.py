@@ -115,7 +115,7 @@ def verdict(file: Path, model: onnx.ModelProto) -> str:
     try:
         Engine(file, threads=1)
     except Exception as error:  # ONNX Runtime's exceptions have no common type
-        text = str(error)
+        text = " ".join(str(error).split())
         exhausted = isinstance(error, MemoryError) or "alloc" in text
         return FAILS + (f"it wants too much memory ({text})" if exhausted else text)
     return "it runs here, on the CPU"
