@@ -250,7 +250,10 @@ def grpc_request(model: str, inputs: Mapping[str, bytes]) -> bytes:
 
 def grpc_answer(reply: bytes) -> dict[str, Any]:
     """What the bytes of TorchServe's PredictionResponse hold: one field, as JSON."""
-    answer: dict[str, Any] = json.loads(reply[reply.index(b"{") :])
+    at = 1  # after the field's number comes its length, seven bits a byte
+    while reply[at] > 127:
+        at += 1
+    answer: dict[str, Any] = json.loads(reply[at + 1 :])
     return answer
 
 
