@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from handlers.protocol import read
-from handlers.wire import MAX_PARTS, TOO_MANY, Reader
+from handlers.wire import MAX_PARTS, TOO_MANY, Reader, bound
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)
@@ -78,6 +78,20 @@ def test_messages_that_follow_each_other_are_told_apart() -> None:
             assert reader.take(1) == b"I"
             names.append(reader.batch()[0]["requestId"])
     assert names == [b"1", b"2"]
+
+
+def test_a_worker_that_is_bound_reads_so_and_keeps_what_came_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_retrieve_buffer", "_retrieve_inference_msg"):
+        monkeypatch.setattr(torchserve, name, getattr(torchserve, name))
+    assert bound()
+    batches = [message([(name, [], [(b"a", b"", b"")] * 100)]) for name in (b"1", b"2")]
+    with sent(b"".join(b"I" + batch for batch in batches)) as connection:
+        for name in (b"1", b"2"):
+            command, (request,) = torchserve.retrieve_msg(connection)
+            assert command == b"I" and request["requestId"] == name
+            assert request["parameters"][-1]["name"] == TOO_MANY
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 70_000])
