@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from handlers.budget import DEAR
 from handlers.image import MAX_IMAGES, ImageError
-from handlers.protocol import read
+from handlers.protocol import MAX_NUMBERS, MAX_VALUES, read, reading_cost
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 B64 = base64.b64encode(PICTURE).decode()
@@ -126,3 +127,20 @@ def test_binary_tensors_follow_as_many_bytes_of_json_as_the_header_says(header: 
     assert images(body, {header: str(len(text))}) == [PICTURE]
     for wrong in ("1", "-1", "x", "9" * 5000, str(len(text) - 1)):
         assert refusal(body, {header: wrong}).code in (400, 422)
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '""', "[1,2]", "7"])
+def test_json_of_more_values_than_memory_has_room_for_is_413(value: str) -> None:
+    many = MAX_NUMBERS + 1 if value == "7" else MAX_VALUES + 1
+    body = ('{"instances": [' + ",".join([value] * many) + "]}").encode()
+    (error,) = read({"body": body}, {}).images
+    assert isinstance(error, ImageError)
+    assert (error.code, error.type) == (413, "too_many_values")
+    few = ('{"instances": [' + ",".join([value] * 32) + "]}").encode()
+    assert len(read({"body": few}, {}).images) == 32
+
+
+def test_what_takes_long_to_read_is_told_before_it_is_read() -> None:
+    numbers = b'{"inputs": [{"data": [' + b"7," * 100_000 + b"7]}]}"
+    assert reading_cost({"body": numbers}) > DEAR > reading_cost({"body": numbers[:20_000]})
+    assert reading_cost({"body": b"\x89PNG" + b"," * 100_000}) == 0
