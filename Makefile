@@ -1,10 +1,19 @@
 # Two commands do everything: `make serve` and `make test`. Both set up what is missing first.
-PYTHON ?= python3.11
+# The newest Python that this machine has, of those that we run on.
+PYTHON ?= $(or $(firstword $(foreach p,python3.13 python3.12 python3.11,$(shell $(p) -c pass \
+    2>/dev/null && echo $(p)))),python3.13)
 MODEL ?= cifar10
 PORT ?= 8080
 BIN := .venv/bin
+# Lock files are complete, and what is never imported need not be compiled.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-compile
 ARCHIVE := model_store/$(MODEL).mar
-SOURCES := $(wildcard handlers/*.py hardening/*.py export/*.py) rampart.py
+SOURCES := $(shell find handlers hardening export rampart -name '*.py')
+# Where NVIDIA's driver is, ONNX Runtime comes with CUDA: make GPU= leaves it out.
+GPU ?= $(wildcard /proc/driver/nvidia/version)
+RUNTIME := $(if $(GPU),gpu,serve)
+# A model that ships its graph is packed without torch.
+PACKER := $(if $(wildcard model_store/$(MODEL)/graph-*.onnx),.venv/serve,.venv/harden)
 
 ifneq ($(filter serve,$(or $(MAKECMDGOALS),serve)),)
 ifeq ($(wildcard model_store/$(MODEL)/weights.safetensors $(ARCHIVE)),)
@@ -13,15 +22,18 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test check format lock audit clean
+.PHONY: serve test quick check format wheel graphs lock audit clean
 
 serve: $(ARCHIVE)
-	@$(BIN)/rampart serve --model $(ARCHIVE) --port $(PORT)
+	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
 	@# Two files at a time; a thread each, or they would wait for each other's cores.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: .venv/dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not server and not training"
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -32,42 +44,66 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(ARCHIVE): .venv/serve $(wildcard model_store/$(MODEL)/*) $(SOURCES)
-	@echo "Building $@ from model_store/$(MODEL) (export, parity gate, archive) ..."
+$(ARCHIVE): $(PACKER) $(wildcard model_store/$(MODEL)/*) $(SOURCES)
+	@echo "Building $@ from model_store/$(MODEL) ..."
 	@$(BIN)/rampart archive model_store/$(MODEL) --out $@
 
-.venv/serve: requirements/serve.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Rampart needs Python 3.11: install it, or name yours with PYTHON=..."; exit 1; }
-	@echo "Installing what serving needs into .venv (about 5 GB, a few minutes) ..."
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --require-hashes -r requirements/serve.txt
-	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+.venv/serve: requirements/$(RUNTIME).txt pyproject.toml
+	@$(PYTHON) -c pass || { echo "Rampart needs Python 3.11 to 3.13: install one, or name yours with" \
+	    "PYTHON=..."; exit 1; }
+	@echo "Installing what serving needs into .venv ($(if $(GPU),about 2.5 GB with CUDA,350 MB)) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Of an environment of before: see only_runtime.
+	@$(BIN)/python -m pip uninstall -qy $(if $(GPU),onnxruntime,onnxruntime-gpu) 2>/dev/null
+	@$(PIP) --require-hashes -r requirements/$(RUNTIME).txt
+	@$(PIP) -q --no-build-isolation -e .
+	@touch $@
+
+.venv/harden: .venv/serve requirements/harden.txt
+	@echo "Installing what exporting, training and attacking need (about 5 GB, a few minutes) ..."
+	@$(PIP) --require-hashes -r requirements/harden.txt
+	@$(only_runtime)
 	@touch $@
 
 .venv/dev: .venv/serve requirements/dev.txt requirements/kserve.txt
-	@echo "Installing what tests and benchmarks need ..."
-	@$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
+	@echo "Installing what tests and benchmarks need (about 6 GB, a few minutes) ..."
+	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(only_runtime)
 	@# KServe's client wants other versions of what we have: it gets a place of its own.
 	@$(BIN)/python -m venv .venv/kserve
 	@.venv/kserve/bin/python -m pip install -q --require-hashes -r requirements/kserve.txt
 	@touch $@
 
+# Both onnxruntime and onnxruntime-gpu bring the module `onnxruntime`, and one spoils the other.
+define only_runtime
+$(if $(GPU),$(BIN)/python -m pip uninstall -qy onnxruntime onnxruntime-gpu && \
+    $(PIP) -q --require-hashes -r requirements/gpu.txt)
+endef
+
+wheel: .venv/dev
+	@$(BIN)/python -m build --no-isolation
+
+# Builds the graphs that model folders ship anew, once the code that exports has changed.
+graphs: .venv/dev
+	$(BIN)/rampart export model_store/cifar10 --ship
+
 .venv/peers: .venv/dev requirements/peers.txt
 	@$(BIN)/python -m pip install -q --require-hashes -r requirements/peers.txt
 	@touch $@
 
-# Writes the lock files anew from pyproject.toml: hashes, and no address of any index.
+# Writes the lock files anew from pyproject.toml, for all its Pythons: hashes, and no address of any
+# index.
+LOCK := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-header --upgrade
+SERVING := --group pyproject.toml:build --extra torchserve --extra redis
 lock:
-	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --upgrade -o requirements/serve.txt
-	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --extra evaluate --extra test --extra benchmark -c requirements/serve.txt \
-	    --upgrade -o requirements/dev.txt
-	uv pip compile pyproject.toml -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --extra peers -c requirements/dev.txt \
-	    --upgrade -o requirements/peers.txt
-	echo kserve | uv pip compile - -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --no-header --no-annotate --upgrade -o requirements/kserve.txt
+	$(LOCK) pyproject.toml $(SERVING) -o requirements/serve.txt
+	$(LOCK) pyproject.toml --extra dev --extra benchmark -c requirements/serve.txt -o requirements/dev.txt
+	$(LOCK) pyproject.toml --extra harden -c requirements/dev.txt -o requirements/harden.txt
+	$(LOCK) pyproject.toml $(SERVING) --extra gpu --no-emit-package onnxruntime \
+	    -c requirements/dev.txt -o requirements/gpu.txt
+	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
+	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
 
 # Known weaknesses of what serving installs, by PyPI's advisories.
 audit: .venv/dev
@@ -76,4 +112,4 @@ audit: .venv/dev
 	    "$$(git log -1 --format=%cs requirements/serve.txt)."; exit 1; }
 
 clean:
-	rm -rf .venv model_store/*.mar
+	rm -rf .venv dist model_store/*.mar

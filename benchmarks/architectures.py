@@ -21,14 +21,14 @@ import torch
 import yaml
 from PIL import Image
 
-from export.archive import archive
-from handlers.defended import DefendedHandler
-from hardening import calibrate, pipeline
-from hardening.data import Images, batches, split
-from hardening.detectors import FULL
-from hardening.models import ARCHITECTURES, Classifier, ClassifierConfig
-from hardening.purifier import Purifier, PurifierConfig
-from hardening.train import Recipe, Trainer
+from rampart.export.archive import archive
+from rampart.handlers.defended import DefendedHandler
+from rampart.hardening.model import calibrate, pipeline
+from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
+from rampart.hardening.model.detectors import FULL
+from rampart.hardening.model.images import Images, batches, split
+from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.train.loop import Recipe, Trainer
 
 STEPS, BATCH, HELD = 5, 8, 200
 LARGE = ("resnet18", "vgg11", "alexnet", "googlenet")
@@ -78,7 +78,7 @@ def settle(net: Classifier, images: Images) -> None:
 def pack(net: Classifier, held: Images, folder: Path) -> tuple[Path, str]:
     """The archive of the full pipeline around `net`, and what the parity gate measured."""
     full = pipeline.DefendedClassifier(net, Purifier(PurifierConfig()), FULL).eval()
-    full.detectors.feature_distance.fit(net, split(held, "validation"))
+    full.detectors.fit(net, split(held, "validation"))
     pipeline.save(folder / "weights.safetensors", full, held.classes)
     loaded, _ = pipeline.load(folder / "weights.safetensors")
     calibrate.write(folder, calibrate.calibrate(loaded, held, "full"), "made up")

@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hardening import cache, checkpoint, rungs
-from hardening import pipeline as pipelines
-from hardening.attacks import Threat
-from hardening.data import Images, load, split, spread, to_float
-from hardening.evaluate import PIPELINE_CODE, attack_source
-from hardening.metrics import wilson
-from hardening.objectives import Look, Seen
+from rampart.hardening.attack import cache
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.objectives import Look, View
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge.evaluate import PIPELINE_CODE, attack_source
+from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.train.data import load, spread
 
 THREAT = Threat()
 BUDGET = rungs.Budget(standard=False)
@@ -95,8 +99,8 @@ def main() -> int:
     weights = options.model / "weights.safetensors"
     net, (pipeline, _) = pipelines.load_classifier(weights), pipelines.load(weights)
     victims: dict[str, Look] = {
-        "classifier": lambda x: Seen(net(x)),
-        "purify, then classify": lambda x: Seen(pipeline.defend(x).logits),
+        "classifier": lambda x: View(net(x)),
+        "purify, then classify": lambda x: View(pipeline.defend(x).logits),
     }
     attacks: dict[str, Callable[[Look, Tensor, Tensor], Tensor]] = {
         "Rampart joint APGD, rejection off": partial(

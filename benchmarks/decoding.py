@@ -27,11 +27,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from handlers.containers import segments
-from handlers.defended import examined, pixels_of
-from handlers.engine import cpu_features
-from handlers.image import FREE_PIXELS, ImageError, default_pixels
-from handlers.protocol import read
+from rampart.handlers.containers import segments
+from rampart.handlers.engine import cpu_features
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import FREE_PIXELS, default_pixels, pictures_of, pixels_of
+from rampart.handlers.protocols.choice import read
+from rampart.handlers.types import Incoming
 
 ROUNDS = 5
 MAX_BODY = 6_553_500  # TorchServe's max_request_size
@@ -199,7 +200,7 @@ def bodies(pixels: int) -> dict[str, Callable[[], bytes]]:
 def answered(body: bytes, size: int, pixels: int) -> str:
     """Read and decode a request as the handler does; how many images of which kind it had."""
     kinds: dict[str, int] = {}
-    for picture in examined(read({"body": body}, {}).images, size, pixels):
+    for picture in pictures_of(read(Incoming({}, [body])).images, size, pixels):
         result = pixels_of(picture, size)
         kind = result.type if isinstance(result, ImageError) else "decoded"
         kinds[kind] = kinds.get(kind, 0) + 1

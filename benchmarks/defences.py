@@ -28,10 +28,11 @@ from engines import BATCHES, Run, timed
 from torch import nn
 from tqdm import tqdm
 
-from export.archive import export_variant, sample_crops
-from handlers.engine import Engine
-from handlers.verdict import Calibration, p_values
-from hardening import pipeline as pipelines
+from rampart.export.archive import export_variant
+from rampart.export.build import sample_crops
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.model import pipeline as pipelines
 
 ART = ("ART", "ART bare")
 

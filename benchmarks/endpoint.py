@@ -43,10 +43,11 @@ import torch
 from server import endpoint, free_ports, pngs
 from tqdm import tqdm
 
-from export.archive import archive, export_variant, sample_crops
-from handlers.engine import Engine
-from hardening import pipeline as pipelines
-from hardening.data import load
+from rampart.export.archive import archive, export_variant
+from rampart.export.build import sample_crops
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.train.data import load
 
 PEERS = Path(__file__).parent / "peers"
 CONCURRENCY = (1, 8, 32)
@@ -85,7 +86,7 @@ done = function(summary, latency)
 end
 """
 STOCK_MODEL = """
-from hardening.models import Classifier, ClassifierConfig
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 
 
 class Stock(Classifier):

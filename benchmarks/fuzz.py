@@ -35,10 +35,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.server import endpoint, free_ports
-from handlers.defended import examined, pixels_of
-from handlers.image import MAX_PIXELS, ImageError
-from handlers.open_inference import Pixels
-from handlers.protocol import read
+from rampart.handlers.defended import incoming
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import MAX_PIXELS, pictures_of, pixels_of
+from rampart.handlers.protocols.choice import read
+from rampart.handlers.types import Pixels
 
 Fields = dict[str, object]
 SIZE = 32
@@ -156,7 +157,7 @@ def request(draw: random.Random, known: list[bytes]) -> tuple[Fields, Fields]:
 def answered(fields: Fields, headers: Fields) -> Sequence[bytes | Pixels | ImageError]:
     """The images of a request; where reading it raises, which it never should, a 500."""
     try:
-        return read(fields, headers).images
+        return read(incoming(fields, headers)).images
     except Exception as error:
         return [ImageError(500, "raised", type(error).__name__)]
 
@@ -166,7 +167,7 @@ def in_process(count: int, draw: random.Random, out: Path) -> Counter[str]:
     known, statuses = seeds(), Counter[str]()
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
-        for picture in examined(answered(fields, headers), SIZE, MAX_PIXELS):
+        for picture in pictures_of(answered(fields, headers), SIZE, MAX_PIXELS):
             pixels = pixels_of(picture, SIZE)
             code = pixels.code if isinstance(pixels, ImageError) else 200
             statuses[str(code)] += 1

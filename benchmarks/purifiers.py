@@ -20,16 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from handlers.engine import cpu_features
-from hardening import checkpoint, rungs
-from hardening.attacks import Threat, cross_entropy, pgd, random_start
-from hardening.data import Batch, Images, hold_out, load, load_training, split, spread, to_float
-from hardening.metrics import wilson
-from hardening.models import Classifier
-from hardening.objectives import Look, Seen
-from hardening.pipeline import load_classifier
-from hardening.purifier import PurifierConfig, PurifierRecipe, PurifierTrainer
-from hardening.train import (
+from rampart.handlers.engine import cpu_features
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.objectives import Look, View
+from rampart.hardening.attack.pgd import Threat, cross_entropy, pgd, random_start
+from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.purifier import PurifierConfig
+from rampart.hardening.train.data import Batch, hold_out, load, load_training, spread
+from rampart.hardening.train.loop import (
     Part,
     Run,
     autocast,
@@ -38,6 +41,7 @@ from hardening.train import (
     update_ema,
     validate,
 )
+from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 
 THREAT = Threat()
 NEVER = Path("never-written")
@@ -243,7 +247,7 @@ def static(options: argparse.Namespace, train: Images, validation: Images) -> It
     x, label, clean = to_float(validation.image), validation.label, right(bare, validation)
     yield in_words("clean", {"bare": clean, "purified": right(both, validation)}, len(validation))
     for name, attack in attacks().items():
-        made = attack(lambda x: Seen(bare(x)), x, label)
+        made = attack(lambda x: View(bare(x)), x, label)
         after = right(bare, validation, made), right(both, validation, made)
         yield in_words(name, dict(zip(("bare", "purified"), after, strict=True)), len(validation))
         yield f"  recovered: {(after[1] - after[0]) / (clean - after[0]):.1%} of what was lost"

@@ -32,13 +32,14 @@ from skimage.data import data_dir
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from export.archive import archive
-from handlers.image import decode
-from handlers.queries import ENTRIES, KEPT, PROBED, Entry, Watch, _items
-from handlers.stores import Store, open_store
-from hardening import redteam
-from hardening.data import Images, load
-from hardening.metrics import wilson
+from rampart.export.archive import archive
+from rampart.handlers.image import decode
+from rampart.handlers.queries.stores import Store, open_store
+from rampart.handlers.queries.watch import ENTRIES, KEPT, PROBED, Entry, Watch, _items
+from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model.images import Images
+from rampart.hardening.report import redteam
+from rampart.hardening.train.data import load
 
 STORES = ("lmdb", "redis")
 SIDES = ("off", *STORES)

@@ -33,16 +33,17 @@ from tqdm import tqdm
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-from export.archive import archive, sample_crops
-from export.to_onnx import to_onnx
-from handlers.defended import DefendedHandler
-from handlers.engine import Engine
-from handlers.launch import METRICS
-from hardening import pipeline as pipelines
-from hardening.detectors import FULL
-from hardening.models import Classifier
-from hardening.pipeline import DefendedClassifier
-from hardening.purifier import Purifier
+from rampart.export.archive import archive
+from rampart.export.build import sample_crops
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.defended import DefendedHandler
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.detectors import FULL
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.purifier import Purifier
+from rampart.launch.torchserve import METRICS
 
 WORKERS, BATCHES, SIZES = (1, 2), (1, 2, 8, 32), (32, 64, 96, 128, 224)
 CLIENTS, BATCH = 32, 8
@@ -90,7 +91,7 @@ def in_process(model: Path, folder: Path, seconds: float) -> dict[str, Panel]:
 
     def watched(count: int) -> DefendedClassifier:
         made = DefendedClassifier(known.classifier, known.purifier, FULL[:count])
-        made.detectors.feature_distance = known.detectors.feature_distance
+        made.detectors.take(known.detectors)
         return made
 
     counts = range(1, len(FULL) + 1)
@@ -114,7 +115,7 @@ def beside_the_graph(packed: Path) -> Panel:
     made.metrics = figures
     handler, bodies = DefendedHandler(), pngs(sample_crops(32, count=max(BATCHES)).numpy())
     handler.initialize(made)
-    graph, spent = handler._engine.run, [0.0]
+    graph, spent = handler._service._engine.run, [0.0]
 
     def run(images: NDArray[np.uint8]) -> object:
         began = time.perf_counter()
@@ -123,7 +124,7 @@ def beside_the_graph(packed: Path) -> Panel:
         finally:
             spent[0] += time.perf_counter() - began
 
-    handler._engine.run = run
+    handler._service._engine.run = run
 
     def took(batch: int) -> float:
         data = [{"body": body} for body in bodies[:batch]]

@@ -38,7 +38,7 @@ def pack(model: Path, out: Path, *options: str) -> Path:
 def endpoint(archive: Path, *options: str, port: int = 0) -> Iterator[str]:
     """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready."""
     port = port or free_ports()
-    command = [sys.executable, "-m", "rampart", "serve", "--model", str(archive)]
+    command = [sys.executable, "-m", "rampart", "serve", "--archive", str(archive)]
     command += ["--port", str(port), "--device", "cpu", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

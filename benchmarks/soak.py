@@ -31,7 +31,7 @@ from fuzz import mutated, seeds
 from server import endpoint, pngs
 from tqdm import tqdm
 
-from export.archive import sample_crops
+from rampart.export.build import sample_crops
 
 GROWTH = 50.0  # MB
 

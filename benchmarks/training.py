@@ -22,11 +22,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from handlers.engine import cpu_features
-from hardening.attacks import Threat
-from hardening.data import CIFAR10_CLASSES, Images, to_float
-from hardening.models import Classifier, ClassifierConfig
-from hardening.train import Precision, Recipe, Trainer, autocast, fast_precision
+from rampart.handlers.engine import cpu_features
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.train.data import CIFAR10_CLASSES
+from rampart.hardening.train.loop import Precision, Recipe, Trainer, autocast, fast_precision
 
 BATCH, PGD_STEPS = 128, 7  # AdversarialTrainerMadryPGD's own
 THREAT = Threat("Linf", 8 / 255)

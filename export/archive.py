@@ -1,38 +1,36 @@
 """A folder of model_store as one `.mar`: graph, calibration, card, labels, handler, hashes."""
 
-import hashlib
+import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from skimage.data import data_dir
-from torch import Tensor
 
-import handlers
-from export.parity import Parity, check_close, compare
-from export.precision import check_made, lower, ranges_file
-from export.to_onnx import to_onnx
-from handlers.defended import HASHES, NEEDED, PLAN, read_max_pixels, read_policy
-from handlers.engine import Engine
-from handlers.image import decode
-from handlers.plan import check_record, record_file
-from handlers.verdict import Judge, Policy
-from hardening import checkpoint
-from hardening import pipeline as pipelines
-from hardening.calibrate import Precision, calibration_file, load_variant
-from hardening.report import read_card
+from rampart.export import shipped
+from rampart.export.shipped import PACKAGE, Parity, check_made
+from rampart.export.shipped import sha256 as sha256
+from rampart.handlers.contents import HASHES, NEEDED, PLAN
+from rampart.handlers.plan import check_record, record_file
+from rampart.handlers.settings import read_max_pixels, read_policy
+from rampart.handlers.verdict import Judge, Policy
+from rampart.hardening.model.card import read_card
+from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
 
-HANDLERS = Path(handlers.__file__).parent
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rampart.hardening.model.pipeline import Variant
+
+SOURCES = PACKAGE.parent
+HANDLER = "rampart/handlers/defended.py"
+ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
     "minWorkers": 1,
     "maxWorkers": 1,
@@ -46,55 +44,45 @@ SETTINGS = {
 
 def export_variant(
     folder: Path,
-    variant: pipelines.Variant,
+    variant: "Variant",
     out: Path,
     *,
     precision: Precision = "fp32",
-    images: Tensor | None = None,
+    images: "Tensor | None" = None,
     rate: float = 0.01,
 ) -> Parity:
-    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
+    """Write the ONNX graph of a model folder's variant to `out`; returns its gate's figures.
 
-    `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
-    In fp16 and int8 it is written once the fp32 graph has passed, of what `rampart quantize` left.
+    The one that the folder holds is taken, with the figures of its record, as long as it is made of
+    what is there. Without one, or to be compared on `images` uint8 (N, H, W, 3), it is exported.
     """
     check_made(folder, variant, precision)
-    pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
-    if images is None:
-        images = sample_crops(pipeline.classifier.config.image_size)
-    to_onnx(pipeline, out)
-    engine = Engine(out, device="cpu")
-    calibration = load_variant(folder, variant)
-    parity = compare(pipeline, engine, calibration, images, rate=rate)
-    if precision != "fp32":
-        lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
-        made = Engine(out, device="cpu"), load_variant(folder, variant, precision)
-        check_close((engine, calibration), made, images)
-    return parity
+    graph = shipped.find(folder, variant, precision) if images is None else None
+    if graph:
+        shutil.copyfile(graph.file, out)
+        return graph.parity
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeError(
+            f"{folder} holds no graph of {variant} in {precision} made of what is there, and to"
+            " export one needs torch: `pip install 'rampart-endpoint[harden]'`"
+        )
+    from rampart.export.build import build
 
-
-def sample_crops(size: int, *, count: int = 32) -> Tensor:
-    """Crops (count, size, size, 3) of scikit-image's cat, a picture that needs no download."""
-    picture = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes(), size + 64))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(picture.shape[0] - size, (count,), generator=generator)
-    columns = torch.randint(picture.shape[1] - size, (count,), generator=generator)
-    places = zip(rows.tolist(), columns.tolist(), strict=True)
-    return torch.stack([picture[i : i + size, j : j + size] for i, j in places])
+    return build(folder, variant, out, precision=precision, images=images, rate=rate)
 
 
 def archive(
     folder: Path,
     out: Path,
     *,
-    variant: pipelines.Variant = "full",
+    variant: "Variant" = "full",
     precision: Precision = "fp32",
-    images: Tensor | None = None,
+    images: "Tensor | None" = None,
     plan: Path | None = None,
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
 ) -> Parity:
-    """Export, gate and pack the model folder as `out` (NAME.mar); returns the gate's figures.
+    """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate.
 
     `plan` is one of `rampart export --tensorrt`, of the same graph, to be served by default.
     `version` tells archives of one name apart in a running server.
@@ -106,7 +94,7 @@ def archive(
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     settings = settings or {}
     policy = asdict(Policy()) | settings.get("rampart", {})
-    config, _ = checkpoint.read(folder / "weights.safetensors")
+    config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
     # The handler would refuse such a policy at start; refuse it before it is packed.
     judge = read_policy(policy)
@@ -114,7 +102,7 @@ def archive(
     Judge(tuple(config["classes"]), load_variant(folder, variant, precision), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / "content"
-        (work / "handlers").mkdir(parents=True)
+        work.mkdir()
         graph = work / "graph.onnx"
         rate = judge.false_alarm_rate
         parity = export_variant(
@@ -126,8 +114,9 @@ def archive(
             policy["device"] = "plan"
             pack_plan(plan, graph)
         for name in NEEDED:
-            if name.startswith("handlers/"):
-                shutil.copy(HANDLERS.parent / name, work / name)
+            if name.endswith(".py"):
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(SOURCES / name, work / name)
         table = calibration_file(folder, variant, precision)
         shutil.copy(table, work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
@@ -149,24 +138,22 @@ def pack_plan(plan: Path, graph: Path) -> None:
 
 
 def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
-    """Run torch-model-archiver and add sha256.json, which lists what it adds too."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as partial:
-        command = [str(Path(sys.executable).with_name("torch-model-archiver"))]
-        command += ["--model-name", out.stem, "--version", version]
-        command += ["--handler", str(HANDLERS / "defended.py"), "--extra-files", str(work)]
-        command += ["--config-file", str(model_yaml), "--export-path", partial]
-        # It empties $TMPDIR/NAME first, whatever that holds: give it a place of its own.
-        own = os.environ | {"TMPDIR": partial}
-        done = subprocess.run(command, capture_output=True, text=True, env=own)
-        if done.returncode:
-            raise RuntimeError(f"torch-model-archiver failed: {done.stderr.strip()}")
-        content = Path(partial) / "content"
-        with zipfile.ZipFile(Path(partial) / out.name) as packed:
-            packed.extractall(content)
-            names = [name for name in packed.namelist() if not name.endswith("/")]
-        (content / HASHES).write_text(json.dumps(hash_tree(content), indent=1))
-        repack(content, [*names, HASHES], out)
+    """Add to `work` what torch-model-archiver would, and the hashes of all; write the archive."""
+    handler = Path(HANDLER).name
+    shutil.copy(SOURCES / HANDLER, work / handler)
+    shutil.copy(model_yaml, work / "model-config.yaml")
+    model = {"modelName": out.stem, "handler": handler, "modelVersion": version}
+    manifest = {
+        "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
+        "runtime": "python",
+        "model": model | {"configFile": "model-config.yaml"},
+        "archiverVersion": ARCHIVER,
+    }
+    (work / "MAR-INF").mkdir()
+    (work / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest, indent=2))
+    hashes = hash_tree(work)
+    (work / HASHES).write_text(json.dumps(hashes, indent=1))
+    repack(work, [*hashes, HASHES], out)
 
 
 def repack(work: Path, names: list[str], out: Path) -> None:
@@ -178,12 +165,6 @@ def repack(work: Path, names: list[str], out: Path) -> None:
             for name in names:
                 packed.write(work / name, name)
         partial.replace(out)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tree(folder: Path) -> dict[str, str]:

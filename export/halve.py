@@ -9,7 +9,7 @@ import copy
 
 from torch import Tensor, nn
 
-from hardening.pipeline import DefendedClassifier
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 class Half(nn.Module):

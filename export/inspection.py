@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from export.archive import sha256
-from export.recalibrate import TEXT, unpack
-from export.terminal import all_visible
-from export.trial import trial
-from handlers.plan import record_file
-from hardening.report import markdown, read_card
+from rampart.export.archive import sha256
+from rampart.export.terminal import all_visible
+from rampart.export.trial import trial
+from rampart.export.unpacking import TEXT, unpack
+from rampart.handlers.plan import record_file
+from rampart.hardening.model.card import read_card
+from rampart.hardening.report.tables import markdown
 
 KINDS = (".mar", ".onnx", ".plan")
 SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow

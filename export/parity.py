@@ -18,42 +18,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handlers.engine import Engine, Outputs, Runs
-from handlers.verdict import Calibration, p_values
-from hardening.attacks import Threat, pgd10
-from hardening.calibrate import detection_margin
-from hardening.data import Images, to_float, to_uint8
-from hardening.metrics import wilson
-from hardening.noise import Noise
-from hardening.objectives import as_loss, look_at, mislead, untargeted
-from hardening.pipeline import DefendedClassifier
+from rampart.export.shipped import BATCHES, Parity
+from rampart.handlers.engine import Engine, Outputs, Runs
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.objectives import as_loss, look_at, mislead, untargeted
+from rampart.hardening.attack.pgd import Threat, pgd10
+from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model.calibrate import detection_margin
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float, to_uint8
 
-BATCHES = (1, 2, 32)
 # Least share of equal labels and most accuracy lost, on validation images.
 GATES = {"fp16": (0.995, 0.005), "int8": (0.98, 0.01)}
 LEAST_CLOSE = 0.9  # of the labels of such a graph, on any images
 MOST_APART = 0.05  # its p-values and those of the fp32 one, each by its own calibration: the median
 MOST_LOGITS = 0.01  # that logits may differ, of their range
 MOST_PIXELS = 1  # levels that purified pixels may differ: they are rounded
-
-
-class Parity(NamedTuple):
-    """Largest differences between torch and the graph, and how many images were compared."""
-
-    images: int
-    logits: float  # also those before the purifier
-    scores: float
-    pixels: int  # levels
-    labels_differ: int
-    decisions_differ: int
-
-    def __str__(self) -> str:
-        return (
-            f"parity on {self.images} images at batch {', '.join(map(str, BATCHES))}:"
-            f" logits differ by at most {self.logits:.2g}, scores by {self.scores:.2g},"
-            f" purified pixels by {self.pixels};"
-            f" labels differ on {self.labels_differ}, decisions on {self.decisions_differ}"
-        )
 
 
 def samples(

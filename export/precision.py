@@ -5,25 +5,22 @@
 Such a graph decides a little differently, so it is calibrated and measured as a graph of its own.
 """
 
-import hashlib
 import tempfile
 from pathlib import Path
 
-from export.halve import halve
-from export.parity import Agreement, agree
-from export.quantize import quantize
-from export.to_onnx import to_onnx
-from handlers.engine import Engine
-from hardening import calibrate
-from hardening import pipeline as pipelines
-from hardening.calibrate import Precision, calibration_file
-from hardening.data import Images, split, spread
-from hardening.report import read_card
-
-
-def ranges_file(folder: Path, variant: str) -> Path:
-    """Where a folder of model_store has the activation ranges of a variant's int8 form."""
-    return folder / f"ranges-{variant}.json"
+from rampart.export.halve import halve
+from rampart.export.parity import Agreement, agree
+from rampart.export.quantize import quantize
+from rampart.export.shipped import check_made as check_made
+from rampart.export.shipped import parts as parts
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import calibrate
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.files import Precision
+from rampart.hardening.model.files import ranges_file as ranges_file
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.train.data import spread
 
 
 def lower(
@@ -83,26 +80,3 @@ def make(
             ranges.chmod(0o644)
             ranges.replace(ranges_file(folder, variant))
     return found
-
-
-def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
-    """Digests of the files that such a form stands on, by name; of those that are there."""
-    files = [folder / "weights.safetensors", calibration_file(folder, variant, precision)]
-    if precision == "int8":
-        files.append(ranges_file(folder, variant))
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
-    }
-
-
-def check_made(folder: Path, variant: pipelines.Variant, precision: Precision) -> None:
-    """Raise ValueError where a form was not made, or made of other files than are there."""
-    if precision == "fp32":
-        return
-    known = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
-    if known != parts(folder, variant, precision):
-        missing = "was made of other files than these" if known else "was not made"
-        raise ValueError(
-            f"the {precision} form of {folder.name} {variant} {missing}:"
-            f" `rampart quantize --precision {precision}`"
-        )

@@ -1,6 +1,6 @@
 """A new calibration for a finished archive, from pictures like those its endpoint receives.
 
-    rampart calibrate --model model_store/NAME.mar --images my_traffic/
+    rampart calibrate --archive model_store/NAME.mar --images my_traffic/
 
 The graph stays as it is, byte for byte, and so does the way scores are combined: what is made anew
 is the ranking that turns a combined score into a p-value. On pictures exchangeable with these the
@@ -10,8 +10,6 @@ promised false-alarm rate holds again (split conformal: Vovk et al. 2005).
 import json
 import math
 import tempfile
-import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,16 +20,15 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 from tqdm import tqdm
 
-from export.archive import hash_tree, repack, sha256
-from export.terminal import visible
-from handlers.defended import HASHES, read_policy, verify
-from handlers.engine import Engine
-from handlers.verdict import Calibration, Judge, combine, drift, drift_by_chance, p_values
-from hardening.data import pictures_below, read_picture
+from rampart.export.archive import hash_tree, repack, sha256
+from rampart.export.terminal import visible
+from rampart.export.unpacking import unpack
+from rampart.handlers.engine import Engine
+from rampart.handlers.settings import read_policy
+from rampart.handlers.verdict import Calibration, Judge, combine, drift, drift_by_chance, p_values
+from rampart.hardening.train.data import pictures_below, read_picture
 
 FEWEST = 100  # for a false-alarm rate of 1%
-LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
-TEXT = 64_000_000  # bytes of one that is read as JSON, YAML or code
 # What was measured with the old thresholds.
 OUTDATED = ("checks", "ablation", "test_ablation", "false_alarms", "outside", "fp16", "int8")
 
@@ -46,6 +43,17 @@ class Recalibrated(NamedTuple):
     drift: float  # of the old calibration's p-values from what they should be
     chance: float  # drift of as many exchangeable images, exceeded in 5% of cases
     spread: tuple[float, float]  # where so few images put the true rate, in 95% of cases
+
+    def in_words(self) -> list[str]:
+        """The same for people, a line each."""
+        low, high = self.spread
+        return [
+            *(f"left out, as the endpoint would: {line}" for line in self.refused),
+            f"the old calibration flags {self.flagged:.1%} of these {self.images} pictures where it"
+            f" promises {self.rate:.1%}; drift {self.drift:.3f}, by chance up to {self.chance:.3f}",
+            f"so many pictures put the true rate between {low:.1%} and {high:.1%}, 95 times in 100",
+            "left out of its card: the pipeline's figures, which the old thresholds made",
+        ]
 
 
 def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibrated:
@@ -86,55 +94,6 @@ def spread_of(rate: float, images: int) -> tuple[float, float]:
         return 0.0, 0.0
     low, high = beta(ranks, images + 1 - ranks).interval(0.95)
     return float(low), float(high)
-
-
-def unpack(archive: Path, work: Path) -> list[str]:
-    """The files of an archive in `work`, checked; returns their names in order."""
-    if not archive.is_file():
-        raise FileNotFoundError(f"no archive at {archive}: make one with `rampart archive`")
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            check_entries(archive, packed.infolist())
-            packed.extractall(work)
-            names = [name for name in packed.namelist() if not name.endswith("/")]
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{archive} is not an archive of TorchServe: {error}") from error
-    try:
-        check_listed(work, names)
-        verify(work)
-    except ValueError as error:
-        raise ValueError(f"{archive}: {error}") from error
-    # TorchServe runs the handler at the root, which has no hash of its own in older archives.
-    if (work / "defended.py").read_bytes() != (work / "handlers" / "defended.py").read_bytes():
-        raise ValueError(f"{archive}: its defended.py is not the one that was packed")
-    return names
-
-
-def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise ValueError for names that lead out of the archive, and for sizes that fill a disk."""
-    names = [entry.filename for entry in entries]
-    for name in names:
-        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise ValueError(f"{archive} holds a file named {name!r}: do not trust it")
-    if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > LARGEST:
-        raise ValueError(f"{archive} holds a file twice, or more than 8 GB: do not trust it")
-    for entry in entries:
-        if entry.file_size > TEXT and entry.filename.endswith((".json", ".yaml", ".py")):
-            raise ValueError(
-                f"{archive} holds {entry.filename!r} of more than 64 MB: do not trust it"
-            )
-
-
-def check_listed(work: Path, names: list[str]) -> None:
-    """Raise ValueError where sha256.json lists what is no file of the archive."""
-    try:
-        listed = json.loads((work / HASHES).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
-    if not isinstance(listed, dict):
-        raise ValueError(f"{HASHES} is no table of files: build the archive anew")
-    if missing := sorted(set(listed) - set(names)):
-        raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
 
 
 def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:

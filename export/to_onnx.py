@@ -7,7 +7,7 @@ import onnx
 import torch
 from torch import nn
 
-from hardening.pipeline import DefendedClassifier
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 

@@ -19,12 +19,13 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.archive import export_variant, sample_crops
-from export.parity import check_close, compare
-from handlers.engine import Engine
-from handlers.plan import PlanEngine, record_file
-from hardening import pipeline as pipelines
-from hardening.calibrate import Precision, load_variant
+from rampart.export.archive import export_variant
+from rampart.export.build import sample_crops
+from rampart.export.parity import check_close, compare
+from rampart.handlers.engine import Engine
+from rampart.handlers.plan import PlanEngine, record_file
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.calibrate import Precision, load_variant
 
 INSTALL = (
     "TensorRT is not installed, and a plan can be built only on the machine that will run it: with"

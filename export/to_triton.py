@@ -18,13 +18,13 @@ import torch
 from onnx import compose
 from torch import Tensor, nn
 
-from export.archive import export_variant
-from export.to_onnx import OUTPUTS, export
-from handlers.engine import MAX_BATCH, Engine
-from handlers.verdict import Calibration, p_values
-from hardening import checkpoint
-from hardening import pipeline as pipelines
-from hardening.calibrate import Precision, load_variant
+from rampart.export.archive import export_variant
+from rampart.export.to_onnx import OUTPUTS, export
+from rampart.handlers.engine import MAX_BATCH, Engine
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.calibrate import Precision, load_variant
 
 CONFIG = """\
 # Written by `rampart export --triton`.

@@ -1,6 +1,6 @@
 """A look at a graph that others made, in a process of its own: it may loop, or fill memory.
 
-python -m export.trial GRAPH SECONDS BYTES
+python -m rampart.export.trial GRAPH SECONDS BYTES
 """
 
 import json
@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from handlers.engine import Engine
+import rampart
+from rampart.handlers.engine import Engine
 
 SECONDS = 20  # of one core
 STARTS = 60  # s that the process may take to begin, on a busy machine
@@ -38,8 +39,8 @@ def trial(file: Path) -> Iterator[str]:
     if size > LARGEST:
         raise ValueError(f"{file} is no ONNX graph: it is larger than 2 GB")
     limits = [str(SECONDS), str(MEMORY + ROOM * size)]
-    command = [sys.executable, "-m", "export.trial", str(file.resolve()), *limits]
-    here = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "rampart.export.trial", str(file.resolve()), *limits]
+    here = Path(rampart.__file__).parents[1]
     try:
         done = subprocess.run(command, capture_output=True, cwd=here, timeout=SECONDS + STARTS)
         code, out, wrong = done.returncode, done.stdout, done.stderr

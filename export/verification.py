@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from export.archive import sha256
-from export.recalibrate import unpack
-from handlers.defended import HASHES
+from rampart.export.archive import sha256
+from rampart.export.unpacking import unpack
+from rampart.handlers.contents import HASHES
 
 # What torch-model-archiver adds: in archives of before it has no hash, though defended.py is
 # compared with the listed one.

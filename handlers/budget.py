@@ -9,27 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from handlers.image import ImageError
+from rampart.handlers.errors import BUSY, DEAR_BUSY, TOO_SLOW, ImageError
 
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 BATCH_SECONDS = 10.0  # below half of the 30 that an archive's responseTimeout allows
 REQUEST_SECONDS = 2.0  # of decoding the images of one request
 DEAR = 2**18  # pixels that a picture costs from which it is dear: some milliseconds
 SHARE = 0.1  # of a busy worker's time for dear pictures
 SAVED = 1.0  # seconds of that time that are saved up for at most
-RETRY = 1.0  # seconds after which a client that was put off may come again
-
-BUSY = ImageError(
-    503, "busy", f"the server has too much to do: send this request again in {RETRY:g} s"
-)
-DEAR_BUSY = ImageError(
-    503,
-    "busy",
-    f"the server is busy, and this picture is large: scale it down, or send it in {RETRY:g} s",
-)
-TOO_SLOW = ImageError(
-    413, "too_much_work", "the images of this request take too long to decode: send fewer"
-)
 
 
 class Budget:
@@ -59,13 +46,13 @@ class Budget:
         return self._clock() - self._began > BATCH_SECONDS
 
     def spend(
-        self, work: Sequence[tuple[int, int]], done: Callable[[int], Done]
-    ) -> list[Done | ImageError]:
-        """`done(i)` for each (request, cost) of `work`, what is cheap first; or why not.
+        self, work: Sequence[tuple[int, int]], task: Callable[[int], Result]
+    ) -> list[Result | ImageError]:
+        """`task(i)` for each (request, cost) of `work`, what is cheap first; or why not.
 
         Costs are pixels, as `handlers.image.Picture` tells them.
         """
-        results: list[Done | ImageError] = [BUSY] * len(work)
+        results: list[Result | ImageError] = [BUSY] * len(work)
         dear = {request for request, cost in work if cost > DEAR}
         contended = any(request not in dear for request, _ in work)
         spent: dict[int, float] = {}
@@ -79,7 +66,7 @@ class Budget:
                 results[at] = DEAR_BUSY
             else:
                 began = self._clock()
-                results[at] = done(at)
+                results[at] = task(at)
                 took = self._clock() - began
                 spent[request] = spent.get(request, 0.0) + took
                 self._credit -= took if cost > DEAR else 0.0

@@ -101,15 +101,15 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """
     at = 2
     for _ in range(MAX_PARTS):
-        found = MARKER.match(data, at)
-        if not found:
+        marker = MARKER.match(data, at)
+        if not marker:
             raise ContainerError("no marker")
-        kind, start = found[1][0], found.end() - 2
+        kind, start = marker[1][0], marker.end() - 2
         if kind == END_OF_IMAGE:
-            yield kind, start, found.end()
+            yield kind, start, marker.end()
             return
-        length = 0 if kind in ALONE else struct.unpack_from(">H", data, found.end())[0]
-        at = found.end() + length
+        length = 0 if kind in ALONE else struct.unpack_from(">H", data, marker.end())[0]
+        at = marker.end() + length
         if at > len(data) or (length < 2 and kind not in ALONE):
             raise ContainerError("cut")
         if kind == START_OF_SCAN:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from handlers.cores import available_cores
+from rampart.handlers.cores import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,10 @@ class Engine:
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """What the kernel says that this CPU can do; nothing where it says nothing."""
     try:
-        known = cpuinfo.read_text()
+        text = cpuinfo.read_text()
     except OSError:
         return set()
-    return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", known, re.M)).split())
+    return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.M)).split())
 
 
 def dots_bytes(features: set[str]) -> bool:
@@ -165,14 +165,14 @@ def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     shape = _image_shape(ort.InferenceSession(path, providers=["CPUExecutionProvider"]), path)
     batches = zip(("min", "opt", "max"), (1, BEST_BATCH, MAX_BATCH), strict=True)
-    spelled = {name: f"image:{'x'.join(map(str, (n, *shape)))}" for name, n in batches}
+    shapes = {name: f"image:{'x'.join(map(str, (n, *shape)))}" for name, n in batches}
     return {
         "device_id": device_id,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": True,
         "trt_timing_cache_path": str(folder),
-        **{f"trt_profile_{name}_shapes": text for name, text in spelled.items()},
+        **{f"trt_profile_{name}_shapes": text for name, text in shapes.items()},
     }
 
 

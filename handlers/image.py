@@ -6,7 +6,7 @@ so a small file that claims a huge picture costs nothing.
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from handlers.containers import ContainerError, FramesError, Still, read_still
+from rampart.handlers.containers import ContainerError, FramesError, Still, read_still
+from rampart.handlers.errors import ImageError, unexpected
+from rampart.handlers.types import Pixels
 
 MAX_PIXELS = 2**24  # of any picture; also the largest setting of what a request may hold
 ENOUGH = 2**22  # pixels that a request may hold for every model
@@ -41,24 +43,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class ImageError(Exception):
-    """Why an image, or the request that should carry one, cannot be used.
-
-    `code` is the HTTP status, `type` a short constant for programs, `message` says what is wrong
-    and what to send instead; none of them quotes the request.
-    """
-
-    def __init__(self, code: int, type: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.type = type
-        self.message = message
-
-    def bare(self) -> "ImageError":
-        """The same without its traceback, which holds the picture that it is about."""
-        return ImageError(self.code, self.type, self.message)
 
 
 class Allowance:
@@ -181,6 +165,37 @@ def decode(
     came with.
     """
     return examine(data, size, allowance).pixels()
+
+
+def pictures_of(
+    images: Sequence[bytes | Pixels | ImageError], size: int, max_pixels: int
+) -> list[Picture | Pixels | ImageError]:
+    """The images of one request by what their headers tell, or what is wrong with them."""
+    allowance = Allowance(max_pixels)
+    return [_picture_of(image, size, allowance) for image in images]
+
+
+def _picture_of(
+    image: bytes | Pixels | ImageError, size: int, allowance: Allowance
+) -> Picture | Pixels | ImageError:
+    try:
+        return examine(image, size, allowance) if isinstance(image, bytes) else image
+    except ImageError as error:
+        return error.bare()
+    except Exception as error:
+        return unexpected(error)
+
+
+def pixels_of(image: Picture | Pixels | ImageError, size: int) -> Pixels | ImageError:
+    """Pixels (size, size, 3) of one of `pictures_of`, or what is wrong with it."""
+    try:
+        if isinstance(image, Picture):
+            return image.pixels()
+        return image if isinstance(image, ImageError) else fit(image, size)
+    except ImageError as error:
+        return error.bare()
+    except Exception as error:
+        return unexpected(error)
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers.engine import OUTPUTS, EngineError, Outputs
+from rampart.handlers.engine import OUTPUTS, EngineError, Outputs
 
 
 def record_file(plan: Path) -> Path:

@@ -18,11 +18,11 @@ def claim(folder: Path, *files: str) -> None:
     elsewhere, and for a folder that is open to others; OSError for what cannot be made or read.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise NotOursError(f"{folder} is a link: name the folder itself")
-    check_owner(folder, found)
-    if found.st_mode & 0o077:
+    check_owner(folder, status)
+    if status.st_mode & 0o077:
         raise NotOursError(f"{folder} is open to others: {REMEDY}")
     for name in files:
         if os.path.lexists(folder / name):
@@ -31,13 +31,13 @@ def claim(folder: Path, *files: str) -> None:
 
 def check_file(file: Path) -> None:
     """Raise NotOursError for what is no plain file of ours: it was put there before us."""
-    found = file.lstat()
-    if not stat.S_ISREG(found.st_mode):
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
         raise NotOursError(f"{file} is no plain file: remove it, or name another folder")
-    check_owner(file, found)
+    check_owner(file, status)
 
 
-def check_owner(path: Path, found: os.stat_result) -> None:
+def check_owner(path: Path, status: os.stat_result) -> None:
     """Raise NotOursError where `path` belongs to another user."""
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise NotOursError(f"{path} belongs to somebody else: {REMEDY}")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from PIL import Image, PngImagePlugin
 
-from handlers import private_folder
-from handlers.open_inference import Pixels
-from handlers.verdict import Verdict
+from rampart.handlers import private_folder
+from rampart.handlers.types import Pixels
+from rampart.handlers.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ class Quarantine:
 
     def _write(self, flagged: Flagged) -> None:
         text = PngImagePlugin.PngInfo()
-        known = flagged.verdict.to_dict() | {"p_value": flagged.verdict.p_value}
-        text.add_text("rampart", json.dumps(known))
+        content = flagged.verdict.to_dict() | {"p_value": flagged.verdict.p_value}
+        text.add_text("rampart", json.dumps(content))
         second, ns = divmod(flagged.time, 10**9)
         when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
         name = f"{PREFIX}{when}-{ns:09}-{secrets.token_hex(4)}"

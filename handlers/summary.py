@@ -52,8 +52,8 @@ def figures(card: Mapping[str, Any]) -> list[dict[str, Any]]:
         ours = row["subject"] == subject and row["variant"] == card.get("variant")
         if not ours or row["name"] not in FIGURES or "rate" in row:
             continue
-        known = {name: row[name] for name in KEPT if name in row}
-        key = tuple(known.get(name) for name in ("name", "norm", "eps", "data"))
-        if known["value"] <= lowest.get(key, known)["value"]:
-            lowest[key] = known
+        figure = {name: row[name] for name in KEPT if name in row}
+        key = tuple(figure.get(name) for name in ("name", "norm", "eps", "data"))
+        if figure["value"] <= lowest.get(key, figure)["value"]:
+            lowest[key] = figure
     return list(lowest.values())

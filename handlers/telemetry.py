@@ -1,23 +1,19 @@
-"""What an operator watches: figures of this worker, handed to TorchServe, which Prometheus asks.
+"""What an operator watches: the figures of one model in one process, whoever asks for them.
 
-Each figure that changes is a line that TorchServe's front end parses, so they are gathered and
-handed over once a second. A histogram is kept as Prometheus keeps it: counters by upper bound `le`.
-TorchServe takes the metrics that its `metrics_config` declares (deploy/metrics.yaml), no others.
+A histogram is kept as Prometheus keeps it: counters by upper bound `le`.
 """
 
 import contextlib
-import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 import numpy as np
 
-from handlers.verdict import Verdict, drift, drift_by_chance
-
-logger = logging.getLogger(__name__)
+from rampart.handlers.verdict import Verdict, drift, drift_by_chance
 
 # Labels of each, besides `model`.
 Labels = tuple[str, ...]
@@ -53,7 +49,7 @@ Key = tuple[str, Labels]  # name and label values
 
 
 def declared() -> dict[str, dict[str, Labels]]:
-    """The labels of every metric by name, by TorchServe's kind."""
+    """The labels of every metric by name, counters and gauges apart."""
     counters: dict[str, Labels] = {name: ("model", *labels) for name, labels in COUNTERS.items()}
     for name, labels in HISTOGRAMS.items():
         counters[f"{name}_bucket"] = ("model", *labels, "le")
@@ -62,59 +58,70 @@ def declared() -> dict[str, dict[str, Labels]]:
     return {"counter": counters, "gauge": gauges}
 
 
-def buckets(values: list[float], bounds: tuple[float, ...]) -> dict[Labels, float]:
-    """What the counters of a histogram grow by: each bucket, of which none is left out, or it would
-    not exist until it fills; the sum; the count."""
-    array = np.array(values)
-    out: dict[Labels, float] = {
-        ("bucket", f"{bound:g}"): float((array <= bound).sum()) for bound in bounds
-    }
-    return out | {
-        ("bucket", "+Inf"): float(len(array)),
-        ("sum",): float(array.sum()),
-        ("count",): float(len(array)),
+class Histogram:
+    """How many values there were up to each bound, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds, self._sum = bounds, 0.0
+        self._counts = [0] * (len(bounds) + 1)  # of the values between two bounds
+
+    def add(self, value: float) -> None:
+        """Count one value; each request does so several times, so this has to be fast."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def counters(self) -> dict[Labels, float]:
+        """Each bucket, of which none is left out, or it would not exist until it fills; the sum;
+        the count."""
+        names = (*(f"{bound:g}" for bound in self._bounds), "+Inf")
+        counts = map(float, accumulate(self._counts))
+        out: dict[Labels, float] = {("bucket", name): next(counts) for name in names}
+        return out | {("sum",): self._sum, ("count",): out["bucket", "+Inf"]}
+
+
+def flat(histograms: Mapping[Key, Histogram]) -> dict[Key, float]:
+    """Histograms as the counters that they are for Prometheus."""
+    return {
+        (f"{name}_{part}", (*labels, *bound)): value
+        for (name, labels), histogram in histograms.items()
+        for (part, *bound), value in histogram.counters().items()
     }
 
 
 class Metrics:
-    """The figures of one worker. `cache` is TorchServe's; without our metrics in it, none is kept.
+    """The figures of a model in memory, as many as there are names and labels.
 
-    `images` is how many calibration images p-values are ranked among.
+    `calibration_images` is how many images p-values are ranked among; drift is judged by it.
     """
 
-    def __init__(self, cache: Any, model: str, images: int) -> None:
-        known = getattr(cache, "cache", {})
-        self._sinks = {name: sink for kind in known.values() for name, sink in kind.items()}
-        self.on = {name for kind in declared().values() for name in kind} <= set(self._sinks)
-        self._model, self._images = model, images
-        self._counts: dict[Key, float] = {}
-        self._gauges: dict[Key, float] = {}
-        self._observed: dict[Key, list[float]] = {}
+    def __init__(self) -> None:
+        self.calibration_images = 1
+        self._totals: dict[Key, float] = {}
+        self._histograms: dict[Key, Histogram] = {}
+        # The same since they were last taken.
+        self._news: dict[Key, float] = {}
+        self._new_histograms: dict[Key, Histogram] = {}
         self._p_values: deque[float] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
-        self._since: float | None = None  # when the batch at work began
-        if not self.on:
-            logger.warning(
-                "No Rampart metrics: start TorchServe with metrics_config=deploy/metrics.yaml"
-            )
 
     def count(self, name: str, *labels: str) -> None:
         """Add one to a counter."""
         with self._lock:
-            if self.on:  # or nobody would ever take it
-                self._counts[name, labels] = self._counts.get((name, labels), 0) + 1
+            for counters in (self._totals, self._news):
+                counters[name, labels] = counters.get((name, labels), 0) + 1
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add a value to a histogram."""
         with self._lock:
-            if self.on:
-                self._observed.setdefault((name, labels), []).append(value)
+            for histograms in (self._histograms, self._new_histograms):
+                if (name, labels) not in histograms:
+                    histograms[name, labels] = Histogram(BOUNDS[name])
+                histograms[name, labels].add(value)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
         with self._lock:
-            if self.on:
-                self._gauges[name, labels] = value
+            self._totals[name, labels] = self._news[name, labels] = value
 
     def judged(self, verdict: Verdict, decision: str | None = None) -> None:
         """Count an image that got a verdict, under `decision` if that was not the verdict's own."""
@@ -128,24 +135,37 @@ class Metrics:
         with self._lock:
             self._p_values.append(verdict.p_value)
 
-    def hand_over(self) -> None:
-        """Give TorchServe what has changed since."""
+    def read(self) -> dict[Key, float]:
+        """Every figure as it stands."""
         with self._lock:
-            changed, observed = self._counts | self._gauges, self._observed
-            recent = np.array(self._p_values)
-            self._counts, self._gauges, self._observed = {}, {}, {}
-        for (name, labels), values in observed.items():
-            for (part, *bound), value in buckets(values, BOUNDS[name]).items():
-                changed[f"{name}_{part}", (*labels, *bound)] = value
-        if changed and len(recent) >= LEAST:
-            changed["rampart_drift", ()] = drift(recent)
-            changed["rampart_drift_limit", ()] = drift_by_chance(len(recent), self._images)
-        for (name, labels), value in changed.items():
-            self._sinks[name].add_or_update(round(value, 6), [self._model, *labels])
+            return self._totals | flat(self._histograms) | self._drift()
+
+    def take(self) -> dict[Key, float]:
+        """What counters grew by since this was last asked, and gauges that were set."""
+        with self._lock:
+            news = self._news | flat(self._new_histograms)
+            self._news, self._new_histograms = {}, {}
+            return news | self._drift() if news else {}
+
+    def _drift(self) -> dict[Key, float]:
+        count = len(self._p_values)
+        if count < LEAST:
+            return {}
+        return {
+            ("rampart_drift", ()): drift(np.array(self._p_values)),
+            ("rampart_drift_limit", ()): drift_by_chance(count, self.calibration_images),
+        }
+
+
+class Pulse:
+    """Whether whoever answers is alive: a batch may take STUCK seconds, no more."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # when the batch at work began
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """While this lasts, and for no more than STUCK seconds, the worker counts as alive."""
+        """While this lasts a batch is at work."""
         self._since = time.monotonic()
         try:
             yield
@@ -156,15 +176,3 @@ class Metrics:
         """Whether no batch has been at work for longer than STUCK seconds."""
         since = self._since
         return since is None or time.monotonic() - since < STUCK
-
-    def start(self) -> None:
-        """Hand over once a second, in a thread that ends with the process."""
-        if self.on:
-            threading.Thread(target=self._run, daemon=True, name="metrics").start()
-
-    def _run(self) -> None:
-        while True:
-            if self.alive():
-                self.set("rampart_heartbeat_seconds", int(time.time()))
-            self.hand_over()
-            time.sleep(1)

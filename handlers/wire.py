@@ -60,9 +60,9 @@ class Reader:
         """Skip the rest of a list of parts; whether there was any."""
         count = 0
         while True:
-            found = SHORT_PARTS.match(self._data, self._at)
-            if found:
-                self._at = found.end()
+            run = SHORT_PARTS.match(self._data, self._at)
+            if run:
+                self._at = run.end()
             elif self.text() is None:
                 return count > 0
             else:

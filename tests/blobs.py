@@ -5,9 +5,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hardening.attacks import Threat
-from hardening.data import CIFAR10_CLASSES, Images, to_float
-from hardening.objectives import Look, Seen
+from rampart.hardening.attack.objectives import Look, View
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.train.data import CIFAR10_CLASSES
 
 
 def blobs(count: int, *, size: int = 32, seed: int = 0) -> Images:
@@ -32,7 +34,7 @@ class Learned(NamedTuple):
 
     @property
     def look(self) -> Look:
-        return lambda x: Seen(self.model(x))
+        return lambda x: View(self.model(x))
 
 
 def learn_blobs() -> Learned:

@@ -1,22 +1,63 @@
-"""A tiny real pipeline (untrained weights, real calibration) that the whole suite shares."""
+"""A tiny real pipeline (untrained weights, real calibration) that the whole suite shares.
+
+Its servers are in servers.py.
+"""
 
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from blobs import Learned, blobs, learn_blobs
+from servers import encode, launch, pixels, redis, repack, server, unpacked, wait_gone  # noqa: F401
 
-from export.archive import archive
-from export.to_onnx import to_onnx
-from handlers.verdict import Calibration
-from hardening import calibrate
-from hardening import pipeline as pipelines
-from hardening.data import Images, split
-from hardening.detectors import FULL
-from hardening.models import Classifier, ClassifierConfig
-from hardening.pipeline import DefendedClassifier
-from hardening.purifier import Purifier, PurifierConfig
+from rampart.export.archive import archive
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.model import calibrate
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.detectors import FULL
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.report import card as report
+
+# Fixtures that start one, wherever they are used.
+SERVERS = {"launch", "server", "target", "redis"}
+# Files in which most tests train, attack, export or run a whole command for seconds.
+TRAINING = {
+    "test_ablation.py",
+    "test_alarms.py",
+    "test_checks.py",
+    "test_distributed.py",
+    "test_evaluate.py",
+    "test_methods.py",
+    "test_models.py",
+    "test_outside.py",
+    "test_page.py",
+    "test_parity.py",
+    "test_precision.py",
+    "test_purifier.py",
+    "test_quantize.py",
+    "test_redteam.py",
+    "test_rungs.py",
+    "test_stages.py",
+    "test_to_tensorrt.py",
+    "test_to_triton.py",
+    "test_train.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out."""
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+        if item.path.name in TRAINING:
+            item.add_marker("training")
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +79,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -
     purifier = Purifier(PurifierConfig(width=8, depth=1))
     torch.nn.init.normal_(purifier.residual[-2].weight, std=0.05)
     full = DefendedClassifier(classifier, purifier, FULL).eval().requires_grad_(False)
-    full.detectors.feature_distance.fit(classifier, split(tiny_images, "validation"))
+    full.detectors.fit(classifier, split(tiny_images, "validation"))
     pipelines.save(folder / "weights.safetensors", full, tiny_images.classes)
     for variant in ("full", "lean"):
         pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
@@ -78,3 +119,16 @@ def rampart_data() -> Path:
     if "RAMPART_DATA" not in os.environ:
         pytest.skip("RAMPART_DATA is unset: it names the folder of the CIFAR-10 files")
     return Path(os.environ["RAMPART_DATA"])
+
+
+@pytest.fixture
+def lean_only(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A model folder without the full variant, and beside it held.npz to measure it on."""
+    model = tmp_path / "bare"
+    shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
+    card = {"model": "bare", "data": "blobs", "training": {}, "calibration_images": 100}
+    net = {"arch": "resnet10", "classes": 10, "width": 0.125, "image_size": 32}
+    report.write_card(model, card | {"classifier": net, "commands": []})
+    images = blobs(600)
+    np.savez(tmp_path / "held", image=images.image, label=images.label, classes=images.classes)
+    return model

@@ -16,11 +16,11 @@ import torch
 from blobs import blobs
 from torch import Tensor
 
-from hardening import distributed
-from hardening.attacks import Threat
-from hardening.data import Batch
-from hardening.models import RESNETS, VGGS, Classifier, ClassifierConfig
-from hardening.train import Recipe, Trainer, validate
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.classifier import RESNETS, VGGS, Classifier, ClassifierConfig
+from rampart.hardening.train import distributed
+from rampart.hardening.train.data import Batch
+from rampart.hardening.train.loop import Recipe, Trainer, validate
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 STEPS = 12

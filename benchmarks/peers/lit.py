@@ -28,7 +28,7 @@ class Classify(litserve.LitAPI):
             return
         import torch
 
-        from hardening.pipeline import load_classifier
+        from rampart.hardening.model.pipeline import load_classifier
 
         torch.set_num_threads(int(THREADS))
         net = load_classifier(Path(MODEL)).eval()

@@ -3,12 +3,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from hardening.data import Images
+from rampart.export.archive import archive
+from rampart.hardening.model.images import Images
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "agreement.py"
 
 
+@pytest.mark.server
 def test_the_endpoint_answers_as_the_torch_pipeline_on_every_image(
     tmp_path: Path, tiny_archive: Path, tiny_images: Images
 ) -> None:
@@ -19,3 +22,17 @@ def test_the_endpoint_answers_as_the_torch_pipeline_on_every_image(
     done = subprocess.run(command, capture_output=True, text=True)
     assert "same label as the torch pipeline: 60 of 60" in done.stdout, done.stderr
     assert "clean images flagged: " in done.stdout
+
+
+def test_an_archive_says_of_every_image_what_an_older_one_said(
+    tmp_path: Path, tiny_archive: Path, tiny_folder: Path, tiny_images: Images
+) -> None:
+    few = tiny_images[slice(-60, None)]
+    np.savez(tmp_path / "test.npz", image=few.image.numpy(), label=few.label.numpy())
+    archive(tiny_folder, tmp_path / "lean.mar", variant="lean")
+    for before, code in ((tiny_archive, 0), (tmp_path / "lean.mar", 1)):
+        command = [sys.executable, str(SCRIPT), "--data", str(tmp_path / "test.npz")]
+        command += ["--model", str(tiny_archive.with_suffix("")), "--before", str(before)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("same p-value: 60 of 60" in done.stdout) == (code == 0)

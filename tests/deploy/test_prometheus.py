@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from handlers.telemetry import declared
+from rampart.handlers.telemetry import declared
 
 DEPLOY = Path("deploy")
 RULES = DEPLOY / "prometheus" / "rampart.rules.yml"

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import trial
-from export.inspection import card_text, inspect
-from export.to_tensorrt import write_record
+from rampart.export import trial
+from rampart.export.inspection import card_text, inspect
+from rampart.export.to_tensorrt import write_record
 
 
 def test_an_archive_tells_its_policy_its_graph_and_that_it_runs(tiny_archive: Path) -> None:
@@ -129,7 +129,7 @@ def forged(archive: Path, out: Path, **texts: bytes) -> Path:
 
 def test_a_name_in_a_card_begins_no_line_of_its_own(tiny_archive: Path, tmp_path: Path) -> None:
     row = {"subject": "classifier", "variant": "-", "name": "clean", "value": 0.5, "n": 10}
-    row |= {"interval": [0, 1], "data": "test\nit runs here"}
+    row |= {"interval": [0, 1], "data": "test\nit runs here", "command": "rampart evaluate"}
     card = {"name": "a\nit runs here", "threat_model": "Linf 8/255", "metrics": [row]}
     config = b'rampart: {"a\\nit runs here": "\\e[2J"}'
     file = forged(tiny_archive, tmp_path / "a.mar", card=json.dumps(card).encode(), config=config)

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from export import parity
-from export.archive import sample_crops
-from handlers.engine import Engine, Outputs
-from handlers.verdict import Calibration
-from hardening import pipeline as pipelines
-from hardening.calibrate import detection_margin, load_variant
-from hardening.data import Images
-from hardening.pipeline import DefendedClassifier
+from rampart.export import parity
+from rampart.export.build import sample_crops
+from rampart.handlers.engine import Engine, Outputs
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.calibrate import detection_margin, load_variant
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 @pytest.fixture(scope="module")

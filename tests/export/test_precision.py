@@ -9,16 +9,17 @@ import torch
 from onnx import TensorProto
 from test_parity import Altered
 
-from export import parity
-from export.archive import archive, sample_crops
-from export.precision import lower, make, parts
-from export.to_onnx import to_onnx
-from handlers.engine import Engine
-from hardening import pipeline as pipelines
-from hardening.calibrate import Precision, calibration_file, load_variant
-from hardening.data import Images, split
-from hardening.pipeline import DefendedClassifier
-from hardening.report import read_card, write_card
+from rampart.export import parity
+from rampart.export.archive import archive
+from rampart.export.build import sample_crops
+from rampart.export.precision import lower, make, parts
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.calibrate import Precision, calibration_file, load_variant
+from rampart.hardening.model.card import read_card, write_card
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export.quantize import classifier_nodes, quantize
-from hardening.data import Images
+from rampart.export.quantize import classifier_nodes, quantize
+from rampart.hardening.model.images import Images
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.archive import archive
-from export.recalibrate import recalibrate
-from export.verification import verify as whole_archive
-from handlers.defended import verify
-from handlers.engine import Engine
-from handlers.verdict import Calibration, p_values
-from hardening import report
-from hardening.data import Images
-from hardening.metrics import Metric
+from rampart.export.archive import archive
+from rampart.export.recalibrate import recalibrate
+from rampart.export.verification import verify as whole_archive
+from rampart.handlers.contents import verify
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.judge.metrics import Metric
+from rampart.hardening.model.card import Subject
+from rampart.hardening.model.images import Images
+from rampart.hardening.report import card as report
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_figures_that_the_old_thresholds_made_leave_the_card(
     tiny_folder: Path, traffic: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
-    figures = [Metric(who, "-", "clean", 0.5, 10) for who in ("classifier", "pipeline")]
+    figures = [Metric(Subject(who), "clean", 0.5, 10) for who in ("classifier", "pipeline")]
     rows = [report.row(figure, data="d", command="c") for figure in figures]
     card = {"metrics": rows, "ablation": {}, "outside": {}, "checks": [], "false_alarms": {}}
     card["test_ablation"] = {}

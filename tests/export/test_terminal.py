@@ -1,4 +1,4 @@
-from export.terminal import all_visible, visible
+from rampart.export.terminal import all_visible, visible
 
 
 def test_nothing_in_a_line_acts_on_the_terminal() -> None:

@@ -5,11 +5,11 @@ import onnx
 import pytest
 import torch
 
-from export.to_onnx import OUTPUTS, check_batch_is_dynamic, to_onnx
-from handlers.engine import Engine
-from hardening import pipeline as pipelines
-from hardening.data import Images
-from hardening.pipeline import DefendedClassifier
+from rampart.export.to_onnx import OUTPUTS, check_batch_is_dynamic, to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 def test_the_graph_is_one_file_with_the_documented_border(tiny_graph: Path) -> None:

@@ -6,10 +6,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.archive import archive
-from export.precision import lower
-from export.quantize import quantize
-from export.to_tensorrt import (
+from rampart.export.archive import archive
+from rampart.export.precision import lower
+from rampart.export.quantize import quantize
+from rampart.export.to_tensorrt import (
     PROFILE,
     Profile,
     cache_key,
@@ -18,9 +18,9 @@ from export.to_tensorrt import (
     unsupported,
     write_record,
 )
-from hardening.calibrate import Precision
-from hardening.data import Images
-from hardening.pipeline import Variant, load
+from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import Variant, load
 
 missing = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None, reason="this machine has TensorRT"

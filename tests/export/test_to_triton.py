@@ -9,11 +9,11 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
-from export.to_onnx import export
-from export.to_triton import PValue, check_p_values, to_triton
-from handlers.engine import OUTPUTS
-from handlers.verdict import Calibration, p_values
-from hardening.data import Images
+from rampart.export.to_onnx import export
+from rampart.export.to_triton import PValue, check_p_values, to_triton
+from rampart.handlers.engine import OUTPUTS
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.model.images import Images
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from model_signing import signing
 
-from export.verification import ADDED, verify
-from handlers.defended import verify as check
+from rampart.export.verification import ADDED, verify
+from rampart.handlers.contents import verify as check
 
 
 def keys(folder: Path, name: str) -> tuple[Path, Path]:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from handlers.budget import BATCH_SECONDS, BUSY, DEAR, DEAR_BUSY, REQUEST_SECONDS, SAVED, Budget
-from handlers.budget import TOO_SLOW as SLOW
-from handlers.image import ImageError
+from rampart.handlers.budget import BATCH_SECONDS, DEAR, REQUEST_SECONDS, SAVED, Budget
+from rampart.handlers.errors import BUSY, DEAR_BUSY, ImageError
+from rampart.handlers.errors import TOO_SLOW as SLOW
 
 CHEAP = DEAR
 

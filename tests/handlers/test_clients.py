@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
-from conftest import Server
+from servers import Server
 from tritonclient.utils import InferenceServerException
 
 KSERVE = Path(sys.prefix) / "kserve" / "bin" / "python"

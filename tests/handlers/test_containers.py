@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_image import chunk
 
-from handlers.containers import MAX_PARTS, ContainerError, exif_orientation, read_still
+from rampart.handlers.containers import MAX_PARTS, ContainerError, exif_orientation, read_still
 
 Encode = Callable[..., bytes]
 TAG = struct.pack("<HHI", 0x0112, 3, 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from handlers import cores
-from handlers.cores import available_cores, quota
+from rampart.handlers import cores
+from rampart.handlers.cores import available_cores, quota
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import requests
-from conftest import Server, peak_memory
+from servers import Server, peak_memory
 
-from export.archive import archive
+from rampart.export.archive import archive
 
 
 def test_a_worker_that_hangs_is_replaced_and_its_client_told(
@@ -71,43 +71,6 @@ def test_a_killed_worker_is_back_in_ten_seconds_and_only_what_it_held_fails(
     back = min(when for when, code, _ in answers if code == 200 and when > killed + 0.5)
     assert back - killed < 10
     assert len(failed) <= 8 and all(content["message"] == "Worker died." for _, content in failed)
-    assert server.end() == 0
-
-
-def test_optional_parts_that_fail_at_start_are_told_of_and_come_back(
-    launch: Callable[..., Server],
-    tiny_folder: Path,
-    encode: Callable[..., bytes],
-    tmp_path: Path,
-) -> None:
-    noise = np.random.default_rng(0)
-    policy = {"false_alarm_rate": 0.99}  # what is asked about is flagged, and kept
-    archive(tiny_folder, tmp_path / "tiny.mar", settings={"rampart": policy})
-    places = {"query_store": tmp_path / "queries", "quarantine": tmp_path / "flagged"}
-    for place in places.values():
-        place.write_text("a file where a folder should be")
-    server = launch(tmp_path / "tiny.mar", **{name: str(p) for name, p in places.items()})
-    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
-
-    def figures() -> dict[str, float]:
-        body = encode(noise.integers(0, 256, (32, 32, 3)).astype(np.uint8))
-        assert requests.post(server.url, body, timeout=60).status_code == 200
-        text = requests.get(f"http://127.0.0.1:{server.port + 2}/metrics", timeout=60).text
-        lines = [line for line in text.splitlines() if "_up{" in line]
-        return {line.partition("{")[0]: float(line.split()[-1]) for line in lines}
-
-    def await_figures(value: float) -> None:
-        wanted = dict.fromkeys(("rampart_query_store_up", "rampart_quarantine_up"), value)
-        deadline = time.monotonic() + 30
-        while figures() != wanted:
-            assert time.monotonic() < deadline, figures()
-            time.sleep(0.3)
-
-    await_figures(0.0)
-    for place in places.values():
-        place.unlink()
-        place.mkdir(mode=0o700)
-    await_figures(1.0)
     assert server.end() == 0
 
 

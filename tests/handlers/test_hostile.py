@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import in_process
-from handlers.defended import examined, pixels_of
-from handlers.image import MAX_PIXELS, ImageError
-from handlers.protocol import read
+from rampart.handlers.defended import incoming
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import MAX_PIXELS, pictures_of, pixels_of
+from rampart.handlers.protocols.choice import read
 
 NAMES = ("instances", "inputs", "outputs", "b64", "name", "datatype", "shape", "data", "id")
 LEAVES = (
@@ -32,19 +33,19 @@ BODIES = st.recursive(
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(body=BODIES, parsed=st.booleans(), tail=st.binary(max_size=40), told=st.text(max_size=6))
+@given(body=BODIES, parsed=st.booleans(), tail=st.binary(max_size=40), length=st.text(max_size=6))
 def test_json_of_any_shape_is_answered_and_never_a_server_error(
-    body: object, parsed: bool, tail: bytes, told: str
+    body: object, parsed: bool, tail: bytes, length: str
 ) -> None:
     sent = body if parsed else json.dumps(body).encode() + tail
-    asked = read({"body": sent}, {"Inference-Header-Content-Length": told})
+    request = read(incoming({"body": sent}, {"Inference-Header-Content-Length": length}))
     answers = []
-    for picture in examined(asked.images, 8, MAX_PIXELS):
+    for picture in pictures_of(request.images, 8, MAX_PIXELS):
         pixels = pixels_of(picture, 8)
         assert not isinstance(pixels, ImageError) or 400 <= pixels.code < 500
         bad = {"code": 422, "type": "t", "message": "m"}
         answers.append((422, bad) if isinstance(pixels, ImageError) else (200, VERDICT))
-    code, content = asked.reply(answers)
+    code, content = request.reply(answers)
     assert code < 500
     json.dumps(content, allow_nan=False)
 

@@ -4,20 +4,24 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import forget_peak, peak_memory
 from PIL import Image, ImageOps
+from servers import forget_peak, peak_memory
 
-from handlers.image import (
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import (
     FREE_SCANS,
     MAX_JPEG_SCANS,
+    MAX_PIXELS,
     Allowance,
-    ImageError,
     decode,
     default_pixels,
     fit,
+    pictures_of,
+    pixels_of,
 )
 
 Encode = Callable[..., bytes]
@@ -319,3 +323,13 @@ def test_mutated_files_raise_nothing_but_image_errors(encode: Encode, pixels: np
             assert decode(data.tobytes(), 32).shape == (32, 32, 3)
         except ImageError as error:
             assert error.code in (413, 415, 422)
+
+
+def test_an_error_does_not_hold_the_picture_it_is_about() -> None:
+    image = Image.new("RGBA", (32, 32), (1, 2, 3, 7))
+    out = BytesIO()
+    image.save(out, "PNG")
+    (picture,) = pictures_of([out.getvalue()], 32, MAX_PIXELS)
+    error = pixels_of(picture, 32)
+    assert isinstance(error, ImageError) and error.type == "transparent_image"
+    assert error.__traceback__ is error.__context__ is error.__cause__ is None

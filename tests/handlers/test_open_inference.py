@@ -8,8 +8,10 @@ import weakref
 import numpy as np
 import pytest
 
-from handlers.image import MAX_IMAGES, ImageError
-from handlers.open_inference import Answer, images, replier
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import MAX_IMAGES
+from rampart.handlers.protocols.open_inference import images, replier
+from rampart.handlers.types import Answer
 
 IMAGE = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 PICTURES = [b"\x89PNG", b"", b"\xff\xd8\xff"]

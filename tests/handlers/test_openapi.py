@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import requests
 import yaml
-from conftest import Server
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
+from servers import Server
 
 FILE = Path("deploy/openapi.yaml")
 # How a body that the description forbids may be refused; by itself schemathesis knows no 413.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from handlers.defended import PLAN, load_engine
-from handlers.engine import Engine, EngineError
-from handlers.plan import check_record, record_file
-from hardening.data import Images
+from rampart.handlers.contents import PLAN, load_engine
+from rampart.handlers.engine import Engine, EngineError
+from rampart.handlers.plan import check_record, record_file
+from rampart.hardening.model.images import Images
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_a_real_plan_decides_as_the_graph_does(
     pytest.importorskip("tensorrt", reason="needs TensorRT")
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    from export.archive import export_variant
-    from export.to_tensorrt import to_tensorrt
-    from handlers.plan import PlanEngine
+    from rampart.export.archive import export_variant
+    from rampart.export.to_tensorrt import to_tensorrt
+    from rampart.handlers.plan import PlanEngine
 
     to_tensorrt(tiny_folder, tmp_path / PLAN, variant="full")
     export_variant(tiny_folder, "full", tmp_path / "graph.onnx")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers import private_folder
+from rampart.handlers import private_folder
 
 
 def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Flagged images kept aside: which, how many, and what is in them."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inprocess import ask, png
 from PIL import Image
-from test_defended import context, png
 from test_private_folder import give_away
 
-from handlers import quarantine
-from handlers.defended import DefendedHandler
-from handlers.quarantine import Quarantine
-from handlers.verdict import Verdict
+from rampart.handlers import quarantine
+from rampart.handlers.quarantine import Quarantine
+from rampart.handlers.service import Service
+from rampart.handlers.verdict import Verdict
 
 VERDICT = Verdict(
     label="a", index=0, confidence=0.5, decision="flag", top=(), model={"name": "m"}, detail=None,
@@ -31,15 +30,13 @@ BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
 
 @pytest.fixture
 def serving(unpacked: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """The answer of a handler with these settings, and a quarantine, to an image."""
+    """The answer of a service with these settings, and a quarantine, to an image."""
 
     def answer(image: np.ndarray, **settings: object) -> dict[str, Any]:
-        made = context(unpacked, requests=1)
-        made.model_yaml_config = {"rampart": {"quarantine": str(tmp_path / "aside"), **settings}}
-        handler = DefendedHandler()
-        handler.initialize(made)
-        answer = json.loads(handler.handle([{"body": png(image)}], made)[0])
-        handler._quarantine.flush()
+        service = Service.open(unpacked, {"quarantine": str(tmp_path / "aside"), **settings})
+        answer = ask(service, png(image))
+        assert service._quarantine is not None
+        service._quarantine.flush()
         return answer
 
     return answer
@@ -213,8 +210,8 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
         from pathlib import Path
         import numpy as np
         from test_quarantine import VERDICT
-        from handlers import quarantine
-        from handlers.quarantine import Quarantine
+        from rampart.handlers import quarantine
+        from rampart.handlers.quarantine import Quarantine
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         aside = Quarantine(Path(sys.argv[1]))
         quarantine.RETRY = 0
@@ -241,10 +238,5 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
     assert [path.suffix for path in kept(tmp_path)] == [".png"]
 
 
-def test_without_the_setting_nothing_is_kept(
-    unpacked: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    handler = DefendedHandler()
-    handler.initialize(context(unpacked))
-    assert handler._quarantine is None
+def test_without_the_setting_nothing_is_kept(unpacked: Path) -> None:
+    assert Service.open(unpacked)._quarantine is None

@@ -6,22 +6,22 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
-from conftest import Redis, Server
+from inprocess import ask, png, post
+from servers import Redis, Server
 from skimage.data import data_dir
-from test_defended import context, png
 
-from export.archive import archive
-from handlers import defended, queries
-from handlers.defended import DefendedHandler
-from handlers.image import decode
-from handlers.queries import (
+from rampart.export.archive import archive
+from rampart.handlers.image import decode
+from rampart.handlers.queries import lookup
+from rampart.handlers.queries import watch as queries
+from rampart.handlers.queries.stores import open_store
+from rampart.handlers.queries.watch import (
     ENTRIES,
     KEPT,
     SHARED,
@@ -32,9 +32,9 @@ from handlers.queries import (
     _nearest,
     _windows,
 )
-from handlers.stores import open_store
-from handlers.telemetry import declared
-from hardening.data import Images
+from rampart.handlers.service import Service
+from rampart.handlers.telemetry import declared
+from rampart.hardening.model.images import Images
 
 SECRET = bytes(range(32))
 LOST = "No watch for query attacks, the store fails"
@@ -270,46 +270,39 @@ def test_a_store_that_does_not_answer_holds_nobody_up_and_is_asked_nothing_more(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(defended, "QUERY_WAIT", 0.1)
-    known, handler = context(unpacked, requests=1), DefendedHandler()
-    known.model_yaml_config = {"rampart": {"query_store": str(tmp_path / "queries")}}
-    handler.initialize(known)
-    watch, freed, asked = handler._watch, threading.Event(), []
-    assert watch is not None
+    monkeypatch.setattr(lookup, "QUERY_WAIT", 0.1)
+    service = Service.open(unpacked, {"query_store": str(tmp_path / "queries")})
+    freed, calls = threading.Event(), []
 
-    def hangs(images: object, owners: Sequence[str]) -> list[None]:
-        asked.append(images)
+    def hangs(self: Watch, images: object, owners: Sequence[str]) -> list[None]:
+        calls.append(images)
         freed.wait(60)
         return [None] * len(owners)
 
-    monkeypatch.setattr(watch, "look", hangs)
+    monkeypatch.setattr(Watch, "look", hangs)
     began = time.monotonic()
     for photo in photos[:3]:
-        (answer,) = handler.handle([{"body": png(photo)}], known)
-        assert "label" in json.loads(answer)
-    assert time.monotonic() - began < 30 and len(asked) == 1
+        assert "label" in ask(service, png(photo))
+    assert time.monotonic() - began < 30 and len(calls) == 1
     lines = [line for line in caplog.messages if "query" in line]
     assert lines == ["No watch for query attacks: the store has not answered for 0.1 s"]
     freed.set()
-    handler._aside.shutdown()
-    handler._aside = ThreadPoolExecutor(1)
-    handler.handle([{"body": png(photos[3])}], known)
-    assert len(asked) == 2
+    deadline = time.monotonic() + 30
+    while len(calls) < 2 and time.monotonic() < deadline:
+        ask(service, png(photos[3]))
+    assert len(calls) == 2
 
 
 @pytest.fixture
 def handling(unpacked: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Answers of a handler with these settings to one image after another."""
-    made: list[DefendedHandler] = []
+    """Answers of one service, opened with the first settings, to one image after another."""
+    services: list[Service] = []
 
     def answers(images: Sequence[np.ndarray], **settings: object) -> list[dict[str, Any]]:
-        known = context(unpacked, requests=1)
-        rampart = {"query_store": str(tmp_path / "queries"), "false_alarm_rate": 0.05, **settings}
-        known.model_yaml_config = {"rampart": rampart}
-        if not made:
-            made.append(DefendedHandler())
-            made[0].initialize(known)
-        return [json.loads(made[0].handle([{"body": png(image)}], known)[0]) for image in images]
+        if not services:
+            own = {"query_store": str(tmp_path / "queries"), "false_alarm_rate": 0.05}
+            services.append(Service.open(unpacked, own | settings))
+        return [ask(services[0], png(image)) for image in images]
 
     return answers
 
@@ -322,6 +315,18 @@ def test_reject_takes_the_label_and_says_why_where_details_are_shown(
     assert first["decision"] == "accept" and "similar_query" not in first["detail"]
     assert second["decision"] == "reject" and second["label"] is None and second["top"] == []
     assert second["detail"]["similar_query"] is True
+
+
+def test_owners_are_told_apart_by_the_header_that_the_operator_names(
+    unpacked: Path, tmp_path: Path, photos: np.ndarray, noise: np.random.Generator
+) -> None:
+    policy = {"on_query_attack": "throttle", "query_owner": "X-Tenant"}
+    service = Service.open(unpacked, policy | {"query_store": str(tmp_path / "queries")})
+    near = png(nudged(photos[0], noise))
+    assert post(service, png(photos[0]), x_tenant="a").status == 200
+    assert post(service, near, x_tenant="b").status == 200
+    reply = post(service, near, x_tenant="a")
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")
 
 
 def test_in_public_detail_a_rejected_query_looks_like_any_rejected_image(
@@ -361,7 +366,9 @@ def test_workers_share_what_they_have_seen_and_count_it(
 ) -> None:
     policy = {"on_query_attack": "throttle", "query_owner": "X-Tenant", "detail": "public"}
     archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings={"rampart": policy})
-    server = launch(tmp_path / "tiny.mar", workers=2, query_store=str(tmp_path / "queries"))
+    places = {"query_store": tmp_path / "queries", "quarantine": tmp_path / "flagged"}
+    options = {name: str(place) for name, place in places.items()}
+    server = launch(tmp_path / "tiny.mar", workers=2, **options)
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
 
     def ask(image: np.ndarray, tenant: str = "a") -> requests.Response:
@@ -389,47 +396,49 @@ def test_workers_share_what_they_have_seen_and_count_it(
             line.split('response="')[1].split('"')[0]: float(line.split()[-1]) for line in lines
         }
     assert seen == wanted
-    assert "rampart_query_store_up{" in text
+    assert "rampart_query_store_up{" in text and "rampart_quarantine_up{" in text
+    assert all(place.is_dir() for place in places.values())
     assert "rampart_query_alerts_total" in declared()["counter"]
     assert server.end() == 0
 
 
 @pytest.mark.parametrize("kind", ["redis", "lmdb"])
 def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
-    launch: Callable[..., Server],
-    tiny_folder: Path,
+    unpacked: Path,
     tmp_path: Path,
     photos: np.ndarray,
     noise: np.random.Generator,
     kind: str,
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    policy = {"rampart": {"on_query_attack": "reject"}}
-    archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings=policy)
+    monkeypatch.setattr(queries, "RETRY", 0.3)
+    caplog.set_level(logging.WARNING)
     store: Redis | None = request.getfixturevalue("redis") if kind == "redis" else None
     if store:
         store.flush()
     address = store.address if store else str(tmp_path / "queries")
-    server = launch(tmp_path / "tiny.mar", workers=1, query_store=address)
-    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    policy = {"on_query_attack": "reject", "query_store": address, "false_alarm_rate": 0}
+    service = Service.open(unpacked, policy)
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fail() -> None:
         if store:
             store.stop()
         else:  # a disk that takes no more
             size = (tmp_path / "queries" / "data.mdb").stat().st_size
-            resource.prlimit(server.worker_pids()[0], resource.RLIMIT_FSIZE, (size, -1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, own[1]))
 
     def mend() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
         if store:
             store.start()
-        else:
-            resource.prlimit(server.worker_pids()[0], resource.RLIMIT_FSIZE, (-1, -1))
 
     def decisions(images: np.ndarray) -> list[str]:
-        answers = [requests.post(server.url, png(image), timeout=60) for image in images]
-        assert {answer.status_code for answer in answers} == {200}
-        return [answer.json()["decision"] for answer in answers]
+        replies = [post(service, png(image)) for image in images]
+        assert {reply.status for reply in replies} == {200}
+        return [json.loads(reply.body)["decision"] for reply in replies]
 
     def until_rejected(image: np.ndarray) -> bool:
         """Whether an attack on it is noticed; where all cores are busy Redis may miss one."""
@@ -437,22 +446,20 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
         while decisions(np.stack([image, nudged(image, noise)]))[1] != "reject":
             if time.monotonic() > deadline:
                 return False
-            time.sleep(1)
+            time.sleep(0.3)
         return True
 
-    def logged(line: str) -> int:
-        return sum(log.read_text().count(line) for log in server.state.rglob("worker.log"))
-
     assert until_rejected(photos[0])
-    before = logged(LOST)
+    before = caplog.text.count(LOST)
     fail()
-    decisions(photos[1:40])  # until the store takes no more
-    assert "reject" not in decisions(nudged(photos[30:40], noise))
-    assert logged(LOST) == before + 1
-    mend()
+    try:
+        decisions(photos[1:40])  # until the store takes no more
+        assert "reject" not in decisions(nudged(photos[30:40], noise))
+    finally:
+        mend()
+    assert caplog.text.count(LOST) == before + 1
     assert until_rejected(photos[40])
-    assert logged("Watching for query attacks again") >= 1
-    assert server.end() == 0
+    assert "Watching for query attacks again" in caplog.messages
 
 
 def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:

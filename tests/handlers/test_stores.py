@@ -8,10 +8,10 @@ from pathlib import Path
 
 import lmdb
 import pytest
-from conftest import Redis
+from servers import Redis
 from test_private_folder import give_away
 
-from handlers.stores import LmdbStore, RedisStore, Store, StoreError, open_store
+from rampart.handlers.queries.stores import LmdbStore, RedisStore, Store, StoreError, open_store
 
 Open = Callable[..., Store]
 
@@ -92,7 +92,7 @@ def test_another_process_finds_what_this_one_added(tmp_path: Path) -> None:
     store.add({b"key": b"value"})
     code = """if True:
         import sys
-        from handlers.stores import open_store
+        from rampart.handlers.queries.stores import open_store
         store = open_store(sys.argv[1], entries=100, expiry=60)
         print(store.find([b"key"])[0].decode(), store.secret().hex())
     """
@@ -105,7 +105,7 @@ def test_another_process_finds_what_this_one_added(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_more_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
     code = """if True:
         import resource, sys
-        from handlers.stores import StoreError, open_store
+        from rampart.handlers.queries.stores import StoreError, open_store
         store = open_store(sys.argv[1], entries=100_000, expiry=60)
         store.add({b"first": b"1"})
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))
@@ -148,7 +148,7 @@ def test_a_worker_with_room_for_more_does_not_lock_the_other_out(tmp_path: Path)
     store = open_store(str(tmp_path), entries=10, expiry=60)
     code = """if True:
         import sys
-        from handlers.stores import open_store
+        from rampart.handlers.queries.stores import open_store
         store = open_store(sys.argv[1], entries=100_000, expiry=60)
         for number in range(50_000):
             if number % 1_000 == 0:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from handlers.summary import FIGURES, summary
+from rampart.handlers.summary import FIGURES, summary
 
 CARDS = sorted(Path(__file__).parents[2].glob("model_store/*/card.json"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handlers.verdict import (
+from rampart.handlers.verdict import (
     Calibration,
     Judge,
     Policy,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handlers.protocol import read
-from handlers.wire import MAX_PARTS, TOO_MANY, Reader, bound
+from rampart.handlers.defended import incoming
+from rampart.handlers.protocols.choice import read
+from rampart.handlers.wire import MAX_PARTS, TOO_MANY, Reader, bound
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)
@@ -116,7 +117,7 @@ def test_two_million_parts_are_passed_over_in_seconds() -> None:
 def test_a_request_of_too_many_parts_is_413() -> None:
     parts = parts_of(message([(b"1", [], [(b"%d" % i, b"", b"") for i in range(100)])]))
     fields = {part["name"]: part["value"] for part in parts}
-    (error,) = read(fields, {}).images
+    (error,) = read(incoming(fields, {})).images
     assert (error.code, error.type) == (413, "too_many_parts")  # type: ignore[union-attr]
 
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from export.to_onnx import to_onnx
-from handlers.engine import Engine
-from hardening import ablation
-from hardening.ablation import Outcome
-from hardening.attacks import Threat
-from hardening.data import Images, to_float
-from hardening.pipeline import DefendedClassifier
-from hardening.rungs import Budget
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge import ablation
+from rampart.hardening.judge.ablation import Outcome
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float
 
 THREAT = Threat("Linf", 8 / 255)
 BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
@@ -155,7 +156,7 @@ def test_full_is_the_default_only_where_it_holds_more_beyond_chance(
 
 
 def test_the_picture_is_drawn(outcomes: list[Outcome], tmp_path: Path) -> None:
-    from hardening import plots
+    from rampart.hardening.report import plots
 
     file = plots.ablation(ablation.rows(outcomes), tmp_path / "ablation.png")
     assert file.read_bytes().startswith(b"\x89PNG")

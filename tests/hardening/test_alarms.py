@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from handlers.verdict import p_values
-from hardening import alarms, calibrate
-from hardening import pipeline as pipelines
-from hardening.alarms import Judged
-from hardening.data import Images, split
+from rampart.handlers.verdict import p_values
+from rampart.hardening.judge import alarms
+from rampart.hardening.judge.alarms import Judged
+from rampart.hardening.model import calibrate
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.images import Images, split
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_what_flags_too_many_is_named_with_the_remedy() -> None:
     fine = {**row, "way": "PNG", "too_many": False}
     (line,) = alarms.remedies([row, fine])
     assert line.startswith("full: screenshot flags 20.0%: ")
-    assert "rampart calibrate --model" in line
+    assert "rampart calibrate --archive" in line
 
 
 def test_coverage_over_random_splits_is_what_the_theory_says() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pyautoattack.autopgd_base import APGDAttack
 
-from hardening.attacks import (
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import (
     Objective,
     Outcome,
     Threat,
@@ -18,7 +19,6 @@ from hardening.attacks import (
     pgd10,
     random_start,
 )
-from hardening.noise import Noise
 
 THREATS = [Threat("Linf", 8 / 255), Threat("L2", 0.5)]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hardening import cache
-from hardening.data import Images, to_float
+from rampart.hardening.attack import cache
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float
 
 
 class Attacker:

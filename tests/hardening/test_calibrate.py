@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from handlers.verdict import Calibration, combine, p_values
-from hardening import calibrate
-from hardening.data import Images
-from hardening.pipeline import DefendedClassifier
+from rampart.handlers.verdict import Calibration, combine, p_values
+from rampart.hardening.model import calibrate
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from blobs import Learned
 
-from hardening.certify import certify, in_words
+from rampart.hardening.judge.certify import certify, in_words
 
 
 class Half(torch.nn.Module):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from blobs import Learned
 
-from hardening import checks, rungs
-from hardening.checks import Check
-from hardening.objectives import Look, Seen
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.objectives import Look, View
+from rampart.hardening.judge import checks
+from rampart.hardening.judge.checks import Check
 
 
 def failures(look: Look, learned: Learned) -> set[str]:
@@ -21,22 +22,22 @@ def test_an_honest_network_passes_every_check(learned: Learned) -> None:
 
 
 def test_saturated_logits_are_caught_as_masked_gradients(learned: Learned) -> None:
-    def saturated(x: torch.Tensor) -> Seen:
-        return Seen(learned.model(x) * 1e4)
+    def saturated(x: torch.Tensor) -> View:
+        return View(learned.model(x) * 1e4)
 
     assert {"zero_gradients", "black_box"} <= failures(saturated, learned)
 
 
 def test_a_random_defence_is_caught(learned: Learned) -> None:
-    def random(x: torch.Tensor) -> Seen:
-        return Seen(learned.model((x + 0.02 * torch.randn_like(x)).clamp(0, 1)))
+    def random(x: torch.Tensor) -> View:
+        return View(learned.model((x + 0.02 * torch.randn_like(x)).clamp(0, 1)))
 
     assert "randomness" in failures(random, learned)
 
 
 def test_a_purifier_that_hides_gradients_behind_rounding_is_caught(learned: Learned) -> None:
-    def rounding(x: torch.Tensor) -> Seen:
-        return Seen(learned.model((x * 32).round() / 32))
+    def rounding(x: torch.Tensor) -> View:
+        return View(learned.model((x * 32).round() / 32))
 
     assert {"zero_gradients", "larger_eps"} <= failures(rounding, learned)
 
@@ -64,8 +65,8 @@ def test_a_detector_trained_on_the_test_attack_is_caught(learned: Learned) -> No
         optimizer.step()
     detector.requires_grad_(False)
 
-    def look(x: torch.Tensor) -> Seen:
-        return Seen(learned.model(x), detector(x).squeeze(1))
+    def look(x: torch.Tensor) -> View:
+        return View(learned.model(x), detector(x).squeeze(1))
 
     def safe(x: torch.Tensor) -> float:
         seen = look(x)
@@ -84,9 +85,9 @@ def test_a_detector_trained_on_the_test_attack_is_caught(learned: Learned) -> No
 def test_a_detector_that_hides_its_gradient_behind_rounding_is_caught(learned: Learned) -> None:
     level = float(learned.x.mean(dim=(1, 2, 3)).quantile(0.7))
 
-    def look(x: torch.Tensor) -> Seen:
+    def look(x: torch.Tensor) -> View:
         brightness = (x * 255).round().mean(dim=(1, 2, 3)) / 255
-        return Seen(learned.model(x), brightness - level)
+        return View(learned.model(x), brightness - level)
 
     x, label, threat = learned.x, learned.label, learned.threat
     done = checks.check_detectors(look, x, label, threat, "masked", queries=150, joint=1.0)
@@ -101,8 +102,8 @@ def test_a_joint_attack_weaker_than_one_that_ignores_detectors_is_caught() -> No
 def test_square_beats_a_victim_with_detectors_only_where_it_accepts(learned: Learned) -> None:
     x, label, threat = learned.x, learned.label, learned.threat
 
-    def strict(x: torch.Tensor) -> Seen:
-        return Seen(learned.model(x), torch.ones(len(x)))
+    def strict(x: torch.Tensor) -> View:
+        return View(learned.model(x), torch.ones(len(x)))
 
     assert checks.square(strict, x, label, threat, queries=50) == 1.0
     assert checks.square(learned.look, x, label, threat, queries=50) < 1.0
@@ -123,8 +124,8 @@ def test_a_small_eps_is_no_reason_to_distrust_an_honest_network(learned: Learned
 
 
 def test_probabilities_are_no_logits(learned: Learned) -> None:
-    def soft(x: torch.Tensor) -> Seen:
-        return Seen(learned.model(x).softmax(1))
+    def soft(x: torch.Tensor) -> View:
+        return View(learned.model(x).softmax(1))
 
     assert not checks.logits_are_logits(soft, learned.x, "soft").passed
 

@@ -12,11 +12,13 @@ import torch
 from blobs import blobs
 from PIL import Image
 
-from hardening import data
-from hardening.noise import Noise
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.model.images import SPLITS, Images, batches, split
+from rampart.hardening.model.pixels import to_float, to_uint8
+from rampart.hardening.train import data
 
 
-def save_npz(path: Path, count: int) -> data.Images:
+def save_npz(path: Path, count: int) -> Images:
     images = blobs(count)
     np.savez(path, image=images.image.numpy(), label=images.label.numpy())
     return images
@@ -134,8 +136,8 @@ def test_official_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
-    images = data.Images(torch.arange(5170)[:, None], torch.arange(5170) % 2, ("a", "b"))
-    parts = {name: data.split(images, name).image for name in data.SPLITS}
+    images = Images(torch.arange(5170)[:, None], torch.arange(5170) % 2, ("a", "b"))
+    parts = {name: split(images, name).image for name in SPLITS}
     assert [len(part) for part in parts.values()] == [1500, 1000, 2670]
     assert torch.equal(torch.cat(list(parts.values())), images.image)
 
@@ -143,17 +145,17 @@ def test_the_split_is_1500_1000_2670_of_5170_in_order() -> None:
 @pytest.mark.parametrize("order", [range(10), (3, 1, 2, 0, 9, 8, 7, 6, 5, 4)])
 def test_each_split_of_images_that_lie_by_class_has_every_class(order: Sequence[int]) -> None:
     label = torch.tensor(order).repeat_interleave(60)
-    images = data.Images(torch.arange(600)[:, None], label, tuple("abcdefghij"))
-    parts = [data.split(images, name) for name in data.SPLITS]
+    images = Images(torch.arange(600)[:, None], label, tuple("abcdefghij"))
+    parts = [split(images, name) for name in SPLITS]
     assert all(set(part.label.tolist()) == set(range(10)) for part in parts)
     assert sorted(torch.cat([part.image for part in parts]).flatten().tolist()) == [*range(600)]
-    assert torch.equal(data.split(images, "tuning").image, parts[1].image)
+    assert torch.equal(split(images, "tuning").image, parts[1].image)
 
 
 def test_twins_of_held_out_images_leave_training() -> None:
     names = tuple(f"train/cat/{i}.jpg" for i in range(6))
     pixels = torch.arange(6 * 12, dtype=torch.uint8).view(6, 2, 2, 3)
-    train = data.Images(pixels, torch.arange(6), ("cat",), names)
+    train = Images(pixels, torch.arange(6), ("cat",), names)
     kept, held = data.hold_out(train, train[torch.tensor([1, 4])])
     assert kept.label.tolist() == [0, 2, 3, 5]
     assert held.label.tolist() == [1, 4]
@@ -167,7 +169,7 @@ def test_held_out_pixels_leave_training_under_any_name() -> None:
 
 def test_twins_that_cannot_be_found_stop_the_run() -> None:
     images, other = blobs(4), blobs(2, seed=1)
-    held = data.Images(other.image, other.label, other.classes, ("train/a/1.jpg", "train/a/2.jpg"))
+    held = Images(other.image, other.label, other.classes, ("train/a/1.jpg", "train/a/2.jpg"))
     with pytest.raises(ValueError, match=r"train/a/1\.jpg.*none of them"):
         data.hold_out(images, held)
 
@@ -175,7 +177,7 @@ def test_twins_that_cannot_be_found_stop_the_run() -> None:
 def test_other_classes_in_the_held_out_set_stop_the_run() -> None:
     images = blobs(4)
     with pytest.raises(ValueError, match="classes differ"):
-        data.hold_out(images, data.Images(images.image, images.label, ("a", "b")))
+        data.hold_out(images, Images(images.image, images.label, ("a", "b")))
 
 
 def test_images_of_another_size_than_the_models_are_refused(tmp_path: Path) -> None:
@@ -193,20 +195,20 @@ def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path) -> N
 
 
 def test_a_few_of_a_sorted_set_are_spread_over_all_of_it() -> None:
-    images = data.Images(torch.arange(100)[:, None], torch.arange(100), ("a",))
+    images = Images(torch.arange(100)[:, None], torch.arange(100), ("a",))
     assert data.spread(images, 4).label.tolist() == [0, 25, 50, 75]
     assert len(data.spread(images, None)) == len(data.spread(images, 1000)) == 100
 
 
 def test_a_tenth_is_held_out_where_nothing_else_is_given() -> None:
-    images = data.Images(torch.arange(95)[:, None], torch.arange(95), ("a",))
+    images = Images(torch.arange(95)[:, None], torch.arange(95), ("a",))
     train, held = data.hold_out(images, None)
     assert (len(train), len(held)) == (85, 10)
     assert sorted([*train.label.tolist(), *held.label.tolist()]) == list(range(95))
 
 
 def test_what_has_the_pixels_of_the_held_out_tenth_is_not_trained_on() -> None:
-    images = data.Images(torch.arange(190)[:, None] // 2, torch.arange(190), ("a",))
+    images = Images(torch.arange(190)[:, None] // 2, torch.arange(190), ("a",))
     train, held = data.hold_out(images, None)
     assert len(held) == 19 and len(train) < 190 - 19
     assert not {*train.image.flatten().tolist()} & {*held.image.flatten().tolist()}
@@ -214,7 +216,7 @@ def test_what_has_the_pixels_of_the_held_out_tenth_is_not_trained_on() -> None:
 
 def test_pixels_survive_the_way_to_float_and_back() -> None:
     image = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
-    assert torch.equal(data.to_uint8(data.to_float(image)), image)
+    assert torch.equal(to_uint8(to_float(image)), image)
 
 
 def test_flip_mirrors_about_half_and_changes_nothing_else() -> None:
@@ -260,7 +262,7 @@ def test_skipped_batches_change_nothing_in_those_that_follow() -> None:
 
 def test_what_is_not_mirrored_keeps_left_and_right() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(16, 16)
-    images = data.Images(ramp[None, :, :, None].repeat(64, 1, 1, 3), torch.zeros(64).long(), ("a",))
+    images = Images(ramp[None, :, :, None].repeat(64, 1, 1, 3), torch.zeros(64).long(), ("a",))
 
     def rises(mirrored: bool) -> set[bool]:
         (batch,) = data.shuffled(images, 64, seed=0, epoch=0, mirrored=mirrored)
@@ -294,7 +296,7 @@ def test_a_folder_that_fills_memory_is_read_while_training_and_gives_the_same_ba
     whole = 40 * 32 * 32 * 3
     monkeypatch.setattr(data.distributed, "beside", lambda: 8)
     monkeypatch.setattr(data, "MEMORY", whole)  # whatever the number of processes
-    assert isinstance(data.load_training(path, size=32), data.Images)
+    assert isinstance(data.load_training(path, size=32), Images)
     monkeypatch.setattr(data, "MEMORY", whole - 1)
     streamed = data.load_training(path, size=32)
     assert isinstance(streamed, data.Folder)
@@ -358,12 +360,12 @@ def test_digits_are_three_disjoint_files_that_load(tmp_path: Path) -> None:
 
 def test_plain_batches_cover_every_image_in_order() -> None:
     images = blobs(70)
-    assert torch.equal(torch.cat([y for _, y in data.batches(images, 32)]), images.label)
+    assert torch.equal(torch.cat([y for _, y in batches(images, 32)]), images.label)
 
 
 def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None:
     held = data.load(rampart_data / "cifar10-train-lossless.npz")
-    assert [len(data.split(held, name)) for name in data.SPLITS] == [1500, 1000, 2670]
+    assert [len(split(held, name)) for name in SPLITS] == [1500, 1000, 2670]
     assert held.classes == data.CIFAR10_CLASSES
     assert len(set(held.paths)) == 5170
     assert len(data.load(rampart_data / "cifar10-test-lossless.npz")) == 617
@@ -376,7 +378,7 @@ def test_no_image_is_in_two_splits(rampart_data: Path, tmp_path: Path) -> None:
     held = data.load(rampart_data / "cifar10-train-lossless.npz")
     train, held = data.hold_out(every, held)
     test = data.load(rampart_data / "cifar10-test-lossless.npz")
-    parts = {name: data.split(held, name) for name in data.SPLITS} | {"test": test}
+    parts = {name: split(held, name) for name in SPLITS} | {"test": test}
     assert [len(part) for part in parts.values()] == [1500, 1000, 2670, 617]
     # Training images are JPEGs: as files they differ from the others' JPEG twins, and as pixels
     # from the lossless ones.

@@ -2,9 +2,17 @@ import pytest
 import torch
 from blobs import blobs
 
-from hardening.data import Images
-from hardening.detectors import FULL, RECTIFIED, Detectors, FeatureDistance, Views, median3x3, rms
-from hardening.models import Classifier, ClassifierConfig
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.detectors import (
+    FULL,
+    RECTIFIED,
+    Detectors,
+    FeatureDistance,
+    Views,
+    median3x3,
+    rms,
+)
+from rampart.hardening.model.images import Images
 
 
 def views(**changes: torch.Tensor) -> Views:
@@ -62,14 +70,16 @@ def test_feature_distance_is_the_mahalanobis_distance_to_the_nearest_mean() -> N
     torch.manual_seed(0)
     images = blobs(60, size=16)
     classifier = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16)).eval()
-    distance = FeatureDistance(10, classifier.feature_size)
-    distance.fit(classifier, images, shrinkage=0.5)
+    distance = FeatureDistance(10, classifier.feature_size, shrinkage=0.5)
+    distance.fit(classifier, images)
     with torch.no_grad():
         features = classifier.embed(images.image.permute(0, 3, 1, 2).float() / 255)
     means = torch.stack([features[images.label == k].mean(0) for k in range(10)])
     torch.testing.assert_close(distance.means, means)
     gap = (features[:, None] - means) @ distance.whiten  # (N, K, F)
-    torch.testing.assert_close(distance(features), gap.norm(dim=2).amin(1), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        distance.distances(features), gap.norm(dim=2).amin(1), rtol=1e-3, atol=1e-2
+    )
     centred = (features - means[images.label]) @ distance.whiten
     # Whitened with the diagonal half kept: each direction has the order of unit variance.
     assert 0.2 < float(centred.square().mean()) < 2

@@ -17,7 +17,11 @@ import torch
 from blobs import blobs
 from trajectory import STEPS, TORCHRUN, trajectory
 
-from hardening import checkpoint, distributed
+from rampart.hardening.model import checkpoint
+from rampart.hardening.train import distributed
+from rampart.hardening.train import state as states
+
+pytestmark = pytest.mark.training
 
 Losses = dict[int, float]  # by step
 Alone = Callable[[str, str], tuple[Path, Losses]]
@@ -46,10 +50,10 @@ def test_two_processes_train_as_one_does(
     assert list(one) == list(two) == list(range(STEPS))
     assert two == pytest.approx(one, abs=1e-4)
     assert max(one.values()) - min(one.values()) > 0.05  # a run that stands still proves nothing
-    states = [checkpoint.read_state(run) for run in (folder, tmp_path / "two")]
-    assert states[0] is not None
-    assert states[1] is not None
-    for row, other in zip(states[0]["history"], states[1]["history"], strict=True):
+    both = [states.read(run) for run in (folder, tmp_path / "two")]
+    assert both[0] is not None
+    assert both[1] is not None
+    for row, other in zip(both[0]["history"], both[1]["history"], strict=True):
         known = {name: row[name] for name in ("loss", "clean", "pgd10")}
         assert {name: other[name] for name in known} == pytest.approx(known, abs=1e-4)
 
@@ -74,7 +78,8 @@ def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> N
     script = tmp_path / "differ.py"
     script.write_text(
         "import torch\nfrom pathlib import Path\nfrom blobs import blobs\n"
-        "from hardening import distributed\nfrom hardening.train import Run\n"
+        "from rampart.hardening.train import distributed\n"
+        "from rampart.hardening.train.loop import Run\n"
         "distributed.join(torch.device('cpu'))\n"
         "images = blobs(8 + distributed.place()[0])\n"
         f"run = Run(Path({str(tmp_path)!r}), 'settings', {{}})\n"

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from hardening import calibrate, checkpoint, victims
-from hardening import evaluate as evaluation
-from hardening import pipeline as pipelines
-from hardening.attacks import Threat
-from hardening.data import Images
-from hardening.evaluate import Evaluation
-from hardening.models import Classifier, ClassifierConfig
-from hardening.rungs import Budget
-from hardening.victims import Victim
+from rampart.hardening.attack import victims
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Victim
+from rampart.hardening.judge import evaluate as evaluation
+from rampart.hardening.judge.evaluate import Evaluation
+from rampart.hardening.model import calibrate, checkpoint
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.card import Subject
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.images import Images
 
 THREAT = Threat("Linf", 4 / 255)
 BUDGET = Budget(steps=4, targets=1, queries=20, standard=False)
@@ -58,7 +60,7 @@ def whole(
 
 
 def figures(done: Evaluation, subject: str, variant: str) -> dict[str, float]:
-    return {m.name: m.value for m in done.metrics if (m.subject, m.variant) == (subject, variant)}
+    return {m.name: m.value for m in done.metrics if m.subject == Subject.parse(subject, variant)}
 
 
 def test_the_worst_case_is_no_better_than_any_rung(whole: Evaluation) -> None:
@@ -133,7 +135,9 @@ def test_one_attack_alone_is_reported_at_full_eps(
 ) -> None:
     done = run(attacked[2:3], few, tmp_path, "joint_apgd")
     assert [m.name for m in done.metrics] == ["clean", "clean_rejection", "joint_apgd"]
-    assert {(f.rung.victim.subject, f.rung.threat) for f in done.found} == {("pipeline", THREAT)}
+    assert {(f.rung.victim.subject.kind, f.rung.threat) for f in done.found} == {
+        ("pipeline", THREAT)
+    }
 
 
 def test_a_rate_that_the_calibration_cannot_back_is_refused_at_once(tiny_folder: Path) -> None:
@@ -149,7 +153,7 @@ def test_a_label_attack_does_not_depend_on_the_calibration(attacked: list[Victim
     for one, two in zip(
         *(evaluation.ladder([v], THREAT, BUDGET, 4) for v in (full, other)), strict=True
     ):
-        assert (one.fingerprint == two.fingerprint) == (one.name in evaluation.LABEL_RUNGS)
+        assert (one.fingerprint == two.fingerprint) == (one.aim == "label")
 
 
 def test_an_unknown_attack_is_named_with_the_known_ones(
@@ -165,7 +169,7 @@ def test_lean_alone_has_no_label_to_attack_and_its_int8_form_has_one(
     lean = attacked[2]
     with pytest.raises(ValueError, match="pgd20 is made on the classifier: leave out --variant"):
         run([lean], few, tmp_path, "pgd20")
-    lower = lean._replace(subject="graph:int8")
+    lower = lean._replace(subject=Subject.parse("graph:int8", "lean"))
     done = run([lean, lower], few, tmp_path, "pgd20")
     assert figures(done, "graph:int8", "lean").keys() == {"clean", "clean_rejection", "pgd20"}
     assert figures(done, "pipeline", "lean").keys() == {"clean", "clean_rejection"}
@@ -175,7 +179,7 @@ def test_what_a_purifier_answers_depends_on_its_code(
     attacked: list[Victim], few: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = attacked[0]
-    purified = bare._replace(subject="+ purifier")
+    purified = bare._replace(subject=Subject("+ purifier"))
     assert not purified.rejects
 
     def made(victim: Victim) -> set[Path]:

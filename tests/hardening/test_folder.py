@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hardening import report
-from hardening.folder import (
-    best_variant,
+from rampart.hardening.model.folder import (
     calibrated,
     deliver,
     held_beside,
@@ -14,17 +12,7 @@ from hardening.folder import (
     sibling,
     trained_on,
 )
-
-
-def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
-    model = shutil.copytree(tiny_folder, tmp_path / "tiny")
-    assert best_variant(model) == "full"
-    report.write_card(model, {"ablation": {"default": {"variant": "lean"}}})
-    assert best_variant(model) == "lean"
-    (model / "calibration-lean.json").unlink()
-    assert best_variant(model) == "full"
+from rampart.hardening.report import card as report
 
 
 def test_a_folder_that_is_not_calibrated_says_what_makes_it_so(tmp_path: Path) -> None:
@@ -39,6 +27,7 @@ def test_a_twin_is_the_folder_beside_that_is_called_undefended(tmp_path: Path) -
 
 
 ROW = {"subject": "classifier", "variant": "-", "name": "clean", "value": 0.5, "data": "d"}
+ROW |= {"n": 10, "interval": [0.4, 0.6], "command": "c"}
 
 
 def test_the_images_of_training_are_known_by_name_and_by_command() -> None:

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from hardening.foreign import adopt
-from hardening.models import ClassifierConfig
+from rampart.hardening.model.classifier import ClassifierConfig
+from rampart.hardening.model.foreign import adopt
 
 State = dict[str, Tensor]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -5,9 +5,12 @@ import torch
 from blobs import blobs
 from torch import Tensor
 
-from hardening.attacks import Threat
-from hardening.data import Batch, to_float
-from hardening.methods import (
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.train.data import Batch
+from rampart.hardening.train.methods import (
     GAT_LAMBDA,
     MART_LAMBDA,
     METHODS,
@@ -17,8 +20,6 @@ from hardening.methods import (
     classification,
     rectification,
 )
-from hardening.models import Classifier, ClassifierConfig
-from hardening.noise import Noise
 
 THREAT = Threat("Linf", 8 / 255)
 

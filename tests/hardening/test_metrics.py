@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hardening import metrics
+from rampart.hardening.judge import metrics
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,10 @@ def test_no_difference_in_n_images_leaves_room_for_three_in_n() -> None:
 def test_the_true_positive_rate_is_taken_where_no_more_clean_images_are_flagged() -> None:
     clean = np.arange(100, dtype=float)
     attacked = np.array([98.5, 99.5, 94.0, 0.0])
-    assert metrics.tpr_at_fpr(clean, attacked, 0.01) == 0.5  # above 98: one clean image flagged
-    assert metrics.tpr_at_fpr(clean, attacked, 0.05) == 0.5  # above 94, strictly
-    assert metrics.tpr_at_fpr(clean, attacked, 0.06) == 0.75
+    curve = metrics.roc(clean, attacked)
+    assert metrics.tpr_at_fpr(*curve, 0.01) == 0.5  # above 98: one clean image flagged
+    assert metrics.tpr_at_fpr(*curve, 0.05) == 0.5  # above 94, strictly
+    assert metrics.tpr_at_fpr(*curve, 0.06) == 0.75
 
 
 def test_detection_figures_come_with_intervals_that_hold_them() -> None:
@@ -59,5 +60,5 @@ def test_no_detection_of_few_images_is_certain() -> None:
 
 def test_an_auroc_of_one_half_means_no_separation() -> None:
     clean = np.arange(50, dtype=float)
-    assert metrics.auroc(clean, clean) == 0.5
-    assert metrics.auroc(clean, clean + 100) == 1.0
+    assert metrics.detection(clean, clean)["auroc"][0] == 0.5
+    assert metrics.detection(clean, clean + 100)["auroc"][0] == 1.0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.models import get_model
 
-from hardening.models import ARCHITECTURES, Classifier, ClassifierConfig
+from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
 
 FAMILIES = ("resnet50", "vgg11_bn", "alexnet", "googlenet", "squeezenet1_1", "timm:resnet10t")
 

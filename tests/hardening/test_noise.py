@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hardening.noise import Noise, mix
+from rampart.hardening.attack.noise import Noise, mix
 
 INDEX = torch.arange(200)
 

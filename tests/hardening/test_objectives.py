@@ -2,14 +2,12 @@ import pytest
 import torch
 from blobs import Learned
 
-from handlers.verdict import Calibration
-from hardening.attacks import Threat, pgd, random_start
-from hardening.data import Images, to_float
-from hardening.noise import Noise
-from hardening.objectives import (
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.objectives import (
     HANDLINGS,
     RANK,
-    Seen,
+    View,
     as_loss,
     flood,
     look_at,
@@ -17,12 +15,15 @@ from hardening.objectives import (
     targeted,
     untargeted,
 )
-from hardening.pipeline import DefendedClassifier
+from rampart.hardening.attack.pgd import Threat, pgd, random_start
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float
 
 
-def guarded(learned: Learned, x: torch.Tensor) -> Seen:
+def guarded(learned: Learned, x: torch.Tensor) -> View:
     """A detector that rejects dark images, beside the learned network."""
-    return Seen(learned.model(x), 0.5 - x.mean(dim=(1, 2, 3)))
+    return View(learned.model(x), 0.5 - x.mean(dim=(1, 2, 3)))
 
 
 def test_only_a_wrong_label_that_is_accepted_wins(learned: Learned) -> None:
@@ -81,7 +82,7 @@ def test_every_handling_brings_wrong_images_closer_to_being_accepted(
         label = look(x).logits.argmax(1)
     threat = Threat()
     margins = []
-    for view in (lambda x: Seen(look(x).logits), look):
+    for view in (lambda x: View(look(x).logits), look):
         objective = mislead(view, untargeted(label), label, handling=handling, weight=3.0)
         start = random_start(x, threat, Noise(torch.arange(len(x))))
         loss = as_loss(objective, len(x))

@@ -6,13 +6,16 @@ import torch
 from blobs import Learned
 from PIL import Image
 
-from handlers.image import decode
-from hardening import calibrate, checkpoint, outside, victims
-from hardening import pipeline as pipelines
-from hardening.alarms import photographs, saved
-from hardening.data import Images, to_float
-from hardening.noise import Noise
-from hardening.rungs import Budget
+from rampart.handlers.image import decode
+from rampart.hardening.attack import victims
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.judge import outside
+from rampart.hardening.judge.alarms import photographs, saved
+from rampart.hardening.model import calibrate, checkpoint
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float
 
 BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from export.to_onnx import to_onnx
-from handlers.engine import Engine
-from hardening import pipeline as pipelines
-from hardening.data import Images, to_float, to_uint8
-from hardening.detectors import FULL, LEAN, median3x3
-from hardening.pipeline import DefendedClassifier
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.detectors import FULL, LEAN, median3x3
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float, to_uint8
 
 
 def test_full_answers_from_the_purified_view_and_keeps_the_raw_one(

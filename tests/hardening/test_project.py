@@ -2,9 +2,9 @@ import pytest
 import torch
 from blobs import blobs
 
-from hardening.data import to_float
-from hardening.project import decoded, project
-from hardening.purifier import Purifier, PurifierConfig
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.project import decoded, project
+from rampart.hardening.model.purifier import Purifier, PurifierConfig
 
 
 @pytest.fixture

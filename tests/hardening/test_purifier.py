@@ -4,12 +4,15 @@ import pytest
 import torch
 from blobs import blobs
 
-from hardening import checkpoint
-from hardening.attacks import Threat
-from hardening.models import Classifier, ClassifierConfig
-from hardening.pipeline import load_purifier
-from hardening.purifier import Critic, Purifier, PurifierConfig, PurifierRecipe, train_purifier
-from hardening.train import Precision
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.pipeline import load_purifier
+from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.train import state as states
+from rampart.hardening.train.loop import Precision
+from rampart.hardening.train.purifier import Critic, PurifierRecipe, train_purifier
+
+pytestmark = pytest.mark.training
 
 SMALL = PurifierConfig(width=8, depth=1)
 
@@ -49,7 +52,7 @@ def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alo
     recipe = recipe._replace(precision=precision)
     images = blobs(256, size=16), blobs(64, size=16, seed=1)
     best = train_purifier(classifier, SMALL, recipe, tmp_path, images)
-    state = checkpoint.read_state(tmp_path)
+    state = states.read(tmp_path)
     assert state is not None
     losses = [row["loss"] for row in state["history"]]
     assert losses[-1] < losses[0]

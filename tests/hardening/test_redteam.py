@@ -2,7 +2,7 @@
 
 Only its graph is a toy: mean brightness decides, and a detector looks at how much pixels differ
 from their neighbours. So each expected verdict is plain arithmetic. (TorchServe takes 15 s to
-start; tests/handlers has it.)
+start; tests/handlers and tests/launch have it.)
 """
 
 import json
@@ -18,14 +18,27 @@ import pytest
 import torch
 from PIL import Image
 
-from handlers.image import ImageError, decode
-from handlers.protocol import read
-from handlers.queries import Watch
-from handlers.stores import open_store
-from handlers.verdict import Calibration, Judge, Policy
-from hardening import redteam
-from hardening.data import Images
-from hardening.redteam import ATTACKS, FILE, Answer, Endpoint, Outcome, Probe, Settings
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import decode
+from rampart.handlers.protocols.choice import read
+from rampart.handlers.queries.stores import open_store
+from rampart.handlers.queries.watch import Watch
+from rampart.handlers.types import Incoming
+from rampart.handlers.verdict import Calibration, Judge, Policy
+from rampart.hardening.attack import redteam
+from rampart.hardening.attack.redteam import (
+    ATTACKS,
+    FILE,
+    Answer,
+    Endpoint,
+    Outcome,
+    Probe,
+    Settings,
+)
+from rampart.hardening.attack.redteam.probe import MAX_REPEATS, AttackEnd, as_float, scores
+from rampart.hardening.attack.redteam.run import _alike
+from rampart.hardening.model.images import Images
+from rampart.hardening.report import redteam as report
 
 CLASSES = ("dark", "bright", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 THRESHOLD = 128
@@ -58,7 +71,7 @@ class Toy(ThreadingHTTPServer):
     def answer(self, body: bytes) -> tuple[int, Any]:
         try:
             images = [
-                decode(item, 32) for item in read({"body": body}, {}).images if is_bytes(item)
+                decode(item, 32) for item in read(Incoming({}, [body])).images if is_bytes(item)
             ]
         except ImageError as error:
             return error.code, {"code": error.code, "type": error.type, "message": error.message}
@@ -143,8 +156,8 @@ def probe_of(endpoint: Endpoint, brightness: int, *, budget: int = 99) -> Probe:
 def send(probe: Probe, *images: np.ndarray) -> np.ndarray | None:
     """Probabilities, or None where the probe ends the attack."""
     try:
-        return probe(np.concatenate([redteam.as_float(image) for image in images]))
-    except redteam._Over:
+        return probe(np.concatenate([as_float(image) for image in images]))
+    except AttackEnd:
         return None
 
 
@@ -198,7 +211,7 @@ def test_success_counts_inside_the_ball_only(endpoint: Endpoint) -> None:
 def test_what_is_sent_is_rounded_before_it_is_judged(toy: Toy, endpoint: Endpoint) -> None:
     probe = probe_of(endpoint, 121)
     x = np.full((1, 3, 32, 32), 129.4 / 255)
-    with pytest.raises(redteam._Over):
+    with pytest.raises(AttackEnd):
         probe(x)
     assert np.array_equal(toy.seen[0], flat(129))
     assert (probe.success, probe.distance) == (1, 8)
@@ -242,17 +255,15 @@ def test_an_answer_is_remembered_and_not_paid_twice(toy: Toy, endpoint: Endpoint
 
 def test_an_attack_that_goes_in_circles_is_ended(endpoint: Endpoint) -> None:
     probe = probe_of(endpoint, 40)
-    answers = [send(probe, flat(40)) for _ in range(redteam.MAX_REPEATS + 2)]
+    answers = [send(probe, flat(40)) for _ in range(MAX_REPEATS + 2)]
     assert answers[-2] is not None
     assert answers[-1] is None
 
 
 def test_scores_spread_what_the_top_classes_leave() -> None:
     top = ((3, 0.5), (1, 0.2), (0, 0.1))
-    assert redteam.scores(Answer(3, top, ("", "")), 1, 5) == pytest.approx(
-        [0.1, 0.2, 0.1, 0.5, 0.1]
-    )
-    assert redteam.scores(Answer(None, top, ("", "")), 1, 5) == pytest.approx([0, 1, 0, 0, 0])
+    assert scores(Answer(3, top, ("", "")), 1, 5) == pytest.approx([0.1, 0.2, 0.1, 0.5, 0.1])
+    assert scores(Answer(None, top, ("", "")), 1, 5) == pytest.approx([0, 1, 0, 0, 0])
 
 
 def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
@@ -355,7 +366,7 @@ def test_a_run_of_another_model_or_other_images_is_refused(
 def test_a_model_is_known_by_what_it_says_of_an_image_but_for_rounding(
     was: list[list[float]], now: tuple[tuple[int, float], ...], alike: bool
 ) -> None:
-    assert redteam._alike(was, now) is alike
+    assert _alike(was, now) is alike
 
 
 def test_only_loopback_is_attacked_without_a_word() -> None:
@@ -432,14 +443,14 @@ def outcomes(*, eps: int = 8, name: str = "square") -> list[Outcome]:
 
 
 def test_the_curve_is_the_share_fooled_by_each_query() -> None:
-    queries, share = redteam.curve(outcomes())
+    queries, share = report.curve(outcomes())
     at = dict(zip(queries.tolist(), share.tolist(), strict=True))
     assert (at[1], at[9], at[10], at[29], at[30], at[100]) == (0.25, 0.25, 0.5, 0.5, 0.75, 0.75)
     assert max(at) == 100
 
 
 def test_the_summary_tells_clean_errors_from_fooled_images() -> None:
-    text = redteam.summary(outcomes(name="simba") + outcomes())
+    text = report.summary(outcomes(name="simba") + outcomes())
     first, second = text.splitlines()
     assert first.startswith("square")
     assert second.startswith("simba")
@@ -459,7 +470,7 @@ def test_the_query_that_gives_an_attack_away_is_kept_and_told(
     (outcome,) = redteam.redteam(endpoint, images, tmp_path, attacks=["simba"], budget=30)
     assert outcome.noticed is not None and 2 <= outcome.noticed <= 10
     assert redteam.read(tmp_path) == [outcome]
-    text = redteam.summary([outcome])
+    text = report.summary([outcome])
     assert text.endswith(f"noticed on 1, at query {outcome.noticed} (median)")
 
 
@@ -477,17 +488,17 @@ def test_an_attack_goes_on_though_it_is_throttled(
 
 def test_the_picture_shows_two_runs_of_one_eps(tmp_path: Path) -> None:
     some = [outcome for name in ATTACKS for outcome in outcomes(name=name)]
-    one = redteam.picture({"defended": some}, tmp_path / "one.png").read_bytes()
-    two = redteam.picture({"defended": some, "bare": outcomes()}, tmp_path / "two.png").read_bytes()
+    one = report.picture({"defended": some}, tmp_path / "one.png").read_bytes()
+    two = report.picture({"defended": some, "bare": outcomes()}, tmp_path / "two.png").read_bytes()
     assert one != two
     with Image.open(tmp_path / "two.png") as picture:
         assert picture.width == 1000
     with pytest.raises(ValueError, match=r"eps \[4, 8\] do not"):
-        redteam.picture({"a": some, "b": outcomes(eps=4)}, tmp_path / "no.png")
+        report.picture({"a": some, "b": outcomes(eps=4)}, tmp_path / "no.png")
     with pytest.raises(ValueError, match="no outcomes in a"):
-        redteam.picture({"a": [], "b": some}, tmp_path / "no.png")
+        report.picture({"a": [], "b": some}, tmp_path / "no.png")
 
 
 def test_every_attack_has_a_look_of_its_own() -> None:
-    assert list(redteam.LOOKS) == list(ATTACKS)
-    assert len(set(redteam.LOOKS.values())) == len(ATTACKS)
+    assert list(report.LOOKS) == list(ATTACKS)
+    assert len(set(report.LOOKS.values())) == len(ATTACKS)

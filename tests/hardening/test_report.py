@@ -5,20 +5,21 @@ from typing import Any
 
 import pytest
 
-from hardening import report
-from hardening.attacks import Threat
-from hardening.metrics import Metric
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge.metrics import Metric
+from rampart.hardening.model.card import Subject
+from rampart.hardening.report import card as report
 
 
 def test_a_row_carries_threat_count_and_interval() -> None:
-    metric = Metric("pipeline", "full", "pgd20", 0.5, 100, Threat("Linf", 8 / 255))
+    metric = Metric(Subject("pipeline", "full"), "pgd20", 0.5, 100, Threat("Linf", 8 / 255))
     row = report.row(metric, data="test", command="rampart evaluate")
     assert (row["norm"], row["eps"], row["n"]) == ("Linf", "8/255", 100)
     assert row["interval"][0] < 0.5 < row["interval"][1]
 
 
 def test_a_clean_figure_names_no_threat() -> None:
-    row = report.row(Metric("classifier", "-", "clean", 0.9, 10), data="", command="")
+    row = report.row(Metric(Subject("classifier"), "clean", 0.9, 10), data="", command="")
     assert "eps" not in row
     assert "norm" not in row
 
@@ -26,12 +27,16 @@ def test_a_clean_figure_names_no_threat() -> None:
 def test_new_figures_replace_the_same_ones_and_no_others() -> None:
     threats = (None, Threat("Linf", 8 / 255), Threat("L2", 0.5))
     old = [
-        report.row(Metric("pipeline", "full", "pgd20", 0.5, 10, t), data="d", command="old")
+        report.row(
+            Metric(Subject("pipeline", "full"), "pgd20", 0.5, 10, t), data="d", command="old"
+        )
         for t in threats
     ]
     new = [
         report.row(
-            Metric("pipeline", "full", "pgd20", 0.4, 10, threats[1]), data="d", command="new"
+            Metric(Subject("pipeline", "full"), "pgd20", 0.4, 10, threats[1]),
+            data="d",
+            command="new",
         )
     ]
     merged = report.merge(old, new)
@@ -44,7 +49,9 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
 
 def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     strong, weak = (
-        report.row(Metric("pipeline", "full", "robust", v, 10, Threat(), a), data="d", command="c")
+        report.row(
+            Metric(Subject("pipeline", "full"), "robust", v, 10, Threat(), a), data="d", command="c"
+        )
         for v, a in ((0.3, "100 steps"), (0.4, "20 steps"))
     )
     assert report.merge([strong], [weak]) == [strong, weak]
@@ -56,7 +63,9 @@ def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
 def test_a_later_attack_that_leaves_fewer_counts_in_the_worst_case() -> None:
     figures = (("robust", 0.4), ("robust_with_rejection@1%", 0.5), ("autoattack", 0.3))
     rows = [
-        report.row(Metric("pipeline", "full", name, v, 10, Threat(), "A"), data="d", command="c")
+        report.row(
+            Metric(Subject("pipeline", "full"), name, v, 10, Threat(), "A"), data="d", command="c"
+        )
         for name, v in figures
     ]
     text = report.markdown({"threat_model": "Linf 8/255", "metrics": rows})
@@ -65,11 +74,13 @@ def test_a_later_attack_that_leaves_fewer_counts_in_the_worst_case() -> None:
 
 
 def test_figures_at_another_rate_of_false_alarms_stand_beside_the_usual_ones() -> None:
-    metric = Metric("pipeline", "full", "clean_rejection", 0.01, 100)
+    metric = Metric(Subject("pipeline", "full"), "clean_rejection", 0.01, 100)
     usual = report.row(metric, data="d", command="c")
     often = report.row(metric._replace(value=0.2), data="d", command="c", rate=0.2)
     bare, worst = (
-        report.row(metric._replace(variant="-", name=name), data="d", command="c", rate=0.2)
+        report.row(
+            metric._replace(subject=Subject("pipeline"), name=name), data="d", command="c", rate=0.2
+        )
         for name in ("pgd20", "robust")
     )
     assert report.merge([usual], [often]) == [usual, often]
@@ -83,7 +94,7 @@ def test_what_int8_costs_is_of_the_same_validation_images_and_attacks(tmp_path: 
     def row(
         subject: str, value: float, n: int, attack: str = "a", *, name: str = "robust"
     ) -> dict[str, Any]:
-        metric = Metric(subject, "full", name, value, n, Threat(), attack)
+        metric = Metric(Subject.parse(subject, "full"), name, value, n, Threat(), attack)
         return report.row(metric, data=f"{n} of validation split of d", command="c")
 
     apart = [row("pipeline", 0.5, 600), row("graph:int8", 0.2, 600, "another attack")]
@@ -109,7 +120,7 @@ def test_what_int8_costs_is_of_the_same_validation_images_and_attacks(tmp_path: 
 
 
 def test_the_table_shows_every_figure_with_its_interval() -> None:
-    metric = Metric("pipeline", "full", "pgd20", 0.4213, 617, Threat())
+    metric = Metric(Subject("pipeline", "full"), "pgd20", 0.4213, 617, Threat())
     text = report.table([report.row(metric, data="", command="")])
     assert "42.1%" in text
     assert "38.3% to 46.1%" in text
@@ -144,7 +155,7 @@ def card_of(*metrics: Metric) -> dict[str, Any]:
 
 
 def test_a_card_that_breaks_its_schema_is_refused_with_the_place() -> None:
-    card = card_of(Metric("pipeline", "full", "pgd20", 0.5, 10, Threat(), "PGD"))
+    card = card_of(Metric(Subject("pipeline", "full"), "pgd20", 0.5, 10, Threat(), "PGD"))
     report.check_card(card)
     card["metrics"][0]["value"] = 1.5
     with pytest.raises(ValueError, match=r"metrics\[0\]\.value: 1\.5"):
@@ -165,10 +176,10 @@ def test_entries_go_into_a_card_and_a_broken_one_leaves_it_as_it_was(tmp_path: P
 
 def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
     card = card_of(
-        Metric("pipeline", "full", "pgd20", 0.4, 10, Threat(), "PGD"),
-        Metric("pipeline", "full", "pgd20", 0.42, 100, Threat(), "PGD"),
-        Metric("pipeline", "full", "pgd20", 0.6, 1000, Threat(eps=2 / 255), "PGD"),
-        Metric("pipeline", "full", "clean", 0.7, 100),
+        Metric(Subject("pipeline", "full"), "pgd20", 0.4, 10, Threat(), "PGD"),
+        Metric(Subject("pipeline", "full"), "pgd20", 0.42, 100, Threat(), "PGD"),
+        Metric(Subject("pipeline", "full"), "pgd20", 0.6, 1000, Threat(eps=2 / 255), "PGD"),
+        Metric(Subject("pipeline", "full"), "clean", 0.7, 100),
     )
     text = report.fenced(PLACE, "figures", report.markdown(card))
     assert "test (n = 10), Linf 8/255:" in text
@@ -191,12 +202,14 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
     runs = [[{"clean": 0.5, "pgd10": 0.3, "minutes": 30.0}] * 3, [{"minutes": 60.0}] * 2]
     standard = "AutoAttack, standard"
     figures = [
-        Metric("classifier", "-", "clean", 0.9, 10),
-        Metric("classifier", "-", "clean", 0.7, 100),
-        Metric("classifier", "-", "autoattack", 0.4, 100, Threat(), standard),
-        Metric("classifier", "-", "autoattack", 0.6, 100, Threat(eps=2 / 255), standard),
+        Metric(Subject("classifier"), "clean", 0.9, 10),
+        Metric(Subject("classifier"), "clean", 0.7, 100),
+        Metric(Subject("classifier"), "autoattack", 0.4, 100, Threat(), standard),
+        Metric(Subject("classifier"), "autoattack", 0.6, 100, Threat(eps=2 / 255), standard),
         # What it is where there are fewer than four classes.
-        Metric("classifier", "-", "autoattack", 0.5, 200, Threat(), "APGD-CE + Square, steps 100"),
+        Metric(
+            Subject("classifier"), "autoattack", 0.5, 200, Threat(), "APGD-CE + Square, steps 100"
+        ),
     ]
     for name, more in (("first", {"history": runs}), ("second", {})):
         (tmp_path / name).mkdir()

@@ -5,20 +5,20 @@ import torch
 from blobs import Learned
 from torch import Tensor
 
-from handlers.verdict import Calibration
-from hardening import rungs
-from hardening.attacks import Threat
-from hardening.data import Images
-from hardening.objectives import Seen, look_at
-from hardening.pipeline import DefendedClassifier
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.objectives import View, look_at
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 SMALL = rungs.Budget(steps=10, targets=3, queries=50, standard=False)
 
 
-def guarded(learned: Learned) -> Callable[[Tensor], Seen]:
+def guarded(learned: Learned) -> Callable[[Tensor], View]:
     """The learned network with a detector of bright images."""
     level = float(learned.x.mean(dim=(1, 2, 3)).quantile(0.25))
-    return lambda x: Seen(learned.model(x), x.mean(dim=(1, 2, 3)) - level)
+    return lambda x: View(learned.model(x), x.mean(dim=(1, 2, 3)) - level)
 
 
 @pytest.mark.parametrize("name", ["pgd20", "autoattack", "joint_apgd", "forced_rejection"])
@@ -87,8 +87,8 @@ def test_forced_rejection_makes_accepted_images_suspicious(learned: Learned) -> 
 
 
 def test_two_classes_are_enough_for_every_rung(learned: Learned) -> None:
-    def look(x: Tensor) -> Seen:
-        return Seen(learned.model(x)[:, :2])
+    def look(x: Tensor) -> View:
+        return View(learned.model(x)[:, :2])
 
     x = learned.x[:4]
     label = look(x).logits.argmax(1)

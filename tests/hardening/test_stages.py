@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from blobs import blobs
 
-from hardening.stages import digest, stages
+from rampart.hardening.train.stages import digest, stages
 
 
 class Job:

@@ -6,13 +6,13 @@ from blobs import blobs
 from PIL import Image
 from trajectory import trajectory
 
-from hardening import checkpoint
-from hardening.attacks import Threat
-from hardening.data import Images
-from hardening.methods import METHODS
-from hardening.models import Classifier, ClassifierConfig
-from hardening.pipeline import load_classifier
-from hardening.train import (
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.train import state as states
+from rampart.hardening.train.loop import (
     Precision,
     Recipe,
     Run,
@@ -23,6 +23,9 @@ from hardening.train import (
     ramp,
     train_classifier,
 )
+from rampart.hardening.train.methods import METHODS
+
+pytestmark = pytest.mark.training
 
 CONFIG = ClassifierConfig("resnet10", 10, width=0.125, image_size=16)
 RECIPE = Recipe(threat=Threat("Linf", 2 / 255), epochs=2, batch_size=32, lr=0.1, ema=0.5)
@@ -70,7 +73,7 @@ def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
     assert min(rest) in (8, 9)  # the ninth step was perhaps not saved
     assert list(whole) == sorted(cut | rest)
     assert cut | rest == pytest.approx(whole, abs=1e-6)
-    histories = [checkpoint.read_state(tmp_path / name)["history"] for name in ("whole", "cut")]
+    histories = [states.read(tmp_path / name)["history"] for name in ("whole", "cut")]
     for row, other in zip(*histories, strict=True):
         assert row.pop("minutes") > 0
         assert other.pop("minutes") > 0
@@ -103,7 +106,7 @@ def test_a_state_is_written_when_its_time_has_come(tmp_path: Path) -> None:
         trainer = Trainer(Classifier(CONFIG), RECIPE, tmp_path / str(every))
         trainer.run.save_every = every
         trainer.run.pass_over(blobs(64, size=16), trainer.step, epochs=1, batch_size=32)
-        folders.append(len(list((tmp_path / str(every)).glob("state-*"))))
+        folders.append(int((tmp_path / str(every) / "state.pt").is_file()))
     assert folders == [1, 0]
 
 
@@ -157,11 +160,13 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
     figures = iter([(0.5, 0.3), (0.7, 0.2), (0.6, 0.4)])
     chosen: list[float] = []
     monkeypatch.setattr(
-        "hardening.train.validate",
+        "rampart.hardening.train.loop.validate",
         lambda *_: dict(zip(("clean", "pgd10"), next(figures), strict=True)),
     )
-    monkeypatch.setattr("hardening.train.checkpoint.save", lambda *_: chosen.append(len(chosen)))
-    monkeypatch.setattr("hardening.train.pgd10", None)
+    monkeypatch.setattr(
+        "rampart.hardening.train.loop.checkpoint.save", lambda *_: chosen.append(len(chosen))
+    )
+    monkeypatch.setattr("rampart.hardening.train.loop.pgd10", None)
     train(tmp_path, RECIPE._replace(method="standard", epochs=3))
     assert len(chosen) == 2
 

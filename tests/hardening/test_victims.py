@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from export.quantize import quantize
-from handlers.engine import Engine
-from handlers.verdict import Calibration
-from hardening import evaluate as evaluation
-from hardening import victims
-from hardening.attacks import Threat
-from hardening.data import Images, to_float, to_uint8
-from hardening.pipeline import Defended, DefendedClassifier
-from hardening.rungs import Budget
+from rampart.export.quantize import quantize
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.attack import victims
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge import evaluate as evaluation
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import Defended, DefendedClassifier
+from rampart.hardening.model.pixels import to_float, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_the_int8_graph_is_a_victim_of_its_own(
     )
     seen = done.records["graph:int8 full"]
     assert seen.own("pgd20")[0].victim is int8  # attacked itself, and not through another
-    values = {m.name: m.value for m in done.metrics if m.subject == "graph:int8"}
+    values = {m.name: m.value for m in done.metrics if m.subject.text == "graph:int8"}
     assert values["clean"] == 1
     assert values["robust"] <= values["pgd20"]
     assert {"max_softmax full", "max_softmax:int8 full"} <= set(done.records)

@@ -13,6 +13,7 @@ import requests
 from clients import Attack, Target, attacks, good_answers
 
 ATTACKS = dict(attacks())
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""A model folder's variant as an ONNX graph: exported, held to the parity gate, lowered."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from skimage.data import data_dir
+from torch import Tensor
+
+from rampart.export import shipped
+from rampart.export.parity import check_close, compare
+from rampart.export.precision import lower
+from rampart.export.shipped import Parity
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.handlers.image import decode
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.files import Precision, graph_file, load_variant, ranges_file
+
+TOOLS = ("torch", "onnx", "onnxscript")
+
+
+def build(
+    folder: Path,
+    variant: pipelines.Variant,
+    out: Path,
+    *,
+    precision: Precision = "fp32",
+    images: Tensor | None = None,
+    rate: float = 0.01,
+) -> Parity:
+    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
+
+    `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
+    In fp16 and int8 it is written once the fp32 graph has passed, of what `rampart quantize` left.
+    """
+    pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
+    if images is None:
+        images = sample_crops(pipeline.classifier.config.image_size)
+    to_onnx(pipeline, out)
+    engine = Engine(out, device="cpu")
+    calibration = load_variant(folder, variant)
+    parity = compare(pipeline, engine, calibration, images, rate=rate)
+    if precision != "fp32":
+        lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
+        made = Engine(out, device="cpu"), load_variant(folder, variant, precision)
+        check_close((engine, calibration), made, images)
+    return parity
+
+
+def ship(folder: Path, variant: pipelines.Variant, precision: Precision = "fp32") -> Path:
+    """Build the graph into the model folder, with its record: packing then takes it as it is."""
+    shipped.check_made(folder, variant, precision)
+    file = graph_file(folder, variant, precision)
+    parity = build(folder, variant, file, precision=precision)
+    made_by = {tool: version(tool) for tool in TOOLS}
+    return shipped.record(folder, variant, precision, parity, made_by)
+
+
+def sample_crops(size: int, *, count: int = 32) -> Tensor:
+    """Crops (count, size, size, 3) of scikit-image's cat, a picture that needs no download."""
+    picture = torch.from_numpy(decode((Path(data_dir) / "chelsea.png").read_bytes(), size + 64))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(picture.shape[0] - size, (count,), generator=generator)
+    columns = torch.randint(picture.shape[1] - size, (count,), generator=generator)
+    places = zip(rows.tolist(), columns.tolist(), strict=True)
+    return torch.stack([picture[i : i + size, j : j + size] for i, j in places])

@@ -1,0 +1,149 @@
+"""Graphs that a model folder holds ready, so that packing it takes seconds and no torch.
+
+Beside graph-VARIANT.onnx lies graph-VARIANT.json: the hash of the graph, what it was made of, and
+what the parity gate measured. A graph counts only while all it was made of is what it was.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeGuard
+
+import rampart
+from rampart.hardening.model.card import read_card
+from rampart.hardening.model.files import Precision, calibration_file, graph_file, ranges_file
+
+BATCHES = (1, 2, 32)  # at which the parity gate compares
+PACKAGE = Path(rampart.__file__).parent
+# The code that makes a graph what it is.
+CODE = (
+    "hardening/model/classifier.py",
+    "hardening/model/purifier.py",
+    "hardening/model/detectors.py",
+    "hardening/model/pipeline.py",
+    "export/to_onnx.py",
+    "export/quantize.py",
+    "export/halve.py",
+)
+
+
+class Parity(NamedTuple):
+    """Largest differences between torch and the graph, and how many images were compared."""
+
+    images: int
+    logits: float  # also those before the purifier
+    scores: float
+    pixels: int  # levels
+    labels_differ: int
+    decisions_differ: int
+
+    def __str__(self) -> str:
+        return (
+            f"parity on {self.images} images at batch {', '.join(map(str, BATCHES))}:"
+            f" logits differ by at most {self.logits:.2g}, scores by {self.scores:.2g},"
+            f" purified pixels by {self.pixels};"
+            f" labels differ on {self.labels_differ}, decisions on {self.decisions_differ}"
+        )
+
+
+class Graph(NamedTuple):
+    """A graph that a model folder holds, and what the gate measured when it was made."""
+
+    file: Path
+    parity: Parity
+
+
+def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | None:
+    """The graph that a model folder holds of a variant; None without one, or where it is stale.
+
+    Raises ValueError where the file is not the one that its record is of.
+    """
+    file = graph_file(folder, variant, precision)
+    if not file.is_file() or not record_file(file).is_file():
+        return None
+    record = json.loads(record_file(file).read_text())
+    if record["made_of"] != ingredients(folder, variant, precision):
+        return None
+    if record["sha256"] != sha256(file):
+        raise ValueError(f"{file} is damaged: fetch it again, or `rampart export --ship` makes it")
+    return Graph(file, Parity(**record["parity"]))
+
+
+def record(
+    folder: Path, variant: str, precision: Precision, parity: Parity, made_by: dict[str, str]
+) -> Path:
+    """Write the record of the graph that was put into a model folder; `made_by` are versions."""
+    file = graph_file(folder, variant, precision)
+    entries = {
+        "sha256": sha256(file),
+        "made_of": ingredients(folder, variant, precision),
+        "made_by": made_by,
+        "parity": parity._asdict(),
+    }
+    record_file(file).write_text(json.dumps(entries, indent=1) + "\n")
+    return file
+
+
+def record_file(graph: Path) -> Path:
+    """Where the record of a model folder's graph is."""
+    return graph.with_suffix(".json")
+
+
+def ingredients(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
+    """Digests of what a graph is made of, and of what its gate decided by."""
+    return parts(folder, variant, precision) | {"code": code()}
+
+
+def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
+    """Digests of the files that such a form stands on, by name; of those that are there."""
+    files = [folder / "weights.safetensors", calibration_file(folder, variant, precision)]
+    if precision == "int8":
+        files.append(ranges_file(folder, variant))
+    return {file.name: sha256(file) for file in files if file.is_file()}
+
+
+def check_made(folder: Path, variant: str, precision: Precision) -> None:
+    """Raise ValueError where a form was not made, or made of other files than are there."""
+    if precision == "fp32":
+        return
+    known = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
+    if known != parts(folder, variant, precision):
+        missing = "was made of other files than these" if known else "was not made"
+        raise ValueError(
+            f"the {precision} form of {folder.name} {variant} {missing}:"
+            f" `rampart quantize --precision {precision}`"
+        )
+
+
+def code() -> str:
+    """Digest of the code that exports, whatever is said about it in comments."""
+    total = hashlib.sha256()
+    for name in CODE:
+        total.update("\n".join(bare((PACKAGE / name).read_text(encoding="utf-8"))).encode())
+    return total.hexdigest()
+
+
+def bare(source: str) -> Iterator[str]:
+    """The lines of Python that compute: no imports, no docstrings, no comments."""
+    silent: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom) or is_text(node):
+            silent.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    for number, line in enumerate(source.splitlines(), start=1):
+        if number not in silent and line.strip() and not line.lstrip().startswith("#"):
+            yield line.rstrip()
+
+
+def is_text(node: ast.AST) -> TypeGuard[ast.Expr]:
+    """Whether a node is a statement that is a string, as docstrings are."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Bodies and headers to requests, and answers to bodies; no server is known here."""

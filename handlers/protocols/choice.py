@@ -1,0 +1,102 @@
+"""Which protocol a request speaks: its body decides, the route it came by hardly matters.
+
+Taken are raw bytes, files of a form, JSON with base64 (KServe v1) and Open Inference Protocol v2.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import check_count
+from rampart.handlers.protocols import kserve_v1, open_inference
+from rampart.handlers.types import Answer, Incoming, Replier, Request
+
+# Of JSON, so much is read at most: a list takes 3 bytes on its way and 64 in memory.
+MAX_NUMBERS, MAX_VALUES = 2**19, 200_000
+PIXELS_A_NUMBER = 25  # that are decoded while one is read
+NO_IMAGE = ImageError(
+    415,
+    "no_image",
+    "the request carries no image: send the file itself (curl -T FILE, or --data-binary"
+    f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {kserve_v1.SHAPE}; over gRPC"
+    ' under the key "data"',
+)
+
+
+def read(incoming: Incoming) -> Request:
+    """The images of a request, and what answers it in the protocol that it speaks; what is wrong
+    with all of it is its one image."""
+    try:
+        body, binary = _body(incoming)
+    except ImageError as error:
+        return Request([error.bare()], plain)
+    if isinstance(body, list):
+        return Request(body, plain)
+    reply: Replier = plain if incoming.route == "predictions" else kserve_v1.reply
+    reply = open_inference.replier(body) if "inputs" in body else reply
+    try:
+        tensors = "inputs" in body
+        images = open_inference.images(body, binary) if tensors else kserve_v1.images(body)
+    except ImageError as error:
+        return Request([error.bare()], reply)
+    return Request(images, reply)
+
+
+def reading_cost(incoming: Incoming) -> int:
+    """What reading a request costs, in decoded pixels: numbers in JSON are read one by one."""
+    return sum(
+        part.count(b",") * PIXELS_A_NUMBER
+        for part in incoming.parts
+        if part.lstrip()[:1] in (b"{", b"[")
+    )
+
+
+def plain(answers: Sequence[Answer]) -> Answer:
+    """One answer as it is; several in a list."""
+    return answers[0] if len(answers) == 1 else kserve_v1.reply(answers)
+
+
+def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
+    """Encoded images, or a JSON object and what follows it.
+
+    Of a body of binary tensors the first bytes are JSON, as many as a header says.
+    """
+    if incoming.refusal:
+        raise incoming.refusal
+    if not incoming.parts:
+        raise NO_IMAGE
+    check_count(len(incoming.parts))
+    if len(incoming.parts) > 1:
+        return list(incoming.parts), b""
+    (data,) = incoming.parts
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):  # as no image starts
+        return [data], b""
+    length = incoming.headers.get("inference-header-content-length", "")
+    end = int(length) if re.fullmatch(r"[0-9]{1,9}", length) else len(data)
+    check_values(data[:end])
+    body = _parse_json(data[:end])
+    return (body if isinstance(body, Mapping) else {}), data[end:]
+
+
+def check_values(data: bytes) -> None:
+    """Raise ImageError where JSON has so much in it that it would take long, or fill memory."""
+    others = max(data.count(b"["), data.count(b"{"), data.count(b'"') // 2)
+    if data.count(b",") > MAX_NUMBERS or others > MAX_VALUES:
+        raise ImageError(
+            413,
+            "too_many_values",
+            f"the JSON has more than {MAX_NUMBERS} numbers, or {MAX_VALUES} lists, objects or"
+            " texts: send a binary tensor, or the picture itself",
+        )
+
+
+def _parse_json(data: bytes) -> object:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(
+            400, "malformed_json", f"the body is not JSON: send {kserve_v1.SHAPE}"
+        ) from error

@@ -1,0 +1,88 @@
+"""Queries are looked up beside the graph, which computes without Python: so a store adds hardly any
+latency, and one that hangs holds up no answer."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.queries.stores import FolderError, LateStore, Store, open_store
+from rampart.handlers.queries.watch import ENTRIES, Response, Watch
+from rampart.handlers.telemetry import Metrics
+from rampart.handlers.types import Pixels
+
+logger = logging.getLogger(__name__)
+
+QUERY_WAIT = 1.0  # seconds that answers wait for the query store once the graph is done
+Responses = list[Response | None]  # what becomes of each image, None for nothing
+
+
+def open_watch(settings: Mapping[str, Any], model: str) -> Watch | None:
+    """The watch for query attacks, where `query_store` names a store.
+
+    Raises ValueError for settings that make no sense.
+    """
+    address = settings.get("query_store")
+    if not address:
+        return None
+    expiry = float(settings.get("query_expiry", 3600))
+    entries = ENTRIES * int(settings.get("query_capacity", 100_000))
+    make = partial(open_store, str(address), entries=entries, expiry=expiry)
+    store: Store
+    try:
+        store = make()
+    except FolderError:  # of a restart too, so the server serves without it; `begin` says so
+        store = LateStore(make)
+    response = settings.get("on_query_attack", "alert")
+    return Watch(store, model, response=response, expiry=expiry)
+
+
+class Lookup:
+    """Asks a watch about batch after batch, in a thread of its own; without a watch, nothing."""
+
+    def __init__(self, watch: Watch | None, metrics: Metrics) -> None:
+        self._watch, self._metrics = watch, metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="queries")
+        self._last: Future[Responses] | None = None
+        if watch:
+            self._thread.submit(self._begin, watch)
+
+    def ask(
+        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+    ) -> Future[Responses] | None:
+        """Begin to look for near queries. A store that still has not answered is asked nothing."""
+        if self._watch is None or (self._last and not self._last.done()):
+            return None
+        self._last = self._thread.submit(self._look, self._watch, images, owners)
+        return self._last
+
+    def responses(self, question: Future[Responses] | None, count: int) -> Responses:
+        """What the store says of each image; nothing where it takes too long: a name server or a
+        lock that hangs must not hold up predictions."""
+        if question is None:
+            return [None] * count
+        if wait([question], QUERY_WAIT).done:
+            return question.result()
+        logger.error("No watch for query attacks: the store has not answered for %g s", QUERY_WAIT)
+        self._metrics.set("rampart_query_store_up", 0.0)
+        return [None] * count
+
+    def _begin(self, watch: Watch) -> None:
+        watch.begin()
+        self._metrics.set("rampart_query_store_up", float(watch.up))
+
+    def _look(
+        self, watch: Watch, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+    ) -> Responses:
+        began = time.perf_counter()
+        pixels = {i: image for i, image in enumerate(images) if not isinstance(image, ImageError)}
+        responses = watch.look(list(pixels.values()), [owners[i] for i in pixels])
+        self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, "queries")
+        self._metrics.set("rampart_query_store_up", float(watch.up))
+        for response in filter(None, responses):
+            self._metrics.count("rampart_query_alerts_total", response)
+        by_index = dict(zip(pixels, responses, strict=True))
+        return [by_index.get(i) for i in range(len(images))]

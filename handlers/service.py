@@ -1,0 +1,267 @@
+"""Requests to images, images through the graph, verdicts to replies; for whichever server asks."""
+
+import contextlib
+import json
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rampart.handlers.budget import Budget
+from rampart.handlers.contents import load_engine, verify
+from rampart.handlers.engine import Runs
+from rampart.handlers.errors import (
+    BUSY,
+    ENGINE_FAILURE,
+    RETRY_AFTER,
+    TOO_LONG,
+    TOO_SIMILAR,
+    ImageError,
+    unexpected,
+)
+from rampart.handlers.image import MAX_IMAGES, Picture, pictures_of, pixels_of
+from rampart.handlers.protocols.choice import plain, read, reading_cost
+from rampart.handlers.quarantine import Quarantine
+from rampart.handlers.queries.lookup import Lookup, open_watch
+from rampart.handlers.queries.watch import Response
+from rampart.handlers.settings import read_max_pixels, read_policy, read_threads
+from rampart.handlers.summary import summary
+from rampart.handlers.telemetry import Metrics
+from rampart.handlers.types import Answer, Incoming, Pixels, Reply, Request
+from rampart.handlers.verdict import Calibration, Judge, Verdict
+
+logger = logging.getLogger(__name__)
+
+ECHOED = ("x-request-id", "traceparent")  # headers of a request that its reply repeats
+MAX_REPLY = 1 << 22  # bytes; TorchServe ends a worker whose reply has more than 6,553,500
+
+
+class Service:
+    """One defended classifier. No request's fault reaches another request.
+
+    It answers one batch at a time: a server with several threads calls it from one of them.
+    """
+
+    def __init__(
+        self,
+        engine: Runs,
+        judge: Judge,
+        card: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        metrics: Metrics,
+    ) -> None:
+        self.summary, self.model = summary(card), judge.model  # what a client may ask about
+        self._engine, self._judge, self._metrics = engine, judge, metrics
+        self._size = engine.image_shape[0]
+        self._max_pixels = read_max_pixels(settings, self._size)
+        self._owner = str(settings.get("query_owner") or "").lower()
+        self._budget = Budget()
+        watch = open_watch(settings, judge.model["name"])
+        folder = settings.get("quarantine")
+        self._quarantine = Quarantine(Path(folder)) if folder else None
+        self._judge_zeros()
+        precision, calibration = card.get("precision", "fp32"), judge.calibration
+        metrics.calibration_images = calibration.images
+        metrics.set("rampart_engine_info", 1, engine.device, precision, calibration.variant)
+        metrics.set("rampart_false_alarm_rate", judge.policy.false_alarm_rate)
+        self._lookup = Lookup(watch, metrics)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None,
+        *,
+        name: str = "",
+        version: str = "",
+        workers: int | str = 1,
+        gpu: int = 0,
+    ) -> "Service":
+        """Check the hashes of an unpacked archive, load it, run its graph once.
+
+        `name` is the card's unless another is given; this is one of so many `workers`, which share
+        the cores. Raises ValueError of one line that names the file and the remedy.
+        """
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or pictures could fill the log
+        warnings.filterwarnings("ignore", module="PIL")
+        settings = settings or {}
+        try:
+            verify(folder)
+            card = json.loads((folder / "card.json").read_bytes())
+            model = {"name": name or str(card.get("name", "")), "version": version}
+            judge = load_judge(folder, settings, model)
+            threads = read_threads(settings, int(workers))
+            engine = load_engine(folder, settings.get("device", "cpu"), threads, gpu)
+            service = cls(engine, judge, card, settings, metrics or Metrics())
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Rampart cannot serve this archive: {reason}") from None
+        logger.info("Rampart serves on %s", engine.device)
+        return service
+
+    def _judge_zeros(self) -> None:
+        """Fail now, and not at the first request, if graph, calibration and labels do not fit."""
+        self._infer([np.zeros(self._engine.image_shape, dtype=np.uint8)])
+
+    def answer(self, batch: Sequence[Incoming]) -> list[Reply]:
+        """A reply to each request of a batch."""
+        self._budget.begin()
+        with self._timed("decode"):
+            requests = self._read(batch)
+            images = self._decode(requests)
+            owners = [
+                incoming.headers.get(self._owner, "") if self._owner else ""
+                for incoming, request in zip(batch, requests, strict=True)
+                for _ in request.images
+            ]
+        question = self._lookup.ask(images, owners)
+        with self._timed("graph"):
+            verdicts = self._infer_all(images)
+        responses = self._lookup.responses(question, len(images))
+        with self._timed("response"):
+            answers = map(self._answer, images, verdicts, responses)
+            joint = [_join(one, [next(answers) for _ in one.images]) for one in requests]
+            replies = list(map(self._reply, batch, joint))
+        if self._quarantine:
+            self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
+        self._budget.end()
+        return replies
+
+    def _read(self, batch: Sequence[Incoming]) -> list[Request]:
+        """The requests of a batch; one that takes long to read may be put off."""
+        costs = [(index, reading_cost(incoming)) for index, incoming in enumerate(batch)]
+        return [
+            Request([request], plain) if isinstance(request, ImageError) else request
+            for request in self._budget.spend(costs, lambda index: self._read_one(batch[index]))
+        ]
+
+    def _read_one(self, incoming: Incoming) -> Request:
+        if incoming.route == "describe":
+            return Request([], lambda _: (200, self.summary))
+        try:
+            return read(incoming)
+        except Exception as error:
+            return Request([unexpected(error)], plain)
+
+    def _decode(self, requests: Sequence[Request]) -> list[Pixels | ImageError]:
+        """The pixels of all images of a batch, in order, or what is wrong with each."""
+        pictures = [
+            (index, picture)
+            for index, request in enumerate(requests)
+            for picture in pictures_of(request.images, self._size, self._max_pixels)
+        ]
+        costs = [
+            (index, picture.cost if isinstance(picture, Picture) else 0)
+            for index, picture in pictures
+        ]
+        return self._budget.spend(costs, lambda at: pixels_of(pictures[at][1], self._size))
+
+    def _infer_all(self, images: Sequence[Pixels | ImageError]) -> list[Verdict | ImageError]:
+        """A whole batch by few runs of the graph; what is left when its time is up is put off."""
+        pixels = [image for image in images if not isinstance(image, ImageError)]
+        verdicts: list[Verdict | ImageError] = []
+        for start in range(0, len(pixels), MAX_IMAGES):
+            some = pixels[start : start + MAX_IMAGES]
+            if self._budget.is_spent():
+                verdicts += [BUSY] * len(some)
+                continue
+            self._metrics.observe("rampart_batch_images", len(some))
+            verdicts += self._try_infer(some)
+        each = iter(verdicts)
+        return [image if isinstance(image, ImageError) else next(each) for image in images]
+
+    def _try_infer(self, pixels: Sequence[Pixels]) -> list[Verdict | ImageError]:
+        """Verdicts; if the batch fails, image by image, so that only the image at fault fails."""
+        try:
+            return list(self._infer(pixels))
+        except Exception as error:
+            if len(pixels) > 1:
+                return [answer for image in pixels for answer in self._try_infer([image])]
+            # Not the message: TorchServe reads meaning into some.
+            logger.error("The graph failed on an image: %s", type(error).__name__)
+            return [ENGINE_FAILURE]
+
+    def _infer(self, pixels: Sequence[Pixels]) -> list[Verdict]:
+        outputs = self._engine.run(np.stack(pixels))  # (N, H, W, 3)
+        return self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
+
+    def _answer(
+        self,
+        image: Pixels | ImageError,
+        verdict: Verdict | ImageError,
+        response: Response | None,
+    ) -> Answer:
+        """An image's answer, once it is counted, and kept where that is wanted."""
+        if self._quarantine and isinstance(verdict, Verdict) and verdict.detected:
+            assert not isinstance(image, ImageError)
+            self._quarantine.keep(image, verdict)
+        verdict = _after_query(verdict, response)
+        if isinstance(verdict, ImageError):
+            self._metrics.count("rampart_images_total", "error")
+            self._metrics.count("rampart_errors_total", verdict.type)
+            return verdict.code, verdict.to_dict()
+        self._metrics.judged(verdict, "query" if response == "reject" else None)
+        return 200, verdict.to_dict()
+
+    def _reply(self, incoming: Incoming, answer: Answer) -> Reply:
+        status, content = answer
+        body = _json(content)
+        if len(body) > MAX_REPLY:
+            status, body = TOO_LONG.code, _json(TOO_LONG.to_dict())
+        headers = {"content-type": "application/json"}
+        if status in RETRY_AFTER:
+            headers["retry-after"] = f"{RETRY_AFTER[status]:.0f}"
+        for name in ECHOED:
+            value = incoming.headers.get(name, "")
+            if re.fullmatch(r"[!-~]{1,256}", value):  # a line break would end it
+                headers[name] = value
+        self._metrics.count("rampart_requests_total", str(status))
+        return Reply(status, headers, body)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, stage)
+
+
+def load_judge(folder: Path, settings: Mapping[str, Any], model: Mapping[str, str]) -> Judge:
+    """What judges by an unpacked archive's calibration and an operator's settings."""
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    return Judge(
+        labels=tuple(map(str, labels)),
+        calibration=Calibration.load(folder / "calibration.json"),
+        policy=read_policy(settings),
+        model=model,
+    )
+
+
+def _after_query(verdict: Verdict | ImageError, response: Response | None) -> Verdict | ImageError:
+    """A verdict on an image that is nearly one that came before, if there is a response to it."""
+    if response is None or isinstance(verdict, ImageError):
+        return verdict
+    if response == "throttle":
+        return TOO_SIMILAR
+    if verdict.detail is not None:
+        verdict = replace(verdict, detail={**verdict.detail, "similar_query": True})
+    return verdict.rejected() if response == "reject" else verdict
+
+
+def _join(request: Request, answers: Sequence[Answer]) -> Answer:
+    """A request's answer out of those of its images."""
+    try:
+        return request.reply(answers)
+    except Exception as error:  # or it would be the answer to every request of the batch
+        failure = unexpected(error)
+        return failure.code, failure.to_dict()
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,1 @@
+"""What looks for images that fool a model."""

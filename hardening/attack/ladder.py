@@ -1,0 +1,312 @@
+"""The rungs of the evaluation ladder: each turns clean images into the strongest it can find.
+
+RUNGS names them all; evaluation, ablation, tables and the page read it and nothing else of a rung.
+
+Sources: AutoAttack, Croce and Hein 2020, in its packaged official form (`pyautoattack`); joint
+attacks on classifier and detectors, Tramer et al. 2020 and Bryniarski et al. 2022.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.objectives import (
+    HANDLINGS,
+    Look,
+    View,
+    as_loss,
+    flood,
+    mislead,
+    targeted,
+    untargeted,
+)
+from rampart.hardening.attack.pgd import Objective, Threat, apgd, pgd, random_start
+from rampart.hardening.model.pixels import to_float, to_uint8
+
+
+class Budget(NamedTuple):
+    """What the attacker may spend on an image."""
+
+    steps: int = 100
+    targets: int = 9
+    queries: int = 5000
+    standard: bool = True  # AutoAttack as published; otherwise without FAB and by the numbers above
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, {self.targets} targets, {self.queries} queries"
+
+
+QUICK = Budget(steps=20, targets=3, queries=200, standard=False)
+# Multipliers of the penalty among which the joint attack chooses, by a pilot on a few images.
+WEIGHTS = (0.1, 1.0, 10.0)
+PILOT = 16
+
+
+def seeded(x: Tensor, seed: int) -> Noise:
+    """The same noise in every batch of as many images as x has."""
+    return Noise(torch.arange(len(x), device=x.device), seed=seed)
+
+
+def pgd20(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget | None = None
+) -> Tensor:
+    """PGD-20 on the label alone: steps of eps/4 from one random start, whatever the budget."""
+    loss = as_loss(mislead(lambda x: View(look(x).logits), untargeted(label), label), len(x))
+    start = random_start(x, threat, seeded(x, 0))
+    return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
+
+
+def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Official AutoAttack on the label alone; images that it cannot move come back clean."""
+    from pyautoattack import AutoAttack
+
+    class Logits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return look(x).logits.contiguous()
+
+    with torch.no_grad():
+        classes = look(x[:1]).logits.shape[1]
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # the ladder's own checks report
+    common = {"eps": threat.eps, "norm": threat.norm, "seed": 0, "device": x.device}
+    if budget.standard and classes >= 10:
+        attack = AutoAttack(Logits(), version="standard", **common)
+    else:
+        names = list(parts(budget, classes))
+        attack = AutoAttack(Logits(), version="custom", attacks=names, **common)
+        attack.apgd.n_iter = attack.apgd_targeted.n_iter = budget.steps
+        attack.apgd.n_restarts = attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
+        attack.apgd_targeted.n_target_classes = min(budget.targets, classes - 1)
+        attack.fab.n_target_classes = min(budget.targets, classes - 1)
+        attack.square.n_queries = budget.queries
+    attack.verbose = False
+    found, _ = attack.run_standard_evaluation(x.contiguous(), label, batch_size=len(x))
+    return torch.as_tensor(found).detach()
+
+
+def parts(budget: Budget, classes: int) -> dict[str, str]:
+    """The attacks that AutoAttack makes: what it calls them, and what people do."""
+    every = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+    # The DLR loss of apgd-t needs four classes.
+    left_out = {"apgd-t" if classes < 4 else "", "" if budget.standard else "fab-t"}
+    return {name: title for name, title in every.items() if name not in left_out}
+
+
+class Hunt:
+    """Auto-PGD from several sides, each on the images that the ones before left standing.
+
+    Of images that nothing beats the one is kept that `measure` says came closest: in 8 bits, or to
+    another victim, it may still win.
+    """
+
+    def __init__(self, measure: Objective, x: Tensor, threat: Threat, *, steps: int) -> None:
+        self.measure, self.x, self.threat, self.steps = measure, x, threat, steps
+        self.found, self.value = x.clone(), x.new_full((len(x),), -torch.inf)
+        self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.attacks = 0
+
+    def try_all(self, objective: Objective) -> None:
+        """Attack what is standing from a new random start."""
+        left = (~self.won).nonzero().squeeze(1)
+        start = random_start(self.x[left], self.threat, Noise(left, seed=self.attacks))
+        self.attacks += 1
+        if not len(left):
+            return
+        found, won = apgd(
+            lambda x, rows: objective(x, left[rows]),
+            self.x[left],
+            self.threat,
+            steps=self.steps,
+            start=start,
+        )
+        with torch.no_grad():
+            value = self.measure(found, left).value
+        closer = won | (value > self.value[left])
+        self.found[left[closer]] = found[closer]
+        self.value[left[closer]] = value[closer]
+        self.won[left] = won
+
+
+def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Be wrong and accepted, sought with every handling of the detectors and every target."""
+    with torch.no_grad():
+        clean = look(x)
+    target = clean.logits.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)
+    measure = mislead(look, untargeted(label), label)
+    hunt = Hunt(measure, x, threat, steps=budget.steps)
+    weight = 1.0
+    if clean.margin is not None:
+        weight = pilot(look, x, label, threat, steps=budget.steps)
+    for handling in HANDLINGS if clean.margin is not None else HANDLINGS[:1]:
+        loss = untargeted(label)
+        hunt.try_all(mislead(look, loss, label, handling=handling, weight=weight))
+    for rank in range(min(budget.targets, target.shape[1] - 1)):
+        loss = targeted(label, target[:, rank])
+        hunt.try_all(mislead(look, loss, label, handling="selective"))
+    return hunt.found
+
+
+def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
+    """The penalty's multiplier that wins most often on a few images, evenly spaced."""
+    every = max(1, len(x) // PILOT)
+    few, label, wins = x[::every], label[::every], {}
+    for weight in WEIGHTS:
+        objective = mislead(look, untargeted(label), label, handling="penalty", weight=weight)
+        start = random_start(few, threat, seeded(few, 0))
+        wins[weight] = int(apgd(objective, few, threat, steps=steps, start=start)[1].sum())
+    return max(wins, key=lambda weight: wins[weight])
+
+
+def forced_rejection(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget
+) -> Tensor:
+    """Clean images made suspicious: the denial-of-service side of every detector.
+
+    The label plays no part; every rung takes the same arguments.
+    """
+    hunt = Hunt(flood(look), x, threat, steps=budget.steps)
+    hunt.try_all(flood(look))
+    return hunt.found
+
+
+# look, x (N, 3, H, W), label (N,), then by name `threat` and `budget`; returns x attacked.
+Craft = Callable[..., Tensor]
+# What an attack wants: a wrong label; one that is accepted; a rejection.
+Aim = Literal["label", "joint", "flood"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One rung of the ladder: how it attacks, and what tables and the page say of it.
+
+    `effort` tells what it costs and is part of what a figure is compared by; `passes` estimates its
+    forward-backward passes an image. `shares` are the parts of eps at which it is made on what
+    rejects, beside all of eps. A `title` makes it a column of README, `main` a row of the main
+    drawing. `chosen` tells whether a budget wants it.
+    """
+
+    name: str
+    aim: Aim
+    craft: Craft
+    effort: Callable[[Budget, int], str]
+    passes: Callable[[Budget], float]
+    meaning: str
+    title: str = ""
+    main: bool = False
+    shares: tuple[float, ...] = ()
+    chosen: Callable[[Budget], bool] = lambda budget: True
+
+
+def standard_effort(budget: Budget, classes: int) -> str:
+    """How figures name AutoAttack; with few classes it is not the standard one."""
+    return "AutoAttack, standard" if classes >= 4 else short_effort(budget, classes)
+
+
+def short_effort(budget: Budget, classes: int) -> str:
+    """How figures name a part of AutoAttack."""
+    return f"{' + '.join(parts(budget, classes).values())}, {budget}"
+
+
+def autoattack_passes(budget: Budget) -> float:
+    """Passes of AutoAttack an image; the standard one makes about twice as many."""
+    return budget.steps * (1 + budget.targets) + budget.queries / 3
+
+
+# Shares of eps at which a rejection counts as an error, in the stratified figure.
+SMALL = (0.25, 0.5)
+RUNGS = (
+    Attack(
+        "pgd20",
+        "label",
+        pgd20,
+        lambda budget, classes: "PGD, 20 steps of eps/4",
+        lambda budget: 21,
+        meaning="label right under PGD-20",
+        title="PGD-20",
+        main=True,
+        shares=SMALL,
+    ),
+    Attack(
+        "autoattack",
+        "label",
+        autoattack,
+        standard_effort,
+        lambda budget: 2 * autoattack_passes(budget),
+        meaning="label right under AutoAttack",
+        title="AutoAttack",
+        main=True,
+        chosen=lambda budget: budget.standard,
+    ),
+    Attack(
+        "autoattack_short",
+        "label",
+        autoattack,
+        short_effort,
+        autoattack_passes,
+        meaning="label right under a part of AutoAttack",
+        title="AutoAttack, short",
+        main=True,
+        chosen=lambda budget: not budget.standard,
+    ),
+    Attack(
+        "joint_apgd",
+        "joint",
+        joint_apgd,
+        lambda budget, _: f"joint APGD (penalty, selective, orthogonal, targeted), {budget}",
+        lambda budget: budget.steps * (4 + budget.targets),
+        meaning="right or rejected under the joint attack",
+        title="joint attack, right or rejected",
+        main=True,
+    ),
+    Attack(
+        "forced_rejection",
+        "flood",
+        forced_rejection,
+        lambda budget, _: f"APGD on the detectors alone, {budget.steps} steps",
+        lambda budget: budget.steps,
+        meaning="rejected under an attack on the detectors alone",
+        shares=SMALL,
+    ),
+)
+
+
+def rungs_of(aim: Aim, budget: Budget) -> list[Attack]:
+    """The rungs that want this, and that the budget wants."""
+    return [attack for attack in RUNGS if attack.aim == aim and attack.chosen(budget)]
+
+
+def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
+    """x (N, 3, H, W) as the uint8 (N, H, W, 3) that a file carries, inside the ball of `image`.
+
+    Where eps lies between two levels, rounding must not leave the ball; an L2 ball is left by at
+    most what rounding adds.
+    """
+    pixels = to_uint8(x)
+    if threat.norm != "Linf":
+        return pixels
+    whole = int(threat.eps * 255 + 1e-6)
+    return (image + (pixels.int() - image).clamp(-whole, whole)).byte()
+
+
+def fool(look: Look, image: Tensor, threat: Threat, budget: Budget) -> Tensor:
+    """Attack each image uint8 (N, H, W, 3) away from its present label; returns 8-bit pixels.
+
+    The better of the joint attack and PGD-20 is kept: a changed label first, then acceptance.
+    """
+    x = to_float(image)
+    with torch.no_grad():
+        label = look(x).logits.argmax(1)
+    best, best_rank = image, torch.full_like(label, -1)
+    for found in (joint_apgd(look, x, label, threat, budget), pgd20(look, x, label, threat)):
+        pixels = in_8_bits(found, image, threat)
+        with torch.no_grad():
+            view = look(to_float(pixels))
+        accepted = 1 if view.margin is None else (view.margin <= 0).long()
+        rank = 2 * (view.logits.argmax(1) != label).long() + accepted
+        best = torch.where((rank > best_rank).view(-1, 1, 1, 1), pixels, best)
+        best_rank = torch.maximum(rank, best_rank)
+    return best

@@ -1,0 +1,136 @@
+"""What a red team sees of an endpoint: pictures go out, verdicts come back, nothing else."""
+
+import base64
+import http.client
+import ipaddress
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+SIMILAR = "similar_query"  # how the endpoint calls what it throttles
+UNNAMED = ("", "")  # a throttled answer tells no model
+
+
+class Answer(NamedTuple):
+    """What the endpoint says of one image; `label` is None where it flags or rejects it.
+
+    `top` are (class index, confidence) pairs, `model` is (name, version); `similar` where it takes
+    the image for part of a query attack, and shows that.
+    """
+
+    label: int | None
+    top: tuple[tuple[int, float], ...]
+    model: tuple[str, str]
+    similar: bool = False
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to send images, and the `classes` that its labels are to be found in.
+
+    Raises ValueError for a URL that is not of a prediction, and for a host other than loopback
+    unless it is `owned`: attacking somebody else's endpoint is a crime in most places.
+    """
+
+    url: str
+    classes: tuple[str, ...]
+    owned: bool = False
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{self.url} is no URL as http://127.0.0.1:8080/predictions/NAME")
+        if not self.owned and not _is_loopback(parts.hostname, parts.port):
+            raise ValueError(
+                f"{parts.hostname} is not this machine: attack only what is yours, and say so with"
+                " --i-own-this-endpoint"
+            )
+
+    def ask(self, images: Pixels) -> list[Answer]:
+        """The answers for uint8 (N, H, W, 3), N up to MAX_IMAGES, sent in one request.
+
+        Raises ConnectionError where nobody answers, and ValueError that quotes any answer but
+        N verdicts under known labels.
+        """
+        instances = [{"b64": base64.b64encode(_png(image)).decode()} for image in images]
+        status, text = self._post(json.dumps({"instances": instances}))
+        try:
+            body = json.loads(text)
+        except ValueError:
+            body = None
+        throttled = isinstance(body, dict) and body.get("type") == SIMILAR
+        if (status != 200 and not throttled) or not isinstance(body, dict):
+            said = body.get("message", text) if isinstance(body, dict) else text
+            raise ValueError(f"{self.url} answers with status {status}: {_short(said)}")
+        found = body.get("predictions", [body])  # a single image's verdict comes without a list
+        if not isinstance(found, list) or len(found) != len(images):
+            raise ValueError(f"{self.url} does not answer {len(images)} images: {_short(text)}")
+        return [self._parse(verdict) for verdict in found]
+
+    def _post(self, body: str) -> tuple[int, str]:
+        """Status and text. Neither proxies nor redirects, which might lead to another machine."""
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        try:
+            with closing(kind(str(parts.hostname), parts.port, timeout=60)) as connection:
+                connection.request("POST", target, body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                return response.status, response.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(
+                f"{self.url} does not answer ({error or type(error).__name__}): is it running?"
+                " `rampart serve` starts one"
+            ) from error
+
+    def _parse(self, verdict: Mapping[str, Any]) -> Answer:
+        if verdict.get("type") == SIMILAR:
+            return Answer(None, (), UNNAMED, similar=True)
+        try:
+            accepted = verdict["decision"] == "accept"
+            top = tuple((self._index(t["label"]), float(t["confidence"])) for t in verdict["top"])
+            model = (str(verdict["model"]["name"]), str(verdict["model"]["version"]))
+            similar = bool((verdict.get("detail") or {}).get("similar_query"))
+            return Answer(self._index(verdict["label"]) if accepted else None, top, model, similar)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.url} gives no verdict of Rampart's but: {_short(json.dumps(verdict))}"
+            ) from error
+
+    def _index(self, label: str) -> int:
+        if label not in self.classes:
+            raise ValueError(
+                f"{self.url} answers {label!r}, which is no class of these images"
+                f" ({_short(', '.join(self.classes))}): take images with the model's classes"
+            )
+        return self.classes.index(label)
+
+
+def _is_loopback(host: str, port: int | None) -> bool:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port)}
+    except OSError as error:
+        raise ValueError(f"no machine is called {host}: {error}") from error
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def _png(image: Pixels) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _short(text: object) -> str:
+    words = " ".join(str(text).split())
+    return words if len(words) <= 200 else words[:200] + " ..."

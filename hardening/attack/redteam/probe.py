@@ -1,0 +1,144 @@
+"""One image under attack: what is sent, counted and called a success."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rampart.handlers.image import MAX_IMAGES
+from rampart.hardening.attack.redteam.endpoint import UNNAMED, Answer, Endpoint, Pixels
+
+Floats = NDArray[np.floating[Any]]
+# An attack that asks so often in a row for what it has already been told is going in circles.
+MAX_REPEATS = 200
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was made with; `eps` is n/255, `budget` the queries an image may cost.
+
+    `said` is what the endpoint said of the first image, class and confidence: another model says
+    something else, whatever it is called.
+    """
+
+    endpoint: str
+    model: str
+    version: str
+    eps: int
+    budget: int
+    seed: int
+    said: Sequence[Sequence[float]] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack did to one image.
+
+    `queries` were sent; number `success` was the first to fool inside the ball, None if none did.
+    `clean_wrong` tells that this was the image itself. `distance` is the smallest Linf distance, in
+    n/255, of any fooling image, inside the ball or not. `index` is the row in the data set.
+    `noticed` is the first query that the endpoint took for part of an attack, where it shows that.
+    """
+
+    settings: Settings
+    attack: str
+    index: int
+    sha256: str
+    label: str
+    queries: int
+    success: int | None
+    clean_wrong: bool
+    distance: int | None
+    noticed: int | None = None
+
+
+class AttackEnd(Exception):
+    """The attack on this image ends: it is fooled, its budget spent, or nothing new is asked."""
+
+
+class Probe:
+    """One image under attack: answers what the attack asks, counts, and ends it with AttackEnd.
+
+    `image` uint8 (H, W, 3) has the true `label`. Called with float (N, 3, H, W) in [0, 1] it gives
+    probabilities (N, K), as ART's black-box classifier wants them.
+    """
+
+    def __init__(self, endpoint: Endpoint, image: Pixels, label: int, settings: Settings) -> None:
+        self.endpoint, self.image, self.label, self.settings = endpoint, image, label, settings
+        self.queries = 0
+        self.success: int | None = None
+        self.distance: int | None = None
+        self.noticed: int | None = None
+        self.refused = False  # the last image that was sent
+        self._told: dict[bytes, Floats] = {}
+        self._repeats = 0
+
+    @property
+    def x(self) -> Floats:
+        """The image itself as ART takes it, float32 (1, 3, H, W)."""
+        return as_float(self.image)
+
+    @property
+    def one_hot(self) -> Floats:
+        """The true label as probabilities (1, K)."""
+        rows: Floats = np.eye(len(self.endpoint.classes))[[self.label]]
+        return rows
+
+    def __call__(self, x: Floats) -> Floats:
+        """Probabilities (N, K); sends what was not sent before. Raises AttackEnd."""
+        images = np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        keys = [image.tobytes() for image in images]
+        asked = dict(zip(keys, images, strict=True))
+        new = [image for key, image in asked.items() if key not in self._told]
+        self._repeats = 0 if new else self._repeats + 1
+        if self._repeats > MAX_REPEATS:
+            raise AttackEnd
+        for first in range(0, len(new), MAX_IMAGES):
+            self._send(new[first : first + MAX_IMAGES])
+        return np.stack([self._told[key] for key in keys])
+
+    def _send(self, images: Sequence[Pixels]) -> None:
+        affordable = images[: self.settings.budget - self.queries]
+        answers = self.endpoint.ask(np.stack(affordable)) if affordable else []
+        for image, answer in zip(affordable, answers, strict=True):
+            self._count(image, answer)
+        if self.success is not None or len(affordable) < len(images):
+            raise AttackEnd
+
+    def _count(self, image: Pixels, answer: Answer) -> None:
+        if answer.model not in (UNNAMED, (self.settings.model, self.settings.version)):
+            raise ValueError(
+                f"{self.endpoint.url} answers as {' '.join(answer.model)} now, and began as"
+                f" {self.settings.model} {self.settings.version}: choose another --out"
+            )
+        self.queries += 1
+        self.refused = answer.label is None
+        if answer.similar and self.noticed is None:
+            self.noticed = self.queries
+        self._told[image.tobytes()] = scores(answer, self.label, len(self.endpoint.classes))
+        if answer.label is None or answer.label == self.label:
+            return
+        distance = int(np.abs(image.astype(int) - self.image).max())
+        self.distance = distance if self.distance is None else min(self.distance, distance)
+        if distance <= self.settings.eps and self.success is None:
+            self.success = self.queries
+
+
+def as_float(image: Pixels) -> Floats:
+    """Uint8 (H, W, 3) to float32 (1, 3, H, W) in [0, 1]."""
+    return (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
+
+
+def scores(answer: Answer, label: int, classes: int) -> Floats:
+    """An answer as probabilities (K,) that an attack can follow.
+
+    What the top classes leave is spread evenly over the others. Where the endpoint is not fooled
+    because it flags or rejects, all goes to the true `label`: to an attack, a failure.
+    """
+    top = {label: 1.0} if answer.label is None else dict(answer.top)
+    rest = max(0.0, 1 - sum(top.values())) / max(1, classes - len(top))
+    spread = np.array([top.get(index, rest) for index in range(classes)])
+    result: Floats = spread / spread.sum()
+    return result

@@ -1,0 +1,159 @@
+"""A run of the red team, a line of a file for each finished image, so that it can go on."""
+
+import hashlib
+import importlib
+import json
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rampart.hardening.attack.redteam.endpoint import Endpoint
+from rampart.hardening.attack.redteam.probe import AttackEnd, Outcome, Probe, Settings
+from rampart.hardening.attack.redteam.searches import ATTACKS, starts
+from rampart.hardening.model.images import Images
+
+FILE = "queries.jsonl"
+SAME = 0.001  # confidences that differ by less may be one model's
+
+
+def redteam(
+    endpoint: Endpoint,
+    images: Images,
+    out: Path,
+    *,
+    attacks: Sequence[str] = tuple(ATTACKS),
+    limit: int = 50,
+    eps: int = 8,
+    budget: int = 1000,
+    seed: int = 0,
+) -> list[Outcome]:
+    """Attack `limit` images, evenly spaced over all, each with up to `budget` queries an attack.
+
+    Every finished image is a line of OUT/queries.jsonl, and a second run goes on from there. One
+    request beyond the budget asks for the model's name. Raises ValueError for a run that was made
+    with other settings, and what Endpoint.ask raises.
+    """
+    require("art")
+    if not set(attacks) <= set(ATTACKS):
+        raise ValueError(f"no such attack: choose of {', '.join(ATTACKS)}")
+    if min(eps, budget, limit) < 1:
+        raise ValueError("eps, queries and limit must be at least 1")
+    (hello,) = endpoint.ask(images.image[:1].numpy())
+    source, said = (endpoint.url, *hello.model), [list(pair) for pair in hello.top]
+    settings = Settings(*source, eps=eps, budget=budget, seed=seed, said=said)
+    done = {(outcome.attack, outcome.index): outcome for outcome in _resume(out, settings)}
+    count = min(limit, len(images))
+    rows = [number * len(images) // count for number in range(count)]
+    for name in attacks:
+        for row in tqdm(rows, desc=name):
+            old = done.get((name, row))
+            if old is None:
+                done[name, row] = _attack(name, row, endpoint, images, settings)
+                _append(out, done[name, row])
+            elif old.sha256 != _sha256(images, row):
+                raise ValueError(f"{out / FILE} is of other images: choose another --out")
+    return [done[name, row] for name in attacks for row in rows]
+
+
+def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: Settings) -> Outcome:
+    """One attack on one image. The clean image is query 1; fooling by that needs no attack."""
+    label = int(images.label[row])
+    probe = Probe(endpoint, images.image[row].numpy(), label, settings)
+    source = [settings.seed, zlib.crc32(name.encode()), row]
+    # ART draws from numpy's global generator; a resumed run must draw what a whole one would.
+    np.random.seed(source)  # noqa: NPY002
+    with suppress(AttackEnd):
+        probe(probe.x)
+        ATTACKS[name](probe, starts(images, label, np.random.default_rng(source)))
+    return Outcome(
+        settings,
+        name,
+        row,
+        _sha256(images, row),
+        images.classes[label],
+        probe.queries,
+        probe.success,
+        clean_wrong=probe.success == 1,
+        distance=probe.distance,
+        noticed=probe.noticed,
+    )
+
+
+def _sha256(images: Images, row: int) -> str:
+    return hashlib.sha256(images.image[row].numpy().tobytes()).hexdigest()
+
+
+def read(out: Path) -> list[Outcome]:
+    """The outcomes in OUT/queries.jsonl; none where there is no such file.
+
+    A last line that a crash left torn is no outcome. Raises ValueError for other malformed lines.
+    """
+    file = out / FILE
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [_outcome(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _outcome(line: str, where: str) -> Outcome:
+    try:
+        content = json.loads(line)
+        return Outcome(**content | {"settings": Settings(**content["settings"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no outcome of a red team: {error}") from error
+
+
+def _resume(out: Path, settings: Settings) -> list[Outcome]:
+    """What is done already, and the file made ready for more lines."""
+    outcomes = read(out)
+    for outcome in outcomes:
+        if replace(outcome.settings, said=settings.said) != settings:
+            raise ValueError(
+                f"{out / FILE} was made with {_differences(outcome.settings, settings)}: choose"
+                " another --out"
+            )
+        if not _alike(outcome.settings.said, settings.said):
+            raise ValueError(
+                f"{out / FILE} is of another model, of the same name and version: choose another"
+                " --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / FILE).open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return outcomes
+
+
+def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bool:
+    """Whether two answers to one image are one model's, which another CPU may compute a little
+    differently; so is whatever was not said."""
+    if not (was and now):
+        return True
+    one, other = ({int(index): share for index, share in pairs} for pairs in (was, now))
+    # What is not among the first few is at most the last of them.
+    last, least = min(one.values()), min(other.values())
+    return all(abs(one.get(k, last) - other.get(k, least)) < SAME for k in one | other)
+
+
+def _differences(old: Settings, new: Settings) -> str:
+    now = asdict(replace(new, said=old.said))
+    return ", ".join(f"{k} {was} (now {now[k]})" for k, was in asdict(old).items() if was != now[k])
+
+
+def _append(out: Path, outcome: Outcome) -> None:
+    with (out / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def require(module: str) -> None:
+    """Raise ValueError that says what to install where `module` is missing."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"red teaming needs what `make .venv/dev` installs: run it first ({error})"
+        ) from error

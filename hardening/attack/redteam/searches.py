@@ -1,0 +1,130 @@
+"""Black-box searches for an image that fools: all but `oars` are ART's (1.20.1).
+
+Sources: Square, Andriushchenko et al. 2020; SimBA, Guo et al. 2019; HopSkipJump, Chen et al. 2020;
+Boundary, Brendel et al. 2018; OARS, Feng et al. 2023.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rampart.hardening.attack.redteam.probe import Floats, Probe, as_float
+from rampart.hardening.model.images import Images
+
+STARTS = 100
+
+
+def starts(images: Images, label: int, generator: np.random.Generator) -> Iterator[Floats]:
+    """Where decision-based attacks may begin: float32 (1, 3, H, W), images of other classes first.
+
+    ART begins in noise only, drawn without a seed, and detectors flag noise.
+    """
+    others = np.flatnonzero(images.label.numpy() != label)
+    for row in generator.permutation(others)[:STARTS]:
+        yield as_float(images.image[int(row)].numpy())
+    _, height, width, _ = images.image.shape
+    for _ in range(STARTS):
+        yield generator.random((1, 3, height, width), dtype=np.float32)
+
+
+def _first_adversarial(probe: Probe, begin: Iterator[Floats]) -> Floats | None:
+    """The first start that the endpoint accepts under a wrong label."""
+    return next((x for x in begin if probe(x)[0].argmax() != probe.label), None)
+
+
+def _classifier(probe: Probe, predict: Callable[[Floats], Floats]) -> Any:
+    """`predict` as ART's attacks take it."""
+    from art.estimators.classification import BlackBoxClassifierNeuralNetwork
+
+    return BlackBoxClassifierNeuralNetwork(
+        predict, probe.x.shape[1:], len(probe.endpoint.classes), clip_values=(0.0, 1.0)
+    )
+
+
+def square(probe: Probe, begin: Iterator[Floats]) -> None:
+    """Square attack (Linf), which follows confidences; `begin` is unused."""
+    from art.attacks.evasion import SquareAttack
+
+    eps, budget = probe.settings.eps / 255, probe.settings.budget
+    # An iteration costs one query; the squares shrink by the share of iterations that have gone.
+    attack = SquareAttack(_classifier(probe, probe), eps=eps, max_iter=budget, verbose=False)
+    attack.generate(probe.x, probe.one_hot)
+
+
+def simba(probe: Probe, begin: Iterator[Floats]) -> None:
+    """SimBA with low frequencies first, which follows confidences; `begin` is unused.
+
+    SimBA knows no Linf ball, so every image is projected onto it before it is sent. One step is a
+    cosine as high as the ball allows: of a unit step (H/2)-fold, since its peak is 2/H.
+    """
+    from art.attacks.evasion import SimBA
+
+    eps = probe.settings.eps / 255
+    low, high = probe.x - eps, probe.x + eps
+    inside = _classifier(probe, lambda x: probe(np.clip(x, low, high)))
+    step = eps * probe.image.shape[0] / 2
+    attack = SimBA(inside, "dct", max_iter=probe.settings.budget, epsilon=step, verbose=False)
+    attack.generate(probe.x, probe.one_hot)
+
+
+def hopskipjump(probe: Probe, begin: Iterator[Floats]) -> None:
+    """HopSkipJump (Linf), which follows decisions only."""
+    from art.attacks.evasion import HopSkipJump
+
+    start = _first_adversarial(probe, begin)
+    if start is None:
+        return
+    classifier = _classifier(probe, probe)
+    attack = HopSkipJump(classifier, norm=np.inf, max_iter=probe.settings.budget, verbose=False)
+    # ART probes the boundary with noise of a hundredth of a level a pixel, which rounding to 8 bits
+    # takes back; this noise has a standard deviation of two levels.
+    noise = 2 / 255 * np.sqrt(probe.image.size)
+    attack._compute_delta = lambda **_: noise
+    attack.generate(probe.x, probe.one_hot, x_adv_init=start)
+
+
+def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
+    """Boundary attack, which follows decisions only and reduces the L2 distance."""
+    from art.attacks.evasion import BoundaryAttack
+
+    start = _first_adversarial(probe, begin)
+    if start is None:
+        return
+    attack = BoundaryAttack(
+        _classifier(probe, probe), targeted=False, max_iter=probe.settings.budget, verbose=False
+    )
+    attack.generate(probe.x, probe.one_hot, x_adv_init=start)
+
+
+def oars(probe: Probe, begin: Iterator[Floats]) -> None:
+    """Random search that looks for the smallest steps which the endpoint still answers.
+
+    Against detection of query attacks, after OARS (Feng et al., CCS 2023): a step that is not
+    answered makes the next ones larger, one that is makes them smaller. A step sets some blocks of
+    pixels to the ball's edge. Follows confidences; `begin` is unused.
+    """
+    eps, side = probe.settings.eps / 255, probe.image.shape[0]
+    generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
+    best, share = probe.x, 0.05
+    lowest = probe(best)[0][probe.label]
+    while True:
+        blocks = int(generator.choice([side // 8, side // 4, side // 2, side]))
+        signs = generator.choice([-eps, eps], (1, 3, blocks, blocks))
+        signs *= generator.random((1, 1, blocks, blocks)) < share  # 0 stays as it was
+        step = np.repeat(np.repeat(signs, side // blocks, 2), side // blocks, 3)
+        step = np.pad(step, [(0, 0), (0, 0), *[(0, side - step.shape[2])] * 2])
+        x = np.where(step != 0, np.clip(probe.x + step, 0, 1), best).astype(np.float32)
+        confidence = probe(x)[0][probe.label]
+        share = min(1.0, share * 1.2) if probe.refused else max(0.01, share * 0.98)
+        if confidence < lowest:
+            best, lowest = x, confidence
+
+
+ATTACKS: dict[str, Callable[[Probe, Iterator[Floats]], None]] = {
+    "square": square,
+    "simba": simba,
+    "hopskipjump": hopskipjump,
+    "boundary": boundary,
+    "oars": oars,
+}

@@ -1,0 +1,229 @@
+"""What is attacked: each victim as an attacker sees it, and as it answers when deployed."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration, combine, p_values
+from rampart.hardening.attack.objectives import Look, View, look_at
+from rampart.hardening.model.arrays import Bools, Floats
+from rampart.hardening.model.calibrate import threshold
+from rampart.hardening.model.card import Subject
+from rampart.hardening.model.pipeline import Defended, Outputs
+from rampart.hardening.model.pixels import to_float, to_uint8
+
+
+class Answer(NamedTuple):
+    """What a victim says of N images."""
+
+    guess: NDArray[np.int64]  # (N,)
+    accepted: Bools  # (N,)
+    suspicion: Floats  # (N,) higher is more suspicious; zero where nothing is ever rejected
+
+
+class Victim(NamedTuple):
+    """Something that answers, as an attacker sees it and as it is deployed."""
+
+    subject: Subject
+    fingerprint: str  # changes with anything that changes an attack on it
+    rejects: bool
+    look: Look
+    # The label alone, which is cheaper to differentiate, and what it depends on.
+    label_look: Look
+    label_fingerprint: str
+    answer: Callable[[Tensor], Answer]  # x (N, 3, H, W) in [0, 1]
+    deployed: Callable[[Tensor], Answer]  # uint8 (N, H, W, 3)
+
+    @property
+    def name(self) -> str:
+        """Who it is, for people."""
+        return self.subject.name
+
+    @property
+    def variant(self) -> str:
+        """The variant of the pipeline, where it is one."""
+        return self.subject.variant
+
+
+def batches_of(x: Tensor) -> tuple[Tensor, ...]:
+    """x in pieces that fit in memory."""
+    return torch.split(x, 128)
+
+
+def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str) -> Victim:
+    """A victim that labels and never rejects: `model` maps x (N, 3, H, W) to logits."""
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            guess = torch.cat([model(part).argmax(1) for part in batches_of(x)]).cpu().numpy()
+        return Answer(guess, np.ones(len(guess), bool), np.zeros(len(guess)))
+
+    def deployed(image: Tensor) -> Answer:
+        return answer(to_float(image))
+
+    def look(x: Tensor) -> View:
+        return View(model(x))
+
+    return Victim(
+        Subject(kind),
+        fingerprint,
+        False,
+        look,
+        look,
+        fingerprint,
+        answer=answer,
+        deployed=deployed,
+    )
+
+
+class StraightThrough:
+    """What a graph in lower precision answers, with the gradients of its fp32 pipeline.
+
+    Rounding has no gradient of use, in the pixels or inside (BPDA: Athalye et al. 2018, section
+    4.1). Every value an attack sees is the graph's own, so no step is judged by a stand-in.
+    """
+
+    def __init__(self, pipeline: Defended, engine: Engine) -> None:
+        self.pipeline, self.engine = pipeline, engine
+
+    def defend(self, x: Tensor) -> Outputs:
+        """The graph's outputs for x (N, 3, H, W) in [0, 1], rounded to 8 bits."""
+        own = self.graph(x)
+        if not wants_gradient(x):
+            return own
+        smooth = self.pipeline.defend(x)
+        return Outputs(*(carried(to, value) for to, value in zip(own, smooth, strict=True)))
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """The graph's logits (N, K)."""
+        own = self.graph(x).logits
+        return carried(own, self.pipeline.label_logits(x)) if wants_gradient(x) else own
+
+    def graph(self, x: Tensor) -> Outputs:
+        """What the graph itself says, without gradients."""
+        out = self.engine.run(to_uint8(x.detach()).cpu().numpy())
+        logits, raw_logits, scores, image = (torch.from_numpy(part).to(x.device) for part in out)
+        return Outputs(logits, raw_logits, scores, to_float(image))
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether anybody will differentiate by x: all weights are frozen."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def carried(value: Tensor, by: Tensor) -> Tensor:
+    """`value` with the gradients of `by`, of the same shape."""
+    return by + (value - by).detach()
+
+
+def lower_victim(
+    pipeline: Defended,
+    calibration: Calibration,
+    fingerprint: str,
+    *,
+    precision: str,
+    rate: float,
+    engine: Engine,
+) -> Victim:
+    """An fp16 or int8 graph, as `engine` runs it, of `pipeline` and calibrated for itself."""
+    straight = StraightThrough(pipeline, engine)
+    victim = pipeline_victim(straight, calibration, fingerprint, rate=rate, engine=engine)
+    return victim._replace(subject=replace(victim.subject, precision=precision))
+
+
+def pipeline_victim(
+    pipeline: Defended,
+    calibration: Calibration,
+    fingerprint: str,
+    *,
+    rate: float,
+    engine: Engine | None = None,
+) -> Victim:
+    """The pipeline as the endpoint decides: rejected where p < `rate`.
+
+    `engine` runs its exported graph; without one, 8-bit images go through torch. Raises ValueError
+    where the calibration has too few images for `rate`: then nothing would ever be rejected.
+    """
+    if math.isinf(threshold(calibration, rate)):
+        raise ValueError(
+            f"{calibration.images} calibration images cannot back a false-alarm rate of {rate:g}:"
+            f" the least is {2 / (calibration.images + 1):.2g}"
+        )
+
+    def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:
+        accepted = p_values(scores.astype(np.float64), calibration) >= rate
+        return Answer(logits.argmax(1), accepted, combine(scores, calibration))
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            out = [pipeline.defend(part) for part in batches_of(x)]
+        logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
+        return judge(logits, scores)
+
+    def deployed(image: Tensor) -> Answer:
+        if engine is None:
+            return answer(to_float(image))
+        out = engine.run(image.cpu().numpy())
+        return judge(out.logits, out.scores)
+
+    table = hashlib.sha256(calibration.combined.tobytes() + calibration.knots.tobytes())
+    own = f"{fingerprint} {calibration.variant}"
+    return Victim(
+        Subject("pipeline", calibration.variant),
+        f"{own} {table.hexdigest()[:16]} {rate}",
+        True,
+        look_at(pipeline, calibration, rate),
+        lambda x: View(pipeline.label_logits(x)),
+        own,
+        answer=answer,
+        deployed=deployed,
+    )
+
+
+def plain_subject(subject: Subject) -> Subject:
+    """Who `max_softmax_victim` is, of a pipeline."""
+    return replace(subject, kind="max_softmax")
+
+
+def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
+    """The plain alternative: reject low confidence, at the clean rejection rate of `victim`.
+
+    The threshold is taken from the same clean `image` uint8 (N, H, W, 3), which favours it.
+    """
+
+    def confidence(x: Tensor) -> Tensor:
+        return victim.label_look(x).logits.softmax(1).amax(1)
+
+    with torch.no_grad():
+        clean = torch.cat([confidence(part) for part in batches_of(to_float(image))])
+    rejected = int((~victim.deployed(image).accepted).sum())
+    bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
+
+    def margin_of(logits: Tensor) -> Tensor:
+        return bar - logits.softmax(1).amax(1) - 1e-7
+
+    def look(x: Tensor) -> View:
+        logits = victim.label_look(x).logits
+        return View(logits, margin_of(logits))
+
+    def answer(x: Tensor) -> Answer:
+        with torch.no_grad():
+            logits = torch.cat([victim.label_look(part).logits for part in batches_of(x)])
+        margin = margin_of(logits).cpu().numpy()
+        return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
+
+    return victim._replace(
+        subject=plain_subject(victim.subject),
+        fingerprint=f"{victim.label_fingerprint} max-softmax {bar:.6f}",
+        look=look,
+        answer=answer,
+        deployed=lambda image: answer(to_float(image)),
+    )

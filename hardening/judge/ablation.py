@@ -1,0 +1,312 @@
+"""What each part in front of the classifier costs and brings under one attack that sees all of it.
+
+    rampart ablate model_store/NAME --data cifar10/
+    rampart ablate model_store/NAME --data cifar10/ --test TEST.npz
+    rampart ablate model_store/NAME --data cifar10/ --row "+ energy"
+
+Every setup is calibrated like a model of its own and attacked with the same budget, and what was
+found against any of them is put to all. Of each image the least suspicious wrong answer is kept:
+it tells at once for every rate of false alarms whether the attacker gets through.
+"""
+
+import math
+import timeit
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration
+from rampart.hardening.attack.ladder import Aim, Budget, in_8_bits, rungs_of
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Victim, label_victim, pipeline_victim
+from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
+from rampart.hardening.judge.metrics import difference, rounded, share
+from rampart.hardening.model import calibrate, checkpoint
+from rampart.hardening.model.arrays import Bools, Floats
+from rampart.hardening.model.card import Subject, cell_text
+from rampart.hardening.model.detectors import (
+    DETECTORS,
+    FULL,
+    LEAN,
+    PURIFIER,
+    RECTIFIED,
+    RECTIFIER,
+)
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float
+
+# Rates of false alarms on the curve, and those at which the joint attack wants to be accepted.
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+AIMS = (0.01, 0.02, 0.05, 0.2)
+SHOWN = (0.02, 0.05)
+DECIDING = 0.05
+# The classifier's largest probability alone: what every other rejection has to beat.
+MAX_SOFTMAX = "+ confidence"
+BASELINES = ("classifier", MAX_SOFTMAX)
+ON_TEST = (*BASELINES, "lean", "full")
+ROUNDS = 200
+
+ToEngine = Callable[[DefendedClassifier], Engine]
+
+
+class Setup(NamedTuple):
+    """What stands in front of the classifier; without `detectors` nothing is ever rejected."""
+
+    name: str
+    purified: bool = False
+    detectors: tuple[str, ...] = ()
+
+
+class Attacked(NamedTuple):
+    """A setup as it is attacked: a victim for each rate of AIMS, or one that never rejects."""
+
+    setup: Setup
+    calibration: Calibration | None
+    victims: list[Victim]
+    engine: Engine | None  # none for the undefended twin, which is no setup to serve
+
+
+class Outcome(NamedTuple):
+    """What became of N images in front of one setup."""
+
+    attacked: Attacked
+    right: Bools  # (N,) clean
+    suspicion: Floats  # (N,) clean
+    least: Floats  # (N,) of the least suspicious wrong answer; infinite where there was none
+
+    def passes(self, rate: float, suspicion: Floats) -> Bools:
+        """Which images are accepted where clean ones are rejected at `rate`."""
+        if self.attacked.calibration is None:
+            return suspicion < math.inf
+        return suspicion <= calibrate.threshold(self.attacked.calibration, rate)
+
+    def safe(self, rate: float) -> Bools:
+        """Images (N,) of which no wrong answer was accepted."""
+        return np.isinf(self.least) | ~self.passes(rate, self.least)
+
+
+def setups(pipeline: DefendedClassifier) -> list[Setup]:
+    """The rows for a model: each part alone, then the variants."""
+    head = () if pipeline.classifier.rectifier is None else (RECTIFIED,)
+    lacking = set() if head else {RECTIFIER}
+    possible = {name: kind for name, kind in DETECTORS.items() if not kind.needs & lacking}
+    two_views = [name for name, kind in possible.items() if PURIFIER in kind.needs]
+    one_view = [name for name in possible if name not in two_views]
+    out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
+    out.append(Setup("lean", False, (*LEAN, *head)))
+    if pipeline.purifier is not None:
+        out.append(Setup("+ purifier", True))
+        out += [Setup(f"+ purifier + {name}", True, (name,)) for name in two_views]
+        out.append(Setup("full", True, (*FULL, *head)))
+    return out
+
+
+def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
+    """The rows that `only` names beside the baselines, those of a test, or all. Raises ValueError
+    for a name that no row has.
+    """
+    every = setups(pipeline)
+    names = [setup.name for setup in every]
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"no row {', '.join(unknown)}: choose among {', '.join(names)}")
+    wanted = {*BASELINES, *only} if only else {*ON_TEST} if test else {*names}
+    return [setup for setup in every if setup.name in wanted]
+
+
+def arm(
+    pipeline: DefendedClassifier,
+    setup: Setup,
+    held: Images,
+    to_engine: ToEngine,
+    device: torch.device,
+) -> Attacked:
+    """The parts of `pipeline` that `setup` names, calibrated on `held`, then moved to `device`."""
+    purifier = pipeline.purifier if setup.purified else None
+    # Every graph has scores; those of a setup that rejects nothing are not looked at.
+    names = setup.detectors or LEAN[:1]
+    net = DefendedClassifier(pipeline.classifier, purifier, names)
+    net.detectors.take(pipeline.detectors)
+    net = net.cpu().eval().requires_grad_(False)
+    engine, digest = to_engine(net), f"{checkpoint.digest(net)} {setup}"
+    if not setup.detectors:
+        victim = label_victim(setup.name, net.to(device).label_logits, digest)
+        return Attacked(setup, None, [victim], engine)
+    calibration = calibrate.calibrate(net, held, "full" if setup.purified else "lean")
+    net = net.to(device)
+    victim_at = partial(pipeline_victim, net, calibration, digest, engine=engine)
+    victims = [victim_at(rate=rate)._replace(subject=Subject(setup.name)) for rate in AIMS]
+    return Attacked(setup, calibration, victims, engine)
+
+
+def ladder(every: list[Attacked], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
+    """Attacks on the label of what never rejects; joint ones, at each rate, on what does."""
+    out: list[Rung] = []
+    for victim in (victim for attacked in every for victim in attacked.victims):
+        if victim.rejects:
+            out += rungs_on(victim, "joint", threat, budget, classes=classes)
+        else:
+            out += rungs_on(victim, "label", threat, budget, classes=classes)
+    return out
+
+
+def outcome(attacked: Attacked, found: list[Tensor], images: Images, threat: Threat) -> Outcome:
+    """Put everything that was found, each (N, 3, H, W), to one setup: in float and in 8 bits."""
+    victim, label = attacked.victims[0], images.label.cpu().numpy()
+    clean = victim.deployed(images.image)
+    least = np.full(len(images), np.inf)
+    bar = tqdm(found, desc=f"{attacked.setup.name}: all that was found", leave=False)
+    for x in [to_float(images.image), *bar]:
+        for answer in (victim.answer(x), victim.deployed(in_8_bits(x, images.image, threat))):
+            wrong = np.where(answer.guess != label, answer.suspicion, np.inf)
+            least = np.minimum(least, wrong)
+    return Outcome(attacked, clean.guess == label, clean.suspicion, least)
+
+
+def ablate(
+    every: list[Attacked], images: Images, threat: Threat, budget: Budget, *, folder: Path
+) -> list[Outcome]:
+    """Attack every setup and put what was found to all; `folder` keeps it."""
+    rungs = ladder(every, threat, budget, len(images.classes))
+    found = [item.x for item in climb(rungs, images, folder)]
+    return [outcome(attacked, found, images, threat) for attacked in every]
+
+
+def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """The figures of every setup as the card lists them; gains are over the first, a classifier
+    alone, and over max-softmax rejection at the same rate.
+    """
+    plain = next(outcome for outcome in outcomes if outcome.attacked.setup.name == MAX_SOFTMAX)
+    took = timings([outcome.attacked.engine for outcome in outcomes])
+    every = zip(outcomes, took, strict=True)
+    return [figures(outcome, outcomes[0], plain, ms) for outcome, ms in every]
+
+
+def figures(
+    outcome: Outcome, bare: Outcome, plain: Outcome, milliseconds: float | None
+) -> dict[str, Any]:
+    """One setup's figures beside the `bare` classifier's and `plain` max-softmax rejection's."""
+    out: dict[str, Any] = {
+        "name": outcome.attacked.setup.name,
+        "clean": share(outcome.right),
+        "robust": share(np.isinf(outcome.least)),
+        "milliseconds": milliseconds,
+    }
+    if outcome.attacked.calibration is not None:
+        out["at"] = [
+            {
+                "rate": rate,
+                "clean_rejection": share(~outcome.passes(rate, outcome.suspicion)),
+                "robust_with_rejection": share(outcome.safe(rate)),
+                "gain": rounded(*difference(outcome.safe(rate), bare.safe(rate))),
+                "gain_over_max_softmax": rounded(*difference(outcome.safe(rate), plain.safe(rate))),
+            }
+            for rate in RATES
+        ]
+    return out
+
+
+def timings(engines: list[Engine | None]) -> list[float | None]:
+    """Median milliseconds of one image through each graph, in turns, so that all see the same."""
+    seconds: list[list[float]] = [[] for _ in engines]
+    for _ in range(ROUNDS):
+        for engine, took in zip(engines, seconds, strict=True):
+            if engine is not None:
+                image = np.zeros((1, *engine.image_shape), np.uint8)
+                took.append(timeit.timeit(partial(engine.run, image), number=1))
+    return [round(1000 * float(np.median(took)), 3) if took else None for took in seconds]
+
+
+def default(outcomes: list[Outcome]) -> dict[str, Any]:
+    """The variant to serve, and why: `full` costs more, so what it adds has to be beyond chance."""
+    held = {outcome.attacked.setup.name: outcome.safe(DECIDING) for outcome in outcomes}
+    if "full" not in held:
+        return {"variant": "lean", "why": "the model has no purifier"}
+    added, (low, high) = difference(held["full"], held["lean"])
+    why = (
+        f"at {DECIDING:.0%} false alarms full holds {held['full'].mean():.1%} of the images, lean"
+        f" {held['lean'].mean():.1%}: {100 * added:+.1f} points ({100 * low:+.1f} to"
+        f" {100 * high:+.1f}), and full has to be better beyond chance, since it costs more"
+    )
+    return {"variant": "full" if low > 0 else "lean", "why": why}
+
+
+def effort(aim: Aim, budget: Budget, classes: int) -> str:
+    """The attacks with one aim, as the card names them."""
+    return ", ".join(attack.effort(budget, classes) for attack in rungs_of(aim, budget))
+
+
+def entry(
+    outcomes: list[Outcome],
+    threat: Threat,
+    budget: Budget,
+    classes: int,
+    *,
+    data: str,
+    command: str,
+) -> dict[str, Any]:
+    """What the card says of an ablation on images that `data` names."""
+    aims = ", ".join(f"{rate:.0%}" for rate in AIMS)
+    label, joint = effort("label", budget, classes), effort("joint", budget, classes)
+    return {
+        "data": data,
+        "n": len(outcomes[0].right),
+        "threat_model": str(threat),
+        "attack": f"on labels {label}; on what rejects {joint}, which wants to be accepted at"
+        f" {aims} false alarms (other rates are read off what it found)",
+        "rows": rows(outcomes),
+        "command": command,
+    }
+
+
+def at_rate(row: dict[str, Any], rate: float) -> dict[str, Any]:
+    """What a row of the card says of one rate of false alarms."""
+    found: dict[str, Any] = next(point for point in row["at"] if point["rate"] == rate)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of the rows, with rejection at 2% and 5% false alarms."""
+    head = ["in front of the classifier", "clean", "robust"]
+    for rate in SHOWN:
+        head += [f"clean rejected at {rate:.0%}", "right or rejected", "gain, points"]
+    body = []
+    for row in rows:
+        cells = [row["name"], cell_text(row["clean"]), cell_text(row["robust"])]
+        for rate in SHOWN:
+            cells += at_cells(at_rate(row, rate)) if "at" in row else ["-"] * 3
+        ms = row["milliseconds"]
+        body.append((*cells, f"{ms:.2f}" if ms else "-"))
+    return (*head, "ms, 1 image, 1 thread"), body
+
+
+def at_cells(point: dict[str, Any]) -> list[str]:
+    """Rejection at one rate: its clean cost, what holds, and what that adds."""
+    held = (point["clean_rejection"], point["robust_with_rejection"])
+    return [*map(cell_text, held), in_points(point["gain"])]
+
+
+def in_points(gain: dict[str, Any]) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    low, high = (100 * bound for bound in gain["interval"])
+    return f"{100 * gain['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def curve_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of what rejects, at every rate of RATES."""
+    front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
+    head = (*front, "over the classifier, points", "over max-softmax, points")
+    over = "gain_over_max_softmax"
+    body = [
+        (row["name"], f"{point['rate']:.1%}", *at_cells(point), in_points(point[over]))
+        for row in rows
+        for point in row.get("at", [])
+    ]
+    return head, body

@@ -1,0 +1,270 @@
+"""False alarms on what clients really send, and how far a calibration of this size scatters.
+
+    rampart alarms model_store/NAME --data cifar10/
+
+The promise covers images exchangeable with the calibration images. Clients send the same scenes by
+other ways: enlarged, compressed, photographed from a screen. Each way is tried on the calibration
+images, from file bytes through the endpoint's own decoder, and on photographs that the classifier
+has never seen the like of.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from scipy.stats import betabinom, binomtest
+from skimage.data import data_dir
+from torch import Tensor
+from tqdm import tqdm
+
+from rampart.handlers.image import decode, fit
+from rampart.handlers.verdict import Calibration, drift, p_values
+from rampart.hardening.judge.metrics import rounded, wilson
+from rampart.hardening.model.arrays import Floats
+from rampart.hardening.model.calibrate import scores_of
+from rampart.hardening.model.card import cell_text
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
+
+Pixels = NDArray[np.uint8]
+Send = Callable[[Image.Image], bytes]
+
+# Colour photographs that scikit-image carries, and how many crops of each are sent.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+CROPS = 40
+ALPHAS = (0.01, 0.05, 0.1)
+SPLITS = 1000
+WORTH_NAMING = 2  # times the promised rate
+TAKEN_FOR = "taken for"
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+    """The picture as a file."""
+    buffer = BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def scaled(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
+    """The picture with its sides multiplied."""
+    width, height = picture.size
+    return picture.resize((round(width * factor), round(height * factor)), how)
+
+
+def enlarged(picture: Image.Image) -> bytes:
+    """As a large JPEG, which the endpoint scales down."""
+    factor = min(7.0, 2000 / max(picture.size))
+    return saved(scaled(picture, factor, Image.Resampling.BICUBIC), "JPEG", quality=95)
+
+
+def screenshot(picture: Image.Image) -> bytes:
+    """As a browser shows it at two and a half times its size."""
+    return saved(scaled(picture, 2.5, Image.Resampling.BILINEAR))
+
+
+def blurred(picture: Image.Image) -> bytes:
+    """Slightly out of focus: a Gaussian of half a pixel."""
+    return saved(picture.filter(ImageFilter.GaussianBlur(0.5)))
+
+
+def cropped(picture: Image.Image) -> bytes:
+    """A tenth of each side cut away; the endpoint scales it up again."""
+    width, height = picture.size
+    left, top = width // 10, height // 10
+    return saved(picture.crop((left, top, width, height)))
+
+
+def noisy(picture: Image.Image) -> bytes:
+    """Sensor noise of three levels, the same for the same picture, then a phone's JPEG."""
+    pixels = np.asarray(picture)
+    draws = np.random.default_rng(int(pixels.sum()))
+    grain = (pixels + draws.normal(0, 3, pixels.shape)).round().clip(0, 255)
+    return saved(Image.fromarray(grain.astype(np.uint8)), "JPEG", quality=90)
+
+
+AS_RANKED = "PNG, as ranked"
+WAYS: dict[str, Send] = {
+    AS_RANKED: saved,
+    "enlarged, JPEG": enlarged,
+    "JPEG, quality 95": lambda picture: saved(picture, "JPEG", quality=95),
+    "JPEG, quality 75": lambda picture: saved(picture, "JPEG", quality=75),
+    "JPEG, quality 50": lambda picture: saved(picture, "JPEG", quality=50),
+    "screenshot": screenshot,
+    "slight blur": blurred,
+    "small crop": cropped,
+    "phone noise": noisy,
+}
+
+
+def sent(image: Tensor, way: Send) -> Tensor:
+    """Images uint8 (N, H, W, 3) as the endpoint decodes them after they came that `way`."""
+    size = image.shape[1]
+    pixels = [decode(way(Image.fromarray(one)), size) for one in image.cpu().numpy()]
+    return torch.from_numpy(np.stack(pixels)).to(image.device)
+
+
+def photographs(size: int) -> Tensor:
+    """Crops of photographs, uint8 (N, size, size, 3): scenes that nobody calibrated on."""
+    draws, out = np.random.default_rng(0), []
+    for name in PHOTOGRAPHS:
+        with Image.open(Path(data_dir) / name) as file:
+            picture = file.convert("RGB")
+        for _ in range(CROPS):
+            side = int(draws.integers(min(64, *picture.size), min(picture.size) + 1))
+            left = int(draws.integers(picture.width - side + 1))
+            top = int(draws.integers(picture.height - side + 1))
+            crop = picture.crop((left, top, left + side, top + side))
+            out.append(fit(np.asarray(crop), size))
+    return torch.from_numpy(np.stack(out))
+
+
+class Judged(NamedTuple):
+    """A variant with the calibration that it is served with."""
+
+    pipeline: DefendedClassifier
+    calibration: Calibration
+
+
+def false_alarms(
+    every: Sequence[Judged], images: Images, *, rate: float
+) -> Iterator[dict[str, Any]]:
+    """How many of `images` are flagged at `rate`, by the way they came, as the card lists it."""
+    for name, way in tqdm(WAYS.items(), leave=False):
+        image = sent(images.image, way)
+        for judged in every:
+            p = p_of(judged, image)
+            low, high = wilson((p < rate).mean(), len(p))
+            yield figures(judged, name, p, (low, high), rate)
+    crops = photographs(images.image.shape[1]).to(images.image.device)
+    for judged in every:
+        p = p_of(judged, crops)
+        # Crops of one photograph are no independent images: the range over photographs is given.
+        each = (p.reshape(len(PHOTOGRAPHS), CROPS) < rate).mean(1)
+        name = f"{len(p)} crops of {len(PHOTOGRAPHS)} photographs, with their range"
+        row = figures(judged, name, p, (each.min(), each.max()), rate)
+        many = sum(wilson(share, CROPS)[0] > rate for share in each)
+        yield row | {"too_many": many > 1 and row["value"] > WORTH_NAMING * rate}
+
+
+def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[dict[str, Any]]:
+    """How many of `images`, which have ranked nothing, are flagged by the class that they get.
+
+    The promise is one over all classes together, so some may be flagged more and others less.
+    """
+    looks = len(every) * len(images.classes)
+    for judged in every:
+        with torch.no_grad():
+            out = [judged.pipeline(part) for part in torch.split(images.image, 256)]
+        logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
+        ranks, guess = p_values(scores, judged.calibration), logits.argmax(1)
+        for index, name in enumerate(images.classes):
+            p = ranks[guess == index]
+            if len(p):
+                interval = wilson((p < rate).mean(), len(p))
+                row = figures(judged, f"{TAKEN_FOR} {name}", p, interval, rate)
+                # Of so many looks at few images each some are high by chance (Bonferroni).
+                chance = binomtest(int((p < rate).sum()), len(p), rate, alternative="greater")
+                yield row | {"too_many": row["too_many"] and bool(chance.pvalue < 0.025 / looks)}
+
+
+def figures(
+    judged: Judged, way: str, p: Floats, interval: tuple[float, float], rate: float
+) -> dict[str, Any]:
+    """One row of the card, from the p-values (N,) of images that came this way."""
+    value = float((p < rate).mean())
+    return {"way": way, "variant": judged.calibration.variant, **rounded(value, interval)} | {
+        "n": len(p),
+        "drift": round(drift(p), 3),
+        # Beyond doubt: chance alone takes a figure above its promise half of the time.
+        "too_many": bool(interval[0] > rate and value > WORTH_NAMING * rate),
+    }
+
+
+def p_of(judged: Judged, image: Tensor) -> Floats:
+    """p-values (N,) of images uint8 (N, H, W, 3)."""
+    labels = torch.zeros(len(image), dtype=torch.int64)
+    scores = scores_of(judged.pipeline, Images(image, labels, ()))
+    return p_values(scores, judged.calibration)
+
+
+def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
+    """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half.
+
+    Beside it what the theory says: k of n + 1 ranks flag, so the count among m images is
+    beta-binomial with parameters k and n + 1 - k (Vovk 2012, section 2). The halves are
+    exchangeable whatever the images are, so this shows how far the rate scatters with a calibration
+    of half this size; it is no test of other images. Rates that so few cannot rank are left out.
+    """
+    draws, half = np.random.default_rng(0), len(suspicion) // 2
+    rest = len(suspicion) - half
+    flags = {alpha: np.empty(splits) for alpha in ALPHAS}
+    for number in range(splits):
+        order = draws.permutation(len(suspicion))
+        ranked, others = np.sort(suspicion[order[:half]]), suspicion[order[half:]]
+        at_least = half - np.searchsorted(ranked, others, "left")
+        for alpha, share in flags.items():
+            share[number] = ((1 + at_least) / (half + 1) < alpha).mean()
+    for alpha, share in flags.items():
+        ranks = int(np.ceil(alpha * (half + 1) - 1e-9)) - 1
+        if not ranks:
+            continue
+        theory = betabinom(rest, ranks, half + 1 - ranks)
+        yield {
+            "alpha": alpha,
+            "splits": splits,
+            "flagged": round(float(share.mean()), 5),
+            "middle_95%": [round(float(bound), 5) for bound in np.quantile(share, (0.025, 0.975))],
+            "theory": round(ranks / (half + 1), 5),
+            "theory_95%": [round(float(theory.ppf(q)) / rest, 5) for q in (0.025, 0.975)],
+        }
+
+
+def remedies(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each way that flags too many, and each class."""
+    of_way = (
+        "if your clients send such pictures, collect a hundred or more clean ones and run"
+        " `rampart calibrate --archive FILE.mar --images FOLDER`"
+    )
+    of_class = "the promise is over all classes together; to reject few of these, lower the rate"
+    return [
+        f"{row['variant']}: {row['way']} flags {row['value']:.1%}:"
+        f" {of_class if row['way'].startswith(TAKEN_FOR) else of_way}"
+        for row in rows
+        if row["too_many"]
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of the rows, two columns a variant."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    head = ["clean images as they come", "images"]
+    for variant in variants:
+        head += [f"{variant}: flagged", "drift"]
+    body = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = {row["variant"]: row for row in rows if row["way"] == way}
+        # Variants may take different images for one class.
+        cells = [way, ", ".join(dict.fromkeys(str(row["n"]) for row in mine.values()))]
+        for variant in variants:
+            cells += row_cells(mine[variant]) if variant in mine else ["-", "-"]
+        body.append(tuple(cells))
+    return tuple(head), body
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """What is flagged, and the drift."""
+    return [cell_text(row) + (" too many" if row["too_many"] else ""), f"{row['drift']:.3f}"]
+
+
+def in_words(point: dict[str, Any]) -> str:
+    """What `coverage` found at one rate, beside the theory."""
+    (low, high), (least, most) = point["middle_95%"], point["theory_95%"]
+    return (
+        f"{point['flagged']:.2%} flagged over {point['splits']} splits ({low:.2%} to {high:.2%});"
+        f" theory {point['theory']:.2%} ({least:.2%} to {most:.2%})"
+    )

@@ -1,0 +1,210 @@
+"""Distrust of our own evaluation: signs that an attack failed and not that a defence held.
+
+Each check looks at all its images together, with the tolerance it states. Sources: Athalye et al.
+2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of AutoAttack (Croce and Hein 2020).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.objectives import Look, View, mislead, untargeted
+from rampart.hardening.attack.pgd import Threat, apgd, random_start
+
+# Shares of images, but for `randomness`, which is a distance between logits.
+MOST_ZERO_GRADIENTS = 0.05
+MOST_RANDOMNESS = 1e-4
+TOLERANCE = 0.05
+STEPS = (5, 20, 60)
+EPS = (0.5, 1.0, 2.0, 4.0)
+# Balls in which white noise hides the picture: nothing is robust there.
+FAR = {"Linf": 64 / 255, "L2": 4.0}
+
+
+class Check(NamedTuple):
+    """One self-check: whether it passed and what it saw."""
+
+    name: str
+    subject: str
+    passed: bool
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{'passed' if self.passed else 'FAILED'}  {self.name} ({self.subject}): {self.seen}"
+
+
+def gradients(look: Look, x: Tensor, label: Tensor, subject: str) -> list[Check]:
+    """Gradients are zero, of the label or of the detectors: saturation, or rounding on the way."""
+    x = x.detach().requires_grad_()
+    view = look(x)
+    losses = {"zero_gradients": F.cross_entropy(view.logits, label, reduction="sum")}
+    if view.margin is not None:
+        losses["zero_detector_gradients"] = view.margin.sum()
+    return [zero_gradients(name, loss, x, subject) for name, loss in losses.items()]
+
+
+def zero_gradients(name: str, loss: Tensor, x: Tensor, subject: str) -> Check:
+    """The share of x for which `loss` has no gradient."""
+    size = torch.zeros(len(x))
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            loss, x, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        size = gradient.flatten(1).abs().amax(1)
+    share = float((size < 1e-12).float().mean())
+    finding = (
+        f"{share:.0%} of {len(x)} images have a zero gradient (at most {MOST_ZERO_GRADIENTS:.0%})"
+    )
+    return Check(name, subject, share <= MOST_ZERO_GRADIENTS, finding)
+
+
+def randomness(look: Look, x: Tensor, subject: str) -> Check:
+    """The same image gets different logits: an attack must average over that (EOT)."""
+    with torch.no_grad():
+        first, second = look(x).logits, look(x).logits
+    gap = float((F.normalize(first) - F.normalize(second)).norm(dim=1).max())
+    finding = (
+        f"logits of one image differ by {gap:.2g} between two looks (at most {MOST_RANDOMNESS})"
+    )
+    return Check("randomness", subject, gap <= MOST_RANDOMNESS, finding)
+
+
+def logits_are_logits(look: Look, x: Tensor, subject: str) -> Check:
+    """Probabilities passed as logits flatten every loss that expects logits."""
+    with torch.no_grad():
+        logits = look(x).logits
+    sums = (logits.sum(1) - 1).abs().max()
+    probabilities = bool(logits.min() >= 0 and logits.max() <= 1 and sums < 1e-4)
+    finding = "outputs are probabilities" if probabilities else "outputs are not probabilities"
+    return Check("logits", subject, not probabilities, finding)
+
+
+def robust_at(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
+    """Share of x that withstands one Auto-PGD of `steps` on the label."""
+    objective = mislead(lambda x: View(look(x).logits), untargeted(label), label)
+    start = random_start(x, threat, Noise(torch.arange(len(x), device=x.device)))
+    _, won = apgd(objective, x, threat, steps=steps, start=start)
+    return 1 - float(won.float().mean())
+
+
+def falls(values: Sequence[float]) -> bool:
+    """No value exceeds one before it by more than the tolerance."""
+    lowest = 1.0
+    for value in values:
+        if value > lowest + TOLERANCE:
+            return False
+        lowest = min(lowest, value)
+    return True
+
+
+def more_steps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
+    """An attack with more steps finds fewer images."""
+    values = [robust_at(look, x, label, threat, steps=steps) for steps in STEPS]
+    pairs = ", ".join(f"{v:.1%} after {s}" for s, v in zip(STEPS, values, strict=True))
+    return Check("more_steps", subject, falls(values), f"robust {pairs} steps")
+
+
+def larger_eps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
+    """A larger ball holds fewer adversarial images, or even a huge one does not hold them."""
+    sizes = [*(threat.eps * size for size in EPS), max(8 * threat.eps, FAR[threat.norm])]
+    balls = [threat._replace(eps=size) for size in sizes]
+    values = [robust_at(look, x, label, ball, steps=20) for ball in balls]
+    pairs = ", ".join(f"{v:.1%} at {ball}" for ball, v in zip(balls, values, strict=True))
+    passed = falls(values) and values[-1] <= TOLERANCE
+    return Check("larger_eps", subject, passed, f"robust {pairs}")
+
+
+def black_box(white: float, blind: float, subject: str, name: str) -> Check:
+    """An attack that sees only answers beats those that see gradients.
+
+    `white` and `blind` are the shares that withstand each on the same images.
+    """
+    finding = f"robust {white:.1%} against gradients, {blind:.1%} against {name}"
+    return Check("black_box", subject, blind >= white - TOLERANCE, finding)
+
+
+def adaptive(static: float, joint: float, subject: str) -> list[Check]:
+    """A joint attack that finds far more than one that ignores detectors, or one that finds less.
+
+    Both are shares that stay right or rejected on the same images. In the first case the detectors
+    know the static attack only, in the second the joint attack is broken.
+    """
+    finding = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
+    return [
+        Check("adaptive", subject, static <= joint + 2 * TOLERANCE, finding),
+        Check("weak_joint", subject, joint <= static + TOLERANCE, finding),
+    ]
+
+
+def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int) -> float:
+    """Share of x that withstands `queries` of the official Square attack, which has no gradient.
+
+    A victim with detectors is beaten only where it is wrong and accepts.
+    """
+    from pyautoattack.square import SquareAttack
+
+    def margin(x: Tensor, label: Tensor) -> Tensor:
+        view = look(x)
+        own = view.logits.gather(1, label[:, None]).squeeze(1)
+        others = view.logits.scatter(1, label[:, None], -torch.inf).amax(1)
+        return own - others if view.margin is None else torch.maximum(own - others, view.margin)
+
+    class Square(SquareAttack):  # type: ignore[misc]
+        def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            # The first is compared with zero, the second is what shrinks; it keeps both, apart.
+            left = margin(x, y)
+            return left, left.clone()
+
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        attack = Square(
+            lambda x: look(x).logits,
+            norm=threat.norm,
+            eps=threat.eps,
+            n_queries=queries,
+            n_restarts=1,
+            device=x.device,
+            resc_schedule=False,
+        )
+        attack.init_hyperparam(x)
+        _, found = attack.attack_single_run(x, label)
+        return float((margin(found, label) > 0).float().mean())
+
+
+def check_look(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str, *, queries: int
+) -> list[Check]:
+    """All checks that need no more than a victim and images x (N, 3, H, W) that it gets right.
+
+    `look` shows logits alone; `check_detectors` is for what rejects.
+    """
+    white = robust_at(look, x, label, threat, steps=STEPS[1])
+    blind = square(look, x, label, threat, queries=queries)
+    return [
+        *gradients(look, x, label, subject),
+        randomness(look, x, subject),
+        logits_are_logits(look, x, subject),
+        more_steps(look, x, label, threat, subject),
+        larger_eps(look, x, label, threat, subject),
+        black_box(white, blind, subject, f"{queries} queries of Square"),
+    ]
+
+
+def check_detectors(
+    look: Look,
+    x: Tensor,
+    label: Tensor,
+    threat: Threat,
+    subject: str,
+    *,
+    queries: int,
+    joint: float,
+) -> list[Check]:
+    """Masked gradients of detectors; `joint` is the share of x that withstands the joint attack."""
+    blind = square(look, x, label, threat, queries=queries)
+    finding = f"{queries} queries of Square for a wrong label that is accepted"
+    return [*gradients(look, x, label, subject)[1:], black_box(joint, blind, subject, finding)]

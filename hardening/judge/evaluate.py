@@ -1,0 +1,447 @@
+"""The evaluation ladder: how strong is what is deployed, against somebody who knows all of it?
+
+    rampart evaluate model_store/NAME --images cifar10-test.npz --quick
+
+Rungs craft images against the classifier, the pipeline's label, the pipeline with its detectors,
+and an undefended twin. Every image they find is then put to every victim, in float and rounded to
+8 bits through the exported graph: an image is robust only if nothing found by any rung beats it.
+"""
+
+import hashlib
+import timeit
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from rampart.hardening.attack import cache
+from rampart.hardening.attack.ladder import SMALL, Aim, Attack, Budget, in_8_bits, rungs_of
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Answer, Victim, max_softmax_victim
+from rampart.hardening.judge import checks
+from rampart.hardening.judge.checks import Check
+from rampart.hardening.judge.metrics import Metric, detection, difference
+from rampart.hardening.model.arrays import Bools
+from rampart.hardening.model.card import FP32
+from rampart.hardening.model.images import Images, batches
+from rampart.hardening.model.pixels import to_float
+
+# Images that the self-checks look at, and queries of theirs to Square.
+CHECKED, QUERIES = 40, 200
+# Modules that what is found depends on: what attacks a label, and what is attacked beside it.
+LABEL_CODE = (
+    "attack/pgd",
+    "attack/ladder",
+    "attack/noise",
+    "attack/objectives",
+    "model/classifier",
+    "model/pixels",
+)
+PIPELINE_CODE = (
+    *LABEL_CODE,
+    "attack/victims",
+    "model/calibrate",
+    "model/detectors",
+    "model/pipeline",
+    "model/purifier",
+)
+AIMS: tuple[Aim, ...] = ("label", "joint", "flood")
+BARE = ("classifier", "undefended")  # victims that nothing stands in front of
+
+
+class Rung(NamedTuple):
+    """One attack on one victim; `passes` estimates its forward-backward passes an image."""
+
+    name: str
+    victim: Victim
+    attack: str
+    threat: Threat
+    passes: float
+    craft: cache.Craft
+    fingerprint: str  # what it depends on beside attack and threat
+    aim: Aim
+
+
+def rung_on(
+    victim: Victim, attack: Attack, threat: Threat, budget: Budget, *, classes: int
+) -> Rung:
+    """An attack on a victim: on its label, which is cheaper, or on all of it."""
+    label = attack.aim == "label"
+    look = victim.label_look if label else victim.look
+    return Rung(
+        attack.name,
+        victim,
+        attack.effort(budget, classes),
+        threat,
+        attack.passes(budget),
+        partial(attack.craft, look, threat=threat, budget=budget),
+        victim.label_fingerprint if label else victim.fingerprint,
+        attack.aim,
+    )
+
+
+def rungs_on(
+    victim: Victim, aim: Aim, threat: Threat, budget: Budget, *, classes: int
+) -> list[Rung]:
+    """The attacks with one aim on a victim, at all of eps."""
+    return [
+        rung_on(victim, attack, threat, budget, classes=classes) for attack in rungs_of(aim, budget)
+    ]
+
+
+def rungs_within(victim: Victim, threat: Threat, budget: Budget, *, classes: int) -> list[Rung]:
+    """The attacks on a victim that are made at parts of eps, at these."""
+    return [
+        rung_on(victim, attack, near, budget, classes=classes)
+        for aim in AIMS
+        for attack in rungs_of(aim, budget)
+        for near in (threat._replace(eps=threat.eps * share) for share in attack.shares)
+    ]
+
+
+class Replay(NamedTuple):
+    """What found images do to one victim, in float and in 8 bits: both must be withstood."""
+
+    right: Bools  # (N,) the label is right
+    safe: Bools  # (N,) the label is right, or the image rejected
+    rejected: Bools  # (N,) rejected in either form
+    deployed: Answer
+    fooled: Bools  # (N,) the deployed label is wrong
+
+
+class Found(NamedTuple):
+    """The images that a rung made."""
+
+    rung: Rung
+    x: Tensor  # (N, 3, H, W)
+
+
+def replay(victim: Victim, x: Tensor, images: Images, threat: Threat) -> Replay:
+    """Put x (N, 3, H, W), made from `images`, to `victim` in float and through its 8-bit entry."""
+    label = images.label.cpu().numpy()
+    deployed = victim.deployed(in_8_bits(x, images.image, threat))
+    both = (victim.answer(x), deployed)
+    right = [answer.guess == label for answer in both]
+    safe = [r | ~answer.accepted for r, answer in zip(right, both, strict=True)]
+    rejected = ~both[0].accepted | ~both[1].accepted
+    return Replay(right[0] & right[1], safe[0] & safe[1], rejected, deployed, ~right[1])
+
+
+def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
+    """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
+    found = []
+    for rung in ladder:
+        bare = rung.victim.name in BARE
+        source = attack_source(LABEL_CODE if bare else PIPELINE_CODE)
+        key = f"{source} {rung.fingerprint} {rung.name} {rung.attack} {rung.threat}"
+        title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
+        found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
+    return found
+
+
+def attack_source(modules: tuple[str, ...]) -> str:
+    """Stands for the code of these `modules` of this package: what other code found is no use."""
+    files = [Path(__file__).parents[1] / f"{name}.py" for name in modules]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return f"{digest.hexdigest()[:16]} pyautoattack {version('pyautoattack')}"
+
+
+def estimate(
+    victims: list[Victim], images: Images, threat: Threat, budget: Budget, *, only: list[str]
+) -> float:
+    """Seconds that `evaluate` will take, from timed passes through each victim.
+
+    Half of all passes are counted: images that fall early are attacked no further.
+    """
+    x, label = next(iter(batches(images, 16)))
+    total = 0.0
+    for victim in victims:
+        planned = chosen(ladder([victim], threat, budget, len(images.classes)), threat, only)
+        # The max-softmax alternative is attacked with the same budget.
+        planned += [rung for rung in planned if rung.aim == "joint" and not only]
+        passes = {victim.label_look: 0.0, victim.look: 0.0}
+        for rung in planned:
+            look = victim.label_look if rung.aim == "label" else victim.look
+            passes[look] += rung.passes / 2 * len(images)
+        if has_own_label(victim) and not only:
+            passes[victim.label_look] += CHECKED * (sum(checks.STEPS) + 200 + QUERIES / 3)
+        for look, count in passes.items():
+            if count:
+                one_pass = partial(checks.gradients, look, x, label, victim.name)
+                seconds = min(timeit.repeat(one_pass, number=1, repeat=3)) / len(x)
+                total += seconds * count
+    return total
+
+
+def chosen(every: list[Rung], threat: Threat, only: list[str]) -> list[Rung]:
+    """The rungs at full eps that `only` names; all, at every eps, where it names none."""
+    return [r for r in every if not only or (r.name in only and r.threat == threat)]
+
+
+class Record(NamedTuple):
+    """All that happened to one victim: clean, and under every rung of the ladder."""
+
+    victim: Victim
+    clean: Replay
+    under: list[tuple[Rung, Replay]]
+    budget: str
+
+    def attacks(self, name: str) -> list[tuple[Rung, Replay]]:
+        """Those called `name` on this victim, that at full eps last; `lean` labels as the
+        classifier."""
+        twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
+        mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
+        return sorted(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
+
+    def own(self, name: str) -> tuple[Rung, Replay]:
+        """The attack called `name` on this victim at full eps."""
+        return self.attacks(name)[-1]
+
+    def metric(self, name: str, share: Bools, rung: Rung | None = None) -> Metric:
+        """The figure that `share` (N,) of the images makes."""
+        threat, attack = (rung.threat, rung.attack) if rung else (None, "")
+        value, n = float(share.mean()), len(share)
+        return Metric(self.victim.subject, name, value, n, threat=threat, attack=attack)
+
+    def worst(self, of: str) -> Bools:
+        """The images (N,) that are `of` (right or safe) clean and under every rung."""
+        held: Bools = np.array(getattr(self.clean, of))
+        for _, after in self.under:
+            held = held & getattr(after, of)
+        return held
+
+    def everything(self) -> Rung:
+        """What stands beside a worst case."""
+        largest = max((rung for rung, _ in self.under), key=lambda rung: rung.threat.eps)
+        short = any(rung.name == "autoattack_short" for rung, _ in self.under)
+        what = f"worst case over {len(self.under)} attacks in float and 8-bit"
+        effort = f"short AutoAttack, {self.budget}" if short else f"AutoAttack, {self.budget}"
+        return largest._replace(attack=f"{what} ({effort})")
+
+
+def record_of(victim: Victim, found: list[Found], images: Images, budget: str) -> Record:
+    """Put everything that was found to one victim."""
+    clean = replay(victim, to_float(images.image), images, Threat(eps=0.0))
+    under = [(item.rung, replay(victim, item.x, images, item.rung.threat)) for item in found]
+    return Record(victim, clean, under, budget)
+
+
+def label_figures(record: Record) -> Iterator[Metric]:
+    """Clean accuracy and rejection, each attack on the label alone, and transfer."""
+    yield record.metric("clean", record.clean.right)
+    if record.victim.rejects:
+        yield record.metric("clean_rejection", ~record.clean.deployed.accepted)
+    for name in names_under(record, "label"):
+        if mine := record.attacks(name):
+            rung, after = mine[-1]
+            yield record.metric(name, record.clean.right & after.right, rung)
+    for rung, after in record.under:
+        if (rung.victim.subject.kind, rung.name) == ("undefended", "pgd20"):
+            how = rung._replace(attack=f"{rung.attack}, made on the undefended twin")
+            if record.victim.subject.kind != "undefended":
+                yield record.metric("transfer", record.clean.right & after.right, how)
+
+
+def detector_figures(record: Record) -> Iterator[Metric]:
+    """The attacks on label and detectors, and on the detectors alone."""
+    for name in names_under(record, "joint"):
+        rung, after = record.own(name)
+        yield record.metric(name, record.clean.safe & after.safe, rung)
+    for name in names_under(record, "flood"):
+        rung, _ = record.own(name)
+        floods = [after.rejected for r, after in record.under if r.name == name]
+        yield record.metric(name, np.logical_or.reduce(floods), rung)
+
+
+def names_under(record: Record, aim: Aim) -> list[str]:
+    """The attacks with one aim that were made, on whomever."""
+    return list(dict.fromkeys(rung.name for rung, _ in record.under if rung.aim == aim))
+
+
+def rejection_figures(record: Record, plain: Record, rate: float) -> Iterator[Metric]:
+    """What rejecting adds, beside max-softmax rejection (`plain`) at the same clean rate."""
+    percent = f"{100 * rate:g}%"
+    safe, everything = record.worst("safe"), record.everything()
+    yield record.metric(f"robust_with_rejection@{percent}", safe, everything)
+    yield record.metric("accepted_and_wrong", ~safe, everything)
+    simple = plain.worst("safe")
+    yield plain.metric("clean_rejection", ~plain.clean.deployed.accepted)
+    yield plain.metric(f"robust_with_rejection@{percent}", simple, everything)
+    gap, interval = difference(safe, simple)
+    gain = record.metric("gain_over_max_softmax", safe, everything)
+    yield gain._replace(value=gap, interval=interval)
+    yield from stratified(record, safe)
+    yield from detection_figures(record)
+
+
+def stratified(record: Record, safe: Bools) -> Iterator[Metric]:
+    """Safe up to eps, and right *and accepted* up to a part of it: rejecting little is an error."""
+    eps = record.everything().threat.eps
+    for share in (0.0, *SMALL, 1.0):
+        small = [after for rung, after in record.under if rung.threat.eps <= share * eps + 1e-9]
+        held = [after.right & ~after.rejected for after in (record.clean, *small)]
+        rung = record.everything()
+        near = rung.threat._replace(eps=share * eps)
+        rung = rung._replace(attack=f"{rung.attack}; a rejection up to {near} is an error")
+        yield record.metric(f"stratified@{share:g}eps", np.logical_and.reduce([safe, *held]), rung)
+
+
+def detection_figures(record: Record) -> Iterator[Metric]:
+    """How well suspicion tells images that an attack on the label made wrong; AUROC last.
+
+    The joint attack stops at the threshold, so of its images only the share caught says anything.
+    """
+    for name in ("joint_apgd", "pgd20"):
+        rung, after = record.own(name)
+        wrong = record.clean.right & after.fooled
+        if not wrong.any():
+            continue
+        if name == "joint_apgd":
+            yield record.metric(f"caught:{name}", ~after.deployed.accepted[wrong], rung)
+            continue
+        base = record.metric("", wrong[wrong], rung)
+        clean, attacked = record.clean.deployed.suspicion, after.deployed.suspicion[wrong]
+        for title, (value, interval) in detection(clean, attacked).items():
+            yield base._replace(name=f"{title}:{name}", value=value, interval=interval)
+
+
+class Evaluation(NamedTuple):
+    """All that an evaluation saw."""
+
+    images: Images
+    threat: Threat
+    metrics: list[Metric]
+    checks: list[Check]
+    records: dict[str, Record]  # by the victim's name
+    found: list[Found]
+
+
+def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
+    """Every rung for `victims`."""
+    out: list[Rung] = []
+    for victim in victims:
+        make = partial(rungs_on, victim, threat=threat, budget=budget, classes=classes)
+        if has_own_label(victim):
+            out += make("label")
+        if victim.rejects:
+            out += make("joint")
+        if victim.rejects and victim.subject.kind != "max_softmax":
+            out += make("flood")
+            out += rungs_within(victim, threat, budget, classes=classes)
+    return out
+
+
+def has_own_label(victim: Victim) -> bool:
+    """Whether no other victim has the same label; `lean` in fp32 has the classifier's."""
+    subject = victim.subject
+    own = subject.kind == "pipeline" and (subject.precision, subject.variant) != (FP32, "lean")
+    return own or not victim.rejects
+
+
+def evaluate(
+    victims: list[Victim],
+    images: Images,
+    threat: Threat,
+    budget: Budget,
+    *,
+    rate: float,
+    folder: Path,
+    only: list[str],
+) -> Evaluation:
+    """Climb the ladder, or of it the rungs that `only` names; `folder` keeps what was found.
+
+    `victims` hold the classifier first, then pipelines and, as a control, an undefended twin. Worst
+    cases and self-checks need the whole ladder. Raises ValueError where `only` names no rung.
+    """
+    # The plain alternative plays a part in worst cases alone.
+    rejecting = [] if only else [v for v in victims if v.rejects]
+    plain = {v.name: max_softmax_victim(v, images.image) for v in rejecting}
+    whole = ladder([*victims, *plain.values()], threat, budget, len(images.classes))
+    names = sorted({rung.name for rung in whole})
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(names)}")
+    rungs = chosen(whole, threat, only)
+    if not rungs:
+        raise ValueError(f"{', '.join(only)} is made on the classifier: leave out --variant")
+    found = climb(rungs, images, folder)
+    everyone = [*victims, *plain.values()]
+    records = {v.name: record_of(v, found, images, str(budget)) for v in everyone}
+    metrics: list[Metric] = []
+    for record in (records[v.name] for v in victims):
+        metrics += label_figures(record)
+        if record.victim.rejects:
+            metrics += detector_figures(record)
+        if only:
+            continue
+        metrics.append(record.metric("robust", record.worst("right"), record.everything()))
+        if record.victim.rejects:
+            metrics += rejection_figures(record, records[plain[record.victim.name].name], rate)
+    checked = []
+    if not only:
+        metrics += added(records, [v.name for v in victims])
+        checked = self_checks(victims, records, images, threat)
+    return Evaluation(images, threat, metrics, checked, records, found)
+
+
+def added(records: dict[str, Record], names: list[str]) -> Iterator[Metric]:
+    """What each pipeline adds to the bare classifier: the number that decides the default."""
+    alone = records[names[0]].worst("right")
+    for record in (records[name] for name in names if records[name].victim.rejects):
+        gap, interval = difference(record.worst("safe"), alone)
+        metric = record.metric("gain_over_classifier", alone, record.everything())
+        yield metric._replace(value=gap, interval=interval)
+
+
+def self_checks(
+    victims: list[Victim], records: dict[str, Record], images: Images, threat: Threat
+) -> list[Check]:
+    """Every check on every defended victim, on images that it gets right and accepts."""
+    out: list[Check] = []
+    defended = [victim for victim in victims if victim.subject.kind != "undefended"]
+    for victim in tqdm(defended, desc="self-checks", leave=False):
+        record = records[victim.name]
+        right = np.flatnonzero(record.clean.right & ~record.clean.rejected)
+        if not len(right):
+            raise ValueError(f"{victim.name} gets no image right: there is nothing to attack")
+        # Evenly spaced: a folder of images is sorted by class.
+        few = right[np.linspace(0, len(right) - 1, min(CHECKED, len(right))).astype(int)]
+        x, label = to_float(images.image[few]), images.label[few]
+        if has_own_label(victim):
+            look = victim.label_look
+            out += checks.check_look(look, x, label, threat, victim.name, queries=QUERIES)
+        if victim.rejects:
+            joint = float(record.own("joint_apgd")[1].safe[few].mean())
+            out += checks.check_detectors(
+                victim.look,
+                x,
+                label,
+                threat,
+                f"{victim.name}, detectors",
+                queries=QUERIES,
+                joint=joint,
+            )
+        out += outcome_checks(record)
+    return out
+
+
+def outcome_checks(record: Record) -> Iterator[Check]:
+    """Checks of what the rungs found: transfer against gradients, ignoring against joint."""
+
+    def share(parts: tuple[Bools, Bools]) -> float:
+        return float((parts[0] & parts[1]).mean())
+
+    name, clean, static = record.victim.name, record.clean, record.own("pgd20")[1]
+    for rung, after in record.under:
+        if (rung.victim.subject.kind, rung.name) == ("undefended", "pgd20"):
+            white, blind = share((clean.right, static.right)), share((clean.right, after.right))
+            yield checks.black_box(white, blind, name, "transfer from the undefended twin")
+    if record.victim.rejects:
+        joint = record.own("joint_apgd")[1]
+        yield from checks.adaptive(
+            share((clean.safe, static.safe)), share((clean.safe, joint.safe)), name
+        )

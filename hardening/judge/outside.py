@@ -1,0 +1,253 @@
+"""Outside the main threat model, and reported as such: L2, a patch, corruptions, the resize step.
+
+    rampart outside model_store/NAME --images images.npz
+
+Nothing here was trained or calibrated for; the figures say what to expect, not what is promised.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from skimage.data import data_dir
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as change
+
+from rampart.handlers.image import decode
+from rampart.hardening.attack import cache
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.objectives import Look, as_loss, mislead, untargeted
+from rampart.hardening.attack.pgd import Loss, Threat, better, pgd
+from rampart.hardening.attack.victims import Victim
+from rampart.hardening.judge.alarms import PHOTOGRAPHS, saved
+from rampart.hardening.judge.evaluate import PIPELINE_CODE, attack_source, replay
+from rampart.hardening.judge.metrics import share
+from rampart.hardening.model.card import cell_text
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float, to_uint8
+
+L2 = Threat("L2", 0.5)
+# A sticker: its share of the side, the places that are tried out, and the steps at each.
+STICKER, PLACES, STEPS = 3 / 16, 4, 40
+ATTACKS = f"joint APGD in L2; a patch of any colours, {PLACES} places of {STEPS} steps"
+
+Corrupt = Callable[[Tensor, Noise], Tensor]  # x (N, 3, H, W) in [0, 1], the same after
+
+
+def impulses(x: Tensor, noise: Noise) -> Tensor:
+    """One pixel in twenty black or white."""
+    hit, white = noise.uniform(1, *x.shape[2:]) < 0.05, noise.uniform(1, *x.shape[2:]) < 0.5
+    return torch.where(hit, white.to(x), x)
+
+
+def blurred(x: Tensor, noise: Noise) -> Tensor:
+    """A Gaussian of a 32nd of the side."""
+    sigma = x.shape[2] / 32
+    out: Tensor = change.gaussian_blur(x, [4 * round(sigma) + 1] * 2, [sigma, sigma])
+    return out
+
+
+def shaken(x: Tensor, noise: Noise) -> Tensor:
+    """Smeared sideways over five 32nds of the side."""
+    reach = 2 * round(x.shape[3] / 32)
+    return F.avg_pool2d(F.pad(x, (reach, reach, 0, 0), "replicate"), (1, 2 * reach + 1), 1)
+
+
+def pixelated(x: Tensor, noise: Noise) -> Tensor:
+    """Sixteen pixels a side."""
+    return F.interpolate(F.adaptive_avg_pool2d(x, 16), size=x.shape[2:])
+
+
+def compressed(x: Tensor, noise: Noise) -> Tensor:
+    """JPEG at quality 25."""
+    pixels = to_uint8(x).permute(0, 3, 1, 2).cpu()
+    return torch.stack([change.jpeg(one, 25) for one in pixels]).to(x.device).float() / 255
+
+
+# Most families of Hendrycks and Dietterich (2019, section 3), each at one middle strength of ours:
+# not CIFAR-10-C, and not to be compared with its figures.
+CORRUPTIONS: dict[str, Corrupt] = {
+    "Gaussian noise": lambda x, noise: x + 0.06 * noise.normal(*x.shape[1:]),
+    "shot noise": lambda x, noise: x + 0.1 * x.sqrt() * noise.normal(*x.shape[1:]),
+    "impulse noise": impulses,
+    "Gaussian blur": blurred,
+    "motion blur": shaken,
+    "veil of white": lambda x, noise: 0.6 * x + 0.4,
+    "brightness": lambda x, noise: change.adjust_brightness(x, 1.5),
+    "darkness": lambda x, noise: change.adjust_brightness(x, 0.5),
+    "contrast": lambda x, noise: change.adjust_contrast(x, 0.4),
+    "saturation": lambda x, noise: change.adjust_saturation(x, 2.5),
+    "pixelate": pixelated,
+    "JPEG, quality 25": compressed,
+}
+
+
+def patch(look: Look, x: Tensor, label: Tensor, *, share: float = STICKER) -> Tensor:
+    """A square of any colours on x (N, 3, H, W), bounded by area alone (Brown et al. 2017).
+
+    Of a grid of places those are attacked where a gray square hurts most; the strongest is kept.
+    """
+    rank = as_loss(mislead(look, untargeted(label), label), len(x))
+    grid = squares(x, share)  # (P, 1, H, W)
+    with torch.no_grad():
+        hurt = torch.stack([rank(torch.where(mask, 0.5, x)) for mask in grid], 1)  # (N, P)
+    places = hurt.topk(min(PLACES, len(grid)), dim=1).indices
+    best, best_rank = x, torch.full((len(x),), -torch.inf, device=x.device)
+    for place in range(places.shape[1]):
+        found = paste(rank, x, grid[places[:, place]], seed=place)
+        with torch.no_grad():
+            best, best_rank = better(best, best_rank, found, rank(found))
+    return best
+
+
+def paste(rank: Loss, x: Tensor, mask: Tensor, *, seed: int) -> Tensor:
+    """x with what `rank` likes best where `mask` (N, 1, H, W) is: PGD within all colours."""
+    noise = Noise(torch.arange(len(x), device=x.device), seed=seed)
+    start = noise.uniform(*x.shape[1:]) - x
+
+    def stuck(z: Tensor) -> Tensor:
+        return torch.where(mask, z, x)
+
+    free = Threat("Linf", 1.0)
+    z = pgd(lambda z: rank(stuck(z)), x, free, steps=STEPS, step_size=0.1, start=start)
+    return stuck(z)
+
+
+def squares(x: Tensor, share: float) -> Tensor:
+    """Masks (P, 1, H, W) of squares of this share of the height, half a side apart."""
+    height, width = x.shape[2:]
+    side = round(share * height)
+    tops, lefts = (range(0, length - side + 1, max(1, side // 2)) for length in (height, width))
+    masks = torch.zeros((len(tops), len(lefts), 1, height, width), dtype=torch.bool)
+    for row, top in enumerate(tops):
+        for column, left in enumerate(lefts):
+            masks[row, column, 0, top : top + side, left : left + side] = True
+    return masks.flatten(0, 1).to(x.device)
+
+
+def attacks(victim: Victim, budget: Budget) -> dict[str, cache.Craft]:
+    """The attacks on one victim, by what they may do."""
+    l2 = partial(rungs.joint_apgd, victim.look, threat=L2, budget=budget)
+    return {str(L2): l2, "patch": partial(patch, victim.look)}
+
+
+def rows(
+    victims: list[Victim], images: Images, budget: Budget, *, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Shares of `images` right, and right or rejected, in float and in 8 bits, as the card lists.
+
+    What was found against any victim is put to all.
+    """
+    clean = to_float(images.image)
+    # An attacker may also leave an image as it is.
+    attempts = {"clean": [clean], str(L2): [clean], "patch": [clean]}
+    source = attack_source((*PIPELINE_CODE, "judge/outside"))
+    for victim in victims:
+        for name, craft in attacks(victim, budget).items():
+            key = f"{source} {victim.fingerprint} {name} {budget}"
+            title = f"{victim.name}, {name}"
+            attempts[name].append(cache.crafted(folder, key, images, craft, title=title))
+    noise = Noise(torch.arange(len(images), device=images.image.device))
+    for name, corrupt in CORRUPTIONS.items():
+        attempts[name] = [corrupt(clean, noise).clamp(0, 1)]
+    for victim in victims:
+        for name, found in attempts.items():
+            after = [replay(victim, x, images, L2) for x in found]
+            yield {
+                "threat": name,
+                "subject": victim.subject.text,
+                "variant": victim.variant,
+                "right": share(np.logical_and.reduce([each.right for each in after])),
+                "right_or_rejected": share(np.logical_and.reduce([each.safe for each in after])),
+                "n": len(images),
+            }
+
+
+def scaling(size: int) -> dict[str, Any]:
+    """The image-scaling attack (Quiring et al. 2020, section 3) on the endpoint's resize step.
+
+    A large photograph is changed as little as possible, so that the model sees another one. The
+    figure is how much it had to change, as PSNR in dB: below 20 anybody sees it. Beside it what
+    would do where pixels are picked (nearest neighbour), as many libraries do by default.
+    """
+    large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
+    pictures = [square(name, large) for name in PHOTOGRAPHS]
+    ours: list[float] = []
+    picked: list[float] = []
+    off: list[float] = []
+    for shown, hidden in zip(pictures, pictures[1:] + pictures[:1], strict=True):
+        target = decode(saved(Image.fromarray(hidden)), size)
+        for how, psnrs in ((Image.Resampling.BICUBIC, ours), (Image.Resampling.NEAREST, picked)):
+            forged = forge(shown, target, how)
+            psnrs.append(psnr(shown, forged))
+            if how is Image.Resampling.BICUBIC:
+                small = decode(saved(Image.fromarray(forged)), size).astype(int)
+                off.append(float(np.abs(small - target).mean()))
+    return {
+        "pictures": len(pictures),
+        "pixels": [large, size],
+        "psnr": round(float(np.mean(ours)), 1),
+        "psnr_nearest": round(float(np.mean(picked)), 1),
+        "levels_off_target": round(float(np.mean(off)), 1),
+    }
+
+
+def square(name: str, side: int) -> NDArray[np.uint8]:
+    """One of scikit-image's photographs as uint8 (side, side, 3)."""
+    return decode((Path(data_dir) / name).read_bytes(), side)
+
+
+def forge(
+    shown: NDArray[np.uint8], target: NDArray[np.uint8], how: Image.Resampling
+) -> NDArray[np.uint8]:
+    """`shown` (S, S, 3) with the least change (in L2) that scales down to `target` (s, s, 3)."""
+    eye = Image.fromarray(np.eye(len(shown), dtype=np.float32))
+    rows = np.asarray(eye.resize((len(shown), len(target)), how), dtype=np.float64)  # (s, S)
+    back = np.linalg.pinv(rows)  # (S, s)
+    x = shown.astype(np.float64).transpose(2, 0, 1)
+    lacking = target.transpose(2, 0, 1) - rows @ x @ rows.T
+    forged = x + back @ lacking @ back.T
+    return forged.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def psnr(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    error = np.square(one.astype(np.float64) - two).mean()
+    return float(10 * np.log10(255**2 / error))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body of a table of the rows, a column a victim."""
+    who = list(dict.fromkeys((row["subject"], row["variant"]) for row in rows))
+    head = ["threat", "images"]
+    for subject, variant in who:
+        name = subject if variant == "-" else variant
+        head += [f"{name}: right"] + ([f"{name}: right or rejected"] if variant != "-" else [])
+    body = []
+    for threat in dict.fromkeys(row["threat"] for row in rows):
+        mine = [row for row in rows if row["threat"] == threat]
+        cells = [threat, str(mine[0]["n"])]
+        for row in mine:
+            cells.append(cell_text(row["right"]))
+            if row["variant"] != "-":
+                cells.append(cell_text(row["right_or_rejected"]))
+        body.append(tuple(cells))
+    return tuple(head), body
+
+
+def in_words(scaled: dict[str, Any]) -> str:
+    """What `scaling` found."""
+    large, small = scaled["pixels"]
+    return (
+        f"image scaling: to make the model see another picture of {small} pixels a side, a"
+        f" photograph of {large} has to change until {scaled['psnr']} dB PSNR are left; where"
+        f" pixels are picked, {scaled['psnr_nearest']} dB would do (below 20 anybody sees it)"
+    )

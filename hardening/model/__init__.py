@@ -1,0 +1,1 @@
+"""What is trained, calibrated and exported: networks, detectors, the pipeline of both."""

@@ -1,0 +1,118 @@
+"""From scores to p-values: quantile tables on tuning images, split conformal on calibration images.
+
+Each detector's score becomes a surprise, -log of the share of clean tuning images at least as
+suspicious; surprises add up (Fisher 1932). The sum is ranked among those of calibration images
+that nothing else has seen, so that P(p < alpha | clean) <= alpha for exchangeable data (split
+conformal: Vovk et al. 2005; Bates et al. 2023). The tables live beside the graph: recalibrating
+changes neither weights nor engine.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rampart.handlers.engine import Engine
+from rampart.handlers.verdict import Calibration, combine
+from rampart.hardening.model.files import Precision as Precision
+from rampart.hardening.model.files import calibration_file as calibration_file
+from rampart.hardening.model.files import load_variant as load_variant
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+
+KNOTS = 33
+
+
+def scores_of(
+    pipeline: DefendedClassifier, images: Images, engine: Engine | None = None, *, size: int = 256
+) -> NDArray[np.float64]:
+    """Scores (N, D) of images through the uint8 entry, or through an exported graph of it."""
+    if engine is not None:
+        return engine.run(images.image.cpu().numpy()).scores.astype(np.float64)
+    parts = images.image.tensor_split(list(range(size, len(images), size)))
+    with torch.no_grad():
+        return torch.cat([pipeline(part).scores for part in parts]).double().cpu().numpy()
+
+
+def tables(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Quantile knots (D, Q) of tuning scores (N, D), and the surprise (Q,) at each."""
+    # Tails from 1 down to 1/N, evenly on the log scale: resolution where decisions fall.
+    tail = np.geomspace(1.0, 1.0 / len(scores), KNOTS)
+    return np.quantile(scores, 1 - tail, axis=0).T, -np.log(tail)
+
+
+def calibrate(
+    pipeline: DefendedClassifier, held: Images, variant: Variant, engine: Engine | None = None
+) -> Calibration:
+    """Tables from the tuning split of `held`, ranks from its calibration split.
+
+    One that scores a little differently, as in fp16 or int8, is calibrated through its `engine`.
+    Raises ValueError where `held` is too small for a false-alarm rate of 1%.
+    """
+    ranked = split(held, "calibration")
+    if len(ranked) < 100:
+        raise ValueError(
+            f"{len(held)} held-out images leave {len(ranked)} to calibrate on: a false-alarm rate"
+            " of 1% needs at least 100, so hold out 200 or more"
+        )
+    knots, surprise = tables(scores_of(pipeline, split(held, "tuning"), engine))
+    unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
+    combined = np.sort(combine(scores_of(pipeline, ranked, engine), unranked))
+    return Calibration(pipeline.detectors.names, knots, surprise, combined, len(ranked), variant)
+
+
+def to_json(calibration: Calibration, data: str) -> dict[str, object]:
+    """The content of an archive's calibration.json; `data` says what it was made from."""
+    return {
+        "variant": calibration.variant,
+        "detectors": list(calibration.detectors),
+        "knots": calibration.knots.tolist(),
+        "surprise": calibration.surprise.tolist(),
+        "combined": calibration.combined.tolist(),
+        "images": calibration.images,
+        "data": data,
+    }
+
+
+def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
+    """Write a variant's calibration into a folder of model_store."""
+    file = calibration_file(folder, calibration.variant, precision)
+    file.write_text(json.dumps(to_json(calibration, data)) + "\n")
+    return file
+
+
+def threshold(calibration: Calibration, rate: float) -> float:
+    """The combined score above which p < `rate`; infinite where the images are too few for it."""
+    n = len(calibration.combined)
+    # p = (1 + at_least) / (n + 1) < rate  <=>  at_least < rate * (n + 1) - 1
+    most = math.ceil(rate * (n + 1) - 1 - 1e-9) - 1
+    return float(calibration.combined[n - 1 - most]) if most >= 0 else math.inf
+
+
+def combined(scores: Tensor, calibration: Calibration) -> Tensor:
+    """The combined score (N,) of scores (N, D), differentiable; `combine` of handlers in torch."""
+    knots = torch.as_tensor(calibration.knots, dtype=scores.dtype, device=scores.device)
+    knots = knots.contiguous()  # as searchsorted wants them
+    surprise = torch.as_tensor(calibration.surprise, dtype=scores.dtype, device=scores.device)
+    total = torch.zeros_like(scores[:, 0])
+    for score, knot in zip(scores.unbind(1), knots, strict=True):
+        right = torch.searchsorted(knot, score.detach().contiguous(), right=True).clamp(
+            1, len(knot) - 1
+        )
+        low, high = knot[right - 1], knot[right]
+        share = (score - low) / (high - low).clamp_min(1e-12)
+        inside = surprise[right - 1] + share * (surprise[right] - surprise[right - 1])
+        middle = len(knot) // 2
+        slope = (surprise[-1] - surprise[middle]) / (knot[-1] - knot[middle]).clamp_min(1e-6)
+        beyond = surprise[-1] + slope * (score - knot[-1])
+        total = total + torch.where(score > knot[-1], beyond, inside).clamp_min(0)
+    return total
+
+
+def detection_margin(scores: Tensor, calibration: Calibration, rate: float) -> Tensor:
+    """How far (N,) an image is above the threshold: flagged where positive, differentiable."""
+    return combined(scores, calibration) - threshold(calibration, rate)

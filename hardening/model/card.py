@@ -1,0 +1,190 @@
+"""The card of a model: what was measured of it, typed; as JSON it stands beside the weights."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rampart.handlers.verdict import Policy
+
+RATE = Policy.false_alarm_rate
+LEAST = 100  # images, fewer of which choose no precision
+FILE = "card.json"
+NO_VARIANT = "-"  # of what nothing stands in front of
+FP32 = "fp32"
+# How JSON begins the subject of a graph in lower precision, by the kind of victim.
+LOWER = {"pipeline": "graph", "max_softmax": "max_softmax"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who was measured: a kind of victim ("classifier", "pipeline", "max_softmax", "undefended"),
+    and of a pipeline its variant and the precision of its graph.
+    """
+
+    kind: str
+    variant: str = NO_VARIANT
+    precision: str = FP32
+
+    @classmethod
+    def parse(cls, text: str, variant: str) -> "Subject":
+        """The subject that JSON calls `text`, as "graph:int8", of a variant."""
+        start, colon, precision = text.partition(":")
+        if not colon:
+            return cls(text, variant)
+        kinds = {name: kind for kind, name in LOWER.items()}
+        return cls(kinds.get(start, start), variant, precision)
+
+    @property
+    def text(self) -> str:
+        """What JSON calls it, beside the variant."""
+        if self.precision == FP32:
+            return self.kind
+        return f"{LOWER.get(self.kind, self.kind)}:{self.precision}"
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.text if self.variant == NO_VARIANT else f"{self.text} {self.variant}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure with its 95% interval over `n` images; of clean images it has no threat.
+
+    `norm` and `eps` are the threat as text, `attack` says what made the images, `rate` is the
+    promised share of false alarms where the figure depends on one that is not the usual.
+    """
+
+    subject: Subject
+    name: str
+    value: float
+    n: int
+    interval: tuple[float, float]
+    data: str
+    command: str
+    norm: str | None = None
+    eps: str | None = None
+    attack: str | None = None
+    rate: float | None = None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Figure":
+        """A row of card.json."""
+        values = {name: row[name] for name in row if name not in ("subject", "variant")}
+        values["interval"] = tuple(row["interval"])
+        return cls(Subject.parse(row["subject"], row["variant"]), **values)
+
+    def row(self) -> dict[str, Any]:
+        """As card.json lists it."""
+        out: dict[str, Any] = {"subject": self.subject.text, "variant": self.subject.variant}
+        out |= {name: getattr(self, name) for name in ("name", "value", "n")}
+        out |= {"interval": list(self.interval), "data": self.data, "command": self.command}
+        options = {name: getattr(self, name) for name in ("norm", "eps", "attack", "rate")}
+        return out | {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def threat(self) -> str | None:
+        """The threat as the card names it; None of clean images."""
+        return None if self.eps is None else f"{self.norm} {self.eps}"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a newer figure replaces: the same under the same threat, attack, data and rate."""
+        setting = (self.norm, self.eps, self.attack, self.data, self.rate)
+        return (self.subject, self.name, *setting)
+
+    @property
+    def cell(self) -> str:
+        """The figure with its interval, as tables show it."""
+        low, high = self.interval
+        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as tables, the page and the choice of precision read it; `content` is its JSON."""
+
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Card":
+        """The card of a model folder; empty where none was written yet."""
+        return cls(read_card(folder))
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All that was measured, in the order in which it was."""
+        return [Figure.of(row) for row in self.content.get("metrics", [])]
+
+    @property
+    def threat_model(self) -> str | None:
+        """The threat that the card speaks of."""
+        return self.content.get("threat_model")
+
+    @property
+    def history(self) -> list[list[dict[str, float]]]:
+        """The training runs that made the classifier, a row an epoch."""
+        return list(self.content.get("history", []))
+
+    def is_main(self, figure: Figure) -> bool:
+        """Whether a figure is of the card's threat model, or of clean images, at the usual rate."""
+        return figure.rate is None and figure.threat in (None, self.threat_model)
+
+    def main_figures(self) -> list[Figure]:
+        """The figures that `is_main` names."""
+        return [figure for figure in self.figures if self.is_main(figure)]
+
+
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`new` rows, and those `old` ones that no new row replaces (see `Figure.key`): a weaker attack
+    never takes the place of a stronger one.
+    """
+    replaced = {Figure.of(row).key for row in new}
+    return [row for row in old if Figure.of(row).key not in replaced] + new
+
+
+def robust_in_int8(folder: Path, variant: str) -> float | None:
+    """Worst-case robust accuracy, with or without rejection, that int8 costs a variant at most.
+
+    Only validation images decide, and at least LEAST of them: test images must not choose what is
+    served. Both figures are of the same images and attacks, under the card's threat model; of
+    several such pairs that of most images counts. None where it was not measured.
+    """
+    float_one, int8 = Subject("pipeline", variant), Subject("pipeline", variant, "int8")
+    pairs: dict[tuple[object, ...], dict[Subject, Figure]] = {}
+    for figure in Card.load(folder).main_figures():
+        if decides(figure) and figure.subject in (float_one, int8):
+            pairs.setdefault(figure.key[1:], {})[figure.subject] = figure
+    both = [pair for pair in pairs.values() if len(pair) == 2]
+    most = max((pair[int8].n for pair in both), default=0)
+    losses = [p[float_one].value - p[int8].value for p in both if p[int8].n == most]
+    return round(max(losses), 6) if losses else None
+
+
+def decides(figure: Figure) -> bool:
+    """Whether a figure may choose a precision: a worst case of enough validation images."""
+    worst = figure.name.partition("@")[0] in ("robust", "robust_with_rejection")
+    return worst and figure.n >= LEAST and "validation split" in figure.data
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The JSON of a model folder's card; empty where none was written yet."""
+    file = folder / FILE
+    card: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return card
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> Path:
+    """Write card.json in a model folder."""
+    file = folder / FILE
+    file.write_text(json.dumps(card, indent=1) + "\n")
+    return file
+
+
+def cell_text(share: dict[str, Any] | None) -> str:
+    """A share of a card with its interval; a dash where there is none."""
+    if share is None:
+        return "-"
+    low, high = share["interval"]
+    return f"{share['value']:.1%} ({low:.1%} to {high:.1%})"

@@ -1,0 +1,51 @@
+"""Weights as safetensors, with the config that rebuilds the model in the file's metadata."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rampart.hardening.model.files import FORMAT
+
+
+def save(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write the model's state and its building `config` (JSON values) to `path`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, {"format": FORMAT, "config": json.dumps(config)})
+    partial.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return (config, state) of a file written by `save`.
+
+    Raises FileNotFoundError, or ValueError where the file is not one of ours.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: make one with `rampart train`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} carries no Rampart config: only files of `rampart train` load")
+    return json.loads(metadata["config"]), state
+
+
+def digest(model: nn.Module) -> str:
+    """16 hex digits that stand for the model's weights, and for what its parts were built with."""
+    # Normalization is no weight, and yet the same weights answer otherwise under another one.
+    built = [repr(part.config) for part in model.modules() if hasattr(part, "config")]
+    total = hashlib.sha256(repr(built).encode())
+    for tensor in model.state_dict().values():
+        total.update(tensor.cpu().numpy().tobytes())
+    return total.hexdigest()[:16]

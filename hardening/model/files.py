@@ -1,0 +1,57 @@
+"""The files of a model folder by name, and what can be read off them without torch."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+from rampart.handlers.verdict import Calibration
+
+FORMAT = "rampart-1"
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+def calibration_file(folder: Path, variant: str, precision: Precision = "fp32") -> Path:
+    """Where a folder of model_store has the calibration of a variant in a precision."""
+    return folder / f"calibration-{named(variant, precision)}.json"
+
+
+def graph_file(folder: Path, variant: str, precision: Precision = "fp32") -> Path:
+    """Where a folder of model_store has a variant's exported graph, if it has it."""
+    return folder / f"graph-{named(variant, precision)}.onnx"
+
+
+def ranges_file(folder: Path, variant: str) -> Path:
+    """Where a folder of model_store has the activation ranges of a variant's int8 form."""
+    return folder / f"ranges-{variant}.json"
+
+
+def named(variant: str, precision: Precision) -> str:
+    """A variant in a precision, as file names have it."""
+    return variant if precision == "fp32" else f"{variant}-{precision}"
+
+
+def load_variant(folder: Path, variant: str, precision: Precision = "fp32") -> Calibration:
+    """The calibration of one variant in a folder of model_store."""
+    return Calibration.load(calibration_file(folder, variant, precision))
+
+
+def read_config(weights: Path) -> dict[str, Any]:
+    """The config that rebuilds the model, out of the head of a file of weights.
+
+    Raises FileNotFoundError, or ValueError where the file is not one of ours.
+    """
+    if not weights.is_file():
+        raise FileNotFoundError(f"no checkpoint at {weights}: make one with `rampart train`")
+    try:
+        with weights.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > weights.stat().st_size:
+                raise ValueError("its head is cut off")
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+    except (struct.error, ValueError, AttributeError) as error:
+        raise ValueError(f"{weights} is not a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{weights} carries no Rampart config: only files of `rampart train` load")
+    config: dict[str, Any] = json.loads(metadata["config"])
+    return config

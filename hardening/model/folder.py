@@ -1,0 +1,173 @@
+"""A folder of model_store: which variants it holds, which are best, of what it was made.
+
+weights.safetensors, calibration-VARIANT.json and card.json make a model; figures and pictures are
+added as they are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
+
+from rampart.hardening.model import card as report
+from rampart.hardening.model.files import Precision, calibration_file
+
+if TYPE_CHECKING:
+    from rampart.hardening.model.pipeline import Variant
+
+VARIANTS: tuple[Variant, ...] = ("full", "lean")
+LOG = "evaluations.jsonl"
+PICTURED = ("ablation.png", "curve.png", "report.html")  # what is drawn of a model
+
+
+def variants_in(model: Path) -> list[Variant]:
+    """The variants that a model folder is calibrated for, `full` first."""
+    return [v for v in VARIANTS if (model / f"calibration-{v}.json").is_file()]
+
+
+def forms(model: Path) -> list[tuple[Variant, Precision]]:
+    """The variants of a model folder with the precisions that each is calibrated in.
+
+    Raises ValueError that says how to make one.
+    """
+    every: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    return [
+        (variant, precision)
+        for variant in calibrated(model)
+        for precision in every
+        if calibration_file(model, variant, precision).is_file()
+    ]
+
+
+def calibrated(model: Path) -> list[Variant]:
+    """`variants_in`, at least one. Raises ValueError that says how to make it."""
+    if known := variants_in(model):
+        return known
+    raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
+
+
+def best_variant(card: dict[str, Any], variants: Sequence[Variant]) -> Variant:
+    """What is taken of `variants` where none is asked for: what the ablation chose, else `full`."""
+    chosen: Variant = card.get("ablation", {}).get("default", {}).get("variant")
+    return chosen if chosen in variants else variants[0]
+
+
+def form(
+    model: Path, variant: Variant | None, precision: Precision | None
+) -> tuple[Variant, Precision]:
+    """What is exported of a model folder where less is said.
+
+    Raises ValueError where it is not calibrated for `variant`.
+    """
+    variants = calibrated(model)
+    if variant and variant not in variants:
+        raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
+    chosen = variant or best_variant(report.read_card(model), variants)
+    return chosen, precision or best_precision(model, chosen)
+
+
+def best_precision(model: Path, variant: str) -> Precision:
+    """int8 where its worst case was measured and is within a point of the float one's."""
+    loss = report.robust_in_int8(model, variant)
+    return "int8" if loss is not None and loss <= 0.01 else "fp32"
+
+
+def sibling(model: Path) -> Path | None:
+    """The undefended twin that stands beside `model`, where there is one."""
+    twin = model.with_name(f"{model.name}-undefended")
+    return twin if twin.is_dir() else None
+
+
+def trained_on(card: dict[str, Any], data: Path) -> bool:
+    """Whether the card names `data` as the images of training, by itself or in a command."""
+    return data.name in (card.get("data"), *(known.get("--data") for known in commands(card)))
+
+
+def held_beside(card: dict[str, Any], data: Path) -> list[str]:
+    """What the card's commands on `data` named as held-out images."""
+    named = (known.get("--held") for known in commands(card) if known.get("--data") == data.name)
+    return [held for held in named if held]
+
+
+def commands(card: dict[str, Any]) -> list[dict[str, str]]:
+    """Each command of the card as its options, the last folder or file name of each value."""
+    lines = [
+        [part for word in shlex.split(line) for part in word.split("=", word.startswith("--"))]
+        for line in card.get("commands", [])
+    ]
+    return [
+        {word: Path(value).name for word, value in pairwise(words) if word.startswith("--")}
+        for words in lines
+    ]
+
+
+def contents(model: Path) -> dict[str, Any]:
+    """The files of a model folder, by name."""
+    return {file.name: file for file in sorted(model.iterdir()) if file.is_file()}
+
+
+def calibrations(model: Path) -> list[Path]:
+    """The files of a model folder that belong to its weights alone."""
+    kinds = ("calibration-*.json", "ranges-*.json", "graph-*.*")
+    return [file for kind in kinds for file in model.glob(kind)]
+
+
+def deliver(model: Path, target: Path) -> bool:
+    """Copy a finished model folder; returns whether `target` had that model already.
+
+    If so, the newer of each file stays, and the card keeps what either has. Otherwise what was made
+    of the other model goes, but for the log of evaluations, which only grows.
+    """
+    same = _decides(target) == _decides(model)
+    if not same:
+        for file in [*calibrations(target), *(target / name for name in ("card.json", *PICTURED))]:
+            file.unlink(missing_ok=True)
+    lines = dict.fromkeys([*_logged(target), *_logged(model)])
+    cards = [report.read_card(target), report.read_card(model)] if same else []
+    if same and _newer(target / "card.json", model / "card.json"):
+        cards.reverse()
+    target.mkdir(parents=True, exist_ok=True)
+    for file in contents(model).values():
+        if not (same and _newer(target / file.name, file)):
+            shutil.copy2(file, target)
+    if lines:
+        (target / LOG).write_text("".join(f"{line}\n" for line in lines))
+    if cards:
+        older, newer = cards
+        rows = report.merge(older.get("metrics", []), newer.get("metrics", []))
+        report.write_card(target, older | newer | {"metrics": rows})
+    return same
+
+
+def _decides(model: Path) -> dict[str, bytes]:
+    """What makes it another model."""
+    names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
+    files = [model / name for name in names]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _logged(model: Path) -> list[str]:
+    log = model / LOG
+    return log.read_text().splitlines() if log.is_file() else []
+
+
+def _newer(file: Path, other: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime > other.stat().st_mtime
+
+
+def is_of(archive: Path, model: Path) -> bool:
+    """Whether an archive was packed from the weights in a model folder."""
+    try:
+        with ZipFile(archive) as packed:
+            known = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
+    except (OSError, BadZipFile, ValueError, KeyError, TypeError):
+        return False
+    weights = (model / "weights.safetensors").read_bytes()
+    return bool(known == hashlib.sha256(weights).hexdigest())

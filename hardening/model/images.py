@@ -1,0 +1,169 @@
+"""Labelled images in memory, and the splits of those that are held out.
+
+Small images fit in memory whole (CIFAR-10: 150 MB), so a data set is one uint8 tensor, on the GPU
+where there is one, and a batch is one index operation.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.provenance import among, fingerprints
+
+# Shares of the held-out images: (split, first, last) in parts of 5,170. Checkpoints are chosen on
+# validation, detectors combined on tuning, thresholds set on calibration.
+PARTS = 5170
+S = TypeVar("S", bound="Source")
+SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500, 5170)}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `image` uint8 (N, H, W, 3) RGB, `label` int64 (N,), `classes` by index.
+
+    `paths` names each image within its source ("" where the source has no names).
+    """
+
+    image: Tensor
+    label: Tensor
+    classes: tuple[str, ...]
+    paths: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images with both tensors on `device`."""
+        return Images(self.image.to(device), self.label.to(device), self.classes, self.paths)
+
+    def __getitem__(self, index: slice | Tensor) -> "Images":
+        chosen = torch.arange(len(self))[index]
+        paths = tuple(self.paths[i] for i in chosen.tolist()) if self.paths else ()
+        return Images(self.image[chosen], self.label[chosen], self.classes, paths)
+
+    def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (image, label) for each index tensor of `rows`, which are on the same device."""
+        for index in rows:
+            yield self.image[index], self.label[index]
+
+    def hold_out(self, held: "Images | None" = None, *, seed: int = 0) -> "tuple[Images, Held]":
+        """(training images, those held out), as the function `hold_out` divides them."""
+        train, rest = hold_out(self, held, seed=seed)
+        return train, Held(rest, train)
+
+    def whole(self) -> "Images":
+        """All of them, which are in memory already."""
+        return self
+
+    def unlike(self, held: "Images") -> Tensor:
+        """Which images (N,) have other pixels than all of `held`."""
+        return torch.from_numpy(~among(fingerprints(self.image), fingerprints(held.image)))
+
+    def digest(self) -> str:
+        """Stands for the pixels, labels and classes."""
+        total = hashlib.sha256(self.image.cpu().numpy().tobytes())
+        total.update(self.label.cpu().numpy().tobytes())
+        total.update(repr(self.classes).encode())
+        return total.hexdigest()
+
+
+class Source(Protocol):
+    """Labelled images, in memory or on disk."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by index."""
+        ...
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The name of each image within its source, or none at all."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor, /) -> Self: ...
+
+    def whole(self) -> Images:
+        """All of them, in memory."""
+        ...
+
+    def unlike(self, held: Images) -> Tensor:
+        """Which images (N,) have other pixels than all of `held`, as far as that is known."""
+        ...
+
+
+class Held(NamedTuple):
+    """Images that are kept out of training; `train` are those that are not, where there are any."""
+
+    images: Images
+    train: Source | None = None
+
+    @property
+    def validation(self) -> Images:
+        """On which a checkpoint is chosen."""
+        return split(self.images, "validation")
+
+    @property
+    def tuning(self) -> Images:
+        """On which detectors are combined."""
+        return split(self.images, "tuning")
+
+    @property
+    def calibration(self) -> Images:
+        """Which rank what the endpoint sees."""
+        return split(self.images, "calibration")
+
+
+def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Images]:
+    """Divide into (training images, held-out images).
+
+    With `held`, its images are left out of training where its `paths` name them (the lossless
+    twins of JPEG training images) or, of images in memory, their pixels are the same. Without it a
+    tenth, at most 5,170, is drawn with `seed`, and other images of the same pixels are left out as
+    well. Raises ValueError where both name classes differently, or where `held` names twins and
+    none is found.
+    """
+    if held is not None:
+        if held.classes != images.classes:
+            raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
+        twins = set(held.paths)
+        paths = images.paths or ("",) * len(images)
+        keep = torch.tensor([path not in twins for path in paths]) & images.unlike(held)
+        if twins and keep.all():
+            raise ValueError(
+                f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
+                " and none of them is in the training data: pass the folder that the paths name"
+            )
+        return images[keep.nonzero().flatten()], held
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    count = min(PARTS, math.ceil(len(images) / 10))
+    out, rest = images[order[:count]].whole(), images[order[count:]]
+    return rest[rest.unlike(out).nonzero().flatten()], out
+
+
+def split(held: Images, name: str) -> Images:
+    """The images of split `name` ("validation", "tuning" or "calibration") in `held`.
+
+    They keep their order, unless that is by class, as in a folder: then each split would have a few
+    classes alone, so they are shuffled first, always in the same way.
+    """
+    rows = torch.arange(len(held))
+    present, runs = len(set(held.label.tolist())), 1 + int((held.label.diff() != 0).sum())
+    if 1 < present == runs:
+        rows = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    first, last = SPLITS[name]
+    return held[rows[len(held) * first // PARTS : len(held) * last // PARTS]]
+
+
+def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x float (B, 3, H, W), label (B,)) of all images, in order."""
+    for start in range(0, len(images), size):
+        chosen = slice(start, start + size)
+        yield to_float(images.image[chosen]), images.label[chosen]

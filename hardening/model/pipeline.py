@@ -1,0 +1,192 @@
+"""The defended classifier: one function of pixels, in training, in ONNX and under attack."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.detectors import (
+    FULL,
+    LEAN,
+    RECTIFIED,
+    SQUEEZED,
+    Detectors,
+    Views,
+    squeezed,
+)
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.purifier import Purifier, build, described
+
+Variant = Literal["full", "lean"]
+
+
+class Outputs(NamedTuple):
+    """What the pipeline says of a batch; `logits` are of the purified view."""
+
+    logits: Tensor  # (N, K)
+    raw_logits: Tensor  # (N, K)
+    scores: Tensor  # (N, D)
+    purified: Tensor  # (N, 3, H, W) in [0, 1]; uint8 (N, H, W, 3) from the uint8 entry
+
+
+class Defended(Protocol):
+    """What attacks see of a pipeline, both differentiable in x (N, 3, H, W)."""
+
+    def defend(self, x: Tensor) -> Outputs:
+        """All of it."""
+        ...
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """Its `logits` (N, K) alone."""
+        ...
+
+
+class DefendedClassifier(nn.Module):
+    """Purifier, classifier and detectors as one module without branches on data or randomness.
+
+    Without a purifier the purified view is the image itself and there is one classifier pass.
+    """
+
+    def __init__(
+        self, classifier: Classifier, purifier: Purifier | None, names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.classifier, self.purifier = classifier, purifier
+        self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
+
+    def defend(self, x: Tensor) -> Outputs:
+        """The float entry, for attacks: x (N, 3, H, W) in [0, 1]."""
+        n = x.shape[0]
+        purified = x if self.purifier is None else self.purifier(x)
+        views: list[Tensor] = [x] if self.purifier is None else [x, purified]
+        own = len(views)
+        if SQUEEZED in self.detectors.needs:
+            views.extend(squeezed(x))
+        embedded = self.classifier.embed(torch.cat(views) if len(views) > 1 else x)
+        logits = self.classifier.head(embedded)
+        # Slices keep the exported batch dynamic; chunk() would freeze it.
+        parts = [slice(i * n, (i + 1) * n) for i in range(len(views))]
+        each = [logits[part] for part in parts] if len(views) > 1 else [logits]
+        features, raw_logits = embedded[:n], each[0]
+        rectified = self.classifier.rectified_confidence(features, raw_logits)
+        clues = Views(
+            x, purified, raw_logits, each[own - 1], features, rectified, tuple(each[own:])
+        )
+        return Outputs(each[own - 1], raw_logits, self.detectors(clues), purified)
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """The `logits` of `defend` and nothing else, at half the cost: (N, K) of x (N, 3, H, W)."""
+        logits: Tensor = self.classifier(x if self.purifier is None else self.purifier(x))
+        return logits
+
+    def forward(self, image: Tensor) -> Outputs:
+        """The entry that is exported: image uint8 (N, H, W, 3)."""
+        out = self.defend(to_float(image))
+        # TensorRT takes 8-bit values at the graph's border alone: the cast comes last, as it came
+        # first in `to_float`.
+        pixels = (out.purified * 255).round().permute(0, 2, 3, 1)
+        return out._replace(purified=pixels.to(torch.uint8))
+
+
+def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> None:
+    """Write all it takes to rebuild either variant; without a purifier, `lean` alone."""
+    config = {"classifier": pipeline.classifier.config._asdict(), "classes": list(classes)}
+    if pipeline.purifier is not None:
+        config |= {"purifier": described(pipeline.purifier)}
+    checkpoint.save(path, pipeline, config)
+
+
+def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
+    """Rebuild the pipeline of `path` as `variant`, frozen; returns it with the class names.
+
+    Raises ValueError where `full` is asked of a model that was saved without a purifier.
+    """
+    whole, classes = load_whole(path, variant)
+    if variant == "full" and whole.purifier is None:
+        raise ValueError(f"{path} has no purifier: its only variant is lean (--variant lean)")
+    return as_variant(whole, variant), classes
+
+
+def load_whole(path: Path, *variants: Variant) -> tuple[DefendedClassifier, tuple[str, ...]]:
+    """All parts that `path` has, frozen, with the class names; `as_variant` chooses among them.
+
+    Raises ValueError where it lacks what `variants`, or by default both, look at.
+    """
+    config, state = checkpoint.read(path)
+    if "classes" not in config:
+        raise ValueError(f"{path} holds no defended model: `rampart calibrate` makes one")
+    classifier = Classifier(classifier_config(config))
+    purifier = build(config["purifier"]) if "purifier" in config else None
+    names = {"full": FULL, "lean": LEAN}
+    looks = dict.fromkeys(name for v in variants or names for name in names[v])
+    whole = DefendedClassifier(classifier, purifier, tuple(looks))
+    restore(whole, state, path)
+    return whole.eval().requires_grad_(False), tuple(config["classes"])
+
+
+def as_variant(whole: DefendedClassifier, variant: Variant) -> DefendedClassifier:
+    """The parts of `whole` that make a variant, with the same weights."""
+    names = FULL if variant == "full" else LEAN
+    if whole.classifier.rectifier is not None:
+        names = (*names, RECTIFIED)
+    purifier = whole.purifier if variant == "full" else None
+    pipeline = DefendedClassifier(whole.classifier, purifier, names)
+    pipeline.detectors.take(whole.detectors)
+    return pipeline.eval().requires_grad_(False)
+
+
+def restore(pipeline: DefendedClassifier, state: dict[str, Tensor], path: Path) -> None:
+    """Load a pipeline's weights; what only detectors that are not looked at lack, or leave over, is
+    passed over. Raises ValueError for anything else.
+    """
+    keys = pipeline.load_state_dict(state, strict=False)
+    strange = [
+        key
+        for key in (*keys.missing_keys, *keys.unexpected_keys)
+        if not key.startswith("detectors.") or pipeline.detectors.needed(key.split(".", 1)[1])
+    ]
+    if strange:
+        raise ValueError(f"{path} is no file of this pipeline: see {', '.join(strange[:3])}")
+
+
+def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
+    """The classifier's part of a checkpoint's config; JSON lists become tuples again."""
+    values: dict[str, Any] = dict(config["classifier"])
+    values |= {name: tuple(values[name]) for name in ("mean", "std")}
+    return ClassifierConfig(**values)
+
+
+def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = False) -> Classifier:
+    """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen.
+
+    GoogLeNet's `auxiliary` heads, which train alone needs, are left out unless asked for. With
+    `rectified` a network that has no head of rectified rejection gets a new one.
+    """
+    config, state = checkpoint.read(path)
+    if "classifier" not in config:
+        raise ValueError(f"{path} holds no classifier: pass the file of `rampart train`")
+    prefix = "classifier."
+    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    state = own or state
+    heads = {name for name in state if name.startswith("backbone.aux")}
+    auxiliary = auxiliary and bool(heads)
+    own_config = classifier_config(config)
+    own_config = own_config._replace(rectified=own_config.rectified or rectified)
+    classifier = Classifier(own_config, auxiliary=auxiliary)
+    kept = {name: t for name, t in state.items() if auxiliary or name not in heads}
+    new = {name: t for name, t in classifier.state_dict().items() if name.startswith("rectifier.")}
+    classifier.load_state_dict({**new, **kept})
+    return classifier.eval().requires_grad_(False)
+
+
+def load_purifier(path: Path) -> Purifier:
+    """The purifier of a file that `rampart purifier` wrote, frozen."""
+    config, state = checkpoint.read(path)
+    if "purifier" not in config:
+        raise ValueError(f"{path} holds no purifier: pass the file of `rampart purifier`")
+    purifier = build(config["purifier"])
+    purifier.load_state_dict(state)
+    return purifier.eval().requires_grad_(False)

@@ -1,0 +1,17 @@
+"""Pixels as models take them, and as files carry them."""
+
+from torch import Tensor
+
+
+def to_float(image: Tensor) -> Tensor:
+    """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1].
+
+    The cast comes first, as TensorRT wants it of 8-bit inputs; contiguous, or an exported graph has
+    nodes that put strides right again.
+    """
+    return image.float().permute(0, 3, 1, 2).contiguous() / 255
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float (N, 3, H, W) in [0, 1] to the nearest uint8 (N, H, W, 3)."""
+    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)

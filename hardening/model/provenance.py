@@ -1,0 +1,83 @@
+"""Which images a model was made of, told by their pixels: names of files prove nothing.
+
+Beside the weights stands a sorted array of 8 bytes for each training image, 360 kB for CIFAR-10.
+Two images share their 8 bytes once in 10^19 pairs, so one that is found was trained on.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rampart.hardening.model.arrays import Bools
+
+if TYPE_CHECKING:
+    from rampart.hardening.model.images import Images
+
+FILE = "training-images.npy"
+Prints = NDArray[np.uint64]  # (N,) one an image
+
+
+def fingerprints(image: Tensor) -> Prints:
+    """What stands for the pixels of each image uint8 (N, H, W, 3)."""
+    each = (hashlib.blake2b(one.tobytes(), digest_size=8).digest() for one in image.cpu().numpy())
+    return np.frombuffer(b"".join(each), "<u8").astype(np.uint64)
+
+
+def summary(prints: Prints) -> dict[str, Any]:
+    """A set of images as cards and checkpoints name it: their number and one digest."""
+    every = np.unique(prints)
+    digest = hashlib.sha256(every.astype("<u8").tobytes()).hexdigest()
+    return {"count": len(every), "sha256": digest}
+
+
+def write(folder: Path, prints: Prints) -> None:
+    """Say in `folder` that the weights there were made of the images of `prints`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{FILE}.partial"
+    with partial.open("wb") as file:
+        np.save(file, np.unique(prints).astype("<u8"))
+    partial.replace(folder / FILE)
+
+
+def read(folder: Path) -> Prints | None:
+    """The fingerprints of the images that the weights in `folder` were made of; None where nothing
+    says so.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    prints: Prints = np.load(file, allow_pickle=False)
+    return prints
+
+
+def union(parts: Iterable[Prints | None]) -> Prints:
+    """All fingerprints of some sets, of which those that are None say nothing."""
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(p for p in parts if p is not None)]))
+
+
+def among(prints: Prints, others: Prints) -> Bools:
+    """Which of `prints` (N,) are in `others` (M,)."""
+    return np.isin(prints, others)
+
+
+def trained_on(folder: Path, images: "Images") -> Bools | None:
+    """Which `images` (N,) the model in `folder` was trained on, whatever their file is called; None
+    where the folder does not say: it was made before fingerprints were kept.
+    """
+    prints = read(folder)
+    return None if prints is None else among(fingerprints(images.image), prints)
+
+
+def check_unseen(folder: Path, images: "Images") -> None:
+    """Raise ValueError where a model was trained on any of `images` that pass as held out."""
+    found = trained_on(folder, images)
+    if found is not None and found.any():
+        raise ValueError(
+            f"{folder} was trained on {found.sum()} of these {len(images)} images, by their pixels:"
+            " pass --data and --held as for `rampart train`, or images of a test set"
+        )

@@ -1,0 +1,163 @@
+"""A network of your own as a classifier of ours: its head split off, its input adapted.
+
+Whatever does not fit is refused in one sentence that says what to do.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
+NORMALIZERS = ("mean", "std")
+
+
+class Layout(NamedTuple):
+    """What a network takes: three channels or one, and where they stand."""
+
+    channels: int = 3
+    channels_last: bool = False
+
+    def example(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) as the network takes it."""
+        if self.channels == 1:
+            weights = x.new_tensor(GRAY).view(1, 3, 1, 1)
+            x = (x * weights).sum(1, keepdim=True)
+        return x.permute(0, 2, 3, 1) if self.channels_last else x
+
+
+class Adapter(nn.Module):
+    """A network behind what brings (N, 3, H, W) into its layout."""
+
+    def __init__(self, net: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.net, self.layout = net, layout
+
+    def forward(self, x: Tensor) -> Any:
+        """What the network says of x (N, 3, H, W)."""
+        return self.net(self.layout.example(x))
+
+
+def example(size: int) -> Tensor:
+    """Two images (2, 3, size, size) to try a network on."""
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def check_logits(net: nn.Module, layout: Layout, size: int, classes: int) -> Tensor:
+    """The logits (2, K) of the example. Raises ValueError where the network does not give them."""
+    x = example(size)
+    try:
+        logits = answer(net, layout, x)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(advice(net, layout, x, error)) from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the module returns a {type(logits).__name__}: let it return the logits (N, K) alone"
+        )
+    if logits.shape != (2, classes):
+        raise ValueError(
+            f"the module returns {tuple(logits.shape)} for two images where {classes} classes make"
+            f" (2, {classes}): pass the classes that it tells apart"
+        )
+    return logits
+
+
+def answer(net: nn.Module, layout: Layout, x: Tensor) -> Any:
+    """What the network says of x (N, 3, H, W), as in use."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            return net.eval()(layout.example(x))
+    finally:
+        net.train(training)
+
+
+def advice(net: nn.Module, layout: Layout, x: Tensor, error: Exception) -> str:
+    """What to pass instead, where another layout works."""
+    others = {
+        "channels_last=True": layout._replace(channels_last=not layout.channels_last),
+        "channels=1": layout._replace(channels=1),
+        "channels=1, channels_last=True": Layout(1, True),
+    }
+    if layout.channels_last:
+        others["channels_last=False"] = others.pop("channels_last=True")
+    for words, other in others.items():
+        try:
+            if isinstance(answer(net, other, x), Tensor):
+                return f"the module does not take {shape(layout, x)}: pass {words}"
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+    first = str(error).splitlines()[0]
+    return f"the module does not take {shape(layout, x)}, check image_size: {first}"
+
+
+def shape(layout: Layout, x: Tensor) -> str:
+    """The input's shape in words."""
+    sizes = (str(size) for size in layout.example(x).shape[1:])
+    return f"(N, {', '.join(sizes)})"
+
+
+def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[nn.Module, int]:
+    """Take the layer `head` off: (the layer, features that go into it).
+
+    What is left must give the features (N, F) from which the layer alone makes `logits`. Raises
+    ValueError that names another layer where one fits.
+    """
+    names = [name for name, _ in backbone.net.named_modules() if name]
+    if head not in names:
+        raise ValueError(f"the module has no layer {head!r}: its last ones are {last(names)}")
+    layer = backbone.net.get_submodule(head)
+    features = features_before(backbone, head, logits, size)
+    if features:
+        parent, _, name = head.rpartition(".")
+        setattr(backbone.net.get_submodule(parent), name, nn.Identity())
+        return layer, features
+    fitting = [name for name in reversed(names) if features_before(backbone, name, logits, size)]
+    if fitting:
+        raise ValueError(f"{head!r} is not where the logits are made: pass head={fitting[0]!r}")
+    raise ValueError(
+        f"{head!r} is not the module's last step (is a softmax behind it?): let the module return"
+        " what one layer makes of features (N, F), and name that layer"
+    )
+
+
+def features_before(backbone: Adapter, head: str, logits: Tensor, size: int) -> int:
+    """How many features go into the layer `head`, or 0 where it does not make the logits alone."""
+    layer = backbone.net.get_submodule(head)
+    if next(layer.parameters(), None) is None:
+        return 0  # a dropout or a softmax makes nothing of its own
+    parent, _, name = head.rpartition(".")
+    owner = backbone.net.get_submodule(parent)
+    training = backbone.training
+    setattr(owner, name, nn.Identity())
+    try:
+        features = answer(backbone, Layout(), example(size))
+        flat = isinstance(features, Tensor) and features.dim() == 2 and len(features) == 2
+        if not flat:
+            return 0
+        with torch.no_grad():
+            again = layer.eval()(features)
+        same = again.shape == logits.shape and torch.allclose(again, logits, atol=1e-4, rtol=1e-3)
+        return int(features.shape[1]) if same else 0
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return 0
+    finally:
+        setattr(owner, name, layer.train(training))
+
+
+def last(names: list[str]) -> str:
+    """The last few names."""
+    return ", ".join(names[-4:]) or "none, it is one layer"
+
+
+def check_normalization(net: nn.Module, normalized: bool) -> None:
+    """Raise ValueError where the network normalizes by itself and would be given it again."""
+    own = [
+        name
+        for name, tensor in net.named_buffers()
+        if name.split(".")[-1] in NORMALIZERS and tensor.numel() in (1, 3)
+    ]
+    if normalized and own:
+        raise ValueError(
+            f"the module normalizes by itself (its buffer {own[0]!r}): leave out mean and std"
+        )

@@ -1,0 +1,143 @@
+"""The sections out of the card: parts, false alarms, other threats, checks, the recipe."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from rampart.hardening.judge import ablation, outside
+from rampart.hardening.judge.alarms import in_words
+from rampart.hardening.judge.alarms import table as alarm_table
+from rampart.hardening.judge.checks import Check
+from rampart.hardening.judge.evaluate import Evaluation
+from rampart.hardening.report import plots
+from rampart.hardening.report.elements import Drawing, Section, Table
+
+SHOWN_ELSEWHERE = (
+    "metrics",
+    "checks",
+    "history",
+    "ablation",
+    "test_ablation",
+    "false_alarms",
+    "outside",
+)
+
+
+def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
+    """What the evaluation found when it looked at itself."""
+    if not checks:
+        return
+    words = ["These look for signs that an attack failed rather than that a defence held."]
+    body = [
+        ("passed" if check.passed else "FAILED", check.name, check.subject, check.seen)
+        for check in checks
+    ]
+    head = ("result", "check", "victim", "what it saw")
+    yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
+
+
+def parts(card: dict[str, Any]) -> Iterator[Section]:
+    """What each part in front of the classifier costs and adds, where that was measured."""
+    if "ablation" in card:
+        default = card["ablation"]["default"]
+        chosen = f"Served by default: {default['variant']} ({default['why']})."
+        yield ablated("What each part adds", card["ablation"], chosen)
+    if "test_ablation" in card:
+        part = card["test_ablation"]
+        section = ablated(
+            "What rejection adds on test images", part, "Nothing was chosen by these."
+        )
+        curve = Table("Over the rate of rejection", *ablation.curve_table(part["rows"]))
+        yield section._replace(tables=[*section.tables, curve])
+
+
+def ablated(name: str, part: dict[str, Any], more: str) -> Section:
+    """An ablation as the card has it, with `more` to say of it."""
+    rows = part["rows"]
+    words = [
+        f"{part['data']}, {part['threat_model']}. Each setup was calibrated like a model of its own"
+        f" and attacked with full knowledge ({part['attack']}); what was found against any was put"
+        " to all.",
+        more,
+    ]
+    figures = [
+        Drawing(
+            plots.svg(partial(plots.setup_labels, rows=rows), height=1.2 + 0.25 * len(rows)),
+            "Dot plot of clean and robust label accuracy of every setup, as in the table.",
+            "Label accuracy of every setup.",
+        ),
+        Drawing(
+            plots.svg(partial(plots.setup_rejection, rows=rows)),
+            "Line plot of images right or rejected under attack over clean images rejected.",
+            "What rejecting adds, over what it costs.",
+        ),
+    ]
+    return Section(name, words, figures, [Table(name, *ablation.table(rows))])
+
+
+def alarms(card: dict[str, Any]) -> Iterator[Section]:
+    """False alarms by the way clean images come, and whether the promise holds."""
+    if "false_alarms" not in card:
+        return
+    part = card["false_alarms"]
+    words = [
+        f"{part['data']}; promised are {part['rate']:.1%}. The promise holds for images like those"
+        " of the calibration; others may be flagged more often, though nothing is wrong with them."
+        " Drift is the Kolmogorov-Smirnov distance of p-values from uniform.",
+        *part["remedies"],
+    ]
+    spread = "; ".join(
+        f"{variant}, promised {point['alpha']:.0%}: {in_words(point)}"
+        for variant, points in part["coverage"].items()
+        for point in points
+    )
+    picture = Drawing(
+        plots.coverage(part["coverage"]),
+        f"Share of clean images flagged over random splits. {spread}.",
+        f"A random half of the calibration images ranks the other half, again and again. {spread}.",
+    )
+    tables = [Table("False alarms", *alarm_table(part["rows"]))]
+    yield Section("False alarms", words, [picture], tables)
+
+
+def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
+    """What attackers outside the threat model, and the weather, do to every victim."""
+    if "outside" not in card:
+        return
+    part = card["outside"]
+    words = [
+        f"{part['data']}; rejected where p < {part['rate']:g}. Nothing was trained or calibrated"
+        f" for these: {part['attack']}. Corruptions are at one strength, and not CIFAR-10-C.",
+        f"{outside.in_words(part['scaling'])}.",
+    ]
+    tables = [Table("Outside the threat model", *outside.table(part["rows"]))]
+    yield Section("Outside the threat model", words, tables=tables)
+
+
+def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
+    """What was defended, against whom, and how all of it was made."""
+    reach = {"Linf": "moves every pixel of", "L2": "moves, in the L2 norm with pixels from 0 to 1,"}
+    words = [
+        f"Threat model: the attacker knows weights, purifier, detectors and thresholds, and"
+        f" {reach[evaluation.threat.norm]} an image by at most {str(evaluation.threat).split()[1]}."
+        " Not covered: other norms, patches, poisoned training data, theft of the model, and"
+        " attacks stronger than those listed here."
+    ]
+    facts = {key: value for key, value in card.items() if key not in SHOWN_ELSEWHERE}
+    body = list(flat(facts))
+    body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
+    commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))
+    body += [("measured by", command) for command in commands]
+    return Section(
+        "Threat model and recipe", words, tables=[Table("Card", ("what", "value"), body)]
+    )
+
+
+def flat(part: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested dictionaries, each with its path."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{key}: ")
+        else:
+            lines = value if isinstance(value, list) else [value]
+            yield f"{above}{key}", "\n".join(map(str, lines))

@@ -1,0 +1,135 @@
+"""What the sections of the page are made of, and how they say a figure."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.ladder import in_8_bits
+from rampart.hardening.judge.evaluate import Evaluation, Record, Replay, Rung
+from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model.arrays import Bools
+from rampart.hardening.model.card import Figure
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.report.plots import Shares
+
+# What stands behind the first part of a figure's name, beside the rungs of the ladder.
+MEANINGS = {
+    "clean_rejection": "clean images rejected",
+    "clean": "label right on clean images",
+    "transfer": "label right on images made against the undefended twin",
+    "robust_with_rejection": "right or rejected in the worst case",
+    "robust": "label right in the worst case",
+    "accepted_and_wrong": "accepted and wrong in the worst case",
+    "gain_over_max_softmax": "gain over rejecting low confidence, at the same clean rejection",
+    "gain_over_classifier": "gain over the bare classifier, which rejects nothing",
+    "stratified": "right or rejected in the worst case, rejected only beyond this part of eps",
+    "tpr": "wrong attacked images caught where this share of clean ones is flagged",
+    "caught": "wrong images rejected under the joint attack",
+    "auroc": "area under the ROC curve, wrong attacked images against clean ones",
+}
+STATIC, JOINT = "pgd20", "joint_apgd"
+
+
+class Drawing(NamedTuple):
+    """A drawing as a data URI, with its text for those who do not see it."""
+
+    source: str
+    alt: str
+    caption: str
+
+
+class Table(NamedTuple):
+    """The first cell of a row is its heading."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+class Section(NamedTuple):
+    """One part of the page; each of `grid` is a row of pictures."""
+
+    name: str
+    words: Sequence[str]
+    figures: Sequence[Drawing] = ()
+    tables: Sequence[Table] = ()
+    grid: Sequence[Sequence[Drawing]] = ()
+
+
+def pick(rows: Sequence[Figure], name: str, who: str) -> Figure | None:
+    """The figure of a victim that is called `name`, whatever follows an @."""
+    found = (r for r in rows if r.subject.name == who and r.name.partition("@")[0] == name)
+    return next(found, None)
+
+
+def meaning(name: str) -> str:
+    """A metric's name in words."""
+    every = MEANINGS | {attack.name: attack.meaning for attack in rungs.RUNGS}
+    starts = [start for start in every if name.startswith(start)]
+    return every[max(starts, key=len)] if starts else ""
+
+
+def value(row: Figure) -> str:
+    """A metric's value as people read it: a share, a difference, an area."""
+    if row.name.startswith("auroc"):
+        return f"{row.value:.3f}"
+    if row.name.startswith("gain"):
+        return f"{100 * row.value:+.1f} points"
+    return f"{row.value:.1%}"
+
+
+def interval(row: Figure) -> str:
+    """A metric's 95% interval in its own unit."""
+    low, high = row.interval
+    if row.name.startswith("auroc"):
+        return f"{low:.3f} to {high:.3f}"
+    if row.name.startswith("gain"):
+        return f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{low:.1%} to {high:.1%}"
+
+
+def both(row: Figure | None, *, between: str = " ") -> str:
+    """A metric's value with its interval; a dash where there is none."""
+    return f"{value(row)}{between}({interval(row)})" if row else "-"
+
+
+def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
+    """The attack called `name` on this victim at full eps, where there was one."""
+    return next(reversed(record.attacks(name)), None)
+
+
+def attacked(evaluation: Evaluation, record: Record) -> Tensor | None:
+    """The evaluated images uint8 (N, H, W, 3) under the joint attack on this victim, or else PGD-20
+    on it; None where there was neither.
+    """
+    for name in (JOINT, STATIC):
+        if mine := own(record, name):
+            x = next(item.x for item in evaluation.found if item.rung is mine[0])
+            return in_8_bits(x, evaluation.images.image, mine[0].threat)
+    return None
+
+
+def name_of(pipeline: DefendedClassifier) -> str:
+    """The name under which the evaluation records a pipeline."""
+    return "pipeline lean" if pipeline.purifier is None else "pipeline full"
+
+
+def pipelines(evaluation: Evaluation) -> list[Record]:
+    """What happened to each variant of the pipeline."""
+    return [r for r in evaluation.records.values() if r.victim.subject.kind == "pipeline"]
+
+
+def listed(name: str, places: Sequence[float], rows: Sequence[Figure]) -> Shares:
+    """The figures of `rows`, each at its place."""
+    low, high = np.array([row.interval for row in rows]).T
+    return Shares(name, np.array(places), np.array([row.value for row in rows]), low, high)
+
+
+def counted(name: str, places: Sequence[float], held: Sequence[Bools]) -> Shares:
+    """The shares of images that each of `held` holds, each at its place."""
+    value = np.array([images.mean() for images in held])
+    low, high = np.array([wilson(images.mean(), len(images)) for images in held]).T
+    return Shares(name, np.array(places), value, low, high)

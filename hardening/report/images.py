@@ -1,0 +1,163 @@
+"""The sections that look at images: a map of features, pictures, classes."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from rampart.hardening.attack.victims import batches_of
+from rampart.hardening.judge.evaluate import Evaluation, Record
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.report import plots
+from rampart.hardening.report.elements import Drawing, Section, attacked, counted, name_of
+from rampart.hardening.report.plots import Curve
+
+EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
+MOST_CLASSES = 25
+
+
+class Pictures(NamedTuple):
+    """What the grid shows; `source` says where the images come from and how they were chosen."""
+
+    clean: Tensor  # uint8 (M, H, W, 3)
+    attacked: Tensor  # uint8 (M, H, W, 3)
+    truth: Sequence[str]  # (M,)
+    source: str
+
+
+def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | None:
+    """Evaluated images for the grid, evenly spaced; for this machine only: they may not be shipped.
+
+    None where nothing attacked this pipeline.
+    """
+    record = evaluation.records.get(name_of(pipeline))
+    pixels = attacked(evaluation, record) if record else None
+    if pixels is None:
+        return None
+    count = len(evaluation.images)
+    chosen = torch.arange(min(SHOWN, count)) * count // min(SHOWN, count)
+    few = evaluation.images[chosen]
+    source = f"{len(few)} of the {count} evaluated images, evenly spaced and not picked."
+    truth = [few.classes[index] for index in few.label.tolist()]
+    return Pictures(few.image, pixels[chosen], truth, source)
+
+
+def features(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
+    """A t-SNE map (van der Maaten and Hinton 2008) of what the classifier makes of each image."""
+    record = evaluation.records.get(name_of(pipeline))
+    pixels = attacked(evaluation, record) if record else None
+    if pixels is None or len(evaluation.images) < 4:
+        return
+    count = min(EMBEDDED, len(pixels))
+    few = torch.arange(count) * len(pixels) // count
+    parts = embedded(pipeline, evaluation.images.image[few], pixels[few])
+    points = np.concatenate(list(parts.values()))
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    flat = TSNE(perplexity=perplexity, random_state=0).fit_transform(points).astype(float)
+    split = zip(parts, np.split(flat, len(parts)), strict=True)
+    source = plots.scatter([Curve(name, *part.T) for name, part in split])
+    words = [
+        f"{count} images as the classifier's last features, brought to a plane by t-SNE (perplexity"
+        f" {perplexity:.3g}, fixed seed). Near points are alike; distances between groups and the"
+        " axes mean nothing."
+    ]
+    sets = ", ".join(parts)
+    alt = f"Scatter plot of {len(points)} points in {len(parts)} sets: {sets}."
+    yield Section("Features", words, [Drawing(source, alt, f"t-SNE of {sets} images.")])
+
+
+def embedded(
+    pipeline: DefendedClassifier, clean: Tensor, pixels: Tensor
+) -> dict[str, NDArray[np.float32]]:
+    """Features (N, F) of clean and attacked images uint8 (N, H, W, 3), and of these purified."""
+    views = {"clean": to_float(clean), "attacked": to_float(pixels)}
+    with torch.no_grad():
+        if pipeline.purifier is not None:
+            parts = batches_of(views["attacked"])
+            views["purified"] = torch.cat([pipeline.defend(part).purified for part in parts])
+        return {
+            name: torch.cat([pipeline.classifier.embed(x) for x in batches_of(view)]).cpu().numpy()
+            for name, view in views.items()
+        }
+
+
+def grid(
+    evaluation: Evaluation, pipeline: DefendedClassifier, pictures: Pictures | None
+) -> Iterator[Section]:
+    """Pictures as sent, attacked and purified, each with the verdict on it."""
+    record, names = evaluation.records.get(name_of(pipeline)), evaluation.images.classes
+    if pictures is None or record is None:
+        return
+    clean, pixels = (
+        image.to(evaluation.images.image.device) for image in (pictures.clean, pictures.attacked)
+    )
+    change = pixels.int() - clean.int()
+    columns = [
+        ("clean", clean, verdicts(record, pipeline, clean, names)),
+        ("attacked", pixels, verdicts(record, pipeline, pixels, names)),
+        ("difference x10", (128 + 10 * change).clamp(0, 255).byte(), largest(change)),
+    ]
+    if pipeline.purifier is not None:
+        with torch.no_grad():
+            purified = pipeline(pixels).purified
+        columns.append(("purified", purified, ["what the classifier sees"] * len(pixels)))
+    rows = []
+    for i, truth in enumerate(pictures.truth):
+        words = [f"{title}: {said[i]}" for title, _, said in columns]
+        sources = [plots.png(image[i].cpu().numpy()) for _, image, _ in columns]
+        alts = [f"{truth}, {text}" for text in words]
+        words[0] = f"{truth}, {words[0]}"
+        rows.append([Drawing(*parts) for parts in zip(sources, alts, words, strict=True)])
+    yield Section("Pictures", [pictures.source], grid=rows)
+
+
+def largest(change: Tensor) -> list[str]:
+    """The largest change of a pixel in each image of (M, H, W, 3)."""
+    return [f"at most {levels}/255" for levels in change.abs().flatten(1).amax(1).tolist()]
+
+
+def verdicts(
+    record: Record, pipeline: DefendedClassifier, image: Tensor, names: tuple[str, ...]
+) -> list[str]:
+    """What the endpoint says of each image uint8 (N, H, W, 3)."""
+    with torch.no_grad():
+        confidence, index = pipeline(image).logits.softmax(1).max(1)
+    accepted = record.victim.deployed(image).accepted
+    return [
+        f"{names[i]} {share:.0%}, {'accepted' if fine else 'rejected'}"
+        for share, i, fine in zip(confidence.tolist(), index.tolist(), accepted, strict=True)
+    ]
+
+
+def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
+    """Which classes fall."""
+    record = evaluation.records.get(name_of(pipeline))
+    if record is None or not record.under:
+        return
+    label = evaluation.images.label.cpu().numpy()
+    worst = record.worst("right")
+    there = sorted(np.unique(label).tolist(), key=lambda index: worst[label == index].mean())
+    shown = there[:MOST_CLASSES]
+    names = [evaluation.images.classes[index] for index in shown]
+    every = [
+        counted(name, range(len(shown)), [held[label == index] for index in shown])
+        for name, held in (("clean", record.clean.right), ("worst case", worst))
+    ]
+    alt = " ".join(
+        f"{name}: {before:.0%} clean, {after:.0%} worst case."
+        for name, before, after in zip(names, every[0].value, every[1].value, strict=True)
+    )
+    caption = f"{record.victim.name}: label right by class, with 95% intervals."
+    drawing = Drawing(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
+    attack = record.everything().attack
+    fewest = min(int((label == index).sum()) for index in shown)
+    words = [
+        f"{len(shown)} of {len(there)} classes, the weakest first; the smallest has {fewest}"
+        f" images. {attack[0].upper()}{attack[1:]}."
+    ]
+    yield Section("Classes", words, [drawing])

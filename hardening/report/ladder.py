@@ -1,0 +1,187 @@
+"""The sections on attacks: the verdict, every figure, and robustness over eps."""
+
+from collections.abc import Iterator, Sequence
+
+from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge.evaluate import Evaluation, Record
+from rampart.hardening.model.card import Figure
+from rampart.hardening.report import plots
+from rampart.hardening.report.elements import (
+    STATIC,
+    Drawing,
+    Section,
+    Table,
+    both,
+    counted,
+    interval,
+    listed,
+    meaning,
+    own,
+    pick,
+    pipelines,
+    value,
+)
+from rampart.hardening.report.plots import Shares
+
+# Figures of the main drawing, beside those of the main rungs.
+MAIN = ("clean", "transfer", "robust", "robust_with_rejection")
+QUARTER = "stratified@0.25eps"
+
+
+def verdict(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[str]:
+    """What the figures say, in sentences."""
+    for record in pipelines(evaluation):
+        yield from verdict_on(rows, record.victim.name, evaluation.threat)
+    control, clean = (pick(rows, name, "undefended") for name in ("robust", "clean"))
+    if control:
+        yield (
+            f"Control: the same attacks leave {both(control)} of the undefended twin's labels"
+            f" right; on clean images {both(clean)} are."
+        )
+    if not any(row.name == "robust" for row in rows):
+        yield "Only a part of the ladder was climbed: there is no worst case and no verdict."
+
+
+def verdict_on(rows: Sequence[Figure], who: str, threat: Threat) -> Iterator[str]:
+    """What the figures say of one pipeline."""
+    kept, safe = pick(rows, "robust", who), pick(rows, "robust_with_rejection", who)
+    if not (kept and safe):
+        return
+    yield (
+        f"{who}: in the worst case over these attacks up to {threat}, the label of {both(kept)} of"
+        f" {kept.n} images stays right, and {both(safe)} are right or rejected."
+    )
+    for name, other in (
+        ("gain_over_classifier", "the bare classifier"),
+        ("gain_over_max_softmax", "rejecting low confidence at the same clean rate"),
+    ):
+        if gain := pick(rows, name, who):
+            yield f"Counting rejections as safe, {who} beside {other} {adds(gain)}."
+    # Detectors that reject whatever is touched look perfect until this is asked.
+    if strict := next((r for r in rows if (r.subject.name, r.name) == (who, QUARTER)), None):
+        yield f"Where rejecting an image moved by up to eps/4 is an error, {both(strict)} remain."
+
+
+def adds(gain: Figure) -> str:
+    """Whether a difference shows, given its interval."""
+    low, high = gain.interval
+    if low <= 0 <= high:
+        return f"adds nothing that {gain.n} images can show: {both(gain)}"
+    return f"is {'better' if low > 0 else 'worse'}: {both(gain)}"
+
+
+def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Table | None:
+    """Worst cases of every victim beside its clean figures."""
+    columns = ("robust", "robust_with_rejection", "clean", "clean_rejection")
+    body = []
+    for who in evaluation.records:
+        found = [pick(rows, name, who) for name in columns]
+        if worst := next((row for row in found[:2] if row), None):
+            note = " (control)" if who == "undefended" else ""
+            body.append((f"{who}{note}", *(both(row, between="\n") for row in found), str(worst.n)))
+    rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
+    head = (
+        "victim",
+        "robust: label right in the worst case",
+        f"robust_with_rejection@{rate}: right or rejected in the worst case",
+        "clean accuracy",
+        "clean rejection",
+        "images",
+    )
+    caption = f"Share and 95% interval, {evaluation.threat}; the attacker knows every part"
+    return Table(caption, head, body) if body else None
+
+
+def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+    """Every figure of the evaluation, and the main ones drawn."""
+    if not rows:
+        return
+    head = ("figure", "value", "95% interval", "threat", "images", "what it is, and the attack")
+    tables = []
+    for who in dict.fromkeys(row.subject.name for row in rows):
+        body = [
+            (
+                row.name,
+                value(row),
+                interval(row),
+                row.threat or "-",
+                str(row.n),
+                f"{meaning(row.name)}\n{row.attack or ''}",
+            )
+            for row in rows
+            if row.subject.name == who
+        ]
+        tables.append(Table(f"All figures of {who}", head, body))
+    words = [
+        "Each attack looks for images that beat its victim, and every image that any of them finds"
+        " is then put to every victim: the worst case counts an image only if nothing beat it, in"
+        " float and in 8 bits."
+    ]
+    yield Section("The ladder", words, [main_figures(rows, evaluation)], tables)
+
+
+def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
+    """Main rungs of every victim with their intervals."""
+    main = {*MAIN, *(attack.name for attack in rungs.RUNGS if attack.main)}
+    shown = [row for row in rows if row.name.partition("@")[0] in main]
+    labels = list(dict.fromkeys(row.name for row in shown))
+    every = []
+    for who in evaluation.records:
+        if mine := [row for row in shown if row.subject.name == who]:
+            every.append(listed(who, [labels.index(row.name) for row in mine], mine))
+    return Drawing(
+        plots.dots(labels, every, x_label="share of images"),
+        "Dot plot of the main figures of every victim with their intervals; the tables of this"
+        " section hold the same numbers.",
+        "Main figures with 95% intervals.",
+    )
+
+
+def over_eps(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+    """How figures fall with the size of the perturbation."""
+    labels = [pgd_over_eps(record, evaluation.threat) for record in pipelines(evaluation)]
+    strict = [stratified(rows, record.victim.name) for record in pipelines(evaluation)]
+    figures = []
+    if several := [s for s in labels if len(s.place) > 1]:
+        caption = "Label right under PGD-20 of this size, rejected or not."
+        figures.append(curves(several, "label right", "size of the attack, parts of eps", caption))
+    if given := [s for s in strict if s]:
+        caption = (
+            "Right or rejected in the worst case up to eps, where rejecting an image that was moved"
+            " by at most this part of eps counts as an error."
+        )
+        x_label = "rejecting is an error up to, parts of eps"
+        figures.append(curves(given, "right or rejected", x_label, caption))
+    if figures:
+        words = [f"eps is that of {evaluation.threat}. Bars are 95% intervals."]
+        yield Section("Robust accuracy over eps", words, figures)
+
+
+def curves(every: Sequence[Shares], y_label: str, x_label: str, caption: str) -> Drawing:
+    """A few lines, with all their points in the text."""
+    points = (
+        f"{s.name}: "
+        + ", ".join(f"{y:.1%} at {x:g}" for x, y in zip(s.place, s.value, strict=True))
+        for s in every
+    )
+    source = plots.lines(every, x_label=x_label, y_label=y_label)
+    return Drawing(source, f"Line plot of {y_label} by {x_label}. {'; '.join(points)}.", caption)
+
+
+def pgd_over_eps(record: Record, threat: Threat) -> Shares:
+    """Label accuracy under the victim's own PGD-20 at every size that was tried."""
+    places, held = [0.0], [record.clean.right]
+    for eps in sorted({rung.threat.eps for rung, _ in record.under}):
+        same = record._replace(under=[pair for pair in record.under if pair[0].threat.eps == eps])
+        if mine := own(same, STATIC):
+            places.append(eps / threat.eps)
+            held.append(record.clean.right & mine[1].right)
+    return counted(record.victim.name, places, held)
+
+
+def stratified(rows: Sequence[Figure], who: str) -> Shares | None:
+    """The stratified figures of one victim."""
+    mine = [r for r in rows if r.subject.name == who and r.name.startswith("stratified@")]
+    places = [float(r.name.removeprefix("stratified@").removesuffix("eps")) for r in mine]
+    return listed(who, places, mine) if mine else None

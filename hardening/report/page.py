@@ -1,0 +1,71 @@
+"""The report page: one HTML file that shows what an evaluation found, and needs nothing else.
+
+A section is left out where the evaluation did not see what it is about. No pixel of an evaluated
+image enters a page unless the caller passes it as `pictures`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from rampart.hardening.judge.evaluate import Evaluation
+from rampart.hardening.model.card import Figure
+from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.report.appendix import alarms, outside_threat, parts, recipe, self_checks
+from rampart.hardening.report.images import Pictures, classes, features, gallery, grid
+from rampart.hardening.report.ladder import headline, ladder, over_eps, verdict
+from rampart.hardening.report.rejection import detection, rejection, suspicion
+
+__all__ = ["Pictures", "gallery", "template", "write"]
+
+
+def write(
+    path: Path,
+    card: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    evaluation: Evaluation,
+    pipeline: DefendedClassifier,
+    *,
+    pictures: Pictures | None,
+) -> Path:
+    """Write the page of `evaluation` to `path`; `rows` are its metrics as the card lists them.
+
+    `pipeline`, on the device of the images, is the variant whose features and purified images are
+    shown. Only `pictures` puts pixels into the page; without them the grid is left out.
+    """
+    figures = [Figure.of(row) for row in rows]
+    sections = [
+        *ladder(figures, evaluation),
+        *over_eps(figures, evaluation),
+        *rejection(evaluation),
+        *detection(figures, evaluation),
+        *suspicion(evaluation),
+        *features(evaluation, pipeline),
+        *grid(evaluation, pipeline, pictures),
+        *classes(evaluation, pipeline),
+        *parts(card),
+        *alarms(card),
+        *outside_threat(card),
+        *self_checks(evaluation.checks),
+        recipe(card, evaluation),
+    ]
+    html = template().render(
+        model=card.get("model", path.stem),
+        data=figures[0].data if figures else "",
+        evaluation=evaluation,
+        verdict=verdict(figures, evaluation),
+        failed=[check for check in evaluation.checks if not check.passed],
+        headline=headline(figures, evaluation),
+        sections=sections,
+    )
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def template() -> Template:
+    """The page without its content; it escapes the names of models and classes."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+    return pages.get_template("page.html")

@@ -1,0 +1,118 @@
+"""What a red team achieved, in a line an attack and as a picture; and the run itself, at one door.
+
+The palette of the picture is Okabe and Ito's (2008).
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rampart.hardening.attack.redteam import ATTACKS, Endpoint, Outcome, read, redteam
+from rampart.hardening.attack.redteam.probe import Floats
+from rampart.hardening.attack.redteam.run import require
+from rampart.hardening.judge.metrics import wilson
+
+__all__ = ["ATTACKS", "Endpoint", "by_attack", "curve", "picture", "read", "redteam", "summary"]
+
+
+def by_attack(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """The outcomes of each attack, attacks in the order of ATTACKS."""
+    groups = {name: [o for o in outcomes if o.attack == name] for name in ATTACKS}
+    return {name: group for name, group in groups.items() if group}
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """One line of text an attack: images, share fooled with its interval, queries, distance."""
+    return "\n".join(_line(name, group) for name, group in by_attack(outcomes).items())
+
+
+def _line(name: str, outcomes: Sequence[Outcome]) -> str:
+    n, clean = len(outcomes), sum(o.clean_wrong for o in outcomes)
+    needed = [o.success for o in outcomes if o.success is not None and not o.clean_wrong]
+    share = (clean + len(needed)) / n
+    low, high = wilson(share, n)
+    noticed = [o.noticed for o in outcomes if o.noticed is not None]
+    distances = [o.distance for o in outcomes if o.distance is not None and not o.clean_wrong]
+    return (
+        f"{name:12} {share:.1%} of {n} images fooled ({low:.1%} to {high:.1%}): {clean} wrong when"
+        f" clean, {len(needed)} by the attack"
+        + (f" after {statistics.median(needed):g} queries (median)" if needed else "")
+        + (
+            f"; nearest at {min(distances)}/255, median {statistics.median(distances):g}/255"
+            if distances
+            else ""
+        )
+        + (
+            f"; noticed on {len(noticed)}, at query {statistics.median(noticed):g} (median)"
+            if noticed
+            else ""
+        )
+    )
+
+
+# Okabe and Ito's blue, vermilion, green, purple and orange, and a mark for each, for print without
+# colour.
+LOOKS = {
+    "square": ("#0072B2", "o"),
+    "simba": ("#D55E00", "s"),
+    "hopskipjump": ("#009E73", "^"),
+    "boundary": ("#CC79A7", "D"),
+    "oars": ("#E69F00", "v"),
+}
+STROKES = ("-", "--", ":", "-.")
+
+
+def picture(results: Mapping[str, Sequence[Outcome]], path: Path) -> Path:
+    """Draw the share of images fooled against queries, as a PNG 1,000 pixels wide.
+
+    `results` holds the outcomes of each run by the name that the legend gives it: a colour an
+    attack, a stroke a run. Raises ValueError for a run without outcomes, or runs of unlike eps.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    empty = [run for run, outcomes in results.items() if not outcomes]
+    if empty or not results:
+        raise ValueError(f"nothing to draw: no outcomes in {', '.join(empty) or 'no run'}")
+    eps = {outcome.settings.eps for outcomes in results.values() for outcome in outcomes}
+    if len(eps) != 1:
+        raise ValueError(f"runs of eps {sorted(eps)} do not belong into one picture")
+    figure = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for (run, outcomes), stroke in zip(results.items(), cycle(STROKES), strict=False):
+        for name, group in by_attack(outcomes).items():
+            _draw(axes, name, group, stroke=stroke, label=f"{name}, {run}")
+    sizes = sorted({len(g) for outcomes in results.values() for g in by_attack(outcomes).values()})
+    axes.set_title(f"Black-box attacks within Linf {eps.pop()}/255, n = {_span(sizes)} images")
+    axes.set(xlabel="queries per image (1: the image itself, unattacked)", xscale="log")
+    axes.set(ylabel="images accepted under a wrong label", ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", handlelength=3.5)
+    figure.savefig(path, format="png")
+    return path
+
+
+def _draw(axes: Any, name: str, outcomes: Sequence[Outcome], *, stroke: str, label: str) -> None:
+    """One attack's curve; marks are staggered, so that curves which coincide still show."""
+    colour, mark = LOOKS[name]
+    every = ((list(LOOKS).index(name) + 1) / 40, 0.1)
+    style = {"marker": mark, "markersize": 7, "markevery": every, "drawstyle": "steps-post"}
+    axes.plot(*curve(outcomes), stroke, color=colour, label=label, **style)
+
+
+def curve(outcomes: Sequence[Outcome]) -> tuple[Floats, Floats]:
+    """(queries, share of the images that some query up to there fooled), from 1 to the budget."""
+    budget = outcomes[0].settings.budget
+    queries = np.unique(np.geomspace(1, budget, 400).round())
+    solved = np.sort([o.success for o in outcomes if o.success is not None])
+    return queries, np.searchsorted(solved, queries, side="right") / len(outcomes)
+
+
+def _span(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

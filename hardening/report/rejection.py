@@ -1,0 +1,136 @@
+"""The sections on rejecting: what a threshold trades, and how well detectors tell."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rampart.hardening.attack.victims import plain_subject
+from rampart.hardening.judge.evaluate import Evaluation, Record
+from rampart.hardening.judge.metrics import roc
+from rampart.hardening.model.arrays import Floats
+from rampart.hardening.model.card import Figure
+from rampart.hardening.report import plots
+from rampart.hardening.report.elements import (
+    JOINT,
+    STATIC,
+    Drawing,
+    Section,
+    Table,
+    both,
+    own,
+    pipelines,
+)
+from rampart.hardening.report.plots import Curve
+
+
+def sweep(clean: Floats, wrong: Floats) -> tuple[Floats, Floats]:
+    """Every share of `clean` (N,) that a threshold may flag, and how many of `wrong` (M,) it then
+    flags.
+    """
+    if not len(wrong):
+        return np.array([0.0, 1.0]), np.zeros(2)
+    flagged, caught = roc(clean, wrong)
+    return flagged, caught * len(wrong)
+
+
+def rejection(evaluation: Evaluation) -> Iterator[Section]:
+    """What a moving threshold trades."""
+    figures = []
+    for record in pipelines(evaluation):
+        plain = evaluation.records.get(plain_subject(record.victim.subject).name)
+        both_kinds = [r for r in (record, plain) if r and own(r, JOINT)]
+        if both_kinds:
+            figures.append(rejection_figure(both_kinds))
+    if figures:
+        words = [
+            "An image is lost when its label is wrong and it is accepted. A lower threshold rejects"
+            " more of these, and more clean images. Max-softmax, the plain alternative, rejects low"
+            " confidence.",
+            "Each joint attack was made against the operating threshold (the marker). Elsewhere on"
+            " its curve the attacker did not know the threshold, so the curve flatters the defence"
+            " there.",
+        ]
+        yield Section("Rejection", words, figures)
+
+
+def rejection_figure(every: Sequence[Record]) -> Drawing:
+    """Accepted and wrong over clean rejection, with each victim's operating point."""
+    curves, marks = [], []
+    for record in every:
+        after = record.own(JOINT)[1]
+        wrong = ~after.right
+        score = after.deployed.suspicion[wrong]
+        rate, flagged = sweep(record.clean.deployed.suspicion, score)
+        curves.append(Curve(record.victim.name, rate, (len(score) - flagged) / len(wrong)))
+        rejected = (~record.clean.deployed.accepted).mean()
+        lost = (wrong & after.deployed.accepted).mean()
+        marks.append(Curve(record.victim.name, np.array([rejected]), np.array([lost])))
+    points = " ".join(
+        f"{s.name} rejects {s.x[0]:.1%} of clean images and accepts {s.y[0]:.1%} of the attacked"
+        " ones with a wrong label."
+        for s in marks
+    )
+    source = plots.over_rate(curves, marks, y_label="accepted and wrong")
+    alt = f"Curves of accepted and wrong images over clean rejection. At the markers: {points}"
+    return Drawing(source, alt, f"{every[0].victim.name} under its joint attack. {points}")
+
+
+def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+    """How well suspicion alone tells wrong images from clean ones."""
+    figures, body = [], []
+    for record in pipelines(evaluation):
+        curves, who = [], record.victim.name
+        mine = own(record, STATIC)
+        wrong = record.clean.right & mine[1].fooled if mine else np.zeros(1, bool)
+        if mine and wrong.any():
+            score = mine[1].deployed.suspicion[wrong]
+            rate, flagged = sweep(record.clean.deployed.suspicion, score)
+            curves.append(Curve(STATIC, rate, flagged / len(score)))
+            body.append((who, str(len(score)), *detected(rows, who)))
+        if curves:
+            source = plots.over_rate(curves, [], y_label="wrong images flagged")
+            alt = f"ROC curves of {who}; the table below holds their main points."
+            figures.append(Drawing(source, alt, f"{who}: receiver operating curve."))
+    if figures:
+        head = ("victim", "wrong images", "caught jointly", "TPR at 1%", "TPR at 5%", "AUROC")
+        words = [
+            "Positives are images whose label PGD-20 made wrong, negatives clean images. PGD-20 is"
+            " static: it ignores the detectors. What counts is the share of wrong images caught"
+            " under the joint attack, which deceives them too; since it stops at the threshold, it"
+            " has no curve. The vertical lines stand at false-positive rates of 1% and 5%."
+        ]
+        table = Table("Detection of wrong images with 95% interval", head, body)
+        yield Section("Detectors", words, figures, [table])
+
+
+def detected(rows: Sequence[Figure], who: str) -> list[str]:
+    """What the table of detection says of a victim."""
+    found = {row.name: row for row in rows if row.subject.name == who}
+    static = [f"{part}:{STATIC}" for part in ("tpr@1%fpr", "tpr@5%fpr", "auroc")]
+    return [both(found.get(name)) for name in (f"caught:{JOINT}", *static)]
+
+
+def suspicion(evaluation: Evaluation) -> Iterator[Section]:
+    """Where the scores of clean and attacked images lie."""
+    figures = []
+    for record in pipelines(evaluation):
+        scores = {"clean": record.clean.deployed.suspicion}
+        for name in (STATIC, JOINT):
+            if mine := own(record, name):
+                scores[name] = mine[1].deployed.suspicion
+        medians = ", ".join(f"{name} {np.median(score):.2f}" for name, score in scores.items())
+        source = plots.histogram(scores, threshold(record))
+        caption = f"{record.victim.name}: suspicion of all images. Medians: {medians}."
+        figures.append(Drawing(source, f"Histogram. {caption}", caption))
+    if figures:
+        words = [
+            "Suspicion is what the detectors add up to; what lies right of the line is rejected."
+        ]
+        yield Section("Suspicion", words, figures)
+
+
+def threshold(record: Record) -> float | None:
+    """The least suspicion that was rejected; None where nothing was."""
+    every = [record.clean.deployed, *(after.deployed for _, after in record.under)]
+    rejected = np.concatenate([answer.suspicion[~answer.accepted] for answer in every])
+    return float(rejected.min()) if np.isfinite(rejected).any() else None

@@ -1,0 +1,49 @@
+"""What the endpoint would say of one image, in words and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.model.pipeline import DefendedClassifier
+
+
+def describe(
+    pipeline: DefendedClassifier,
+    calibration: Calibration,
+    image: Tensor,
+    classes: tuple[str, ...],
+    *,
+    rate: float,
+) -> str:
+    """The verdict on one image uint8 (1, H, W, 3) in a few words."""
+    with torch.no_grad():
+        out = pipeline(image)
+    confidence, index = out.logits.softmax(1)[0].max(0)
+    p = float(p_values(out.scores.double().numpy(), calibration)[0])
+    decision = "flag" if p < rate else "accept"
+    return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
+
+
+def picture(
+    panels: Sequence[tuple[str, NDArray[np.uint8], str]], path: Path, *, side: int = 288
+) -> Path:
+    """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
+    margin, line = 12, 26
+    width = len(panels) * (side + margin) + margin
+    sheet = Image.new("RGB", (width, side + 2 * line + 2 * margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+    for number, (title, image, caption) in enumerate(panels):
+        left = margin + number * (side + margin)
+        large = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, margin + line))
+        draw.text((left, margin), title, fill="black", font=font)
+        draw.text((left, margin + line + side + 4), caption, fill="black", font=font)
+    sheet.save(path)
+    return path

@@ -1,0 +1,1 @@
+"""Data, and what makes weights of them."""

@@ -1,0 +1,52 @@
+"""The learning curve of a run, drawn after each epoch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+}
+# Okabe and Ito's blue and orange; marker and line differ too, so that none needs colour.
+LOOKS = {
+    "clean": ("clean", "#0072B2", "o", "-"),
+    "pgd10": ("PGD-10", "#E69F00", "^", "--"),
+}
+
+
+def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Path:
+    """Validation accuracy of each epoch, clean and under PGD-10, as a PNG with the best marked.
+
+    `runs` are the histories of training runs that went on from one another, a row an epoch: `clean`
+    and `pgd10`. Where a run begins anew its learning rate does.
+    """
+    history = [row for run in runs for row in run]
+    epoch = list(range(1, len(history) + 1))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        for name, (title, colour, marker, line) in LOOKS.items():
+            share = [row[name] for row in history]
+            axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
+        last = epoch[-len(runs[-1]) :]
+        best = max(last, key=lambda number: history[number - 1]["pgd10"])
+        axes.axvline(best, color="#666666", lw=1, label="most robust epoch of the last run")
+        for start in np.cumsum([len(run) for run in runs])[:-1]:
+            axes.axvline(start + 0.5, color="#999999", lw=1, ls=":")
+        axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(loc="upper left", ncols=3)
+        figure.savefig(path)
+    return path

@@ -1,0 +1,93 @@
+"""Several processes that train one model, as `torchrun` starts them; alone, nothing here acts.
+
+Each process works on its part of every batch, and gradients are averaged once a step. That one
+exchange stands beside the many passes of an attack, so hiding it behind the last of them, as
+DistributedDataParallel does, would gain little; and that wraps one forward of one network, where a
+step here has several, of moved weights and of two networks in turns.
+"""
+
+import atexit
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def join(device: torch.device) -> torch.device:
+    """Meet the other processes, if `torchrun` started this one; returns this one's device."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Left to the interpreter's end, its threads now and then take the process down.
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def place() -> tuple[int, int]:
+    """(number of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def beside() -> int:
+    """How many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return place()[0] == 0
+
+
+def mine(index: Tensor) -> Tensor:
+    """This process's part of a batch's `index`; all parts are of one size where it divides."""
+    rank, world = place()
+    return index[rank::world]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in one exchange."""
+    _, world = place()
+    if world == 1:
+        return
+    every = list(tensors)
+    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in every])
+    dist.all_reduce(flat)
+    parts = torch.split(flat / world, [tensor.numel() for tensor in every])
+    for tensor, part in zip(every, parts, strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def total(count: Tensor) -> Tensor:
+    """The sum of `count` over all processes."""
+    if place()[1] > 1:
+        dist.all_reduce(count)
+    return count
+
+
+def agree(value: str) -> bool:
+    """Whether all processes pass the same."""
+    return len(set(gather(value))) == 1
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process passes, in all of them."""
+    every = [value] * place()[1]
+    if len(every) > 1:
+        dist.all_gather_object(every, value)
+    return every
+
+
+def from_first(value: Any) -> Any:
+    """What the first process passes, in all of them."""
+    if place()[1] == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]

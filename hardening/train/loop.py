@@ -1,0 +1,411 @@
+"""Adversarial training: SGD on perturbed images, one-cycle schedule, EMA, resumable.
+
+    rampart train --data cifar10/ --arch resnet18 --width 0.5 --epochs 12 --out runs/half
+    torchrun --nproc-per-node 8 --no-python rampart train --data imagenet/train ...
+
+Sources: N-FGSM, de Jorge et al. 2022; one-cycle, Smith 2018; weight averaging against robust
+overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while crafting, Pang et al.
+2021 ("Bag of Tricks", section 3).
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Threat, cross_entropy, pgd10
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.train import distributed, provenance
+from rampart.hardening.train import state as states
+from rampart.hardening.train.data import Batch, Folder, shuffled
+from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
+
+Part = nn.Module | torch.optim.Optimizer
+Step = Callable[[Batch, float], Tensor]
+Precision = Literal["bf16", "fp32"]
+History = list[dict[str, float]]  # a row an epoch
+
+
+class Recipe(NamedTuple):
+    """Hyperparameters of a training run; a run resumes only under the recipe it began with."""
+
+    method: str = "nfgsm"
+    threat: Threat = Threat()
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.2
+    weight_decay: float = 5e-4
+    ema: float = 0.998
+    seed: int = 0
+    smoothing: float = 0.0  # share of each label that goes to all classes alike
+    awp: float = 0.0  # how far weights are moved against themselves, in parts of their norm
+    ramp: float = 0.0  # part of the run during which eps grows from 0
+    steps: int = 10  # of the attack, where the method has more than one
+    precision: Precision = "fp32"
+    teacher: str = ""  # stands for the weights of the network that is distilled from
+    mirrored: bool = True  # whether half of the images are flipped
+    # The recipe that made the weights this run goes on from, where it does not start afresh.
+    after: str = ""
+
+
+def one_cycle(progress: float, *, warmup: float = 0.2) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear up to 1 at `warmup`, then to 0."""
+    return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+
+
+def ramp(progress: float, length: float) -> float:
+    """Share of eps at `progress` in [0, 1]: grows in a line up to `length`, then stays 1."""
+    return min(1.0, progress / length) if length else 1.0
+
+
+def fast_precision(device: torch.device, features: set[str]) -> Precision:
+    """bf16 on GPUs, and on a CPU whose `features` have it; others imitate it slowly."""
+    fast = {"avx512_bf16", "amx_bf16", "bf16"}
+    return "bf16" if device.type != "cpu" or features & fast else "fp32"
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Mixed precision in bfloat16, which needs no loss scaling; nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the model's; BatchNorm's statistics are averaged too."""
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
+    floating = [pair for pair in pairs if pair[0].dtype.is_floating_point]
+    slow, fast = map(list, zip(*floating, strict=True))
+    get_ema_multi_avg_fn(decay)(slow, fast, None)  # type: ignore[no-untyped-call]
+    for counter, now in pairs:
+        if not counter.dtype.is_floating_point:
+            counter.copy_(now)
+
+
+def accuracy(
+    model: nn.Module, images: Images, *, threat: Threat | None = None, seed: int = 0
+) -> float:
+    """Share of `images` that `model` labels right, under PGD-10 where there is a `threat`.
+
+    Several processes share the images; each returns the figure of all.
+    """
+    every = distributed.mine(torch.arange(len(images), device=images.label.device))
+    right = torch.zeros((), dtype=torch.int64, device=every.device)
+    for index in torch.split(every, 128):
+        x, label = to_float(images.image[index]), images.label[index]
+        if threat:
+            x = pgd10(cross_entropy(model, label), x, threat, noise=Noise(index, seed=seed))
+        with torch.no_grad():
+            right += (model(x).argmax(1) == label).sum()
+    return int(distributed.total(right)) / len(images)
+
+
+def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, float]:
+    """The figures of an epoch: clean and PGD-10 accuracy."""
+    return {"clean": accuracy(model, images), "pgd10": accuracy(model, images, threat=threat)}
+
+
+class Run:
+    """A resumable run: named parts that have a state, a position, and the figures so far.
+
+    Its state is that of every process, so it goes on with any number of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: str,
+        parts: dict[str, Part],
+        *,
+        seed: int = 0,
+        mirrored: bool = True,
+        save_every: float = 300.0,
+    ) -> None:
+        self.folder, self.settings, self.parts = folder, settings, parts
+        self.seed, self.mirrored, self.save_every = seed, mirrored, save_every
+        self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
+        self.loss = torch.zeros((), dtype=torch.float64)  # their sum
+        self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
+        self.history: History = []
+        self.earlier: list[History] = []  # of the runs that made the weights this one began with
+
+    def worked(self) -> float:
+        """Minutes of wall clock in all, of what was saved and kept."""
+        return self.minutes + (time.monotonic() - self.since) / 60
+
+    def check(self) -> None:
+        """Raise FloatingPointError where the loss is no longer a number."""
+        if not math.isfinite(float(self.loss)):
+            raise FloatingPointError(f"training diverged in epoch {self.epoch + 1}: lower --lr")
+
+    def save(self) -> None:
+        """Write the whole state; a crash in between leaves the last one intact."""
+        self.check()
+        self.minutes, self.since = self.worked(), time.monotonic()
+        if not distributed.first():
+            return
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "history": self.history, "loss": self.loss.cpu()}
+        state |= {"epoch": self.epoch, "done": self.done, "steps": self.steps}
+        state |= {"minutes": self.minutes}
+        states.save(self.folder, state)
+
+    def resume(self) -> None:
+        """Continue the run that the folder holds, if any.
+
+        Raises ValueError when it was begun with other settings or images, or when processes differ
+        in theirs.
+        """
+        if not distributed.agree(self.settings):
+            raise ValueError(
+                "the processes do not begin with the same images and weights: give each machine"
+                " the same files"
+            )
+        state = states.read(self.folder) if distributed.first() else None
+        state = distributed.from_first(state)
+        if state is None:
+            return
+        if state["settings"] != self.settings:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings or images: {state['settings']}."
+                " Continue it with those, or choose another --out"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.epoch, self.done, self.steps = state["epoch"], state["done"], state["steps"]
+        self.history, self.loss, self.minutes = state["history"], state["loss"], state["minutes"]
+        where = f"epoch {self.epoch + 1}, step {self.done + 1}"
+        say(f"continuing {self.folder} at {where}")
+
+    def pass_over(
+        self, images: Images | Folder, step: Step, *, epochs: int, batch_size: int
+    ) -> float:
+        """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
+        rank, world = distributed.place()
+        count = max(1, len(images) // batch_size)
+        rounds = shuffled(
+            images,
+            batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            skip=self.done,
+            mirrored=self.mirrored,
+        )
+        with tqdm(
+            total=count,
+            initial=self.done,
+            desc=f"epoch {self.epoch + 1}/{epochs}",
+            disable=not distributed.first(),
+        ) as bar:
+            shown = time.monotonic()
+            for batch in rounds:
+                torch.manual_seed(self.seed + self.steps * world + rank)  # for dropout
+                loss = step(batch, (self.epoch + self.done / count) / epochs)
+                self.loss = self.loss.to(loss.device) + loss
+                self.done += 1
+                bar.update()
+                # Reading the loss waits for the device, so it is read once a second.
+                if time.monotonic() - shown > 1:
+                    bar.set_postfix(loss=f"{float(self.loss) / self.done:.3f}")
+                    shown = time.monotonic()
+                if time.monotonic() - self.since > self.save_every:
+                    self.save()
+        return float(self.loss) / count
+
+    def fit(
+        self,
+        images: Images | Folder,
+        step: Step,
+        evaluate: Callable[[Images], dict[str, float]],
+        *,
+        chosen_on: Images,
+        epochs: int,
+        batch_size: int,
+        keep: Callable[[], None],
+        best: str = "pgd10",
+    ) -> None:
+        """Run all epochs; `keep` is called when one has the best figure `best` so far, on the
+        images `chosen_on`.
+
+        A run that was cut off loses at most `save_every` seconds: the same command continues it.
+        """
+        if not len(images):
+            raise ValueError("no image is left to train on: all are among the held-out ones")
+        self.settings += f" on images {images.digest()[:16]}, chosen on {chosen_on.digest()[:16]}"
+        self.resume()
+        while self.epoch < epochs:
+            loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
+            self.check()
+            figures = evaluate(chosen_on)
+            row = {"epoch": self.epoch + 1, "loss": loss} | figures | {"minutes": self.worked()}
+            say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            # Of two epochs that are as robust, the more accurate one.
+            merit = [(old[best], old["clean"]) for old in [*self.history, row]]
+            better = merit[-1] > max(merit[:-1], default=(-1.0, -1.0))
+            self.history.append(row)
+            if better and distributed.first():
+                keep()
+            self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
+            self.save()
+            draw([*self.earlier, self.history], self.folder / "curve.png")
+
+
+def draw(runs: Sequence[History], file: Path) -> None:
+    """Write the learning curve of `runs`, where matplotlib is installed."""
+    if not distributed.first():
+        return
+    with suppress(ImportError):
+        from rampart.hardening.train.curve import learning_curve
+
+        learning_curve(runs, file)
+
+
+def say(line: str) -> None:
+    """Print a line, from one process, without breaking a progress bar."""
+    if distributed.first():
+        tqdm.write(line)
+
+
+def one_part(batch_size: int) -> None:
+    """Raise ValueError where batches cannot be shared out evenly."""
+    _, world = distributed.place()
+    if batch_size % world:
+        raise ValueError(f"--batch-size {batch_size} does not divide among {world} processes")
+
+
+class Trainer:
+    """Adversarial training of one classifier, from the weights it has."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        teacher: Classifier | None = None,
+    ) -> None:
+        if recipe.method not in METHODS:
+            raise ValueError(
+                f"unknown method {recipe.method!r}: choose one of {', '.join(METHODS)}"
+            )
+        if recipe.method == "rslad" and recipe.smoothing:
+            raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
+        one_part(recipe.batch_size)
+        self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher
+        self.model = classifier.requires_grad_(True)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=recipe.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+        parts: dict[str, Part] = {
+            "model": self.model,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+        }
+        settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
+        self.run = Run(folder, settings, parts, seed=recipe.seed, mirrored=recipe.mirrored)
+
+    def step(self, batch: Batch, progress: float) -> Tensor:
+        """Craft, descend, average; returns the loss on the perturbed batch."""
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * one_cycle(progress)
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        with autocast(self.device, recipe.precision):
+            loss = self.descend(self.taught(batch), progress)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # BatchNorm's, of which each process has seen its own part of the batch.
+        statistics = [b for name, b in self.model.named_buffers() if "running_" in name]
+        distributed.average([*gradients, *statistics, loss])
+        self.optimizer.step()
+        self.run.steps += 1
+        update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
+        return loss
+
+    def taught(self, batch: Batch) -> Batch:
+        """The batch with the teacher's word on it, where there is one."""
+        if self.teacher is None:
+            return batch
+        with torch.no_grad():
+            return batch._replace(soft=F.softmax(self.teacher(batch.x).float(), 1))
+
+    def descend(self, batch: Batch, progress: float) -> Tensor:
+        """Leave the gradients of this process's part of a batch; returns its loss."""
+        recipe, model = self.recipe, self.model
+        method, threat = METHODS[recipe.method], recipe.threat
+        threat = threat._replace(eps=threat.eps * ramp(progress, recipe.ramp))
+        # BatchNorm's statistics are those of images that are learned from.
+        model.eval()
+        attacked = method.craft(model, batch, threat, recipe.steps)
+        if model.rectifier is not None:
+            with torch.no_grad():
+                features = model.embed(attacked)
+        model.train()
+        loss = partial(method.loss, model, batch, attacked, recipe.smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        with adversarial_weights(model, loss, recipe.awp):
+            value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+        if model.rectifier is not None:
+            rectification(model, features, batch.label).backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+
+def train_classifier(
+    classifier: Classifier,
+    recipe: Recipe,
+    folder: Path,
+    images: tuple[Images | Folder, Images],
+    *,
+    teacher: Classifier | None = None,
+    earlier: Sequence[History] = (),
+    commands: Sequence[str] = (),
+) -> Path:
+    """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
+
+    `earlier` are the histories of the runs that made its weights, `commands` the lines that started
+    those runs and this one; both stay with the weights. Returns the file of the epoch with the best
+    validation accuracy: robust, but for a network that is to be the undefended control.
+    """
+    trainer = Trainer(classifier, recipe, folder, teacher=teacher)
+    trainer.run.earlier = list(earlier)
+    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
+    best = folder / "classifier.safetensors"
+    if best.exists() and states.read(folder) is None:
+        raise ValueError(f"{best} is there, but no state to go on from: choose another --out")
+
+    content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
+    content |= {"images": provenance.note(folder, train, validation)}
+
+    def keep() -> None:
+        origin = {"history": [*earlier, trainer.run.history], "commands": list(commands)}
+        checkpoint.save(best, trainer.ema, content | origin)
+
+    trainer.run.fit(
+        train,
+        trainer.step,
+        lambda few: validate(trainer.ema, few, recipe.threat),
+        chosen_on=validation,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        keep=keep,
+        best="clean" if recipe.method == "standard" else "pgd10",
+    )
+    return best

@@ -1,0 +1,63 @@
+"""What a training notes of its images: beside the weights each one, in the checkpoint their sum."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rampart.hardening.model import provenance
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.provenance import Prints
+from rampart.hardening.train import distributed
+from rampart.hardening.train.data import Folder
+
+BATCH = 256
+
+
+def prints_of(images: Images | Folder) -> Prints:
+    """The fingerprints of all images. Those of a folder are decoded for it, once; processes share
+    the work.
+    """
+    if isinstance(images, Images):
+        return provenance.fingerprints(images.image)
+    rows = torch.split(distributed.mine(torch.arange(len(images))), BATCH)
+    own = [provenance.fingerprints(image) for image, _ in images.read(rows)]
+    return provenance.union(distributed.gather(provenance.union(own)))
+
+
+def note(folder: Path, train: Images | Folder, held: Images) -> dict[str, Any]:
+    """Write the fingerprints of `train` beside the weights in `folder`; returns what a checkpoint
+    says of both sets. A run that goes on does not read a folder's pictures again.
+    """
+    prints = distributed.from_first(provenance.read(folder) if isinstance(train, Folder) else None)
+    if prints is None:
+        prints = prints_of(train)
+        if distributed.first():
+            provenance.write(folder, prints)
+    return entry(prints, held)
+
+
+def entry(prints: Prints, held: Images) -> dict[str, Any]:
+    """What checkpoints and cards say of training and held-out images."""
+    out = provenance.summary(provenance.fingerprints(held.image))
+    return {"training": provenance.summary(prints), "held_out": out}
+
+
+def collect(
+    model: Path, weights: Sequence[Path], train: Images | Folder, *, fitted: Images, held: Images
+) -> dict[str, Any]:
+    """Write into a model folder the fingerprints of all that its parts were trained on; returns the
+    card's entry `images`.
+
+    `weights` are the files of the parts; where nothing beside them says what they were trained on
+    (they may be from elsewhere), it was `train`. `fitted` are the images that detectors were fitted
+    on, which are trained on too, unless they are `held` themselves.
+    """
+    noted = [provenance.read(file.parent) for file in weights]
+    parts = [prints if prints is not None else prints_of(train) for prints in noted]
+    own = provenance.fingerprints(held.image)
+    more = provenance.fingerprints(fitted.image)
+    prints = provenance.union([*parts, more[~provenance.among(more, own)]])
+    provenance.write(model, prints)
+    return entry(prints, held)

@@ -1,0 +1,189 @@
+"""Training of a purifier, against a critic and the frozen classifier behind it.
+
+    rampart purifier --data cifar10/ --classifier runs/half/classifier.safetensors --out runs/gan
+
+As APE-GAN (Shen et al. 2017) towards the clean image, with AToP's task loss (Lin et al. 2024,
+section 3.3) on perturbations crafted through generator and classifier together.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from rampart.hardening.attack.pgd import Threat, cross_entropy, pgd, random_start
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.purifier import PurifierConfig, described, of_config
+from rampart.hardening.train import distributed, provenance
+from rampart.hardening.train.data import Batch, Folder
+from rampart.hardening.train.loop import (
+    Part,
+    Precision,
+    Run,
+    accuracy,
+    autocast,
+    one_cycle,
+    one_part,
+    say,
+    update_ema,
+    validate,
+)
+
+
+class Critic(nn.Module):
+    """Patch discriminator (Isola et al. 2017): one realness score for each 8x8-pixel cell."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            spectral_norm(nn.Conv2d(3, width, 4, stride=2, padding=1)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(2 * width, 1, 4, stride=2, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, 1, H/8, W/8), higher = more like a clean image."""
+        scores: Tensor = self.layers(x)
+        return scores
+
+
+class PurifierRecipe(NamedTuple):
+    """Hyperparameters of a purifier's training; the weights scale its three losses."""
+
+    threat: Threat = Threat()
+    epochs: int = 2
+    batch_size: int = 128
+    lr: float = 1e-3
+    steps: int = 2
+    reconstruction: float = 1.0
+    adversarial: float = 0.02
+    task: float = 1.0
+    ema: float = 0.995
+    seed: int = 0
+    precision: Precision = "fp32"
+
+
+class PurifierTrainer:
+    """Trains generator and critic in turns; the classifier stays frozen."""
+
+    def __init__(
+        self, classifier: Classifier, config: PurifierConfig, recipe: PurifierRecipe, folder: Path
+    ) -> None:
+        one_part(recipe.batch_size)
+        torch.manual_seed(recipe.seed)
+        self.classifier, self.recipe = classifier.eval().requires_grad_(False), recipe
+        self.device = classifier.mean.device
+        self.model, self.critic = of_config(config).to(self.device), Critic().to(self.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=recipe.lr)
+        parts: dict[str, Part] = {
+            "model": self.model,
+            "critic": self.critic,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+            "critic_optimizer": self.critic_optimizer,
+        }
+        # A purifier belongs to one classifier: a run must not go on with another.
+        settings = repr((config, recipe, checkpoint.digest(classifier)))
+        self.run = Run(folder, settings, parts, seed=recipe.seed)
+
+    def craft(self, batch: Batch) -> Tensor:
+        """Perturb images against the purified prediction, gradients through both networks."""
+        recipe = self.recipe
+        return pgd(
+            cross_entropy(lambda x: self.classifier(self.model(x)), batch.label),
+            batch.x,
+            recipe.threat,
+            steps=recipe.steps,
+            step_size=recipe.threat.eps * 1.25 / recipe.steps,
+            start=random_start(batch.x, recipe.threat, batch.noise),
+            keep_best=False,
+        )
+
+    def critic_step(self, real: Tensor, fake: Tensor) -> None:
+        """Hinge loss (Lim and Ye 2017): clean images up, purified ones down."""
+        with autocast(self.device, self.recipe.precision):
+            up, down = F.relu(1 - self.critic(real)), F.relu(1 + self.critic(fake))
+            loss = up.mean() + down.mean()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        distributed.average(p.grad for p in self.critic.parameters() if p.grad is not None)
+        self.critic_optimizer.step()
+
+    def step(self, batch: Batch, progress: float) -> Tensor:
+        """One batch for the critic and the generator; returns the task loss."""
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * one_cycle(progress)
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        x, label = batch.x, batch.label
+        with autocast(self.device, recipe.precision):
+            purified = self.model(self.craft(batch))
+        self.critic_step(x, purified.detach())
+        # A context of its own: autocast caches weights, and the critic's have just moved.
+        with autocast(self.device, recipe.precision):
+            task = F.cross_entropy(self.classifier(purified).float(), label)
+            loss = (
+                recipe.reconstruction * F.l1_loss(purified, x)
+                - recipe.adversarial * self.critic(purified).mean()
+                + recipe.task * task
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        task = task.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        distributed.average([*gradients, task])
+        self.optimizer.step()
+        self.run.steps += 1
+        update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
+        return task
+
+
+def train_purifier(
+    classifier: Classifier,
+    config: PurifierConfig,
+    recipe: PurifierRecipe,
+    folder: Path,
+    images: tuple[Images | Folder, Images],
+    *,
+    commands: Sequence[str] = (),
+) -> Path:
+    """Train a purifier for the frozen `classifier`; `images` are (training, validation).
+
+    `commands` are the lines that started the run, which stay with its weights. Returns the file of
+    the epoch with the best robust validation accuracy through both.
+    """
+    trainer = PurifierTrainer(classifier, config, recipe, folder)
+    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
+    alone = accuracy(classifier, validation, threat=recipe.threat)
+    say(f"without the purifier: pgd10 {alone:.4g}")
+    both = nn.Sequential(trainer.ema, classifier)
+    best = folder / "purifier.safetensors"
+
+    content = {"purifier": described(trainer.model), "training": repr(recipe)}
+    content |= {"images": provenance.note(folder, train, validation)}
+
+    def keep() -> None:
+        origin = {"history": [trainer.run.history], "commands": list(commands)}
+        checkpoint.save(best, trainer.ema, content | origin)
+
+    trainer.run.fit(
+        train,
+        trainer.step,
+        lambda few: validate(both, few, recipe.threat),
+        chosen_on=validation,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        keep=keep,
+    )
+    return best

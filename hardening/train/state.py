@@ -1,0 +1,37 @@
+"""What a run needs to go on after it was cut off, as one file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "state.pt"
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` into `folder`. A crash in between leaves the state before intact."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "state.partial"
+    torch.save(state, partial)
+    partial.replace(folder / FILE)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The state that `save` wrote last, on the CPU; None where there is none.
+
+    Raises ValueError for a state that cannot be read, or that an older version left in pieces.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        if pieces := sorted(folder.glob("state-*")):
+            raise ValueError(
+                f"{pieces[-1]} is the state of an older Rampart: finish that run with it, or choose"
+                " another --out"
+            )
+        return None
+    try:
+        # As the format's reader, so that a file cut short is told from a missing one.
+        state: dict[str, Any] = torch.load(file, "cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is cut or damaged: copy it anew, or delete it") from error
+    return state

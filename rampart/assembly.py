@@ -1,0 +1,223 @@
+"""From the files of training to a model folder, and the whole way from images to an archive."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rampart.handlers.verdict import Policy
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import folder as folders
+from rampart.hardening.model.classifier import ClassifierConfig
+from rampart.hardening.model.images import Held
+from rampart.hardening.model.pipeline import load_classifier, load_purifier
+from rampart.hardening.report import card as report
+from rampart.hardening.train.loop import Precision, Recipe
+from rampart.hardening.train.provenance import collect
+from rampart.hardening.train.purifier import PurifierRecipe
+from rampart.hardening.train.stages import Stages, stages
+from rampart.model import Model, fitted_on
+from rampart.provenance import PYTHON
+from rampart.sources import Source, measured
+from rampart.studies import Outcome, Study, evaluate
+from rampart.training import Run, adopt, train_from, train_purifier_from
+
+CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
+MANY = 100  # validation images that `harden` attacks
+
+
+def assemble(
+    folder: Path,
+    source: Source,
+    classifier: Path,
+    purifier: Path | None = None,
+    *,
+    data_name: str = "",
+    command: str = PYTHON,
+) -> Model:
+    """Put what training wrote together as a calibrated model, saved in `folder`.
+
+    Without a purifier its one variant is lean. Raises ValueError where classes differ.
+    """
+    net = load_classifier(classifier)
+    generator = load_purifier(purifier) if purifier else None
+    train, held = source.read(net.config.image_size)
+    files = {"classifier": classifier} | ({"purifier": purifier} if purifier else {})
+    model = Model.calibrate(
+        net,
+        Held(held, train if len(train) else None),
+        purifier=generator,
+        name=folder.name,
+        data=data_name or source.data.name,
+        calibrated_on=f"{source.name}, calibration split",
+        card=past(files, command),
+    )
+    model.save(folder)
+    few = fitted_on(Held(held, train if len(train) else None))
+    images = collect(folder, list(files.values()), train, fitted=few, held=held)
+    model.card = report.add_to_card(folder, {"images": images})
+    return model
+
+
+def past(files: Mapping[str, Path], command: str) -> dict[str, Any]:
+    """What a card says of how the parts in `files` were trained; `command` joins them."""
+    contents = {part: checkpoint.read(file)[0] for part, file in files.items()}
+    training = {
+        part: str(content.get("training", f"told by no file of {part}"))
+        for part, content in contents.items()
+    }
+    lines = [line for content in contents.values() for line in content.get("commands", [])]
+    return {
+        "training": training,
+        "history": contents["classifier"].get("history", []),
+        "commands": list(dict.fromkeys([*lines, command])),  # one line of `harden`
+    }
+
+
+class Plan(NamedTuple):
+    """What the whole way is to do."""
+
+    net: ClassifierConfig
+    recipe: Recipe
+    weights: Path | None = None  # yours, to begin with
+    purifier_epochs: int = 2  # 0: no purifier
+    evaluate_on: int = MANY  # validation images to attack; 0: none
+    dtype: Precision | None = None
+    device: str = "auto"
+
+    def check(self, out: Path) -> None:
+        """Raise ValueError where nothing would come of it."""
+        if "RANK" in os.environ:
+            raise ValueError(
+                "torchrun starts `rampart train` and `rampart purifier`, not the others"
+            )
+        if not (self.weights or self.recipe.epochs):
+            raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
+        if out.suffix != ".mar":
+            raise ValueError(f"--out {out}: TorchServe loads files that end in .mar; name it so")
+
+    def stages(self) -> int:
+        """How many stages that makes."""
+        asked = (self.weights, self.recipe.epochs, self.purifier_epochs, self.evaluate_on)
+        return sum(map(bool, asked)) + 2  # calibrate, archive
+
+
+def harden(
+    source: Source, out: Path, plan: Plan, *, runs: Path = Path("runs"), command: str = PYTHON
+) -> Outcome:
+    """The whole way from images to an archive, the folder of its model beside it.
+
+    Each stage is done once: the same call goes on where it was interrupted, and does again only
+    what other inputs change.
+    """
+    plan.check(out)
+    with stages(runs / out.stem, plan.stages()) as job:
+        way = Way(source, plan, job, command)
+        parts = way.parts()
+        model = way.model(out.stem, parts)
+        if plan.evaluate_on:
+            model = way.evaluated(model)
+        packed = job.once("archive", folders.contents(model), partial(pack, model, out.name))
+    same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
+    if not same:  # whole or not at all
+        partial_copy = shutil.copy(packed / out.name, out.with_suffix(".partial"))
+        Path(partial_copy).replace(out)
+    card = report.read_card(model)
+    note = f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"
+    return Outcome(card, [*([note] if same else []), f"\n{report.markdown(card)}\n"])
+
+
+class Way(NamedTuple):
+    """The stages of one job, with all that they take."""
+
+    source: Source
+    plan: Plan
+    job: Stages
+    command: str
+
+    def inputs(self) -> dict[str, object]:
+        """What every stage depends on."""
+        images, held = self.source.read(self.plan.net.image_size)
+        return {"images": images, "held": held}
+
+    def threat(self) -> dict[str, object]:
+        """What the stages that attack depend on too."""
+        return {"threat": self.plan.recipe.threat, "device": self.plan.device}
+
+    def run(self, folder: Path) -> Run:
+        """A training in the folder of its stage."""
+        return Run(folder, self.plan.device, self.plan.dtype, command=self.command)
+
+    def parts(self) -> dict[str, Path]:
+        """The files of classifier and purifier."""
+        plan, parts = self.plan, dict[str, Path]()
+        if plan.weights:
+            parts["classifier"] = self.adopted(plan.weights)
+        if plan.recipe.epochs:
+            parts["classifier"] = self.trained(parts.get("classifier"))
+        if plan.purifier_epochs:
+            parts["purifier"] = self.purifier(parts["classifier"])
+        return parts
+
+    def adopted(self, weights: Path) -> Path:
+        """Your weights as a classifier of ours."""
+        images, _ = self.source.read(self.plan.net.image_size)
+        config = self.plan.net._replace(classes=len(images.classes))
+        inputs = {"net": config, "weights": weights}
+
+        def take(folder: Path) -> None:
+            adopt(weights, folder / CLASSIFIER, config)
+
+        return self.job.once("adopt", inputs, take) / CLASSIFIER
+
+    def trained(self, init: Path | None) -> Path:
+        """The classifier, trained from `init` or anew."""
+        plan = self.plan
+        inputs = self.inputs() | self.threat() | {"net": plan.net, "dtype": plan.dtype}
+        inputs |= {"recipe": plan.recipe, "init": init}
+
+        def learn(folder: Path) -> None:
+            train_from(self.source, plan.net, plan.recipe, self.run(folder), init=init)
+
+        return self.job.once("train", inputs, learn) / CLASSIFIER
+
+    def purifier(self, classifier: Path) -> Path:
+        """The purifier in front of a classifier."""
+        recipe = PurifierRecipe(self.plan.recipe.threat, self.plan.purifier_epochs)
+        inputs = self.inputs() | self.threat() | {"classifier": classifier, "recipe": recipe}
+        inputs |= {"dtype": self.plan.dtype}
+
+        def learn(folder: Path) -> None:
+            train_purifier_from(self.source, classifier, recipe, self.run(folder))
+
+        return self.job.once("purifier", inputs, learn) / PURIFIER
+
+    def model(self, name: str, parts: dict[str, Path]) -> Path:
+        """The calibrated model folder."""
+        files = parts["classifier"], parts.get("purifier")
+
+        def make(folder: Path) -> None:
+            assemble(folder / name, self.source, *files, command=self.command)
+
+        return self.job.once("calibrate", self.inputs() | parts | {"name": name}, make) / name
+
+    def evaluated(self, folder: Path) -> Path:
+        """A copy of the model folder with figures."""
+        inputs = self.inputs() | self.threat() | folders.contents(folder)
+        inputs |= {"n": self.plan.evaluate_on}
+        return self.job.once("evaluate", inputs, partial(self.judge, folder)) / folder.name
+
+    def judge(self, folder: Path, work: Path) -> None:
+        """Attack validation images, shortly."""
+        home = Path(shutil.copytree(folder, work / folder.name, dirs_exist_ok=True))
+        model, plan = Model.load(home), self.plan
+        few = measured(model, self.source, part="validation", limit=plan.evaluate_on)
+        study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
+        evaluate(model, few, study)
+
+
+def pack(model: Path, name: str, folder: Path) -> None:
+    """The archive of a model folder, in the folder of its stage."""
+    Model.load(model).archive(folder / name, policy=Policy())

@@ -1,0 +1,1 @@
+"""Start TorchServe, watch it, say when it really answers."""

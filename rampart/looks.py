@@ -1,0 +1,114 @@
+"""One picture and what the defence makes of it: attacked, purified, certified."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from rampart.hardening.attack.ladder import QUICK, fool
+from rampart.hardening.attack.objectives import look_at
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge import certify as certificates
+from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.model.pixels import to_float, to_uint8
+from rampart.hardening.model.project import project
+from rampart.hardening.report import card as report
+from rampart.hardening.train.data import read_picture
+from rampart.model import Model
+from rampart.training import pick_device
+
+Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+
+
+class Noise(NamedTuple):
+    """How a prediction is certified."""
+
+    sigma: float = 0.12  # of the Gaussian, pixels in [0, 1]
+    samples: int = 10_000  # noisy copies that vote
+    alpha: float = 0.001  # how often the certificate may be wrong
+
+
+def picture(file: Path | None, size: int) -> Tensor:
+    """A picture as uint8 (1, size, size, 3); without a file scikit-image's cat."""
+    from skimage.data import data_dir
+
+    return torch.from_numpy(read_picture(file or Path(data_dir) / "chelsea.png", size))[None]
+
+
+def attack(
+    model: Model,
+    image: Path | None,
+    out: Path,
+    *,
+    threat: Threat,
+    variant: Variant | None = None,
+    rate: float = 0.01,
+) -> list[str]:
+    """White-box attack on one picture: 8-bit PNGs in the folder `out`, at the model's size."""
+    chosen = model.chosen_variant(variant)
+    pipeline, table = model.pipeline(chosen), model.calibration(chosen)
+    pixels = picture(image, model.image_size)
+    attacked = fool(look_at(pipeline, table, rate), pixels, threat, QUICK)
+    panels: list[Panel] = []
+    lines = []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, view in (("clean", pixels), ("attacked", attacked)):
+        caption = report.describe(pipeline, table, view, model.classes, rate=rate)
+        Image.fromarray(view[0].numpy()).save(out / f"{name}.png")
+        lines.append(f"{out / name}.png: {caption}")
+        panels.append((name, view[0].numpy(), caption))
+    panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
+    return [*lines, str(report.picture(panels, out / "panel.png"))]
+
+
+def purify(
+    model: Model,
+    image: Path | None,
+    out: Path,
+    *,
+    projected: bool = False,
+    hide: Box | None = None,
+    rate: float = 0.01,
+) -> list[str]:
+    """What the purifier makes of a picture, drawn into `out`, and how the verdict changes."""
+    pipeline, table = model.pipeline("full"), model.calibration("full")
+    assert pipeline.purifier is not None
+    pixels = picture(image, model.image_size)
+    views = {"as sent": pixels, "purified": pipeline(pixels).purified}
+    if projected or hide:
+        visible = window(hide, pixels.shape[1])
+        nearest = project(pipeline.purifier, to_float(pixels), visible=visible)
+        views["projected"] = to_uint8(nearest)
+    panels: list[Panel] = []
+    for name, view in views.items():
+        caption = report.describe(pipeline, table, view, model.classes, rate=rate)
+        panels.append((name, view[0].numpy(), caption))
+    lines = [f"{name}: {caption}" for name, _, caption in panels]
+    return [*lines, str(report.picture(panels, out))]
+
+
+def window(hide: Box | None, size: int) -> Tensor:
+    """1 where a picture of `size` is to be seen and 0 where it is hidden, (size, size)."""
+    visible = torch.ones(size, size)
+    if hide:
+        left, top, width, height = hide
+        if min(left, top) < 0 or min(width, height) < 1 or max(left, top) >= size:
+            raise ValueError(f"--hide {hide}: name a part of the {size}x{size} picture")
+        visible[top : top + height, left : left + width] = 0
+    return visible
+
+
+def certify(
+    model: Model, image: Path | None, noise: Noise | None = None, *, device: str = "auto"
+) -> str:
+    """A radius (L2) within which the smoothed classifier provably keeps its label, in words."""
+    net = model.pipeline("lean").classifier.to(pick_device(device))
+    sigma, samples, alpha = noise or Noise()
+    x = to_float(picture(image, model.image_size)).to(net.mean.device)
+    found = certificates.certify(net, x, sigma=sigma, samples=samples, alpha=alpha)
+    return certificates.in_words(found, model.classes)

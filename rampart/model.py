@@ -1,0 +1,516 @@
+"""A defended classifier as one object: what training made, what attacks measure, what is served.
+
+    model = Model.calibrate(net, held)
+    print(model.evaluate(images, QUICK).table())
+    model.archive("mine.mar", policy=Policy(on_detection="reject"))
+
+Here the rooms meet: weights and figures come from `hardening`, files from `export`, verdicts from
+`handlers`.
+"""
+
+import copy
+import io
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from rampart.export import archive as archives
+from rampart.export.precision import check_made, lower, ranges_file
+from rampart.export.shipped import Parity
+from rampart.handlers.engine import Engine
+from rampart.handlers.image import decode
+from rampart.handlers.verdict import Calibration, Judge, Policy, Verdict
+from rampart.hardening.attack import victims
+from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Victim
+from rampart.hardening.judge import evaluate as judge
+from rampart.hardening.judge.evaluate import Evaluation
+from rampart.hardening.model import calibrate as ranks
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import folder as folders
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.detectors import FITTED, FULL
+from rampart.hardening.model.images import Held, Images
+from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.model.purifier import Purifier
+from rampart.hardening.report import card as report
+from rampart.hardening.train.data import Folder, spread
+from rampart.hardening.train.loop import draw
+from rampart.provenance import PYTHON
+from rampart.training import pick_device
+
+WEIGHTS = "weights.safetensors"
+CPU = torch.device("cpu")
+FOUND = Path("runs/found")  # where what attacks found is kept
+
+Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
+Picture = Path | str | bytes
+
+
+class Form(NamedTuple):
+    """What is exported of a model."""
+
+    variant: Variant
+    precision: Precision = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {self.precision}"
+
+
+class Figures(NamedTuple):
+    """What an evaluation found; `rows` are its figures as a card lists them."""
+
+    evaluation: Evaluation
+    rows: list[dict[str, Any]]
+
+    def table(self) -> str:
+        """The figures with their 95% intervals, aligned."""
+        return report.table(self.rows)
+
+
+class Model:
+    """Classifier, purifier, detectors and their calibrations, with a card.
+
+    `pipeline` holds all parts there are; `variant` picks those of one. `folder` is where the model
+    was saved or loaded, and None before.
+    """
+
+    def __init__(
+        self,
+        pipeline: DefendedClassifier,
+        classes: tuple[str, ...],
+        calibrations: Mapping[Form, Calibration],
+        *,
+        card: Mapping[str, Any],
+        folder: Path | None = None,
+    ) -> None:
+        self.whole, self.classes = pipeline, classes
+        self.calibrations = dict(calibrations)
+        self.card, self.folder = dict(card), folder
+        self.calibrated_on = ""  # what calibration files say; those of a loaded model stay
+
+    def __str__(self) -> str:
+        return str(self.folder or self.card.get("model", "the model"))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Model":
+        """The model of a folder that `save` or `rampart calibrate` wrote.
+
+        Raises FileNotFoundError or ValueError that name the folder and the remedy.
+        """
+        home = Path(folder)
+        whole, classes = pipelines.load_whole(home / WEIGHTS)
+        tables = {
+            Form(variant, precision): ranks.load_variant(home, variant, precision)
+            for variant, precision in folders.forms(home)
+        }
+        return cls(whole, classes, tables, card=report.read_card(home), folder=home)
+
+    @classmethod
+    def calibrate(
+        cls,
+        classifier: Classifier,
+        held: Held | Images,
+        *,
+        purifier: Purifier | None = None,
+        name: str = "mine",
+        data: str = "images in memory",
+        calibrated_on: str = "",
+        card: Mapping[str, Any] | None = None,
+    ) -> "Model":
+        """Put the parts together and rank the held-out images: 200 or more, 800 for 1% alarms.
+
+        The feature distance is fitted on training images where `held` has them, since every split
+        of the others is measured, combined or ranked on. Raises ValueError for too few images.
+        """
+        source = held if isinstance(held, Held) else Held(held)
+        check_count(source.images, classifier)
+        whole = joined(classifier, purifier, source)
+        tables: dict[Form, Calibration] = {}
+        for variant in folders.VARIANTS if purifier else folders.VARIANTS[1:]:
+            pipeline = pipelines.as_variant(whole, variant)
+            tables[Form(variant)] = ranks.calibrate(pipeline, source.images, variant)
+        content = {
+            "model": name,
+            "data": data,
+            "training": {"classifier": "not recorded"},
+            "history": [],
+            "classifier": classifier.config._asdict(),
+            "calibration_images": next(iter(tables.values())).images,
+            "commands": [PYTHON],
+        }
+        model = cls(whole, source.images.classes, tables, card=content | dict(card or {}))
+        model.calibrated_on = calibrated_on or f"{data}, calibration split"
+        return model
+
+    @property
+    def classifier(self) -> Classifier:
+        """The network alone."""
+        return self.whole.classifier
+
+    @property
+    def purifier(self) -> Purifier | None:
+        """The generator in front of it, where there is one."""
+        return self.whole.purifier
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the images that it takes."""
+        return self.classifier.config.image_size
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Those it is calibrated for, `full` first."""
+        return [v for v in folders.VARIANTS if Form(v) in self.calibrations]
+
+    @property
+    def best_variant(self) -> Variant:
+        """What is taken where none is asked for: what the ablation chose, else `full`."""
+        return folders.best_variant(self.card, self.variants)
+
+    def chosen_variant(self, variant: Variant | None) -> Variant:
+        """`variant`, or the best. Raises ValueError where the model is not calibrated for it."""
+        if variant and variant not in self.variants:
+            raise ValueError(f"{self} is not calibrated as {variant}: leave out --variant")
+        return variant or self.best_variant
+
+    def form(self, variant: Variant | None = None, precision: Precision | None = None) -> Form:
+        """What is exported where less is said: the best variant, and int8 where that was measured
+        to be as robust, else fp32."""
+        chosen = self.chosen_variant(variant)
+        if precision or self.folder is None:
+            return Form(chosen, precision or "fp32")
+        return Form(chosen, folders.best_precision(self.folder, chosen))
+
+    def trained_on(self, data: Path) -> bool:
+        """Whether the card names `data` as the images of training."""
+        return folders.trained_on(self.card, data)
+
+    def held_beside(self, data: Path) -> list[str]:
+        """What the card's commands on `data` named as held-out images."""
+        return folders.held_beside(self.card, data)
+
+    def pipeline(self, variant: Variant | None = None) -> DefendedClassifier:
+        """The module of a variant, frozen: a copy, so that it may go to another device."""
+        return copy.deepcopy(pipelines.as_variant(self.whole, self.chosen_variant(variant)))
+
+    def calibration(self, variant: Variant, precision: Precision = "fp32") -> Calibration:
+        """The ranks of a variant in a precision. Raises ValueError where there are none."""
+        if Form(variant, precision) not in self.calibrations:
+            raise ValueError(
+                f"{self} is not calibrated as {variant} in {precision}: `rampart quantize` does it"
+            )
+        return self.calibrations[Form(variant, precision)]
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the model as a folder: weights, a calibration for each variant, a card.
+
+        What stood there of another model goes once all of it is written; what was measured of the
+        same one stays.
+        """
+        target = Path(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            self.write(work)
+            folders.deliver(work, target)
+        self.folder = target
+        return target
+
+    def write(self, folder: Path) -> None:
+        """Write the model's files into an empty folder."""
+        if self.folder is not None:
+            folders.deliver(self.folder, folder)
+            return
+        pipelines.save(folder / WEIGHTS, self.whole, self.classes)
+        for table in self.calibrations.values():
+            ranks.write(folder, table, self.calibrated_on)
+        if self.card["history"]:
+            draw(self.card["history"], folder / "curve.png")
+        report.write_card(folder, self.card)
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """A folder that holds the model: its own, or one that goes again."""
+        if self.folder is not None:
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch) / str(self.card["model"])
+            work.mkdir()
+            self.write(work)
+            yield work
+
+    def add_to_card(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Put `entries` into the card, on disk as well where the model lies there; returns it."""
+        card = self.card | dict(entries)
+        if self.folder is not None:
+            card = report.add_to_card(self.folder, dict(entries))
+        self.card = card
+        return card
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Note beside the model that it was evaluated."""
+        if self.folder is not None:
+            report.log_evaluation(self.folder, entry)
+
+    def predict(
+        self,
+        images: Images | Pixels | Sequence[Picture],
+        *,
+        policy: Policy | None = None,
+        variant: Variant | None = None,
+    ) -> list[Verdict]:
+        """The verdicts of the endpoint on images: pictures (files or bytes) or pixels (N, H, W, 3).
+
+        Raises ImageError, as the endpoint answers, for a picture that is none.
+        """
+        chosen = self.chosen_variant(variant)
+        pixels, pipeline = self.pixels(images), self.pipeline(chosen)
+        with torch.no_grad():
+            pieces = [pipeline(part) for part in torch.split(pixels, 128)]
+        outputs = [torch.cat([piece[i] for piece in pieces]).numpy() for i in range(3)]
+        name = {"name": str(self.card["model"]), "version": "1.0"}
+        bench = Judge(self.classes, self.calibration(chosen), policy or Policy(), name)
+        return bench.verdicts(*outputs)
+
+    def pixels(self, images: Images | Pixels | Sequence[Picture]) -> Tensor:
+        """Images as uint8 (N, H, W, 3) at the model's size, decoded as the endpoint decodes."""
+        if isinstance(images, Images):
+            return images.image.cpu()
+        if isinstance(images, Tensor):
+            images = images.cpu().numpy()
+        if isinstance(images, np.ndarray):
+            fitting = images.shape[1:] == (self.image_size, self.image_size, 3)
+            if images.dtype == np.uint8 and fitting:
+                return torch.from_numpy(images)
+            images = [as_png(image) for image in images]
+        each = [p if isinstance(p, bytes) else Path(p).read_bytes() for p in images]
+        return torch.from_numpy(np.stack([decode(data, self.image_size) for data in each]))
+
+    def engine(
+        self, variant: Variant, precision: Precision = "fp32", *, threads: int = 0
+    ) -> Engine:
+        """The exported graph of a variant in ONNX Runtime, on the CPU; 0 threads are all."""
+        if precision == "fp32":
+            return to_engine(self.pipeline(variant), threads=threads)
+        with self.on_disk() as folder:
+            check_made(folder, variant, precision)
+            ranges = ranges_file(folder, variant)
+            return to_engine(self.pipeline(variant), precision, ranges, threads=threads)
+
+    def victims(
+        self, *, rate: float, device: torch.device = CPU, twin: Classifier | None = None
+    ) -> list[Victim]:
+        """What is attacked: the classifier, the variants with their graphs, and an undefended twin.
+
+        `rate` is the false-alarm rate at which the variants reject.
+        """
+        net = copy.deepcopy(self.classifier).to(device)
+        out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
+        for variant in self.variants:
+            pipeline, engine = self.pipeline(variant), self.engine(variant)
+            digest = checkpoint.digest(pipeline)
+            arm = partial(victims.pipeline_victim, pipeline.to(device), self.calibration(variant))
+            out.append(arm(digest, rate=rate, engine=engine))
+        if twin:
+            other = twin.to(device)
+            out.append(victims.label_victim("undefended", other, checkpoint.digest(other)))
+        return out
+
+    def lower_victims(
+        self, precision: Precision, *, rate: float, device: torch.device = CPU
+    ) -> list[Victim]:
+        """The graphs of the variants in fp16 or int8."""
+        out = []
+        for variant in self.variants:
+            engine = self.engine(variant, precision)
+            table, pipeline = self.calibration(variant, precision), self.pipeline(variant)
+            arm = partial(victims.lower_victim, pipeline.to(device), table, engine.digest)
+            out.append(arm(precision=precision, rate=rate, engine=engine))
+        return out
+
+    def evaluate(
+        self,
+        images: Images | Folder,
+        budget: Budget | None = None,
+        *,
+        threat: Threat | None = None,
+        rate: float = Policy.false_alarm_rate,
+        only: Sequence[str] = (),
+        targets: Sequence[Victim] | None = None,
+        data: str = "images in memory",
+        cache: Path = FOUND,
+        device: str = "auto",
+        command: str = PYTHON,
+    ) -> Figures:
+        """Attack classifier and variants with full knowledge, within `budget` for an image.
+
+        `only` names attacks, all where it is empty; `targets` stand in place of `victims`. What
+        attacks found stays in `cache`. Raises ValueError where classes differ or an attack has no
+        such name.
+        """
+        import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
+
+        where = pick_device(device)
+        chosen = images.whole().to(where)
+        self.check_classes(chosen)
+        everyone = list(targets or self.victims(rate=rate, device=where))
+        attack = partial(judge.evaluate, everyone, chosen, threat or Threat(), budget or Budget())
+        result = attack(rate=rate, folder=cache, only=list(only))
+        entry = partial(report.row, data=data, command=command, rate=rate)
+        return Figures(result, [entry(metric) for metric in result.metrics])
+
+    def check_classes(self, *images: Images) -> None:
+        """Raise ValueError where images have other classes than the model."""
+        for some in images:
+            if some.classes != self.classes:
+                raise ValueError(
+                    f"the images have the classes {some.classes}, the model {self.classes}"
+                )
+
+    def export(
+        self, path: Path | str, *, form: Form | None = None, images: Images | Folder | None = None
+    ) -> Parity:
+        """Write one ONNX graph and prove that it decides as the torch pipeline does.
+
+        The proof compares on 64 of `images`, or on crops of a photograph. Raises RuntimeError where
+        it fails.
+        """
+        variant, precision = form or self.form()
+        write = partial(archives.export_variant, precision=precision, images=gate_images(images))
+        with self.on_disk() as folder:
+            return write(folder, variant, Path(path))
+
+    def to_triton(
+        self,
+        repository: Path,
+        *,
+        form: Form | None = None,
+        version: int = 1,
+        images: Images | Folder | None = None,
+    ) -> Path:
+        """Write the model into a Triton model repository; returns its folder there."""
+        from rampart.export.to_triton import to_triton
+
+        variant, precision = form or self.form()
+        write = partial(to_triton, variant=variant, precision=precision, version=version)
+        with self.on_disk() as folder:
+            return write(folder, repository, images=gate_images(images))
+
+    def to_tensorrt(
+        self, plan: Path, *, form: Form | None = None, images: Images | Folder | None = None
+    ) -> str:
+        """Build a TensorRT plan on its GPU; returns what the parity gate saw."""
+        from rampart.export.to_tensorrt import to_tensorrt
+
+        variant, precision = form or self.form()
+        if precision == "int8":
+            raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+        write = partial(to_tensorrt, variant=variant, precision=precision)
+        with self.on_disk() as folder:
+            return write(folder, plan, images=gate_images(images))
+
+    def archive(
+        self,
+        path: Path | str,
+        *,
+        policy: Policy | None = None,
+        form: Form | None = None,
+        images: Images | Folder | None = None,
+        plan: Path | None = None,
+        version: str = "1.0",
+        settings: Mapping[str, object] | None = None,
+    ) -> Parity:
+        """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
+
+        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint.
+        Raises ValueError for a policy that the endpoint would refuse.
+        """
+        variant, precision = form or self.form()
+        write = partial(archives.archive, variant=variant, precision=precision, plan=plan)
+        terms = asdict(policy or Policy()) | dict(settings or {})
+        with self.on_disk() as folder:
+            return write(
+                folder,
+                Path(path),
+                images=gate_images(images),
+                version=version,
+                settings={"rampart": terms},
+            )
+
+    def summary(self) -> list[str]:
+        """The files that its calibration lies in."""
+        return [str(file) for file in folders.calibrations(self.folder)] if self.folder else []
+
+
+def joined(classifier: Classifier, purifier: Purifier | None, source: Held) -> DefendedClassifier:
+    """The parts as one module, frozen, its feature distance fitted on training images if any."""
+    whole = DefendedClassifier(classifier.cpu(), purifier and purifier.cpu(), FULL)
+    whole = whole.eval().requires_grad_(False)
+    whole.detectors.fit(classifier, fitted_on(source))
+    return whole
+
+
+def fitted_on(source: Held) -> Images:
+    """The images that detectors are fitted on: of training, since every split of those held out is
+    measured on, combined on or ranked; where there are none, of validation."""
+    if source.train is not None and len(source.train):
+        return spread(source.train, FITTED)
+    return source.validation
+
+
+def check_count(images: Images, classifier: Classifier) -> None:
+    """Raise ValueError where images have more or fewer classes than the network tells apart."""
+    if len(images.classes) != classifier.config.classes:
+        raise ValueError(
+            f"the images have {len(images.classes)} classes, the network tells"
+            f" {classifier.config.classes} apart"
+        )
+
+
+def to_engine(
+    pipeline: DefendedClassifier,
+    precision: Precision = "fp32",
+    ranges: Path = Path(),
+    *,
+    threads: int = 0,
+) -> Engine:
+    """The exported graph of a pipeline in ONNX Runtime, on the CPU; 0 threads are all.
+
+    int8 takes its activation ranges from the file `ranges`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        graph = lower(pipeline, precision, Path(folder) / "graph.onnx", ranges)
+        return Engine(graph, threads=threads)
+
+
+def gate_images(images: Images | Folder | None) -> Tensor | None:
+    """64 of the images, uint8 (64, H, W, 3), for the parity gate."""
+    return None if images is None else spread(images, 64).image
+
+
+def as_png(image: NDArray[np.uint8]) -> bytes:
+    """Pixels (H, W, 3) as a picture, to be brought to size as one is."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def twin_of(model: Model, folder: Path | None) -> Classifier | None:
+    """The undefended network of `folder`, or of the folder beside the model's."""
+    beside = folders.sibling(model.folder) if model.folder else None
+    home = folder or beside
+    return pipelines.load_classifier(home / WEIGHTS) if home else None

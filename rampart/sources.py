@@ -1,0 +1,146 @@
+"""Images by where they lie: for training, held out of it, and to measure on."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from rampart.hardening.model.images import Images, hold_out, split
+from rampart.hardening.model.provenance import check_unseen, trained_on
+from rampart.hardening.train.data import Folder, load, load_training, spread
+from rampart.hardening.train.loop import say
+
+if TYPE_CHECKING:
+    from rampart.model import Model
+
+Part = Literal["validation", "tuning", "calibration"]
+LEAST = 200  # held-out images that a calibration needs
+
+
+def load_images(path: Path | str, *, size: int, train: bool = True) -> Images | Folder:
+    """The labelled images under `path`: an .npz file, CIFAR-10's batches or one folder a class.
+
+    They are brought to `size` pixels a side; `train` picks the half of CIFAR-10. A folder whose
+    pictures would fill memory stays on disk. Raises FileNotFoundError or ValueError that name the
+    input and the remedy.
+    """
+    where = Path(path)
+    return load_training(where, size=size) if train else load(where, train=False, size=size)
+
+
+class Source(NamedTuple):
+    """Images of training, and those held out of it where they lie elsewhere."""
+
+    data: Path
+    held: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What a card calls the held-out images."""
+        return (self.held or self.data).name
+
+    def read(self, size: int) -> tuple[Images | Folder, Images]:
+        """(training images, held-out images), `size` pixels a side.
+
+        Raises ValueError where the held-out ones lie among those of training, or are too few.
+        """
+        return read(self, size)
+
+
+@lru_cache(maxsize=1)  # the stages of `harden` read the same
+def read(source: Source, size: int) -> tuple[Images | Folder, Images]:
+    """As `Source.read`, remembered."""
+    data, held = source
+    held_out = load(held, size=size) if held else None
+    if held and held_out and held.is_dir():
+        if held.resolve().is_relative_to(data.resolve()):
+            raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")
+        # Names in a folder are its own; only a file of twins names pictures of another.
+        held_out = replace(held_out, paths=())
+    train, out = hold_out(load_training(data, size=size), held_out)
+    if len(out) < LEAST:
+        raise ValueError(
+            f"{held or data} leaves {len(out)} held-out images: calibration needs {LEAST} or more,"
+            " so pass at least 2,000 images as --data, or a set of its own as --held"
+        )
+    say(f"{len(train)} training images, {len(out)} held out")
+    return train, out
+
+
+class Sample(NamedTuple):
+    """Images to measure on, and what a card calls them."""
+
+    images: Images
+    name: str
+    warning: str = ""  # what makes its figures doubtful
+
+
+def measured(
+    model: "Model",
+    source: Source,
+    *,
+    name: str = "",
+    part: Part | None = None,
+    limit: int | None = None,
+) -> Sample:
+    """The images of a source that a model is measured on, at most `limit`, evenly spaced.
+
+    With `part` they are a split of those held out, or of the tenth that training leaves out; an
+    .npz that was not trained on is taken for held-out images itself.
+    """
+    data, held = source
+    if held and not part:
+        raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
+    familiar = model.trained_on(data)
+    title, warning = name or source.name, ""
+    if part and (held or familiar or data.suffix != ".npz"):
+        every = not_trained_on(model, source)
+    else:
+        every = load(data, train=False, size=model.image_size)
+        if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
+            warning = (
+                f"{data} has the name of the training data: on images that were trained on, every"
+                " figure is too high"
+            )
+        warning = seen_in_training(model, every, held_out=part is not None) or warning
+    if part:
+        every, title = split(every, part), f"{part} split of {title}"
+    images = spread(every, limit)
+    whole = len(images) == len(every)
+    return Sample(images, title if whole else f"{len(images)} of {title}", warning)
+
+
+def seen_in_training(model: "Model", images: Images, *, held_out: bool) -> str:
+    """A warning where a model was trained on some of `images`, by their pixels; "" where it was not
+    or does not say so. Raises ValueError where they pass as `held_out`.
+    """
+    if model.folder is None:
+        return ""
+    if held_out:
+        check_unseen(model.folder, images)
+    found = trained_on(model.folder, images)
+    if found is None or not found.any():
+        return ""
+    return (
+        f"{model} was trained on {found.sum()} of these {len(images)} images: every figure is too"
+        " high"
+    )
+
+
+def not_trained_on(model: "Model", source: Source) -> Images:
+    """The held-out images of a source, for a model that is made.
+
+    Raises ValueError where it was made with a --held and none is given now: a tenth of the data
+    would be images that it was trained on.
+    """
+    if source.held is None and (named := model.held_beside(source.data)):
+        raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
+    images = source.read(model.image_size)[1]
+    if model.folder is not None:
+        check_unseen(model.folder, images)
+    return images
+
+
+def gate_images(model: "Model", path: Path | None) -> Images | None:
+    """The images under `path`, for the parity gate; None where there is no path."""
+    return load(path, train=False, size=model.image_size) if path else None

@@ -1,0 +1,347 @@
+"""What is measured of a model and kept in its card: figures, ablation, false alarms, lower forms.
+
+Each study takes a Model and images, writes what it found into the card, and returns it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from rampart.export.precision import make as make_form
+from rampart.export.precision import parts as parts_of
+from rampart.hardening.attack.ladder import QUICK, Budget, fool
+from rampart.hardening.attack.objectives import look_at
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Victim, label_victim
+from rampart.hardening.judge import ablation, outside
+from rampart.hardening.judge import alarms as false
+from rampart.hardening.judge import evaluate as evaluation
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.report import card as report
+from rampart.hardening.train.data import load, spread
+from rampart.looks import picture
+from rampart.model import FOUND, Figures, Model, to_engine, twin_of
+from rampart.provenance import PYTHON, versions
+from rampart.sources import Sample, Source, not_trained_on
+from rampart.training import pick_device
+
+if TYPE_CHECKING:
+    from rampart.hardening.report.page import Pictures
+
+Notice = Callable[[str], object]
+
+
+class ChecksFailed(ValueError):
+    """A self-check of an evaluation failed; all figures are written nevertheless."""
+
+
+class Study(NamedTuple):
+    """How something is measured, whatever it is."""
+
+    threat: Threat = Threat()
+    rate: float = 0.01  # false alarms on clean images
+    quick: bool = False  # short attacks
+    device: str = "auto"
+    cache: Path = FOUND  # for what attacks found
+    twin: Path | None = None  # folder of the undefended network; else the one beside the model's
+    command: str = PYTHON
+
+    @property
+    def budget(self) -> Budget:
+        """What the attacker may spend on an image."""
+        return QUICK if self.quick else Budget()
+
+
+class Outcome(NamedTuple):
+    """What a study printed into the card, as text for people."""
+
+    card: dict[str, Any]
+    lines: list[str]
+    checks: Mapping[str, Any] = MappingProxyType({})  # this study's own, as a card has them
+
+
+def evaluate(
+    model: Model,
+    sample: Sample,
+    study: Study,
+    *,
+    rungs: Sequence[str] = (),
+    variant: Variant | None = None,
+    forms: Sequence[Precision] = (),
+    gallery: Path | None = None,
+    notice: Notice = str,
+) -> Outcome:
+    """Attack classifier and pipeline with full knowledge; write card.json and report.html.
+
+    `rungs` names attacks, all where it is empty; `forms` the graphs in lower precision that are
+    attacked as well; `gallery` a second page with attacked images in it. `notice` hears how long it
+    will take. Raises ValueError where what is asked for does not go together.
+    """
+    if variant and not rungs:
+        raise ValueError("--variant goes with --rung: worst cases take the attacks on all variants")
+    model.chosen_variant(variant)
+    where = pick_device(study.device)
+    images = sample.images.to(where)
+    targets = targets_of(model, study, where, variant=variant, forms=forms)
+    measure = partial(evaluation.estimate, targets, images, study.threat, study.budget)
+    seconds = measure(only=list(rungs))
+    notice(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
+    figures = model.evaluate(
+        images,
+        study.budget,
+        threat=study.threat,
+        rate=study.rate,
+        only=rungs,
+        targets=targets,
+        data=sample.name,
+        cache=study.cache,
+        device=study.device,
+        command=study.command,
+    )
+    card, own = enter_figures(model, figures.rows, figures.evaluation, study, whole=not rungs)
+    model.log({"data": sample.name, "n": len(images), "command": study.command})
+    lines = [figures.table(), *map(str, figures.evaluation.checks)]
+    if not rungs:
+        lines += write_pages(model, figures, study, own=own, gallery=gallery)
+    checks = [check._asdict() for check in figures.evaluation.checks]
+    return Outcome(card, lines, {"checks": checks})
+
+
+def forms(*, int8: bool, fp16: bool) -> list[Precision]:
+    """The lower precisions that are asked for."""
+    asked: dict[Precision, bool] = {"int8": int8, "fp16": fp16}
+    return [precision for precision, wanted in asked.items() if wanted]
+
+
+def targets_of(
+    model: Model,
+    study: Study,
+    device: torch.device,
+    *,
+    variant: Variant | None,
+    forms: Sequence[Precision],
+) -> list[Victim]:
+    """What an evaluation attacks; with `variant` this alone, in the form that is asked for."""
+    twin = twin_of(model, study.twin)
+    targets = model.victims(rate=study.rate, device=device, twin=twin)
+    lower = [
+        victim
+        for form in forms
+        for victim in model.lower_victims(form, rate=study.rate, device=device)
+    ]
+    if variant:
+        return [victim for victim in lower or targets if victim.variant == variant]
+    return targets + lower
+
+
+def enter_figures(
+    model: Model,
+    rows: list[dict[str, Any]],
+    result: evaluation.Evaluation,
+    study: Study,
+    *,
+    whole: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Put figures into the card; returns it, and whether they are of its own threat model."""
+    entries: dict[str, Any] = {"metrics": report.merge(model.card.get("metrics", []), rows)}
+    # The first whole evaluation says what the card's threat is; other figures stand beside.
+    settled = model.card.get("threat_model") if not whole or "checks" in model.card else None
+    entries |= {"threat_model": settled or str(study.threat), "versions": versions()}
+    own = entries["threat_model"] == str(study.threat)
+    if own and result.checks:
+        entries |= {"checks": [check._asdict() for check in result.checks]}
+    return model.add_to_card(entries), own
+
+
+def write_pages(
+    model: Model, figures: Figures, study: Study, *, own: bool, gallery: Path | None
+) -> list[str]:
+    """The report, where it is of the card's threat model, and the gallery; returns their names."""
+    from rampart.hardening.report import page
+
+    lines: list[str] = []
+    found = figures.evaluation
+    pipeline, pictures = cat(model, study.threat, rate=study.rate)
+    pipeline = pipeline.to(pick_device(study.device))
+    write = partial(page.write, card=model.card, rows=figures.rows, evaluation=found)
+    if own and model.folder:
+        file = model.folder / "report.html"
+        lines.append(str(write(file, pipeline=pipeline, pictures=pictures)))
+    elif not own:
+        settled = model.card["threat_model"]
+        lines.append(f"the card is of {settled}: its self-checks and report.html stay as they are")
+    if gallery:
+        some = page.gallery(found, pipeline)
+        lines.append(str(write(gallery, pipeline=pipeline, pictures=some)))
+    return lines
+
+
+def cat(model: Model, threat: Threat, *, rate: float) -> "tuple[DefendedClassifier, Pictures]":
+    """The pipeline of a model, and pictures that a page may carry: scikit-image's cat."""
+    from rampart.hardening.report.page import Pictures
+
+    variant, size = model.best_variant, model.image_size
+    pipeline, pixels = model.pipeline(variant), picture(None, size)
+    look = look_at(pipeline, model.calibration(variant), rate)
+    source = f"scikit-image's CC0 cat (chelsea), decoded to {size}x{size}"
+    return pipeline, Pictures(pixels, fool(look, pixels, threat, QUICK), ["cat"], source)
+
+
+def insist(card: Mapping[str, Any]) -> None:
+    """Raise ChecksFailed where a self-check of the card failed."""
+    failed = [f"{c['name']} ({c['subject']})" for c in card.get("checks", []) if not c["passed"]]
+    if failed:
+        raise ChecksFailed(
+            f"self-checks failed: {', '.join(failed)}. Before you know why, do not use the figures"
+        )
+
+
+def ablate(
+    model: Model,
+    source: Source,
+    study: Study,
+    *,
+    limit: int = 200,
+    steps: int = 20,
+    test: Path | None = None,
+    rows: Sequence[str] = (),
+) -> Outcome:
+    """What each part adds under attack, and costs; the outcome names the default variant.
+
+    With `test` those images are reported on and nothing is chosen; `rows` are attacked alone, and
+    kept nowhere. Raises ValueError where classes differ or a row has no such name.
+    """
+    import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
+
+    if rows and (test or study.twin):
+        raise ValueError("--row goes without --test and --twin, which have rows of their own")
+    where = pick_device(study.device)
+    held = not_trained_on(model, source)
+    attacked = load(test, train=False, size=model.image_size) if test else split(held, "validation")
+    model.check_classes(held, attacked)
+    few = spread(attacked, limit).to(where)
+    every = arms(model, held, where, rows=rows, test=test is not None)
+    if (control := twin_of(model, study.twin)) and not (test or rows):
+        victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
+        every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
+    budget = QUICK._replace(steps=steps)
+    outcomes = ablation.ablate(every, few, study.threat, budget, folder=study.cache)
+    title = test.name if test else f"validation images of {source.name}"
+    how = {"data": f"{len(few)} {title}", "command": study.command}
+    entry = ablation.entry(outcomes, study.threat, budget, len(few.classes), **how)
+    return enter_ablation(model, entry, outcomes, test=test is not None, alone=bool(rows))
+
+
+def arms(
+    model: Model, held: Images, device: torch.device, *, rows: Sequence[str], test: bool
+) -> list[ablation.Attacked]:
+    """The setups of an ablation, each calibrated like a model of its own."""
+    pipeline = model.pipeline(model.variants[0])
+    arm = partial(ablation.arm, to_engine=partial(to_engine, threads=1), device=device)
+    return [arm(pipeline, setup, held) for setup in ablation.chosen(pipeline, rows, test=test)]
+
+
+def enter_ablation(
+    model: Model,
+    entry: dict[str, Any],
+    outcomes: list[ablation.Outcome],
+    *,
+    test: bool,
+    alone: bool,
+) -> Outcome:
+    """Put an ablation into the card, unless its rows stand `alone`."""
+    from rampart.hardening.report import plots
+
+    lines = [report.piped(*ablation.table(entry["rows"]))]
+    if test:
+        model.add_to_card({"test_ablation": entry})
+        model.log({name: entry[name] for name in ("data", "n", "command")})
+    if test or alone:
+        lines.append(report.piped(*ablation.curve_table(entry["rows"])))
+        return Outcome(model.card, lines)
+    entry["default"] = ablation.default(outcomes)
+    card = model.add_to_card({"ablation": entry})
+    lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
+    if model.folder:
+        lines.append(str(plots.ablation(entry["rows"], model.folder / "ablation.png")))
+    return Outcome(card, lines)
+
+
+def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> Outcome:
+    """How often clean images are flagged, by the way they come and by the class they get."""
+    where = pick_device(study.device)
+    every = [
+        false.Judged(model.pipeline(variant).to(where), model.calibration(variant))
+        for variant in model.variants
+    ]
+    held = not_trained_on(model, source)
+    sample = spread(split(held, "calibration"), limit).to(where)
+    unranked = split(held, "validation").to(where)
+    rows = [
+        *false.false_alarms(every, sample, rate=study.rate),
+        *false.by_class(every, unranked, rate=study.rate),
+    ]
+    coverage = {
+        judged.calibration.variant: list(false.coverage(judged.calibration.combined))
+        for judged in every
+    }
+    remedies = false.remedies(rows)
+    name = f"calibration images of {source.name}; by class its validation images"
+    entry = {"data": name, "rate": study.rate, "rows": rows}
+    entry |= {"coverage": coverage, "remedies": remedies, "command": study.command}
+    points = [
+        f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}"
+        for variant, curve in coverage.items()
+        for point in curve
+    ]
+    card = model.add_to_card({"false_alarms": entry})
+    return Outcome(card, [report.piped(*false.table(rows)), *points, *remedies])
+
+
+def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
+    """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
+    where = pick_device(study.device)
+    images = sample.images.to(where)
+    model.check_classes(images)
+    targets = model.victims(rate=study.rate, device=where)
+    rows = list(outside.rows(targets, images, QUICK, folder=study.cache))
+    scaled = outside.scaling(images.image.shape[1])
+    entry = {"data": sample.name, "rate": study.rate, "rows": rows, "scaling": scaled}
+    entry |= {"attack": f"{outside.ATTACKS}, {QUICK}", "command": study.command}
+    card = model.add_to_card({"outside": entry})
+    model.log({"data": sample.name, "n": len(images), "command": study.command})
+    return Outcome(card, [report.piped(*outside.table(rows)), outside.in_words(scaled)])
+
+
+def quantize(
+    folder: Path,
+    source: Source,
+    precision: Precision = "int8",
+    *,
+    limit: int = 512,
+    rate: float = 0.01,
+    command: str = PYTHON,
+) -> Outcome:
+    """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
+    model, lines = Model.load(folder), []
+    held: Images = not_trained_on(model, source)
+    card = model.card
+    for variant in model.variants:
+        form = partial(make_form, folder, variant, precision, held)
+        found = form(source=source.name, limit=limit, rate=rate)
+        lines.append(f"{variant}: {found}")
+        digests = parts_of(folder, variant, precision)
+        origin = {"data": f"validation split of {source.name}", "sha256": digests}
+        # Figures of an earlier graph are not this one's.
+        rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
+        entry = card.get(precision, {}) | {variant: found._asdict() | origin}
+        entry["command"] = command
+        card = model.add_to_card({"metrics": rows, precision: entry})
+    return Outcome(card, lines)

@@ -1,0 +1,161 @@
+"""Networks and purifiers from images of a source: behind the verbs that train."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rampart.handlers.engine import cpu_features
+from rampart.hardening.model import checkpoint, foreign
+from rampart.hardening.model.classifier import SMALL, Classifier, ClassifierConfig
+from rampart.hardening.model.foreign import Colour
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.purifier import PurifierConfig
+from rampart.hardening.train import distributed
+from rampart.hardening.train.data import Folder
+from rampart.hardening.train.loop import Precision, Recipe, fast_precision, train_classifier
+from rampart.hardening.train.purifier import PurifierRecipe, train_purifier
+from rampart.provenance import PYTHON
+from rampart.sources import Source
+
+CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Run(NamedTuple):
+    """Where a training computes and what stays of it."""
+
+    out: Path  # an unfinished run there continues
+    device: str = "auto"  # cpu, cuda, or auto for CUDA where there is one
+    dtype: Precision | None = None  # arithmetic; by default bf16 where the machine computes in it
+    validate_on: int = 1500  # validation images used each epoch
+    compiled: bool = False
+    command: str = PYTHON
+
+    def join(self) -> torch.device:
+        """The device of this process, which has met the others that torchrun started."""
+        return distributed.join(pick_device(self.device))
+
+    def arithmetic(self, device: torch.device) -> Precision:
+        """The arithmetic that is asked for, or the faster one of a device."""
+        return self.dtype or fast_precision(device, cpu_features())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; auto takes CUDA where there is one."""
+    usable = torch.cuda.is_available()
+    if name == "cuda" and not usable:
+        raise ValueError("--device cuda: no usable CUDA device; use --device cpu, or auto")
+    if name == "auto":
+        return torch.device("cuda" if usable else "cpu")
+    return torch.device(name)
+
+
+def train(
+    classifier: Classifier,
+    images: Images | Folder,
+    validation: Images,
+    recipe: Recipe | None = None,
+    *,
+    out: Path | str,
+    device: str = "auto",
+    teacher: Classifier | None = None,
+) -> Classifier:
+    """Train `classifier` by a recipe, in the folder `out`; returns the epoch that validates best.
+
+    A run that was cut off goes on when it is called again. Raises ValueError where `out` holds
+    another run.
+    """
+    where = distributed.join(pick_device(device))
+    run, best = recipe or Recipe(), Path(out)
+    net, parts = classifier.to(where), (images, validation)
+    file = train_classifier(net, run, best, parts, teacher=teacher, commands=[PYTHON])
+    return load_classifier(file)
+
+
+def train_from(
+    source: Source,
+    net: ClassifierConfig,
+    recipe: Recipe,
+    run: Run,
+    *,
+    init: Path | None = None,
+    teacher: Path | None = None,
+) -> Path:
+    """Train a classifier on a source's images, new or from the weights `init`; returns its file.
+
+    The number of classes in `net` is that of the images; of `init` all of `net` but `rectified`.
+    Raises ValueError where classes differ or what belongs together is missing.
+    """
+    check_training(net.image_size, recipe.method, teacher)
+    where = run.join()
+    torch.manual_seed(recipe.seed)  # new layers of `init` are drawn from it too
+    start = load_classifier(init, auxiliary=True, rectified=net.rectified) if init else None
+    images, held = source.read(start.config.image_size if start else net.image_size)
+    if start and start.config.classes != len(images.classes):
+        raise ValueError(
+            f"--init {init} tells {start.config.classes} classes apart, but {source.data} has"
+            f" {len(images.classes)}: train from new weights, without --init"
+        )
+    fresh = net._replace(classes=len(images.classes))
+    classifier = (start or Classifier(fresh, auxiliary=True)).to(where)
+    if run.compiled:
+        classifier.backbone.compile()
+    robust = load_classifier(teacher).to(where) if teacher else None
+    past = checkpoint.read(init)[0] if init else {}
+    recipe = recipe._replace(
+        precision=run.arithmetic(where),
+        teacher=checkpoint.digest(robust) if robust else "",
+        after=str(past.get("training", init.name)) if init else "",
+    )
+    return train_classifier(
+        classifier,
+        recipe,
+        run.out,
+        (images, split(held, "validation")[slice(run.validate_on)]),
+        teacher=robust,
+        earlier=past.get("history", []),
+        commands=[*past.get("commands", []), run.command],
+    )
+
+
+def check_training(image_size: int, method: str, teacher: Path | None) -> None:
+    """Raise ValueError for a size that no network takes, or a teacher without a pupil."""
+    if image_size < 16 or image_size % 8:
+        raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
+    if (method == "rslad") != bool(teacher):
+        raise ValueError("--method rslad and --teacher go together: one distils, from the other")
+
+
+def train_purifier_from(source: Source, classifier: Path, recipe: PurifierRecipe, run: Run) -> Path:
+    """Train a purifier in front of the frozen network of a file; returns the purifier's file."""
+    where = run.join()
+    net = load_classifier(classifier).to(where)
+    images, held = source.read(net.config.image_size)
+    validation = split(held, "validation")[slice(run.validate_on)]
+    recipe = recipe._replace(precision=run.arithmetic(where))
+    parts: tuple[Images | Folder, Images] = (images, validation)
+    commands: Sequence[str] = [run.command]
+    return train_purifier(net, PurifierConfig(), recipe, run.out, parts, commands=commands)
+
+
+def adopt(
+    weights: Path,
+    out: Path,
+    config: ClassifierConfig,
+    *,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+) -> ClassifierConfig:
+    """Write weights from elsewhere as a classifier of ours; returns what it was built with.
+
+    Without `mean` and `std` those of the file count, else CIFAR-10's up to 64 pixels a side and
+    ImageNet's above.
+    """
+    usual = CIFAR10_NORM if config.image_size <= SMALL else IMAGENET_NORM
+    net = foreign.adopt(weights, config._replace(mean=usual[0], std=usual[1]), mean=mean, std=std)
+    content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
+    checkpoint.save(out, net, content)
+    return net.config

@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blobs import blobs
+from command import run
+
+from rampart.hardening.report import card as report
+from rampart.model import Model
+from rampart.studies import ChecksFailed, insist
+
+
+@pytest.mark.training
+def test_a_user_gets_from_images_to_an_archive_with_six_commands(tmp_path: Path) -> None:
+    for name, count, seed in (("train", 128, 0), ("held", 400, 1), ("test", 24, 2)):
+        images = blobs(count, seed=seed)
+        pixels, label = images.image.numpy(), images.label.numpy()
+        np.savez(tmp_path / name, image=pixels, label=label, classes=images.classes)
+    data = ["--data", tmp_path / "train.npz", "--held", tmp_path / "held.npz"]
+    quick = ["--epochs", 1, "--batch-size", 32, "--validate-on", 16, "--device", "cpu"]
+    classifier, model = tmp_path / "c" / "classifier.safetensors", tmp_path / "toy"
+    run("train", *data, *quick, "--out", tmp_path / "c", "--arch", "resnet10", "--width", 0.125)
+    run("purifier", *data, *quick, "--out", tmp_path / "p", "--classifier", classifier)
+    generator = tmp_path / "p" / "purifier.safetensors"
+    parts = ["--classifier", classifier, "--purifier", generator]
+    run("calibrate", model, *data, *parts)
+    few = ["--limit", 16, "--rung", "pgd20", "--cache", tmp_path / "found"]
+    assert "pgd20" in run("evaluate", model, "--images", tmp_path / "test.npz", *few)
+    assert len((model / "evaluations.jsonl").read_text().splitlines()) == 1
+    metrics = json.loads((model / "card.json").read_text())["metrics"]
+    names = {(m["subject"], m["variant"], m["name"]) for m in metrics}
+    assert {("classifier", "-", "pgd20"), ("pipeline", "full", "clean_rejection")} <= names
+    assert all(m["n"] == 16 and len(m["interval"]) == 2 and m["command"] for m in metrics)
+    test = ["--images", tmp_path / "test.npz"]
+    run("evaluate", model, *test, *few, "--variant", "full", "--eps", 4)
+    card = report.read_card(model)
+    alone = [row for row in card["metrics"] if row.get("eps") == "4/255"]
+    assert {(row["subject"], row["variant"]) for row in alone} == {("pipeline", "full")}
+    assert card["threat_model"] == "Linf 8/255"  # the first one's
+    assert "parity on" in run("archive", model, *test)
+    assert (tmp_path / "toy.mar").is_file()
+
+
+def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
+    check = {"name": "adaptive", "subject": "pipeline full", "seen": "", "passed": False}
+    fine = check | {"name": "logits", "passed": True}
+    with pytest.raises(ChecksFailed, match=r"failed: adaptive \(pipeline full\)\."):
+        insist({"checks": [fine, check]})
+    insist({"checks": [fine]})
+    insist({})
+
+
+@pytest.mark.training
+def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) -> None:
+    held = lean_only.with_name("held.npz")
+    found = lean_only.with_name("found")
+    output = run("outside", lean_only, "--images", held, "--limit", 4, "--cache", found)
+    seen = report.read_card(lean_only)["outside"]
+    assert {row["threat"] for row in seen["rows"]} > {"L2 0.5", "patch", "clean"}
+    assert {row["n"] for row in seen["rows"]} == {4}
+    assert "| JPEG, quality 25 | 4 |" in output
+    assert "image scaling: " in output
+    assert len((lean_only / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.training
+def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> None:
+    held = lean_only.with_name("held.npz")
+    output = run("alarms", lean_only, "--data", held, "--held", held, "--limit", 50)
+    seen = report.read_card(lean_only)["false_alarms"]
+    assert list(seen["coverage"]) == ["lean"]
+    assert {row["variant"] for row in seen["rows"]} == {"lean"}
+    assert len(seen["remedies"]) == sum(row["too_many"] for row in seen["rows"])
+    assert "| JPEG, quality 75 | 50 |" in output
+    assert "lean, promised 5%: " in output
+
+
+def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) -> None:
+    data = ["--images", lean_only.with_name("held.npz")]
+    with pytest.raises(ValueError, match="--variant goes with --rung"):
+        run("evaluate", lean_only, *data, "--variant", "full")
+    for command in (["evaluate", *data, "--rung", "pgd20"], ["archive"], ["export", "--out", "x"]):
+        with pytest.raises(ValueError, match="is not calibrated as full: leave out --variant"):
+            run(command[0], lean_only, *command[1:], "--variant", "full")
+
+
+@pytest.mark.training
+def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    data = ["--data", held, "--held", held]
+    output = run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found")
+    assert "| + feature_distance |" in output
+    seen = report.read_card(model)["ablation"]
+    assert seen["n"] == 4
+    assert seen["threat_model"] == "Linf 8/255"
+    assert seen["rows"][0]["name"] == "classifier"
+    assert seen["default"]["variant"] == Model.load(model).best_variant == "lean"
+    assert (model / "ablation.png").is_file()
+
+
+@pytest.mark.training
+def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    images = blobs(6, seed=77)
+    parts = {"image": images.image, "label": images.label}
+    np.savez(tmp_path / "test", **parts, classes=images.classes)
+    np.savez(tmp_path / "other", **parts, classes=images.classes[::-1])
+    data = ["--data", held, "--held", held, "--steps", 1, "--cache", tmp_path / "found"]
+    with pytest.raises(ValueError, match="the images have the classes"):
+        run("ablate", model, *data, "--test", tmp_path / "other.npz")
+    output = run("ablate", model, *data, "--test", tmp_path / "test.npz")
+    assert "| lean | 20.0% |" in output
+    card = report.read_card(model)
+    assert card["test_ablation"]["data"] == "6 test.npz"
+    names = [row["name"] for row in card["test_ablation"]["rows"]]
+    assert names == ["classifier", "+ confidence", "lean"]
+    assert "ablation" not in card
+    assert '"data": "6 test.npz"' in (model / "evaluations.jsonl").read_text().splitlines()[-1]
+
+
+@pytest.mark.training
+def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
+    tmp_path: Path, lean_only: Path
+) -> None:
+    model, held = lean_only, lean_only.with_name("held.npz")
+    before = report.read_card(model)
+    data = ["--data", held, "--held", held, "--limit", 4, "--steps", 1]
+    output = run("ablate", model, *data, "--row", "+ energy", "--cache", tmp_path / "found")
+    assert "| + energy | 20.0% |" in output and "| + median |" not in output
+    assert report.read_card(model) == before
+    with pytest.raises(ValueError, match="--row goes without --test and --twin"):
+        run("ablate", model, *data, "--test", held, "--row", "+ energy")
+
+
+def test_a_folder_that_is_no_model_has_no_row_in_a_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder of a calibrated model"):
+        run("table", tmp_path, "--readme", tmp_path / "README.md")

@@ -1,0 +1,52 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from PIL import Image
+
+
+@pytest.mark.training
+def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    output = run("attack", "--model", tiny_folder, "--out", tmp_path, "--eps", 8)
+    clean, attacked = (
+        np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        for name in ("clean", "attacked")
+    )
+    assert clean.shape == attacked.shape == (32, 32, 3)
+    assert 1 <= np.abs(clean - attacked).max() <= 8
+    labels = re.findall(r"png: (\w+) \d+%", output)
+    assert len(set(labels)) == 2
+    with Image.open(tmp_path / "panel.png") as panel:
+        assert panel.size[0] > 3 * 288
+
+
+@pytest.mark.parametrize("verb", ["attack", "certify", "purify"])
+def test_a_picture_that_cannot_be_read_is_named(
+    tmp_path: Path, tiny_folder: Path, verb: str
+) -> None:
+    (tmp_path / "note.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"note\.txt: .*PNG"):
+        run(verb, tmp_path / "note.txt", "--model", tiny_folder)
+
+
+def test_a_purified_picture_stands_beside_the_one_sent(tmp_path: Path, tiny_folder: Path) -> None:
+    sheet, size = tmp_path / "purified.png", 32
+    out = run("purify", "--model", tiny_folder, "--out", sheet)
+    assert [line.split(":")[0] for line in out.splitlines()][:2] == ["as sent", "purified"]
+    out = run("purify", "--model", tiny_folder, "--out", sheet, "--hide", 0, 0, 8, 8)
+    assert "projected: " in out
+    with Image.open(sheet) as panel:
+        assert panel.size[0] > 3 * 288
+    with pytest.raises(ValueError, match=rf"--hide .*{size}x{size} picture"):
+        run("purify", "--model", tiny_folder, "--out", sheet, "--hide", size, 0, 8, 8)
+
+
+def test_a_picture_is_certified_or_abstained_on(tiny_folder: Path) -> None:
+    sure = run("certify", "--model", tiny_folder, "--samples", 300, "--sigma", 0.001)
+    assert re.search(r"holds within an L2 radius of 0\.00\d .* 300 of 300 noisy", sure)
+    lost = run("certify", "--model", tiny_folder, "--samples", 3, "--sigma", 0.001)
+    assert lost.startswith("abstains: ")

@@ -1,0 +1,156 @@
+import json
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from blobs import blobs
+from command import run
+from torchvision.models import get_model
+
+from rampart.cli.options import threat_of
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import folder as folders
+from rampart.hardening.report import card as report
+from rampart.training import pick_device
+
+
+@pytest.mark.training
+def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count, seed in (("train", 64, 0), ("held", 400, 1)):
+        images = blobs(count, seed=seed)
+        np.savez(name, image=images.image.numpy(), label=images.label.numpy())
+    data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
+    net = ["--arch", "resnet10", "--width", 0.125, "--epochs", 1]
+    command = ["harden", *data, *net, "--out", "store/mine.mar", "--purifier-epochs"]
+    first = run(*command, 1)
+    assert [line for line in first.splitlines() if line.startswith("[")] == [
+        "[1/4] train",
+        "[2/4] purifier",
+        "[3/4] calibrate",
+        "[4/4] archive",
+    ]
+    assert Path("store/mine.mar").is_file()
+    assert Path("store/mine/weights.safetensors").is_file()
+    card = report.read_card(Path("store/mine"))
+    report.write_card(Path("store/mine"), card | {"ablation": {"measured": "since"}})
+    Path("store/mine/evaluations.jsonl").write_text("logged since\n")
+    packed = Path("store/mine.mar").read_bytes()
+    with ZipFile("store/mine.mar", "a") as archive:
+        archive.writestr("built", "since")
+    again = run(*command, 1)
+    assert again.count("done before") == 4 and "mine.mar is of these weights and stays" in again
+    with ZipFile("store/mine.mar") as archive:
+        assert archive.read("built") == b"since"
+    Path("store/mine.mar").write_bytes(packed[:1000])  # as a full disk left it
+    run(*command, 1)
+    assert Path("store/mine.mar").read_bytes() == packed
+    Path("store/mine/report.html").touch()
+    assert report.read_card(Path("store/mine"))["ablation"] == {"measured": "since"}
+    assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
+    lean = run(*command, 0)
+    assert "[1/3] train: done before" in lean
+    assert lean.count("done before") == 1
+    with ZipFile("store/mine.mar") as archive:
+        assert json.loads(archive.read("card.json"))["variant"] == "lean"
+    assert folders.variants_in(Path("store/mine")) == ["lean"]
+    assert "ablation" not in report.read_card(Path("store/mine"))  # it was another model
+    assert not Path("store/mine/report.html").exists()
+    assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
+
+
+def test_what_cannot_be_shared_out_refuses_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="`rampart train` and `rampart purifier`, not the others"):
+        run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar")
+
+
+def test_harden_without_weights_or_training_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pass --weights, or --epochs"):
+        run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar", "--epochs", 0)
+
+
+@pytest.mark.training
+def test_a_second_head_is_the_same_whenever_the_command_runs(tmp_path: Path) -> None:
+    images = blobs(2000, size=16)
+    np.savez(tmp_path / "images", image=images.image.numpy(), label=images.label.numpy())
+    data = ["--data", tmp_path / "images.npz", "--validate-on", 8, "--device", "cpu"]
+    small = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--epochs", 1]
+    run("train", *data, *small, "--out", tmp_path / "a")
+    first = tmp_path / "a" / "classifier.safetensors"
+    again = ["train", *data, "--epochs", 1, "--init", first, "--rectify", "--out", tmp_path / "b"]
+    run(*again)
+    assert "continuing" in run(*again)
+
+
+@pytest.mark.training
+def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count, classes in (("train", 64, 10), ("held", 400, 10), ("two", 2000, 2)):
+        images = blobs(count)
+        label = images.label.numpy() % classes
+        names = images.classes[:classes]
+        np.savez(tmp_path / name, image=images.image.numpy(), label=label, classes=names)
+    held = ["--held", tmp_path / "held.npz", "--validate-on", 16, "--device", "cpu"]
+    quick = [*held, "--epochs", 1, "--batch-size", 32]
+    data = ["--data", tmp_path / "train.npz"]
+    first = tmp_path / "a" / "classifier.safetensors"
+    run("train", *data, *quick, "--out", tmp_path / "a", "--arch", "resnet10", "--width", 0.125)
+    second = tmp_path / "b" / "classifier.safetensors"
+    monkeypatch.setattr("sys.argv", ["rampart", "train", "--init", str(first)])
+    run("train", *data, *quick, "--out", tmp_path / "b", "--init", first, "--lr", 0)
+    config, state = checkpoint.read(second)
+    assert config["classifier"]["arch"] == "resnet10"
+    assert config["training"].count("Recipe(") == 2
+    assert config["commands"][1] == "rampart train --init classifier.safetensors"
+    monkeypatch.setattr("sys.argv", ["rampart", "calibrate", "two words"])
+    run("calibrate", tmp_path / "m", *data, "--held", tmp_path / "held.npz", "--classifier", second)
+    made = [*config["commands"], "rampart calibrate 'two words'"]
+    assert report.read_card(tmp_path / "m")["commands"] == made
+    for name, tensor in checkpoint.read(first)[1].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(state[name], tensor, msg=name)
+    with pytest.raises(ValueError, match=r"10 classes apart"):
+        run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
+
+
+def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:
+    images = blobs(300)
+    np.savez(tmp_path / "few.npz", image=images.image.numpy(), label=images.label.numpy())
+    with pytest.raises(ValueError, match="2,000 images"):
+        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c")
+
+
+@pytest.mark.training
+def test_adopted_weights_calibrate_as_trained_ones_do(tmp_path: Path) -> None:
+    images = blobs(400, size=96)
+    np.savez(tmp_path / "held", image=images.image.numpy(), label=images.label.numpy())
+    net = get_model("squeezenet1_1", weights=None, num_classes=10)
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "w.pth")
+    classifier = tmp_path / "classifier.safetensors"
+    what = ["--arch", "squeezenet1_1", "--classes", 10, "--image-size", 96]
+    assert "mean (0.485" in run("adopt", tmp_path / "w.pth", "--out", classifier, *what)
+    data = ["--data", tmp_path / "held.npz", "--held", tmp_path / "held.npz"]
+    run("calibrate", tmp_path / "mine", *data, "--classifier", classifier)
+    assert report.read_card(tmp_path / "mine")["training"]["classifier"] == "adopted from w.pth"
+
+
+def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA: here it is usable")
+    with pytest.raises(ValueError, match="--device cpu"):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+
+
+def test_eps_has_a_default_in_the_unit_of_its_norm() -> None:
+    assert str(threat_of("Linf", None)) == "Linf 8/255"
+    assert str(threat_of("L2", None)) == "L2 0.5"
+    assert str(threat_of("Linf", 4)) == "Linf 4/255"

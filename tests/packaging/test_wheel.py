@@ -1,0 +1,127 @@
+"""The wheel as its users meet it: in an environment of its own, away from the tree."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from rampart.export.archive import archive
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).parents[2]
+LEFT_OUT = {".venv", ".git", "dist", "build", "logs", "runs"}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of a copy of the tree, by way of the source distribution."""
+    tree, out = tmp_path_factory.mktemp("tree") / "rampart", tmp_path_factory.mktemp("dist")
+    for folder in ("rampart", "handlers", "hardening", "export"):
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True)
+    for file in ("pyproject.toml", "README.md", "LICENSE", "config.properties"):
+        shutil.copy(ROOT / file, tree / file)
+    quietly(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of an environment that has the wheel and what serving needs."""
+    home = tmp_path_factory.mktemp("elsewhere") / "venv"
+    venv.create(home, with_pip=True)
+    quietly(home / "bin" / "python", "-m", "pip", "install", "-q", f"{wheel}[torchserve]")
+    return home / "bin"
+
+
+def quietly(*command: object, cwd: Path | None = None) -> str:
+    """What a command prints; its complaints, where it fails."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_wheel_puts_one_name_at_the_top_and_holds_its_data(wheel: Path) -> None:
+    with ZipFile(wheel) as packed:
+        names = packed.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"rampart", "rampart_endpoint"}
+    data = {"config.properties", "metrics.yaml", "sample.png"}
+    assert data <= {Path(name).name for name in names if name.startswith("rampart/data/")}
+    assert {"rampart/handlers/defended.py", "rampart/export/archive.py"} <= set(names)
+
+
+def test_serving_installs_no_torch_and_no_other_module(scripts: Path, tmp_path: Path) -> None:
+    known = json.loads(quietly(scripts / "pip", "list", "--format", "json"))
+    names = {package["name"].lower() for package in known}
+    assert "rampart-endpoint" in names
+    assert not names & {"torch", "torchvision", "onnx", "scikit-image", "onnxruntime-gpu"}
+    (site,) = scripts.parent.glob("lib/python*/site-packages")
+    for name in ("handlers", "hardening", "export", "tests", "benchmarks"):
+        assert not list(site.glob(f"{name}*")), name
+        code = f"import importlib.util as u; assert u.find_spec({name!r}) is None"
+        quietly(scripts / "python", "-c", code, cwd=tmp_path)
+
+
+def test_an_installed_rampart_serves_an_archive_from_anywhere(
+    scripts: Path, tiny_archive: Path, tmp_path: Path
+) -> None:
+    with serving(scripts, tiny_archive, tmp_path) as curl:
+        verdict = json.loads(quietly(*curl, cwd=tmp_path))
+    assert verdict["decision"] in ("accept", "flag")
+    assert verdict["model"]["name"] == "tiny"
+
+
+def test_an_installed_rampart_packs_a_shipped_model_without_torch(
+    scripts: Path, tmp_path: Path
+) -> None:
+    model, out = ROOT / "model_store" / "cifar10", tmp_path / "cifar10.mar"
+    said = quietly(scripts / "rampart", "archive", model, "--out", out, cwd=tmp_path)
+    assert "labels differ on 0" in said
+    archive(model, tmp_path / "ours.mar", variant="lean", precision="int8")
+    with ZipFile(out) as there, ZipFile(tmp_path / "ours.mar") as here:
+        assert there.namelist() == here.namelist()
+        assert there.read("graph.onnx") == here.read("graph.onnx")
+
+
+@contextlib.contextmanager
+def serving(scripts: Path, served: Path, folder: Path) -> Iterator[list[str]]:
+    """The curl line, as words, that the running server tells to try it with."""
+    port, said = free_ports(), folder / "said"
+    command = [scripts / "rampart", "serve", "--archive", served, "--port", port]
+    with said.open("w") as log:
+        words = [str(word) for word in command]
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        until = time.monotonic() + 120
+        while "Rampart is ready" not in said.read_text():
+            assert process.poll() is None and time.monotonic() < until, said.read_text()
+            time.sleep(0.2)
+        line = next(line for line in said.read_text().splitlines() if "curl -T" in line)
+        yield ["curl", "-sS", *line.split()[1:]]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, said.read_text()
+
+
+def free_ports() -> int:
+    """The first of three ports in a row that are free."""
+    while True:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            first = one.getsockname()[1]
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as held:
+            for port in (first, first + 1, first + 2):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return int(first)

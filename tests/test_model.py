@@ -1,0 +1,189 @@
+"""The library as its user meets it: own images, own network, own weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from blobs import blobs
+from command import run
+from PIL import Image
+from torch import Tensor, nn
+
+import rampart as rp
+from rampart.handlers.errors import ImageError
+from rampart.hardening.report import card as report
+
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "own_model.ipynb"
+
+
+class Small(nn.Module):
+    """A network of one's own, which normalizes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x - 0.5).mean((2, 3)))
+
+
+def images_at(folder: Path, count: int, *, size: int = 16, seed: int = 0) -> Path:
+    """Blobs as an .npz file."""
+    file = folder / f"images{seed}.npz"
+    images = blobs(count, size=size, seed=seed)
+    pixels, label = images.image.numpy(), images.label.numpy()
+    np.savez(file, image=pixels, label=label, classes=images.classes)
+    return file
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> rp.Model:
+    """A model of untrained weights, in memory alone."""
+    torch.manual_seed(0)
+    images = blobs(400, size=16)
+    net = rp.Classifier.wrap(Small(), head="fc", classes=images.classes, image_size=16)
+    return rp.Model.calibrate(net, images)
+
+
+@pytest.mark.training
+def test_the_short_way_leads_from_a_module_to_an_archive(tmp_path: Path) -> None:
+    source = rp.load_images(str(images_at(tmp_path, 4000)), size=16)
+    train, held = source.hold_out()
+    test = rp.load_images(images_at(tmp_path, 48, seed=1), size=16)
+    net = rp.Classifier.wrap(Small(), head="fc", classes=train.classes, image_size=16)
+    recipe = rp.Recipe(threat=rp.Threat("Linf", 4 / 255), epochs=4, lr=0.1)
+    net = rp.train(net, train, held.validation, recipe, out=tmp_path / "run", device="cpu")
+    model = rp.Model.calibrate(net, held)
+    quick = rp.QUICK._replace(steps=2, targets=1, queries=5)
+    figures = model.evaluate(test, quick, threat=recipe.threat, rate=0.05, cache=tmp_path / "found")
+    assert "robust_with_rejection@5%" in figures.table()
+    policy = rp.Policy(false_alarm_rate=0.05, on_detection="reject")
+    parity = model.archive(tmp_path / "mine.mar", policy=policy)
+    assert "parity on" in str(parity)
+    with ZipFile(tmp_path / "mine.mar") as packed:
+        assert "on_detection: reject" in packed.read("model-config.yaml").decode()
+        assert json.loads(packed.read("labels.json")) == list(train.classes)
+
+
+def test_own_weights_are_calibrated_as_they_are(small: rp.Model) -> None:
+    assert small.variants == ["lean"] and small.purifier is None
+    assert small.card["classifier"]["arch"].endswith(":Small")
+
+
+def test_a_saved_model_is_the_same_once_it_is_loaded(small: rp.Model, tmp_path: Path) -> None:
+    model = rp.Model(small.whole, small.classes, small.calibrations, card=small.card)
+    model.save(tmp_path / "store" / "mine")
+    report.check_card(report.read_card(tmp_path / "store" / "mine"))
+    again = rp.Model.load(tmp_path / "store" / "mine")
+    images = blobs(20, size=16, seed=5)
+    own, other = (m.predict(images.image) for m in (small, again))
+    assert [v.to_dict() for v in own] == [v.to_dict() for v in other]
+    again.save(tmp_path / "copy")
+    files = [sorted(f.name for f in (tmp_path / d).iterdir()) for d in ("store/mine", "copy")]
+    assert files[0] == files[1]
+
+
+def test_a_folder_that_is_no_model_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        rp.Model.load(tmp_path)
+
+
+def test_a_prediction_is_the_verdict_of_the_endpoint(small: rp.Model, tmp_path: Path) -> None:
+    pixels = blobs(3, size=16, seed=6).image.numpy()
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image).save(file)
+    strict = rp.Policy(false_alarm_rate=0.5, on_detection="reject")
+    verdicts = small.predict(files, policy=strict)
+    assert [v.to_dict() for v in verdicts] == [
+        v.to_dict() for v in small.predict(pixels, policy=strict)
+    ]
+    for verdict in verdicts:
+        assert (verdict.label is None) == (verdict.p_value < 0.5)
+        assert verdict.decision == ("reject" if verdict.p_value < 0.5 else "accept")
+    with pytest.raises(ImageError):
+        small.predict([b"no picture"])
+
+
+def test_images_of_other_classes_are_refused(small: rp.Model) -> None:
+    images = blobs(400, size=16)
+    fewer = rp.Images(images.image, images.label % 2, images.classes[:2])
+    with pytest.raises(ValueError, match=r"the images have the classes .*, the model"):
+        small.evaluate(fewer, rp.QUICK)
+    with pytest.raises(ValueError, match="have 2 classes, the network tells 10 apart"):
+        rp.Model.calibrate(small.classifier, fewer)
+
+
+def test_too_few_images_do_not_calibrate(small: rp.Model) -> None:
+    with pytest.raises(ValueError, match="hold out 200 or more"):
+        rp.Model.calibrate(small.classifier, rp.Held(blobs(100, size=16), blobs(400, size=16)))
+
+
+def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    assert rp.Model.load(model).best_variant == "full"
+    report.write_card(model, {"ablation": {"default": {"variant": "lean"}}})
+    assert rp.Model.load(model).best_variant == "lean"
+    (model / "calibration-lean.json").unlink()
+    assert rp.Model.load(model).best_variant == "full"
+
+
+@pytest.mark.training
+def test_a_factory_on_the_command_line_goes_the_whole_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_nets.py").write_text(
+        "from torch import nn\n"
+        "def small():\n"
+        "    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    body = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), *pool\n"
+        "    return nn.Sequential(*body, nn.Linear(8, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", images_at(tmp_path, 2000)]
+    own = ["--arch", "their_nets:small"]
+    size = ["--image-size", 16, "--head", 4]
+    quick = ["--epochs", 1, "--validate-on", 8, "--device", "cpu"]
+    run("train", *data, *own, *size, *quick, "--out", "runs/c")
+    file = "runs/c/classifier.safetensors"
+    run("calibrate", "store/mine", *data, *own, "--classifier", file)
+    bare = [sys.executable, "-m", "rampart", "export", "store/mine", "--out", "mine.onnx"]
+    done = subprocess.run(bare, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "--arch their_nets:small" in done.stderr
+    done = subprocess.run([*bare, *own], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.onnx").is_file()
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import rampart, sys; dir(rampart); print([m for m in sys.modules if m in ('torch', "
+    code += "'numpy', 'typer', 'onnxruntime')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_every_public_name_is_there() -> None:
+    for name in rp.__all__:
+        assert getattr(rp, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = rp.Nothing
+
+
+@pytest.mark.training
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    scope: dict[str, object] = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert (tmp_path / "mine.mar").is_file()
