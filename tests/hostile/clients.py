@@ -168,6 +168,10 @@ def attacks() -> Iterator[tuple[str, Attack]]:
         ),
     )
     yield (
+        "JSON of half a million numbers, which are read",
+        posting(numbers + b"15," * 500_000 + b"1]}]}", "application/json"),
+    )
+    yield (
         "JSON of a million numbers",
         posting(numbers + b"1.5," * 1_000_000 + b"1]}]}", "application/json"),
     )
