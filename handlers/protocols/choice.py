@@ -65,9 +65,9 @@ def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
     Of a body of binary tensors the first bytes are JSON, as many as a header says.
     """
     if incoming.refusal:
-        raise incoming.refusal
+        raise incoming.refusal.bare()
     if not incoming.parts:
-        raise NO_IMAGE
+        raise NO_IMAGE.bare()
     check_count(len(incoming.parts))
     if len(incoming.parts) > 1:
         return list(incoming.parts), b""

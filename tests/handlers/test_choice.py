@@ -8,7 +8,13 @@ import pytest
 from rampart.handlers.budget import DEAR
 from rampart.handlers.errors import TOO_LONG, ImageError
 from rampart.handlers.image import MAX_IMAGES
-from rampart.handlers.protocols.choice import MAX_NUMBERS, MAX_VALUES, read, reading_cost
+from rampart.handlers.protocols.choice import (
+    MAX_NUMBERS,
+    MAX_VALUES,
+    NO_IMAGE,
+    read,
+    reading_cost,
+)
 from rampart.handlers.types import Incoming, Route
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
@@ -43,6 +49,16 @@ def test_a_request_without_a_body_hears_how_to_send_one() -> None:
 def test_what_the_server_found_wrong_is_the_answer() -> None:
     (error,) = read(Incoming({}, [PICTURE], refusal=TOO_LONG)).images
     assert isinstance(error, ImageError) and error.type == TOO_LONG.type
+
+
+def test_an_error_that_all_requests_share_gathers_none_of_them() -> None:
+    """A raised exception keeps the frames that it passes through, and what they hold."""
+    for shared, incoming in (
+        (NO_IMAGE, Incoming({}, [])),
+        (TOO_LONG, Incoming({}, [PICTURE], refusal=TOO_LONG)),
+    ):
+        read(incoming)
+        assert shared.__traceback__ is None
 
 
 @pytest.mark.parametrize("before", [b"", b"\n  ", b"\xef\xbb\xbf"])  # a mark of byte order
