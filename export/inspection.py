@@ -18,7 +18,7 @@ from rampart.export.trial import trial
 from rampart.export.unpacking import TEXT, unpack
 from rampart.handlers.plan import record_file
 from rampart.hardening.model.card import read_card
-from rampart.hardening.report.tables import markdown
+from rampart.hardening.report.card import markdown
 
 KINDS = (".mar", ".onnx", ".plan")
 SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow

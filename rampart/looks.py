@@ -16,7 +16,7 @@ from rampart.hardening.judge import certify as certificates
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.project import project
-from rampart.hardening.report import card as report
+from rampart.hardening.report import verdicts
 from rampart.hardening.train.data import read_picture
 from rampart.model import Model
 from rampart.training import pick_device
@@ -58,12 +58,12 @@ def attack(
     lines = []
     out.mkdir(parents=True, exist_ok=True)
     for name, view in (("clean", pixels), ("attacked", attacked)):
-        caption = report.describe(pipeline, table, view, model.classes, rate=rate)
+        caption = verdicts.describe(pipeline, table, view, model.classes, rate=rate)
         Image.fromarray(view[0].numpy()).save(out / f"{name}.png")
         lines.append(f"{out / name}.png: {caption}")
         panels.append((name, view[0].numpy(), caption))
     panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
-    return [*lines, str(report.picture(panels, out / "panel.png"))]
+    return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
 
 def purify(
@@ -86,10 +86,10 @@ def purify(
         views["projected"] = to_uint8(nearest)
     panels: list[Panel] = []
     for name, view in views.items():
-        caption = report.describe(pipeline, table, view, model.classes, rate=rate)
+        caption = verdicts.describe(pipeline, table, view, model.classes, rate=rate)
         panels.append((name, view[0].numpy(), caption))
     lines = [f"{name}: {caption}" for name, _, caption in panels]
-    return [*lines, str(report.picture(panels, out))]
+    return [*lines, str(verdicts.picture(panels, out))]
 
 
 def window(hide: Box | None, size: int) -> Tensor:

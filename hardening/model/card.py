@@ -1,7 +1,8 @@
-"""The card of a model: what was measured of it, typed; as JSON it stands beside the weights."""
+"""What was measured of a model: card.json beside its weights, and the typed figures in it."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ LEAST = 100  # images, fewer of which choose no precision
 FILE = "card.json"
 NO_VARIANT = "-"  # of what nothing stands in front of
 FP32 = "fp32"
-# How JSON begins the subject of a graph in lower precision, by the kind of victim.
-LOWER = {"pipeline": "graph", "max_softmax": "max_softmax"}
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,16 @@ class Subject:
     @classmethod
     def parse(cls, text: str, variant: str) -> "Subject":
         """The subject that JSON calls `text`, as "graph:int8", of a variant."""
-        start, colon, precision = text.partition(":")
-        if not colon:
-            return cls(text, variant)
-        kinds = {name: kind for kind, name in LOWER.items()}
-        return cls(kinds.get(start, start), variant, precision)
+        start, _, precision = text.partition(":")
+        kind = "pipeline" if start == "graph" else start
+        return cls(kind, variant, precision or FP32)
 
     @property
     def text(self) -> str:
         """What JSON calls it, beside the variant."""
         if self.precision == FP32:
             return self.kind
-        return f"{LOWER.get(self.kind, self.kind)}:{self.precision}"
+        return f"{'graph' if self.kind == 'pipeline' else self.kind}:{self.precision}"
 
     @property
     def name(self) -> str:
@@ -77,11 +74,10 @@ class Figure:
 
     def row(self) -> dict[str, Any]:
         """As card.json lists it."""
-        out: dict[str, Any] = {"subject": self.subject.text, "variant": self.subject.variant}
-        out |= {name: getattr(self, name) for name in ("name", "value", "n")}
-        out |= {"interval": list(self.interval), "data": self.data, "command": self.command}
-        options = {name: getattr(self, name) for name in ("norm", "eps", "attack", "rate")}
-        return out | {name: value for name, value in options.items() if value is not None}
+        who = {"subject": self.subject.text, "variant": self.subject.variant}
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        del values["subject"]
+        return who | values | {"interval": list(self.interval)}
 
     @property
     def threat(self) -> str | None:
@@ -97,43 +93,14 @@ class Figure:
     @property
     def cell(self) -> str:
         """The figure with its interval, as tables show it."""
-        low, high = self.interval
-        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+        return percent(self.value, self.interval)
 
 
-@dataclass(frozen=True)
-class Card:
-    """A card as tables, the page and the choice of precision read it; `content` is its JSON."""
-
-    content: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: Path) -> "Card":
-        """The card of a model folder; empty where none was written yet."""
-        return cls(read_card(folder))
-
-    @property
-    def figures(self) -> list[Figure]:
-        """All that was measured, in the order in which it was."""
-        return [Figure.of(row) for row in self.content.get("metrics", [])]
-
-    @property
-    def threat_model(self) -> str | None:
-        """The threat that the card speaks of."""
-        return self.content.get("threat_model")
-
-    @property
-    def history(self) -> list[list[dict[str, float]]]:
-        """The training runs that made the classifier, a row an epoch."""
-        return list(self.content.get("history", []))
-
-    def is_main(self, figure: Figure) -> bool:
-        """Whether a figure is of the card's threat model, or of clean images, at the usual rate."""
-        return figure.rate is None and figure.threat in (None, self.threat_model)
-
-    def main_figures(self) -> list[Figure]:
-        """The figures that `is_main` names."""
-        return [figure for figure in self.figures if self.is_main(figure)]
+def main_figures(card: dict[str, Any]) -> list[Figure]:
+    """The figures under the card's threat model or of clean images, at the usual rate."""
+    figures = map(Figure.of, card.get("metrics", []))
+    threats = (None, card.get("threat_model"))
+    return [figure for figure in figures if figure.rate is None and figure.threat in threats]
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,7 +120,7 @@ def robust_in_int8(folder: Path, variant: str) -> float | None:
     """
     float_one, int8 = Subject("pipeline", variant), Subject("pipeline", variant, "int8")
     pairs: dict[tuple[object, ...], dict[Subject, Figure]] = {}
-    for figure in Card.load(folder).main_figures():
+    for figure in main_figures(read_card(folder)):
         if decides(figure) and figure.subject in (float_one, int8):
             pairs.setdefault(figure.key[1:], {})[figure.subject] = figure
     both = [pair for pair in pairs.values() if len(pair) == 2]
@@ -182,9 +149,12 @@ def write_card(folder: Path, card: dict[str, Any]) -> Path:
     return file
 
 
-def cell_text(share: dict[str, Any] | None) -> str:
-    """A share of a card with its interval; a dash where there is none."""
-    if share is None:
-        return "-"
-    low, high = share["interval"]
-    return f"{share['value']:.1%} ({low:.1%} to {high:.1%})"
+def percent(value: float, interval: Sequence[float]) -> str:
+    """A share with its interval, as tables show it."""
+    low, high = interval
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def cell_text(share: dict[str, Any]) -> str:
+    """A share of a card with its interval."""
+    return percent(share["value"], share["interval"])

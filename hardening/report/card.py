@@ -1,52 +1,36 @@
-"""The card as it is written: figures made into rows, the schema that it obeys, and the log."""
-
-from __future__ import annotations
+"""The card as it is written, and its figures as tables: for the terminal, and for README."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rampart.hardening.attack import ladder
 from rampart.hardening.judge.metrics import Metric, wilson
-from rampart.hardening.model.card import (
-    NO_VARIANT,
-    RATE,
-    Figure,
-    merge,
-    read_card,
-    robust_in_int8,
-    write_card,
-)
-from rampart.hardening.report.tables import (
-    fenced,
-    markdown,
-    model_table,
-    piped,
-    table,
-    with_tables,
-)
-from rampart.hardening.report.verdicts import describe, picture
+from rampart.hardening.model.card import NO_VARIANT, RATE, Figure, Subject, main_figures
+from rampart.hardening.model.card import merge as merge
+from rampart.hardening.model.card import read_card as read_card
+from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
+from rampart.hardening.model.card import write_card as write_card
 
-# One door to all that a command does with a card.
-__all__ = [
-    "add_to_card",
-    "check_card",
-    "describe",
-    "fenced",
-    "log_evaluation",
-    "markdown",
-    "merge",
-    "model_table",
-    "picture",
-    "piped",
-    "read_card",
-    "robust_in_int8",
-    "row",
-    "table",
-    "with_tables",
-    "write_card",
-]
+# The rows that README shows of a card.
+SUBJECTS = {
+    Subject("classifier"): "classifier alone",
+    Subject("pipeline", "lean"): "`lean`",
+    Subject("pipeline", "full"): "`full`",
+    Subject("max_softmax", "full"): "`full`, rejecting by max-softmax instead",
+    Subject("pipeline", "lean", "fp16"): "`lean` in fp16",
+    Subject("pipeline", "full", "fp16"): "`full` in fp16",
+    Subject("pipeline", "lean", "int8"): "`lean` in int8",
+    Subject("pipeline", "full", "int8"): "`full` in int8",
+    Subject("undefended"): "undefended twin",
+}
+MODELS = ("model", "network", "weights", "training", "clean accuracy", "standard AutoAttack")
+
+Lowest = dict[tuple[Subject, str], Figure]  # the lowest figure of a subject under a name
 
 
 def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> dict[str, Any]:
@@ -55,20 +39,11 @@ def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> dict[
     low, high = metric.interval or wilson(metric.value, metric.n)
     # The worst case of what never rejects depends on it too: images of joint attacks count.
     depends = metric.subject.variant != NO_VARIANT or metric.name == "robust"
-    figure = Figure(
-        metric.subject,
-        metric.name,
-        round(metric.value, 6),
-        metric.n,
-        (round(low, 4), round(high, 4)),
-        data,
-        command,
-        norm=threat.norm if threat else None,
-        eps=str(threat).partition(" ")[2] if threat else None,
-        attack=metric.attack or None,
-        rate=rate if depends and rate != RATE else None,
-    )
-    return figure.row()
+    value, interval = round(metric.value, 6), (round(low, 4), round(high, 4))
+    figure = Figure(metric.subject, metric.name, value, metric.n, interval, data, command)
+    norm, eps = str(threat).split() if threat else (None, None)
+    unusual = rate if depends and rate != RATE else None
+    return replace(figure, norm=norm, eps=eps, attack=metric.attack or None, rate=unusual).row()
 
 
 def check_card(card: dict[str, Any]) -> None:
@@ -97,13 +72,128 @@ def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
 
     The entry gains the time (UTC) and the SHA-256 of the weights.
     """
-    weights = weights_digest(folder)
+    with (folder / "weights.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with (folder / "evaluations.jsonl").open("a") as stream:
         stream.write(json.dumps({"time": now, "weights": weights} | entry) + "\n")
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights."""
-    with (folder / "weights.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The metrics of a card as an aligned text table."""
+    lines = [("subject", "variant", "figure", "threat", "value", "95% interval", "n")]
+    for figure in map(Figure.of, rows):
+        low, high = figure.interval
+        who = (figure.subject.text, figure.subject.variant, figure.name, figure.threat or "-")
+        lines.append((*who, f"{figure.value:.1%}", f"{low:.1%} to {high:.1%}", str(figure.n)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def markdown(card: dict[str, Any]) -> str:
+    """The card's main figures under its threat model and at the usual rate of false alarms, one
+    Markdown table for each data set.
+
+    Where a figure was made by several attacks, the lowest counts; an attack of a later evaluation
+    can leave fewer than the worst case of an earlier one, and then counts there too.
+    """
+    tables: dict[str, Lowest] = {}
+    for figure in main_figures(card):
+        title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"
+        lowest, key = tables.setdefault(title, {}), (figure.subject, figure.name)
+        if key not in lowest or figure.value <= lowest[key].value:
+            lowest[key] = figure
+    parts = {title: one_table(worst_cases(lowest)) for title, lowest in tables.items()}
+    return "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items() if text)
+
+
+def columns() -> dict[str, str]:
+    """The columns that README shows of a card: title and figure."""
+    return {
+        "clean accuracy": "clean",
+        "clean rejection": "clean_rejection",
+        **{attack.title: attack.name for attack in ladder.RUNGS if attack.title},
+        "worst case, label right": "robust",
+        "worst case, right or rejected": "robust_with_rejection@1%",
+    }
+
+
+def worst_cases(lowest: Lowest) -> Lowest:
+    """`lowest`, with a later attack on a label in place of a worst case that it undercuts."""
+    out = dict(lowest)
+    on_labels = [attack.name for attack in ladder.RUNGS if attack.aim == "label"]
+    for subject, name in lowest:
+        if name == "robust":
+            others = [lowest.get((subject, other)) for other in (name, *on_labels)]
+            out[subject, name] = min(filter(None, others), key=lambda figure: figure.value)
+    return out
+
+
+def one_table(lowest: Lowest) -> str:
+    """Figures as a Markdown table; empty where none of them is shown."""
+    names = {name for _, name in lowest}
+    shown = {title: name for title, name in columns().items() if name in names}
+    body = []
+    for subject, title in SUBJECTS.items():
+        found = [lowest.get((subject, name)) for name in shown.values()]
+        if any(found):
+            body.append([title, *(figure.cell if figure else "-" for figure in found)])
+    return piped(["", *shown], body) if body else ""
+
+
+def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(" ".join(f"| {cell}".rstrip() for cell in line) + " |" for line in lines)
+
+
+def model_table(folders: Sequence[Path]) -> str:
+    """The models side by side as a Markdown table: network, size, training, main figures."""
+    return piped(MODELS, [model_cells(folder, read_card(folder)) for folder in folders])
+
+
+def model_cells(folder: Path, card: dict[str, Any]) -> list[str]:
+    """One line of `model_table`; of several figures that of most images."""
+    net, runs = card["classifier"], card.get("history", [])
+    width = f" x {net['width']:g}" if net["width"] != 1 else ""
+    size = (folder / "weights.safetensors").stat().st_size / 1e6
+    epochs, minutes = sum(map(len, runs)), sum(run[-1]["minutes"] for run in runs)
+    training = f"{epochs} epochs, {minutes / 60:.1f} h" if runs else "-"
+    out = [f"`{folder.name}`", net["arch"] + width, f"{size:.1f} MB", training]
+    for wanted in (("clean", None), ("autoattack", "AutoAttack, standard")):
+        same = [
+            figure
+            for figure in main_figures(card)
+            if figure.subject.kind == "classifier" and (figure.name, figure.attack) == wanted
+        ]
+        best = max(same, key=lambda figure: figure.n, default=None)
+        out.append(counted(best) if best else "-")
+    return out
+
+
+def counted(figure: Figure) -> str:
+    """A figure with its interval, its images and its threat."""
+    threat = f", {figure.threat}" if figure.threat else ""
+    return f"{figure.cell}, n = {figure.n}{threat}"
+
+
+def with_tables(text: str, folders: Sequence[Path]) -> str:
+    """`text` with its fenced parts made anew: "models" of all folders, "figures" of the first."""
+    text = fenced(text, "models", model_table(folders))
+    return fenced(text, "figures", markdown(read_card(folders[0])))
+
+
+def fenced(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the two comment lines of `name` replaced by `content`.
+
+    Raises ValueError where it has no such lines.
+    """
+    first = f"<!-- {name}: made by `rampart table`, do not edit -->"
+    last = f"<!-- end of {name} -->"
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise ValueError(f"the text needs one line {first!r} and, below it, one {last!r}")
+    head, rest = text.split(first)
+    return f"{head}{first}\n\n{content}\n\n{last}{rest.split(last)[1]}"
