@@ -185,8 +185,8 @@ class Attack:
 
     `effort` tells what it costs and is part of what a figure is compared by; `passes` estimates its
     forward-backward passes an image. `shares` are the parts of eps at which it is made on what
-    rejects, beside all of eps. A `title` makes it a column of README, `main` a row of the main
-    drawing. `chosen` tells whether a budget wants it.
+    rejects, beside all of eps. A `title` makes it a column of README. `chosen` tells whether a
+    budget wants it.
     """
 
     name: str
@@ -196,7 +196,6 @@ class Attack:
     passes: Callable[[Budget], float]
     meaning: str
     title: str = ""
-    main: bool = False
     shares: tuple[float, ...] = ()
     chosen: Callable[[Budget], bool] = lambda budget: True
 
@@ -227,7 +226,6 @@ RUNGS = (
         lambda budget: 21,
         meaning="label right under PGD-20",
         title="PGD-20",
-        main=True,
         shares=SMALL,
     ),
     Attack(
@@ -238,7 +236,6 @@ RUNGS = (
         lambda budget: 2 * autoattack_passes(budget),
         meaning="label right under AutoAttack",
         title="AutoAttack",
-        main=True,
         chosen=lambda budget: budget.standard,
     ),
     Attack(
@@ -249,7 +246,6 @@ RUNGS = (
         autoattack_passes,
         meaning="label right under a part of AutoAttack",
         title="AutoAttack, short",
-        main=True,
         chosen=lambda budget: not budget.standard,
     ),
     Attack(
@@ -260,7 +256,6 @@ RUNGS = (
         lambda budget: budget.steps * (4 + budget.targets),
         meaning="right or rejected under the joint attack",
         title="joint attack, right or rejected",
-        main=True,
     ),
     Attack(
         "forced_rejection",

@@ -53,17 +53,17 @@ class Victim(NamedTuple):
         return self.subject.variant
 
 
-def batches_of(x: Tensor) -> tuple[Tensor, ...]:
-    """x in pieces that fit in memory."""
-    return torch.split(x, 128)
+def batched(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What `model` says of x, in pieces that fit in memory and without gradients."""
+    with torch.no_grad():
+        return torch.cat([model(part) for part in torch.split(x, 128)])
 
 
 def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str) -> Victim:
     """A victim that labels and never rejects: `model` maps x (N, 3, H, W) to logits."""
 
     def answer(x: Tensor) -> Answer:
-        with torch.no_grad():
-            guess = torch.cat([model(part).argmax(1) for part in batches_of(x)]).cpu().numpy()
+        guess = batched(model, x).argmax(1).cpu().numpy()
         return Answer(guess, np.ones(len(guess), bool), np.zeros(len(guess)))
 
     def deployed(image: Tensor) -> Answer:
@@ -72,16 +72,7 @@ def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str)
     def look(x: Tensor) -> View:
         return View(model(x))
 
-    return Victim(
-        Subject(kind),
-        fingerprint,
-        False,
-        look,
-        look,
-        fingerprint,
-        answer=answer,
-        deployed=deployed,
-    )
+    return Victim(Subject(kind), fingerprint, False, look, look, fingerprint, answer, deployed)
 
 
 class StraightThrough:
@@ -164,7 +155,7 @@ def pipeline_victim(
 
     def answer(x: Tensor) -> Answer:
         with torch.no_grad():
-            out = [pipeline.defend(part) for part in batches_of(x)]
+            out = [pipeline.defend(part) for part in torch.split(x, 128)]
         logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
         return judge(logits, scores)
 
@@ -199,11 +190,10 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     The threshold is taken from the same clean `image` uint8 (N, H, W, 3), which favours it.
     """
 
-    def confidence(x: Tensor) -> Tensor:
-        return victim.label_look(x).logits.softmax(1).amax(1)
+    def logits_of(x: Tensor) -> Tensor:
+        return victim.label_look(x).logits
 
-    with torch.no_grad():
-        clean = torch.cat([confidence(part) for part in batches_of(to_float(image))])
+    clean = batched(logits_of, to_float(image)).softmax(1).amax(1)
     rejected = int((~victim.deployed(image).accepted).sum())
     bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
 
@@ -211,12 +201,11 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
         return bar - logits.softmax(1).amax(1) - 1e-7
 
     def look(x: Tensor) -> View:
-        logits = victim.label_look(x).logits
+        logits = logits_of(x)
         return View(logits, margin_of(logits))
 
     def answer(x: Tensor) -> Answer:
-        with torch.no_grad():
-            logits = torch.cat([victim.label_look(part).logits for part in batches_of(x)])
+        logits = batched(logits_of, x)
         margin = margin_of(logits).cpu().numpy()
         return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 

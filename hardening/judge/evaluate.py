@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from rampart.hardening.attack import cache
 from rampart.hardening.attack.ladder import SMALL, Aim, Attack, Budget, in_8_bits, rungs_of
+from rampart.hardening.attack.objectives import Look
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Answer, Victim, max_softmax_victim
 from rampart.hardening.judge import checks
@@ -55,52 +56,51 @@ BARE = ("classifier", "undefended")  # victims that nothing stands in front of
 
 
 class Rung(NamedTuple):
-    """One attack on one victim; `passes` estimates its forward-backward passes an image."""
+    """One attack on one victim; `effort` is how figures name it."""
 
-    name: str
     victim: Victim
-    attack: str
+    attack: Attack
     threat: Threat
-    passes: float
-    craft: cache.Craft
-    fingerprint: str  # what it depends on beside attack and threat
-    aim: Aim
+    budget: Budget
+    effort: str
 
+    @property
+    def name(self) -> str:
+        """That of its attack."""
+        return self.attack.name
 
-def rung_on(
-    victim: Victim, attack: Attack, threat: Threat, budget: Budget, *, classes: int
-) -> Rung:
-    """An attack on a victim: on its label, which is cheaper, or on all of it."""
-    label = attack.aim == "label"
-    look = victim.label_look if label else victim.look
-    return Rung(
-        attack.name,
-        victim,
-        attack.effort(budget, classes),
-        threat,
-        attack.passes(budget),
-        partial(attack.craft, look, threat=threat, budget=budget),
-        victim.label_fingerprint if label else victim.fingerprint,
-        attack.aim,
-    )
+    @property
+    def aim(self) -> Aim:
+        """That of its attack."""
+        return self.attack.aim
+
+    @property
+    def look(self) -> Look:
+        """What is attacked: the label alone, which is cheaper, or all of the victim."""
+        return self.victim.label_look if self.aim == "label" else self.victim.look
+
+    @property
+    def fingerprint(self) -> str:
+        """What it depends on beside attack and threat."""
+        label, whole = self.victim.label_fingerprint, self.victim.fingerprint
+        return label if self.aim == "label" else whole
+
+    def craft(self, x: Tensor, label: Tensor) -> Tensor:
+        """Attack x (N, 3, H, W) with the labels (N,)."""
+        craft = partial(self.attack.craft, threat=self.threat, budget=self.budget)
+        attacked: Tensor = craft(self.look, x, label)
+        return attacked
 
 
 def rungs_on(
-    victim: Victim, aim: Aim, threat: Threat, budget: Budget, *, classes: int
+    victim: Victim, aim: Aim, threat: Threat, budget: Budget, *, classes: int, within: bool = False
 ) -> list[Rung]:
-    """The attacks with one aim on a victim, at all of eps."""
+    """The attacks with one aim on a victim: at all of eps or, `within` it, at parts."""
     return [
-        rung_on(victim, attack, threat, budget, classes=classes) for attack in rungs_of(aim, budget)
-    ]
-
-
-def rungs_within(victim: Victim, threat: Threat, budget: Budget, *, classes: int) -> list[Rung]:
-    """The attacks on a victim that are made at parts of eps, at these."""
-    return [
-        rung_on(victim, attack, near, budget, classes=classes)
-        for aim in AIMS
+        Rung(victim, attack, near, budget, attack.effort(budget, classes))
         for attack in rungs_of(aim, budget)
-        for near in (threat._replace(eps=threat.eps * share) for share in attack.shares)
+        for share in (attack.shares if within else (1.0,))
+        for near in (threat._replace(eps=threat.eps * share),)
     ]
 
 
@@ -138,7 +138,7 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     for rung in ladder:
         bare = rung.victim.name in BARE
         source = attack_source(LABEL_CODE if bare else PIPELINE_CODE)
-        key = f"{source} {rung.fingerprint} {rung.name} {rung.attack} {rung.threat}"
+        key = f"{source} {rung.fingerprint} {rung.name} {rung.effort} {rung.threat}"
         title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
         found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
     return found
@@ -166,8 +166,7 @@ def estimate(
         planned += [rung for rung in planned if rung.aim == "joint" and not only]
         passes = {victim.label_look: 0.0, victim.look: 0.0}
         for rung in planned:
-            look = victim.label_look if rung.aim == "label" else victim.look
-            passes[look] += rung.passes / 2 * len(images)
+            passes[rung.look] += rung.attack.passes(budget) / 2 * len(images)
         if has_own_label(victim) and not only:
             passes[victim.label_look] += CHECKED * (sum(checks.STEPS) + 200 + QUERIES / 3)
         for look, count in passes.items():
@@ -202,26 +201,28 @@ class Record(NamedTuple):
         """The attack called `name` on this victim at full eps."""
         return self.attacks(name)[-1]
 
+    def transfer(self) -> tuple[Rung, Replay] | None:
+        """PGD-20 on the undefended twin, where there is one."""
+        twins = (pair for pair in self.under if pair[0].victim.subject.kind == "undefended")
+        return next((pair for pair in twins if pair[0].name == "pgd20"), None)
+
     def metric(self, name: str, share: Bools, rung: Rung | None = None) -> Metric:
         """The figure that `share` (N,) of the images makes."""
-        threat, attack = (rung.threat, rung.attack) if rung else (None, "")
-        value, n = float(share.mean()), len(share)
-        return Metric(self.victim.subject, name, value, n, threat=threat, attack=attack)
+        threat, attack = (rung.threat, rung.effort) if rung else (None, "")
+        return Metric(self.victim.subject, name, float(share.mean()), len(share), threat, attack)
 
     def worst(self, of: str) -> Bools:
         """The images (N,) that are `of` (right or safe) clean and under every rung."""
-        held: Bools = np.array(getattr(self.clean, of))
-        for _, after in self.under:
-            held = held & getattr(after, of)
+        every = (self.clean, *(after for _, after in self.under))
+        held: Bools = np.logical_and.reduce([getattr(after, of) for after in every])
         return held
 
     def everything(self) -> Rung:
         """What stands beside a worst case."""
         largest = max((rung for rung, _ in self.under), key=lambda rung: rung.threat.eps)
-        short = any(rung.name == "autoattack_short" for rung, _ in self.under)
+        short = "short " if any(rung.name == "autoattack_short" for rung, _ in self.under) else ""
         what = f"worst case over {len(self.under)} attacks in float and 8-bit"
-        effort = f"short AutoAttack, {self.budget}" if short else f"AutoAttack, {self.budget}"
-        return largest._replace(attack=f"{what} ({effort})")
+        return largest._replace(effort=f"{what} ({short}AutoAttack, {self.budget})")
 
 
 def record_of(victim: Victim, found: list[Found], images: Images, budget: str) -> Record:
@@ -231,36 +232,26 @@ def record_of(victim: Victim, found: list[Found], images: Images, budget: str) -
     return Record(victim, clean, under, budget)
 
 
-def label_figures(record: Record) -> Iterator[Metric]:
-    """Clean accuracy and rejection, each attack on the label alone, and transfer."""
-    yield record.metric("clean", record.clean.right)
+def attack_figures(record: Record) -> Iterator[Metric]:
+    """Clean accuracy and rejection, transfer, and every attack on this victim."""
+    clean = record.clean
+    yield record.metric("clean", clean.right)
     if record.victim.rejects:
-        yield record.metric("clean_rejection", ~record.clean.deployed.accepted)
-    for name in names_under(record, "label"):
-        if mine := record.attacks(name):
-            rung, after = mine[-1]
-            yield record.metric(name, record.clean.right & after.right, rung)
-    for rung, after in record.under:
-        if (rung.victim.subject.kind, rung.name) == ("undefended", "pgd20"):
-            how = rung._replace(attack=f"{rung.attack}, made on the undefended twin")
-            if record.victim.subject.kind != "undefended":
-                yield record.metric("transfer", record.clean.right & after.right, how)
-
-
-def detector_figures(record: Record) -> Iterator[Metric]:
-    """The attacks on label and detectors, and on the detectors alone."""
-    for name in names_under(record, "joint"):
-        rung, after = record.own(name)
-        yield record.metric(name, record.clean.safe & after.safe, rung)
-    for name in names_under(record, "flood"):
-        rung, _ = record.own(name)
-        floods = [after.rejected for r, after in record.under if r.name == name]
-        yield record.metric(name, np.logical_or.reduce(floods), rung)
-
-
-def names_under(record: Record, aim: Aim) -> list[str]:
-    """The attacks with one aim that were made, on whomever."""
-    return list(dict.fromkeys(rung.name for rung, _ in record.under if rung.aim == aim))
+        yield record.metric("clean_rejection", ~clean.deployed.accepted)
+    if record.victim.subject.kind != "undefended" and (moved := record.transfer()):
+        rung, after = moved
+        how = rung._replace(effort=f"{rung.effort}, made on the undefended twin")
+        yield record.metric("transfer", clean.right & after.right, how)
+    for name, aim in {rung.name: rung.aim for rung, _ in record.under}.items():
+        if not (mine := record.attacks(name)):
+            continue
+        rung, after = mine[-1]
+        if aim == "flood":
+            floods = [after.rejected for rung, after in record.under if rung.name == name]
+            yield record.metric(name, np.logical_or.reduce(floods), rung)
+        else:
+            of = "right" if aim == "label" else "safe"
+            yield record.metric(name, getattr(clean, of) & getattr(after, of), rung)
 
 
 def rejection_figures(record: Record, plain: Record, rate: float) -> Iterator[Metric]:
@@ -287,7 +278,7 @@ def stratified(record: Record, safe: Bools) -> Iterator[Metric]:
         held = [after.right & ~after.rejected for after in (record.clean, *small)]
         rung = record.everything()
         near = rung.threat._replace(eps=share * eps)
-        rung = rung._replace(attack=f"{rung.attack}; a rejection up to {near} is an error")
+        rung = rung._replace(effort=f"{rung.effort}; a rejection up to {near} is an error")
         yield record.metric(f"stratified@{share:g}eps", np.logical_and.reduce([safe, *held]), rung)
 
 
@@ -296,18 +287,17 @@ def detection_figures(record: Record) -> Iterator[Metric]:
 
     The joint attack stops at the threshold, so of its images only the share caught says anything.
     """
-    for name in ("joint_apgd", "pgd20"):
-        rung, after = record.own(name)
-        wrong = record.clean.right & after.fooled
-        if not wrong.any():
-            continue
-        if name == "joint_apgd":
-            yield record.metric(f"caught:{name}", ~after.deployed.accepted[wrong], rung)
-            continue
+    rung, after = record.own("joint_apgd")
+    wrong = record.clean.right & after.fooled
+    if wrong.any():
+        yield record.metric("caught:joint_apgd", ~after.deployed.accepted[wrong], rung)
+    rung, after = record.own("pgd20")
+    wrong = record.clean.right & after.fooled
+    if wrong.any():
         base = record.metric("", wrong[wrong], rung)
         clean, attacked = record.clean.deployed.suspicion, after.deployed.suspicion[wrong]
         for title, (value, interval) in detection(clean, attacked).items():
-            yield base._replace(name=f"{title}:{name}", value=value, interval=interval)
+            yield base._replace(name=f"{title}:pgd20", value=value, interval=interval)
 
 
 class Evaluation(NamedTuple):
@@ -332,7 +322,8 @@ def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) 
             out += make("joint")
         if victim.rejects and victim.subject.kind != "max_softmax":
             out += make("flood")
-            out += rungs_within(victim, threat, budget, classes=classes)
+            for aim in AIMS:
+                out += make(aim, within=True)
     return out
 
 
@@ -373,18 +364,16 @@ def evaluate(
     records = {v.name: record_of(v, found, images, str(budget)) for v in everyone}
     metrics: list[Metric] = []
     for record in (records[v.name] for v in victims):
-        metrics += label_figures(record)
-        if record.victim.rejects:
-            metrics += detector_figures(record)
+        metrics += attack_figures(record)
         if only:
             continue
         metrics.append(record.metric("robust", record.worst("right"), record.everything()))
         if record.victim.rejects:
             metrics += rejection_figures(record, records[plain[record.victim.name].name], rate)
-    checked = []
-    if not only:
-        metrics += added(records, [v.name for v in victims])
-        checked = self_checks(victims, records, images, threat)
+    if only:
+        return Evaluation(images, threat, metrics, [], records, found)
+    metrics += added(records, [v.name for v in victims])
+    checked = self_checks(victims, records, images, threat)
     return Evaluation(images, threat, metrics, checked, records, found)
 
 
@@ -416,15 +405,8 @@ def self_checks(
             out += checks.check_look(look, x, label, threat, victim.name, queries=QUERIES)
         if victim.rejects:
             joint = float(record.own("joint_apgd")[1].safe[few].mean())
-            out += checks.check_detectors(
-                victim.look,
-                x,
-                label,
-                threat,
-                f"{victim.name}, detectors",
-                queries=QUERIES,
-                joint=joint,
-            )
+            check = partial(checks.check_detectors, victim.look, x, label, threat)
+            out += check(f"{victim.name}, detectors", queries=QUERIES, joint=joint)
         out += outcome_checks(record)
     return out
 
@@ -432,16 +414,11 @@ def self_checks(
 def outcome_checks(record: Record) -> Iterator[Check]:
     """Checks of what the rungs found: transfer against gradients, ignoring against joint."""
 
-    def share(parts: tuple[Bools, Bools]) -> float:
-        return float((parts[0] & parts[1]).mean())
-
     name, clean, static = record.victim.name, record.clean, record.own("pgd20")[1]
-    for rung, after in record.under:
-        if (rung.victim.subject.kind, rung.name) == ("undefended", "pgd20"):
-            white, blind = share((clean.right, static.right)), share((clean.right, after.right))
-            yield checks.black_box(white, blind, name, "transfer from the undefended twin")
+    if moved := record.transfer():
+        white, blind = (float((clean.right & after.right).mean()) for after in (static, moved[1]))
+        yield checks.black_box(white, blind, name, "transfer from the undefended twin")
     if record.victim.rejects:
         joint = record.own("joint_apgd")[1]
-        yield from checks.adaptive(
-            share((clean.safe, static.safe)), share((clean.safe, joint.safe)), name
-        )
+        alone, both = (float((clean.safe & after.safe).mean()) for after in (static, joint))
+        yield from checks.adaptive(alone, both, name)

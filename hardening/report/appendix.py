@@ -12,15 +12,8 @@ from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.report import plots
 from rampart.hardening.report.elements import Drawing, Section, Table
 
-SHOWN_ELSEWHERE = (
-    "metrics",
-    "checks",
-    "history",
-    "ablation",
-    "test_ablation",
-    "false_alarms",
-    "outside",
-)
+# What other sections show of a card.
+SHOWN = ["metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside"]
 
 
 def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
@@ -123,7 +116,7 @@ def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
         " Not covered: other norms, patches, poisoned training data, theft of the model, and"
         " attacks stronger than those listed here."
     ]
-    facts = {key: value for key, value in card.items() if key not in SHOWN_ELSEWHERE}
+    facts = {key: value for key, value in card.items() if key not in SHOWN}
     body = list(flat(facts))
     body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
     commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))

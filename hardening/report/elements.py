@@ -60,9 +60,9 @@ class Section(NamedTuple):
 
 
 def pick(rows: Sequence[Figure], name: str, who: str) -> Figure | None:
-    """The figure of a victim that is called `name`, whatever follows an @."""
-    found = (r for r in rows if r.subject.name == who and r.name.partition("@")[0] == name)
-    return next(found, None)
+    """The figure of a victim that is called `name`, with whatever may follow an @."""
+    mine = (row for row in rows if row.subject.name == who)
+    return next((row for row in mine if name in (row.name, row.name.partition("@")[0])), None)
 
 
 def meaning(name: str) -> str:
@@ -72,28 +72,22 @@ def meaning(name: str) -> str:
     return every[max(starts, key=len)] if starts else ""
 
 
-def value(row: Figure) -> str:
-    """A metric's value as people read it: a share, a difference, an area."""
-    if row.name.startswith("auroc"):
-        return f"{row.value:.3f}"
-    if row.name.startswith("gain"):
-        return f"{100 * row.value:+.1f} points"
-    return f"{row.value:.1%}"
-
-
-def interval(row: Figure) -> str:
-    """A metric's 95% interval in its own unit."""
+def in_words(row: Figure) -> tuple[str, str]:
+    """A figure and its 95% interval, as people read a share, a difference or an area."""
     low, high = row.interval
     if row.name.startswith("auroc"):
-        return f"{low:.3f} to {high:.3f}"
+        return f"{row.value:.3f}", f"{low:.3f} to {high:.3f}"
     if row.name.startswith("gain"):
-        return f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{low:.1%} to {high:.1%}"
+        return f"{100 * row.value:+.1f} points", f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{row.value:.1%}", f"{low:.1%} to {high:.1%}"
 
 
 def both(row: Figure | None, *, between: str = " ") -> str:
-    """A metric's value with its interval; a dash where there is none."""
-    return f"{value(row)}{between}({interval(row)})" if row else "-"
+    """A figure with its interval; a dash where there is none."""
+    if row is None:
+        return "-"
+    value, interval = in_words(row)
+    return f"{value}{between}({interval})"
 
 
 def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
@@ -101,20 +95,22 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
     return next(reversed(record.attacks(name)), None)
 
 
-def attacked(evaluation: Evaluation, record: Record) -> Tensor | None:
-    """The evaluated images uint8 (N, H, W, 3) under the joint attack on this victim, or else PGD-20
+def attacked(evaluation: Evaluation, pipeline: DefendedClassifier) -> Tensor | None:
+    """The evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, or else PGD-20
     on it; None where there was neither.
     """
+    record = record_of(evaluation, pipeline)
     for name in (JOINT, STATIC):
-        if mine := own(record, name):
+        if record and (mine := own(record, name)):
             x = next(item.x for item in evaluation.found if item.rung is mine[0])
             return in_8_bits(x, evaluation.images.image, mine[0].threat)
     return None
 
 
-def name_of(pipeline: DefendedClassifier) -> str:
-    """The name under which the evaluation records a pipeline."""
-    return "pipeline lean" if pipeline.purifier is None else "pipeline full"
+def record_of(evaluation: Evaluation, pipeline: DefendedClassifier) -> Record | None:
+    """What happened to a pipeline, where it was evaluated."""
+    variant = "lean" if pipeline.purifier is None else "full"
+    return evaluation.records.get(f"pipeline {variant}")
 
 
 def pipelines(evaluation: Evaluation) -> list[Record]:

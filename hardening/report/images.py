@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from rampart.hardening.attack.victims import batches_of
+from rampart.hardening.attack.victims import batched
 from rampart.hardening.judge.evaluate import Evaluation, Record
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.report import plots
-from rampart.hardening.report.elements import Drawing, Section, attacked, counted, name_of
+from rampart.hardening.report.elements import Drawing, Section, attacked, counted, record_of
 from rampart.hardening.report.plots import Curve
 
 EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
@@ -35,8 +35,7 @@ def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | 
 
     None where nothing attacked this pipeline.
     """
-    record = evaluation.records.get(name_of(pipeline))
-    pixels = attacked(evaluation, record) if record else None
+    pixels = attacked(evaluation, pipeline)
     if pixels is None:
         return None
     count = len(evaluation.images)
@@ -49,8 +48,7 @@ def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | 
 
 def features(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
     """A t-SNE map (van der Maaten and Hinton 2008) of what the classifier makes of each image."""
-    record = evaluation.records.get(name_of(pipeline))
-    pixels = attacked(evaluation, record) if record else None
+    pixels = attacked(evaluation, pipeline)
     if pixels is None or len(evaluation.images) < 4:
         return
     count = min(EMBEDDED, len(pixels))
@@ -76,31 +74,28 @@ def embedded(
 ) -> dict[str, NDArray[np.float32]]:
     """Features (N, F) of clean and attacked images uint8 (N, H, W, 3), and of these purified."""
     views = {"clean": to_float(clean), "attacked": to_float(pixels)}
-    with torch.no_grad():
-        if pipeline.purifier is not None:
-            parts = batches_of(views["attacked"])
-            views["purified"] = torch.cat([pipeline.defend(part).purified for part in parts])
-        return {
-            name: torch.cat([pipeline.classifier.embed(x) for x in batches_of(view)]).cpu().numpy()
-            for name, view in views.items()
-        }
+    if pipeline.purifier is not None:
+        views["purified"] = batched(pipeline.purifier, views["attacked"])
+    embed = pipeline.classifier.embed
+    return {name: batched(embed, view).cpu().numpy() for name, view in views.items()}
 
 
 def grid(
     evaluation: Evaluation, pipeline: DefendedClassifier, pictures: Pictures | None
 ) -> Iterator[Section]:
     """Pictures as sent, attacked and purified, each with the verdict on it."""
-    record, names = evaluation.records.get(name_of(pipeline)), evaluation.images.classes
+    record, names = record_of(evaluation, pipeline), evaluation.images.classes
     if pictures is None or record is None:
         return
     clean, pixels = (
         image.to(evaluation.images.image.device) for image in (pictures.clean, pictures.attacked)
     )
     change = pixels.int() - clean.int()
+    largest = [f"at most {levels}/255" for levels in change.abs().flatten(1).amax(1).tolist()]
     columns = [
         ("clean", clean, verdicts(record, pipeline, clean, names)),
         ("attacked", pixels, verdicts(record, pipeline, pixels, names)),
-        ("difference x10", (128 + 10 * change).clamp(0, 255).byte(), largest(change)),
+        ("difference x10", (128 + 10 * change).clamp(0, 255).byte(), largest),
     ]
     if pipeline.purifier is not None:
         with torch.no_grad():
@@ -114,11 +109,6 @@ def grid(
         words[0] = f"{truth}, {words[0]}"
         rows.append([Drawing(*parts) for parts in zip(sources, alts, words, strict=True)])
     yield Section("Pictures", [pictures.source], grid=rows)
-
-
-def largest(change: Tensor) -> list[str]:
-    """The largest change of a pixel in each image of (M, H, W, 3)."""
-    return [f"at most {levels}/255" for levels in change.abs().flatten(1).amax(1).tolist()]
 
 
 def verdicts(
@@ -136,7 +126,7 @@ def verdicts(
 
 def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
     """Which classes fall."""
-    record = evaluation.records.get(name_of(pipeline))
+    record = record_of(evaluation, pipeline)
     if record is None or not record.under:
         return
     label = evaluation.images.label.cpu().numpy()
@@ -154,7 +144,7 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
     )
     caption = f"{record.victim.name}: label right by class, with 95% intervals."
     drawing = Drawing(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
-    attack = record.everything().attack
+    attack = record.everything().effort
     fewest = min(int((label == index).sum()) for index in shown)
     words = [
         f"{len(shown)} of {len(there)} classes, the weakest first; the smallest has {fewest}"

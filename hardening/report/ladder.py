@@ -14,19 +14,17 @@ from rampart.hardening.report.elements import (
     Table,
     both,
     counted,
-    interval,
+    in_words,
     listed,
     meaning,
     own,
     pick,
     pipelines,
-    value,
 )
 from rampart.hardening.report.plots import Shares
 
 # Figures of the main drawing, beside those of the main rungs.
 MAIN = ("clean", "transfer", "robust", "robust_with_rejection")
-QUARTER = "stratified@0.25eps"
 
 
 def verdict(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[str]:
@@ -59,7 +57,7 @@ def verdict_on(rows: Sequence[Figure], who: str, threat: Threat) -> Iterator[str
         if gain := pick(rows, name, who):
             yield f"Counting rejections as safe, {who} beside {other} {adds(gain)}."
     # Detectors that reject whatever is touched look perfect until this is asked.
-    if strict := next((r for r in rows if (r.subject.name, r.name) == (who, QUARTER)), None):
+    if strict := pick(rows, "stratified@0.25eps", who):
         yield f"Where rejecting an image moved by up to eps/4 is an error, {both(strict)} remain."
 
 
@@ -100,18 +98,10 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
     head = ("figure", "value", "95% interval", "threat", "images", "what it is, and the attack")
     tables = []
     for who in dict.fromkeys(row.subject.name for row in rows):
-        body = [
-            (
-                row.name,
-                value(row),
-                interval(row),
-                row.threat or "-",
-                str(row.n),
-                f"{meaning(row.name)}\n{row.attack or ''}",
-            )
-            for row in rows
-            if row.subject.name == who
-        ]
+        body = []
+        for row in (row for row in rows if row.subject.name == who):
+            what = f"{meaning(row.name)}\n{row.attack or ''}"
+            body.append((row.name, *in_words(row), row.threat or "-", str(row.n), what))
         tables.append(Table(f"All figures of {who}", head, body))
     words = [
         "Each attack looks for images that beat its victim, and every image that any of them finds"
@@ -123,7 +113,7 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
 
 def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
     """Main rungs of every victim with their intervals."""
-    main = {*MAIN, *(attack.name for attack in rungs.RUNGS if attack.main)}
+    main = {*MAIN, *(attack.name for attack in rungs.RUNGS if attack.aim != "flood")}
     shown = [row for row in rows if row.name.partition("@")[0] in main]
     labels = list(dict.fromkeys(row.name for row in shown))
     every = []

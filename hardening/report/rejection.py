@@ -18,9 +18,13 @@ from rampart.hardening.report.elements import (
     Table,
     both,
     own,
+    pick,
     pipelines,
 )
 from rampart.hardening.report.plots import Curve
+
+# Columns of the table of detection: figure and attack.
+DETECTED = (("caught", JOINT), ("tpr@1%fpr", STATIC), ("tpr@5%fpr", STATIC), ("auroc", STATIC))
 
 
 def sweep(clean: Floats, wrong: Floats) -> tuple[Floats, Floats]:
@@ -79,18 +83,16 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
     """How well suspicion alone tells wrong images from clean ones."""
     figures, body = [], []
     for record in pipelines(evaluation):
-        curves, who = [], record.victim.name
-        mine = own(record, STATIC)
-        wrong = record.clean.right & mine[1].fooled if mine else np.zeros(1, bool)
-        if mine and wrong.any():
-            score = mine[1].deployed.suspicion[wrong]
-            rate, flagged = sweep(record.clean.deployed.suspicion, score)
-            curves.append(Curve(STATIC, rate, flagged / len(score)))
-            body.append((who, str(len(score)), *detected(rows, who)))
-        if curves:
-            source = plots.over_rate(curves, [], y_label="wrong images flagged")
-            alt = f"ROC curves of {who}; the table below holds their main points."
-            figures.append(Drawing(source, alt, f"{who}: receiver operating curve."))
+        who, mine = record.victim.name, own(record, STATIC)
+        if not mine or not (wrong := record.clean.right & mine[1].fooled).any():
+            continue
+        clean, score = record.clean.deployed.suspicion, mine[1].deployed.suspicion[wrong]
+        curve = Curve(STATIC, *roc(clean, score))
+        source = plots.over_rate([curve], [], y_label="wrong images flagged")
+        alt = f"ROC curve of {who}; the table below holds its main points."
+        figures.append(Drawing(source, alt, f"{who}: receiver operating curve."))
+        found = [pick(rows, f"{name}:{attack}", who) for name, attack in DETECTED]
+        body.append((who, str(len(score)), *map(both, found)))
     if figures:
         head = ("victim", "wrong images", "caught jointly", "TPR at 1%", "TPR at 5%", "AUROC")
         words = [
@@ -101,13 +103,6 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
         ]
         table = Table("Detection of wrong images with 95% interval", head, body)
         yield Section("Detectors", words, figures, [table])
-
-
-def detected(rows: Sequence[Figure], who: str) -> list[str]:
-    """What the table of detection says of a victim."""
-    found = {row.name: row for row in rows if row.subject.name == who}
-    static = [f"{part}:{STATIC}" for part in ("tpr@1%fpr", "tpr@5%fpr", "auroc")]
-    return [both(found.get(name)) for name in (f"caught:{JOINT}", *static)]
 
 
 def suspicion(evaluation: Evaluation) -> Iterator[Section]:

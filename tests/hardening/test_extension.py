@@ -60,7 +60,6 @@ WHITENING = Attack(
     lambda budget: 0,
     meaning="label right on brighter images",
     title="whitening",
-    main=True,
 )
 
 
