@@ -19,9 +19,9 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 # Okabe and Ito's blue and orange; marker and line differ too, so that none needs colour.
-LOOKS = {
-    "clean": ("clean", "#0072B2", "o", "-"),
-    "pgd10": ("PGD-10", "#E69F00", "^", "--"),
+LOOKS: dict[str, dict[str, Any]] = {
+    "clean": {"label": "clean", "color": "#0072B2", "marker": "o", "ls": "-"},
+    "pgd10": {"label": "PGD-10", "color": "#E69F00", "marker": "^", "ls": "--"},
 }
 
 
@@ -36,9 +36,8 @@ def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Pa
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
         axes = figure.add_subplot()
-        for name, (title, colour, marker, line) in LOOKS.items():
-            share = [row[name] for row in history]
-            axes.plot(epoch, share, color=colour, marker=marker, ls=line, label=title)
+        for name, look in LOOKS.items():
+            axes.plot(epoch, [row[name] for row in history], **look)
         last = epoch[-len(runs[-1]) :]
         best = max(last, key=lambda number: history[number - 1]["pgd10"])
         axes.axvline(best, color="#666666", lw=1, label="most robust epoch of the last run")

@@ -13,9 +13,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed
 
+Pixels = NDArray[np.uint8]
+
+ARRAYS = ("image", "label", "classes", "jpeg_path")  # of an .npz file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Decoded training images up to this size are kept in memory; beyond, files are read as needed.
 MEMORY = 4 * 2**30
@@ -55,12 +58,13 @@ class Folder:
 
     def to(self, device: torch.device) -> "Folder":
         """The same pictures, read for `device`."""
-        return Folder(self.files, self.label, self.classes, self.paths, self.size, device)
+        return replace(self, device=device)
 
     def __getitem__(self, index: Tensor) -> "Folder":
-        rows = index.tolist()
-        files, paths = tuple(self.files[i] for i in rows), tuple(self.paths[i] for i in rows)
-        return Folder(files, self.label[index], self.classes, paths, self.size, self.device)
+        files, paths = (
+            tuple(names[i] for i in index.tolist()) for names in (self.files, self.paths)
+        )
+        return replace(self, files=files, label=self.label[index], paths=paths)
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads.
@@ -68,10 +72,11 @@ class Folder:
         Pillow decodes and scales without Python's lock, so threads keep all cores busy.
         """
         pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // distributed.beside()))
-        waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
+        waiting: deque[tuple[Tensor, list[Future[Pixels]]]] = deque()
         try:
             for index in rows:
-                pictures = [pool.submit(self.picture, row) for row in index.tolist()]
+                files = [self.files[row] for row in index.tolist()]
+                pictures = [pool.submit(read_picture, file, self.size) for file in files]
                 waiting.append((index, pictures))
                 if len(waiting) > AHEAD:
                     yield self.collect(*waiting.popleft())
@@ -80,13 +85,9 @@ class Folder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def picture(self, row: int) -> Tensor:
-        """One picture as uint8 (H, W, 3), decoded as the endpoint decodes it."""
-        return torch.from_numpy(read_picture(self.files[row], self.size))
-
-    def collect(self, index: Tensor, pictures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
+    def collect(self, index: Tensor, pictures: list[Future[Pixels]]) -> tuple[Tensor, Tensor]:
         """(image, label) of a batch on the device."""
-        image = torch.stack([picture.result() for picture in pictures])
+        image = torch.from_numpy(np.stack([picture.result() for picture in pictures]))
         return self.send(image), self.send(self.label[index])
 
     def send(self, tensor: Tensor) -> Tensor:
@@ -99,11 +100,9 @@ class Folder:
         """All pictures, decoded."""
         image = torch.empty((len(self), self.size, self.size, 3), dtype=torch.uint8)
         rows = torch.split(torch.arange(len(self)), 64)
-        bar = tqdm(total=len(self), desc="reading pictures", leave=False)
-        for index, (some, _) in zip(rows, self.read(rows), strict=True):
+        bar = tqdm(rows, desc="reading pictures", leave=False)
+        for index, (some, _) in zip(bar, self.read(rows), strict=True):
             image[index] = some.cpu()
-            bar.update(len(index))
-        bar.close()
         return Images(image, self.label, self.classes, self.paths)
 
     def hold_out(self, held: Images | None = None, *, seed: int = 0) -> "tuple[Folder, Held]":
@@ -163,27 +162,18 @@ def load_cifar10(path: Path, *, train: bool = True, download: bool = False) -> I
 
 def load_npz(path: Path) -> Images:
     """Read `image`, `label` and, where present, `classes` and `jpeg_path` from an .npz file."""
-    try:
-        with path.open("rb") as file:  # which numpy would leave open where it fails
-            return read_npz(path, file)
+    try:  # numpy would leave the file open where it fails
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS if name in file.files}
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is cut or damaged ({error}): copy or save it anew") from error
-
-
-def read_npz(path: Path, opened: BinaryIO) -> Images:
-    """As `load_npz`, of a file that is whole and open."""
-    with np.load(opened, allow_pickle=False) as file:
-        missing = {"image", "label"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path} lacks {sorted(missing)}: save image (N, H, W, 3) and label")
-        image, label = file["image"], file["label"].astype(np.int64)
-        paths = tuple(str(p) for p in file["jpeg_path"]) if "jpeg_path" in file.files else ()
-        if "classes" in file.files:
-            classes = tuple(str(name) for name in file["classes"])
-        else:
-            many = int(label.max()) + 1 if len(label) else 0
-            # Only the CIFAR-10 files of this layout name their JPEG twins.
-            classes = CIFAR10_CLASSES if paths else tuple(str(i) for i in range(many))
+    if missing := {"image", "label"} - set(arrays):
+        raise ValueError(f"{path} lacks {sorted(missing)}: save image (N, H, W, 3) and label")
+    image, label = arrays["image"], arrays["label"].astype(np.int64)
+    paths = tuple(map(str, arrays.get("jpeg_path", ())))
+    # Only the CIFAR-10 files of this layout name their JPEG twins.
+    usual = CIFAR10_CLASSES if paths else range(label.max(initial=-1) + 1)
+    classes = tuple(map(str, arrays.get("classes", usual)))
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
             f"{path}: image must be uint8 (N, H, W, 3), found {image.dtype} {image.shape}"
@@ -238,25 +228,21 @@ def pictures_below(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
 
 
-def read_picture(file: Path, size: int) -> NDArray[np.uint8]:
+def read_picture(file: Path, size: int) -> Pixels:
     """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it.
 
     Raises ValueError that names it. It may be a link, but only to a plain file: a device has no
     end, and a pipe makes its reader wait for a writer.
     """
     try:
-        with open(file, "rb", opener=open_at_once) as stream:
+        # A pipe without a writer is opened too, and at once.
+        with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
             check_picture(file, os.fstat(stream.fileno()))
             return decode(stream.read(LARGEST), size)
     except ImageError as error:
         raise ValueError(f"{file}: {error.message}") from error
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """As `os.open`, but a pipe without a writer is opened too."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_picture(file: Path, found: os.stat_result) -> None:

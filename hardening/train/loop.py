@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Batch, float], Tensor]
 Precision = Literal["bf16", "fp32"]
 History = list[dict[str, float]]  # a row an epoch
+# What a run's state holds beside its parts.
+POSITION = ("settings", "history", "loss", "epoch", "done", "steps", "minutes")
 
 
 class Recipe(NamedTuple):
@@ -154,13 +156,9 @@ class Run:
         """Write the whole state; a crash in between leaves the last one intact."""
         self.check()
         self.minutes, self.since = self.worked(), time.monotonic()
-        if not distributed.first():
-            return
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "history": self.history, "loss": self.loss.cpu()}
-        state |= {"epoch": self.epoch, "done": self.done, "steps": self.steps}
-        state |= {"minutes": self.minutes}
-        states.save(self.folder, state)
+        if distributed.first():
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            states.save(self.folder, state | {name: getattr(self, name) for name in POSITION})
 
     def resume(self) -> None:
         """Continue the run that the folder holds, if any.
@@ -173,8 +171,7 @@ class Run:
                 "the processes do not begin with the same images and weights: give each machine"
                 " the same files"
             )
-        state = states.read(self.folder) if distributed.first() else None
-        state = distributed.from_first(state)
+        state = distributed.from_first(states.read(self.folder) if distributed.first() else None)
         if state is None:
             return
         if state["settings"] != self.settings:
@@ -184,10 +181,9 @@ class Run:
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.epoch, self.done, self.steps = state["epoch"], state["done"], state["steps"]
-        self.history, self.loss, self.minutes = state["history"], state["loss"], state["minutes"]
-        where = f"epoch {self.epoch + 1}, step {self.done + 1}"
-        say(f"continuing {self.folder} at {where}")
+        for name in POSITION:
+            setattr(self, name, state[name])
+        say(f"continuing {self.folder} at epoch {self.epoch + 1}, step {self.done + 1}")
 
     def pass_over(
         self, images: Images | Folder, step: Step, *, epochs: int, batch_size: int
@@ -195,22 +191,11 @@ class Run:
         """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
         rank, world = distributed.place()
         count = max(1, len(images) // batch_size)
-        rounds = shuffled(
-            images,
-            batch_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            skip=self.done,
-            mirrored=self.mirrored,
-        )
-        with tqdm(
-            total=count,
-            initial=self.done,
-            desc=f"epoch {self.epoch + 1}/{epochs}",
-            disable=not distributed.first(),
-        ) as bar:
+        rounds = partial(shuffled, images, batch_size, seed=self.seed, epoch=self.epoch)
+        title, quiet = f"epoch {self.epoch + 1}/{epochs}", not distributed.first()
+        with tqdm(total=count, initial=self.done, desc=title, disable=quiet) as bar:
             shown = time.monotonic()
-            for batch in rounds:
+            for batch in rounds(skip=self.done, mirrored=self.mirrored):
                 torch.manual_seed(self.seed + self.steps * world + rank)  # for dropout
                 loss = step(batch, (self.epoch + self.done / count) / epochs)
                 self.loss = self.loss.to(loss.device) + loss
@@ -264,12 +249,11 @@ class Run:
 
 def draw(runs: Sequence[History], file: Path) -> None:
     """Write the learning curve of `runs`, where matplotlib is installed."""
-    if not distributed.first():
-        return
     with suppress(ImportError):
         from rampart.hardening.train.curve import learning_curve
 
-        learning_curve(runs, file)
+        if distributed.first():
+            learning_curve(runs, file)
 
 
 def say(line: str) -> None:
@@ -307,18 +291,11 @@ class Trainer:
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=recipe.lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=recipe.weight_decay,
-        )
-        parts: dict[str, Part] = {
-            "model": self.model,
-            "ema": self.ema,
-            "optimizer": self.optimizer,
-        }
+        sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+        weights = self.model.parameters()
+        self.optimizer = sgd(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        parts: dict[str, Part] = {"model": self.model, "ema": self.ema}
+        parts |= {"optimizer": self.optimizer}
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
         self.run = Run(folder, settings, parts, seed=recipe.seed, mirrored=recipe.mirrored)
 
@@ -329,7 +306,10 @@ class Trainer:
             group["lr"] = recipe.lr * one_cycle(progress)
         batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
         with autocast(self.device, recipe.precision):
-            loss = self.descend(self.taught(batch), progress)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    batch = batch._replace(soft=F.softmax(self.teacher(batch.x).float(), 1))
+            loss = self.descend(batch, progress)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         # BatchNorm's, of which each process has seen its own part of the batch.
         statistics = [b for name, b in self.model.named_buffers() if "running_" in name]
@@ -338,13 +318,6 @@ class Trainer:
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
         return loss
-
-    def taught(self, batch: Batch) -> Batch:
-        """The batch with the teacher's word on it, where there is one."""
-        if self.teacher is None:
-            return batch
-        with torch.no_grad():
-            return batch._replace(soft=F.softmax(self.teacher(batch.x).float(), 1))
 
     def descend(self, batch: Batch, progress: float) -> Tensor:
         """Leave the gradients of this process's part of a batch; returns its loss."""

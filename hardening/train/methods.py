@@ -40,14 +40,15 @@ class Method(NamedTuple):
     loss: Callable[[Classifier, Batch, Tensor, float], Tensor]
 
 
-def step_size(threat: Threat, steps: int) -> float:
-    """A step of PGD-`steps`: eps/4 at ten, in proportion at others, at most eps.
+def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Tensor) -> Tensor:
+    """PGD whose steps are eps/4 where there are ten, in proportion at others, at most eps.
 
     Raises ValueError below one step.
     """
     if steps < 1:
         raise ValueError(f"--steps {steps}: an attack takes one step or more")
-    return threat.eps * min(1.0, 2.5 / steps)
+    size = threat.eps * min(1.0, 2.5 / steps)
+    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
 def as_they_are(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
@@ -63,8 +64,7 @@ def in_one_step(model: Classifier, batch: Batch, threat: Threat, steps: int) -> 
 def away_from_the_label(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """PGD on the cross-entropy, from a random start."""
     start = random_start(batch.x, threat, batch.noise)
-    loss, size = cross_entropy(model, batch.label), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
+    return in_steps(cross_entropy(model, batch.label), batch, threat, steps, start=start)
 
 
 def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
@@ -73,8 +73,7 @@ def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int
         clean = F.softmax(model(batch.x).float(), 1)
     # At x itself the divergence has no slope.
     start = 0.001 * batch.noise.normal(*batch.x.shape[1:])
-    loss, size = divergence_from(model, clean), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
+    return in_steps(divergence_from(model, clean), batch, threat, steps, start=start)
 
 
 def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
@@ -86,11 +85,8 @@ def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tenso
     """
     with torch.no_grad():
         clean = F.softmax(model(batch.x).float(), 1)
-    start = (
-        threat.eps
-        / 2
-        * ascent_direction(batch.noise.uniform(*batch.x.shape[1:]) - 0.5, threat.norm)
-    )
+    draws = batch.noise.uniform(*batch.x.shape[1:]) - 0.5
+    start = threat.eps / 2 * ascent_direction(draws, threat.norm)
     guide = GAT_LAMBDA * (batch.noise.uniform() < 0.5)
 
     def loss(x: Tensor) -> Tensor:
@@ -98,15 +94,13 @@ def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tenso
         gap = (F.softmax(logits, 1) - clean).square().sum(1)
         return F.cross_entropy(logits, batch.label, reduction="none") + guide * gap
 
-    size = threat.eps
-    return pgd(loss, batch.x, threat, steps=1, step_size=size, start=start, keep_best=False)
+    return in_steps(loss, batch, threat, 1, start=start)
 
 
 def away_from_the_teacher(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """PGD that moves the prediction away from the teacher's for x."""
     start = random_start(batch.x, threat, batch.noise)
-    loss, size = divergence_from(model, taught(batch)), step_size(threat, steps)
-    return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
+    return in_steps(divergence_from(model, taught(batch)), batch, threat, steps, start=start)
 
 
 def taught(batch: Batch) -> Tensor:
@@ -204,23 +198,18 @@ def adversarial_weights(
         return
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
-    distributed.average(gradient for gradient in gradients if gradient is not None)
-    steps = [
-        gamma * w.norm() / (g.norm() + 1e-12) * g
-        for w, g in zip(weights, gradients, strict=True)
-        if g is not None
-    ]
-    moved = [w for w, g in zip(weights, gradients, strict=True) if g is not None]
-    before = [w.detach().clone() for w in moved]
+    moved = [(w, g) for w, g in zip(weights, gradients, strict=True) if g is not None]
+    distributed.average(gradient for _, gradient in moved)
+    before = [(weight, weight.detach().clone()) for weight, _ in moved]
     with torch.no_grad():
-        for weight, step in zip(moved, steps, strict=True):
-            weight.add_(step)
+        for weight, gradient in moved:
+            weight.add_(gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient)
     # Autocast keeps bfloat16 copies of weights, and does not see that these have moved.
     torch.clear_autocast_cache()
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, value in zip(moved, before, strict=True):
+            for weight, value in before:
                 weight.copy_(value)
         torch.clear_autocast_cache()
