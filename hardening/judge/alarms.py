@@ -187,9 +187,7 @@ def figures(
 
 def p_of(judged: Judged, image: Tensor) -> Floats:
     """p-values (N,) of images uint8 (N, H, W, 3)."""
-    labels = torch.zeros(len(image), dtype=torch.int64)
-    scores = scores_of(judged.pipeline, Images(image, labels, ()))
-    return p_values(scores, judged.calibration)
+    return p_values(scores_of(judged.pipeline, image), judged.calibration)
 
 
 def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
@@ -251,14 +249,13 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
         # Variants may take different images for one class.
         cells = [way, ", ".join(dict.fromkeys(str(row["n"]) for row in mine.values()))]
         for variant in variants:
-            cells += row_cells(mine[variant]) if variant in mine else ["-", "-"]
+            if row := mine.get(variant):
+                flagged = cell_text(row) + (" too many" if row["too_many"] else "")
+                cells += [flagged, f"{row['drift']:.3f}"]
+            else:
+                cells += ["-", "-"]
         body.append(tuple(cells))
     return tuple(head), body
-
-
-def row_cells(row: dict[str, Any]) -> list[str]:
-    """What is flagged, and the drift."""
-    return [cell_text(row) + (" too many" if row["too_many"] else ""), f"{row['drift']:.3f}"]
 
 
 def in_words(point: dict[str, Any]) -> str:

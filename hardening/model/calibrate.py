@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import Calibration, combine
+from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.files import Precision as Precision
 from rampart.hardening.model.files import calibration_file as calibration_file
 from rampart.hardening.model.files import load_variant as load_variant
@@ -27,18 +27,16 @@ from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 KNOTS = 33
 
 
-def scores_of(
-    pipeline: DefendedClassifier, images: Images, engine: Engine | None = None, *, size: int = 256
-) -> NDArray[np.float64]:
-    """Scores (N, D) of images through the uint8 entry, or through an exported graph of it."""
+def scores_of(pipeline: DefendedClassifier, image: Tensor, engine: Engine | None = None) -> Floats:
+    """Scores (N, D) of uint8 images (N, H, W, 3), through the pipeline or an exported graph."""
     if engine is not None:
-        return engine.run(images.image.cpu().numpy()).scores.astype(np.float64)
-    parts = images.image.tensor_split(list(range(size, len(images), size)))
+        return engine.run(image.cpu().numpy()).scores.astype(np.float64)
     with torch.no_grad():
-        return torch.cat([pipeline(part).scores for part in parts]).double().cpu().numpy()
+        scores = [pipeline(part).scores for part in torch.split(image, 256)]
+        return torch.cat(scores).double().cpu().numpy()
 
 
-def tables(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def tables(scores: Floats) -> tuple[Floats, Floats]:
     """Quantile knots (D, Q) of tuning scores (N, D), and the surprise (Q,) at each."""
     # Tails from 1 down to 1/N, evenly on the log scale: resolution where decisions fall.
     tail = np.geomspace(1.0, 1.0 / len(scores), KNOTS)
@@ -59,15 +57,18 @@ def calibrate(
             f"{len(held)} held-out images leave {len(ranked)} to calibrate on: a false-alarm rate"
             " of 1% needs at least 100, so hold out 200 or more"
         )
-    knots, surprise = tables(scores_of(pipeline, split(held, "tuning"), engine))
+    knots, surprise = tables(scores_of(pipeline, split(held, "tuning").image, engine))
     unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
-    combined = np.sort(combine(scores_of(pipeline, ranked, engine), unranked))
+    combined = np.sort(combine(scores_of(pipeline, ranked.image, engine), unranked))
     return Calibration(pipeline.detectors.names, knots, surprise, combined, len(ranked), variant)
 
 
-def to_json(calibration: Calibration, data: str) -> dict[str, object]:
-    """The content of an archive's calibration.json; `data` says what it was made from."""
-    return {
+def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
+    """Write a variant's calibration into a folder of model_store; `data` says what it was made
+    from.
+    """
+    file = calibration_file(folder, calibration.variant, precision)
+    content = {
         "variant": calibration.variant,
         "detectors": list(calibration.detectors),
         "knots": calibration.knots.tolist(),
@@ -76,12 +77,7 @@ def to_json(calibration: Calibration, data: str) -> dict[str, object]:
         "images": calibration.images,
         "data": data,
     }
-
-
-def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
-    """Write a variant's calibration into a folder of model_store."""
-    file = calibration_file(folder, calibration.variant, precision)
-    file.write_text(json.dumps(to_json(calibration, data)) + "\n")
+    file.write_text(json.dumps(content) + "\n")
     return file
 
 

@@ -5,19 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rampart.hardening.model.files import FORMAT
+from rampart.hardening.model.files import FORMAT, read_config
 
 
 def save(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """Write the model's state and its building `config` (JSON values) to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     partial = path.with_suffix(".partial")
     save_file(state, partial, {"format": FORMAT, "config": json.dumps(config)})
     partial.replace(path)
@@ -28,17 +26,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises FileNotFoundError, or ValueError where the file is not one of ours.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: make one with `rampart train`")
+    config = read_config(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return config, load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} carries no Rampart config: only files of `rampart train` load")
-    return json.loads(metadata["config"]), state
 
 
 def digest(model: nn.Module) -> str:

@@ -98,14 +98,12 @@ def held_beside(card: dict[str, Any], data: Path) -> list[str]:
 
 def commands(card: dict[str, Any]) -> list[dict[str, str]]:
     """Each command of the card as its options, the last folder or file name of each value."""
-    lines = [
-        [part for word in shlex.split(line) for part in word.split("=", word.startswith("--"))]
-        for line in card.get("commands", [])
-    ]
-    return [
-        {word: Path(value).name for word, value in pairwise(words) if word.startswith("--")}
-        for words in lines
-    ]
+    out = []
+    for line in card.get("commands", []):
+        words = [w for word in shlex.split(line) for w in word.split("=", word.startswith("--"))]
+        options = {word: Path(value).name for word, value in pairwise(words)}
+        out.append({word: name for word, name in options.items() if word.startswith("--")})
+    return out
 
 
 def contents(model: Path) -> dict[str, Any]:
@@ -149,8 +147,7 @@ def deliver(model: Path, target: Path) -> bool:
 def _decides(model: Path) -> dict[str, bytes]:
     """What makes it another model."""
     names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
-    files = [model / name for name in names]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
+    return {name: (model / name).read_bytes() for name in names if (model / name).is_file()}
 
 
 def _logged(model: Path) -> list[str]:
@@ -169,5 +166,5 @@ def is_of(archive: Path, model: Path) -> bool:
             known = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
     except (OSError, BadZipFile, ValueError, KeyError, TypeError):
         return False
-    weights = (model / "weights.safetensors").read_bytes()
-    return bool(known == hashlib.sha256(weights).hexdigest())
+    with (model / "weights.safetensors").open("rb") as weights:
+        return bool(known == hashlib.file_digest(weights, "sha256").hexdigest())

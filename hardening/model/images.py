@@ -7,7 +7,7 @@ where there is one, and a batch is one index operation.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -40,7 +40,7 @@ class Images:
 
     def to(self, device: torch.device) -> "Images":
         """The same images with both tensors on `device`."""
-        return Images(self.image.to(device), self.label.to(device), self.classes, self.paths)
+        return replace(self, image=self.image.to(device), label=self.label.to(device))
 
     def __getitem__(self, index: slice | Tensor) -> "Images":
         chosen = torch.arange(len(self))[index]
@@ -79,12 +79,10 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names by index."""
-        ...
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The name of each image within its source, or none at all."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -92,11 +90,9 @@ class Source(Protocol):
 
     def whole(self) -> Images:
         """All of them, in memory."""
-        ...
 
     def unlike(self, held: Images) -> Tensor:
         """Which images (N,) have other pixels than all of `held`, as far as that is known."""
-        ...
 
 
 class Held(NamedTuple):

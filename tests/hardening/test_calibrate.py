@@ -30,7 +30,7 @@ def from_scores(tuning: np.ndarray, ranked: np.ndarray) -> Calibration:
 def test_torch_and_numpy_combine_scores_alike(
     full: Calibration, tiny_pipeline: DefendedClassifier, tiny_images: Images
 ) -> None:
-    scores = torch.from_numpy(calibrate.scores_of(tiny_pipeline, tiny_images))
+    scores = torch.from_numpy(calibrate.scores_of(tiny_pipeline, tiny_images.image))
     # Also far beyond the tables on both sides, where the extrapolation rules differ.
     scores = torch.cat([scores, scores * 3, scores / 3, scores - 1])
     expected = combine(scores.numpy(), full)
@@ -77,7 +77,7 @@ def test_the_margin_has_gradients_inside_and_beyond_the_tables(full: Calibration
 def test_the_margin_is_positive_exactly_on_flagged_images(
     full: Calibration, tiny_pipeline: DefendedClassifier, tiny_images: Images
 ) -> None:
-    scores = torch.from_numpy(calibrate.scores_of(tiny_pipeline, tiny_images))
+    scores = torch.from_numpy(calibrate.scores_of(tiny_pipeline, tiny_images.image))
     margin = calibrate.detection_margin(scores, full, 0.1).numpy()
     np.testing.assert_array_equal(margin > 0, p_values(scores.numpy(), full) < 0.1)
     assert 0 < (margin > 0).mean() < 0.3
