@@ -148,13 +148,14 @@ def arm(
 
 def ladder(every: list[Attacked], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
     """Attacks on the label of what never rejects; joint ones, at each rate, on what does."""
-    out: list[Rung] = []
-    for victim in (victim for attacked in every for victim in attacked.victims):
-        if victim.rejects:
-            out += rungs_on(victim, "joint", threat, budget, classes=classes)
-        else:
-            out += rungs_on(victim, "label", threat, budget, classes=classes)
-    return out
+    return [
+        rung
+        for attacked in every
+        for victim in attacked.victims
+        for rung in rungs_on(
+            victim, "joint" if victim.rejects else "label", threat, budget, classes=classes
+        )
+    ]
 
 
 def outcome(attacked: Attacked, found: list[Tensor], images: Images, threat: Threat) -> Outcome:
@@ -185,32 +186,27 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """
     plain = next(outcome for outcome in outcomes if outcome.attacked.setup.name == MAX_SOFTMAX)
     took = timings([outcome.attacked.engine for outcome in outcomes])
-    every = zip(outcomes, took, strict=True)
-    return [figures(outcome, outcomes[0], plain, ms) for outcome, ms in every]
-
-
-def figures(
-    outcome: Outcome, bare: Outcome, plain: Outcome, milliseconds: float | None
-) -> dict[str, Any]:
-    """One setup's figures beside the `bare` classifier's and `plain` max-softmax rejection's."""
-    out: dict[str, Any] = {
-        "name": outcome.attacked.setup.name,
-        "clean": share(outcome.right),
-        "robust": share(np.isinf(outcome.least)),
-        "milliseconds": milliseconds,
-    }
-    if outcome.attacked.calibration is not None:
-        out["at"] = [
-            {
-                "rate": rate,
-                "clean_rejection": share(~outcome.passes(rate, outcome.suspicion)),
-                "robust_with_rejection": share(outcome.safe(rate)),
-                "gain": rounded(*difference(outcome.safe(rate), bare.safe(rate))),
-                "gain_over_max_softmax": rounded(*difference(outcome.safe(rate), plain.safe(rate))),
-            }
-            for rate in RATES
-        ]
+    out = []
+    for outcome, milliseconds in zip(outcomes, took, strict=True):
+        row: dict[str, Any] = {"name": outcome.attacked.setup.name}
+        row |= {"clean": share(outcome.right), "robust": share(np.isinf(outcome.least))}
+        row |= {"milliseconds": milliseconds}
+        if outcome.attacked.calibration is not None:
+            row["at"] = [at(rate, outcome, outcomes[0], plain) for rate in RATES]
+        out.append(row)
     return out
+
+
+def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> dict[str, Any]:
+    """Figures at one rate, beside the `bare` classifier and `plain` max-softmax rejection."""
+    safe = outcome.safe(rate)
+    return {
+        "rate": rate,
+        "clean_rejection": share(~outcome.passes(rate, outcome.suspicion)),
+        "robust_with_rejection": share(safe),
+        "gain": rounded(*difference(safe, bare.safe(rate))),
+        "gain_over_max_softmax": rounded(*difference(safe, plain.safe(rate))),
+    }
 
 
 def timings(engines: list[Engine | None]) -> list[float | None]:
@@ -266,12 +262,6 @@ def entry(
     }
 
 
-def at_rate(row: dict[str, Any], rate: float) -> dict[str, Any]:
-    """What a row of the card says of one rate of false alarms."""
-    found: dict[str, Any] = next(point for point in row["at"] if point["rate"] == rate)
-    return found
-
-
 def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of the rows, with rejection at 2% and 5% false alarms."""
     head = ["in front of the classifier", "clean", "robust"]
@@ -280,8 +270,9 @@ def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, 
     body = []
     for row in rows:
         cells = [row["name"], cell_text(row["clean"]), cell_text(row["robust"])]
+        points = {point["rate"]: at_cells(point) for point in row.get("at", [])}
         for rate in SHOWN:
-            cells += at_cells(at_rate(row, rate)) if "at" in row else ["-"] * 3
+            cells += points.get(rate, ["-"] * 3)
         ms = row["milliseconds"]
         body.append((*cells, f"{ms:.2f}" if ms else "-"))
     return (*head, "ms, 1 image, 1 thread"), body
@@ -303,10 +294,9 @@ def curve_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple
     """Head and body of a table of what rejects, at every rate of RATES."""
     front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
     head = (*front, "over the classifier, points", "over max-softmax, points")
-    over = "gain_over_max_softmax"
-    body = [
-        (row["name"], f"{point['rate']:.1%}", *at_cells(point), in_points(point[over]))
-        for row in rows
-        for point in row.get("at", [])
-    ]
+    body = []
+    for row in rows:
+        for point in row.get("at", []):
+            over = in_points(point["gain_over_max_softmax"])
+            body.append((row["name"], f"{point['rate']:.1%}", *at_cells(point), over))
     return head, body

@@ -63,15 +63,13 @@ def votes(
     model: Callable[[Tensor], Tensor], x: Tensor, sigma: float, draws: range, *, seed: int
 ) -> Tensor:
     """How many noisy copies of x got each label (K,); each of `draws` names one copy's noise."""
-    total = None
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
     for first in tqdm(range(draws.start, draws.stop, BATCH), desc="certify", leave=False):
         index = torch.arange(first, min(first + BATCH, draws.stop), device=x.device)
         noisy = x + sigma * Noise(index, seed=seed).normal(*x.shape[1:])
         with torch.no_grad():
             logits = model(noisy)
-        counted = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-        total = counted if total is None else total + counted
-    assert total is not None
+        total = total + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return total
 
 

@@ -133,12 +133,6 @@ def squares(x: Tensor, share: float) -> Tensor:
     return masks.flatten(0, 1).to(x.device)
 
 
-def attacks(victim: Victim, budget: Budget) -> dict[str, cache.Craft]:
-    """The attacks on one victim, by what they may do."""
-    l2 = partial(rungs.joint_apgd, victim.look, threat=L2, budget=budget)
-    return {str(L2): l2, "patch": partial(patch, victim.look)}
-
-
 def rows(
     victims: list[Victim], images: Images, budget: Budget, *, folder: Path
 ) -> Iterator[dict[str, Any]]:
@@ -151,7 +145,8 @@ def rows(
     attempts = {"clean": [clean], str(L2): [clean], "patch": [clean]}
     source = attack_source((*PIPELINE_CODE, "judge/outside"))
     for victim in victims:
-        for name, craft in attacks(victim, budget).items():
+        l2 = partial(rungs.joint_apgd, victim.look, threat=L2, budget=budget)
+        for name, craft in ((str(L2), l2), ("patch", partial(patch, victim.look))):
             key = f"{source} {victim.fingerprint} {name} {budget}"
             title = f"{victim.name}, {name}"
             attempts[name].append(cache.crafted(folder, key, images, craft, title=title))
@@ -180,23 +175,20 @@ def scaling(size: int) -> dict[str, Any]:
     """
     large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
     pictures = [square(name, large) for name in PHOTOGRAPHS]
-    ours: list[float] = []
-    picked: list[float] = []
-    off: list[float] = []
+    found = []
     for shown, hidden in zip(pictures, pictures[1:] + pictures[:1], strict=True):
         target = decode(saved(Image.fromarray(hidden)), size)
-        for how, psnrs in ((Image.Resampling.BICUBIC, ours), (Image.Resampling.NEAREST, picked)):
-            forged = forge(shown, target, how)
-            psnrs.append(psnr(shown, forged))
-            if how is Image.Resampling.BICUBIC:
-                small = decode(saved(Image.fromarray(forged)), size).astype(int)
-                off.append(float(np.abs(small - target).mean()))
+        forged = forge(shown, target, Image.Resampling.BICUBIC)
+        picked = forge(shown, target, Image.Resampling.NEAREST)
+        small = decode(saved(Image.fromarray(forged)), size).astype(int)
+        psnrs = [psnr(shown, other) for other in (forged, picked)]
+        found.append([*psnrs, np.abs(small - target).mean()])
+    means = np.mean(found, axis=0).round(1).tolist()
+    names = ("psnr", "psnr_nearest", "levels_off_target")
     return {
         "pictures": len(pictures),
         "pixels": [large, size],
-        "psnr": round(float(np.mean(ours)), 1),
-        "psnr_nearest": round(float(np.mean(picked)), 1),
-        "levels_off_target": round(float(np.mean(off)), 1),
+        **dict(zip(names, means, strict=True)),
     }
 
 
