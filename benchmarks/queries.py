@@ -35,7 +35,7 @@ from tqdm import tqdm
 from rampart.export.archive import archive
 from rampart.handlers.image import decode
 from rampart.handlers.queries.stores import Store, open_store
-from rampart.handlers.queries.watch import ENTRIES, KEPT, PROBED, Entry, Watch, _items
+from rampart.handlers.queries.watch import DIGESTS, ENTRIES, PROBED, Entry, Watch, _items
 from rampart.hardening.judge.metrics import wilson
 from rampart.hardening.model.images import Images
 from rampart.hardening.report import redteam
@@ -285,7 +285,7 @@ def size(options: argparse.Namespace) -> list[str]:
 
 def made(noise: np.random.Generator, count: int) -> dict[bytes, bytes]:
     """What storing so many different queries writes."""
-    digests = noise.integers(1, 2**63, (count, KEPT)).tolist()
+    digests = noise.integers(1, 2**63, (count, DIGESTS)).tolist()
     entries = {noise.bytes(8): Entry(time.time(), tuple(one)) for one in digests}
     return _items(entries, {})
 

@@ -1,1 +1,1 @@
-"""Query attacks: what is nearly an image that was asked about before, and where that is kept."""
+"""Query attacks: images nearly the same as earlier ones, and the stores that remember those."""

@@ -1,15 +1,14 @@
-"""Queries are looked up beside the graph, which computes without Python: so a store adds hardly any
-latency, and one that hangs holds up no answer."""
+"""Looks queries up while the graph runs, which needs no Python: so a store adds hardly any latency,
+and one that hangs holds up no answer."""
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any
 
 from rampart.handlers.errors import ImageError
-from rampart.handlers.queries.stores import FolderError, LateStore, Store, open_store
+from rampart.handlers.queries.stores import open_store
 from rampart.handlers.queries.watch import ENTRIES, Response, Watch
 from rampart.handlers.telemetry import Metrics
 from rampart.handlers.types import Pixels
@@ -17,11 +16,11 @@ from rampart.handlers.types import Pixels
 logger = logging.getLogger(__name__)
 
 QUERY_WAIT = 1.0  # seconds that answers wait for the query store once the graph is done
-Responses = list[Response | None]  # what becomes of each image, None for nothing
+Responses = list[Response | None]  # to each image, None for none
 
 
 def open_watch(settings: Mapping[str, Any], model: str) -> Watch | None:
-    """The watch for query attacks, where `query_store` names a store.
+    """The watch for query attacks, None without a `query_store`.
 
     Raises ValueError for settings that make no sense.
     """
@@ -30,12 +29,7 @@ def open_watch(settings: Mapping[str, Any], model: str) -> Watch | None:
         return None
     expiry = float(settings.get("query_expiry", 3600))
     entries = ENTRIES * int(settings.get("query_capacity", 100_000))
-    make = partial(open_store, str(address), entries=entries, expiry=expiry)
-    store: Store
-    try:
-        store = make()
-    except FolderError:  # of a restart too, so the server serves without it; `begin` says so
-        store = LateStore(make)
+    store = open_store(str(address), entries=entries, expiry=expiry)
     response = settings.get("on_query_attack", "alert")
     return Watch(store, model, response=response, expiry=expiry)
 
@@ -53,15 +47,15 @@ class Lookup:
     def ask(
         self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
     ) -> Future[Responses] | None:
-        """Begin to look for near queries. A store that still has not answered is asked nothing."""
+        """Start to look for near queries, unless the store has not answered the last question."""
         if self._watch is None or (self._last and not self._last.done()):
             return None
         self._last = self._thread.submit(self._look, self._watch, images, owners)
         return self._last
 
     def responses(self, question: Future[Responses] | None, count: int) -> Responses:
-        """What the store says of each image; nothing where it takes too long: a name server or a
-        lock that hangs must not hold up predictions."""
+        """The response to each of `count` images, none where the store takes too long: a name
+        server or a lock that hangs must not hold up predictions."""
         if question is None:
             return [None] * count
         if wait([question], QUERY_WAIT).done:

@@ -1,8 +1,8 @@
 """Where stored queries live: LMDB for the workers of one machine, Redis for several machines.
 
-Both are maps from short keys to short values that forget: what is added goes into the newest of two
-generations, and a new one starts, and the older is dropped, when the newest is half as old as
-`expiry` or holds half of what is allowed. So nothing is ever deleted singly.
+Both map short keys to short values in two generations. New values go into the newer one. When that
+is half as old as `expiry`, or holds half of the entries, the older one is dropped and a new one
+begins. So nothing is ever deleted singly.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,17 +20,13 @@ logger = logging.getLogger(__name__)
 
 MAP_BYTES = 1 << 24  # of LMDB besides its entries: a map costs disk only as it fills
 ENTRY_BYTES = 1024  # for a key and its value, the longest of half that, on pages half empty
-TIMEOUT = 0.1  # seconds for Redis; who waits longer is worse off than who is not watched
+TIMEOUT = 0.1  # seconds for Redis: waiting longer is worse than not watching
 LONGEST, MOST = 1e9, 10**9  # seconds and entries: beyond, Redis or LMDB take no such number
 HEAD = struct.Struct("<Qd")  # the number of the newest generation, and when it began
 
 
 class StoreError(RuntimeError):
-    """Why the store cannot be used now; the next call may find it working."""
-
-
-class FolderError(ValueError):
-    """Why a folder cannot hold the store now; the message names the remedy."""
+    """Why the store cannot be used now, on one line; the next call may find it working."""
 
 
 class Store(Protocol):
@@ -41,21 +37,19 @@ class Store(Protocol):
         ...
 
     def find(self, keys: Sequence[bytes]) -> list[bytes]:
-        """What is known under each key, the older generation's value first; empty where none."""
+        """The value under each key, the older generation's first; empty where there is none."""
         ...
 
     def add(self, items: Mapping[bytes, bytes]) -> None:
-        """Keep values in the newest generation, in place of what it has under these keys."""
+        """Put values into the newest generation, in place of what it has under these keys."""
         ...
 
 
 def open_store(address: str, *, entries: int, expiry: float) -> Store:
-    """The store at a `redis://` address, or else in a folder, which is made.
+    """The store at a `redis://` address, or else in a folder; the first call opens it.
 
-    It keeps about `entries` keys and forgets them after `expiry` seconds at the latest; what LMDB
-    has forgotten leaves its file at the next `add`, or when it is opened. Raises ValueError, of one
-    line, where its package is missing, the address makes no sense or the folder is not ours alone,
-    not where Redis is down.
+    It keeps about `entries` keys and forgets them after `expiry` seconds at the latest. Raises
+    ValueError, on one line, where its package is missing or a setting makes no sense.
     """
     if not 0 < expiry < LONGEST or not 2 <= entries < MOST:
         raise ValueError(
@@ -73,78 +67,60 @@ def open_store(address: str, *, entries: int, expiry: float) -> Store:
         ) from error
 
 
-class LateStore:
-    """A store that could not be opened; each call tries it again."""
-
-    def __init__(self, make: Callable[[], Store]) -> None:
-        self._make = make
-        self._instance: Store | None = None
-
-    def secret(self) -> bytes:
-        """As the store's."""
-        return self._store().secret()
-
-    def find(self, keys: Sequence[bytes]) -> list[bytes]:
-        """As the store's."""
-        return self._store().find(keys)
-
-    def add(self, items: Mapping[bytes, bytes]) -> None:
-        """As the store's."""
-        self._store().add(items)
-
-    def _store(self) -> Store:
-        try:
-            self._instance = self._instance or self._make()
-        except ValueError as error:
-            raise StoreError(str(error)) from error
-        return self._instance
-
-
 class LmdbStore:
-    """An LMDB file in a folder that only its owner may enter."""
+    """An LMDB file in a folder that only its owner may enter.
+
+    Forgotten entries leave the file at the next `add`, or when a worker opens it.
+    """
 
     def __init__(self, folder: Path, *, entries: int, expiry: float) -> None:
         import lmdb
 
-        self._lmdb = lmdb
+        self._lmdb, self._folder = lmdb, folder
         self._half, self._age = entries // 2, expiry / 2
         self._bytes = MAP_BYTES + entries * ENTRY_BYTES
+        self._env: Any = None
+
+    def _open(self) -> None:
+        """Open the file, or a new one in place of a damaged one."""
+        lmdb, folder = self._lmdb, self._folder
         damage = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, struct.error)
         try:
             # Who can write the file knows the secret, and can hide an attack or feign one.
             private_folder.claim(folder, "data.mdb", "lock.mdb")
             try:
-                self._open(folder)
+                self._open_file()
             except damage:
                 logger.warning("The query store is damaged and begins anew")
                 (folder / "data.mdb").unlink()
-                self._open(folder)
-        except private_folder.NotOursError as error:
-            raise FolderError(f"query_store {error}") from error
+                self._open_file()
+        except private_folder.ForeignFolderError as error:
+            raise StoreError(f"query_store {error}") from error
         except Exception as error:  # also of the operating system, and of a path with a zero byte
             reason = " ".join(str(error).split())
-            raise FolderError(
+            raise StoreError(
                 f"query_store {folder}: {reason}. Name a folder on a local disk that the"
                 " server may write to, or a redis:// address"
             ) from error
 
-    def _open(self, folder: Path) -> None:
+    def _open_file(self) -> None:
         # Not a writable map: where the disk is full, that ends the process with SIGBUS. Not
         # synchronous, so a crash of the machine can damage the file; nothing in it is dear.
-        self._env = self._lmdb.open(
-            str(folder), map_size=self._bytes, max_dbs=3, mode=0o600,
+        env = self._lmdb.open(
+            str(self._folder), map_size=self._bytes, max_dbs=3, mode=0o600,
             sync=False, metasync=False, max_readers=1024,
         )  # fmt: skip
         try:
-            self._env.reader_check()  # slots of workers that were killed
-            self._generations = [self._env.open_db(name) for name in (b"even", b"odd")]
-            with self._env.begin(write=True) as txn:
+            env.reader_check()  # slots of workers that were killed
+            self._generations = [env.open_db(name) for name in (b"even", b"odd")]
+            with env.begin(write=True) as txn:
                 if time.time() - _head(txn)[1] >= 3 * self._age:  # even the youngest has expired
                     for generation in self._generations:
                         txn.drop(generation, delete=False)
         except Exception:
-            self._env.close()  # a process opens a file once
+            env.close()  # a process opens a file once
             raise
+        self._env = env
 
     def secret(self) -> bytes:
         """32 random bytes, made at first use."""
@@ -153,7 +129,7 @@ class LmdbStore:
             return bytes(txn.get(b"secret", b""))
 
     def find(self, keys: Sequence[bytes]) -> list[bytes]:
-        """What is known under each key."""
+        """The value under each key."""
         with self._transaction() as txn:
             number, _ = _head(txn)
             older, newer = (
@@ -163,7 +139,7 @@ class LmdbStore:
         return [older.get(key, b"") + newer.get(key, b"") for key in keys]
 
     def add(self, items: Mapping[bytes, bytes]) -> None:
-        """Keep values in the newest generation."""
+        """Put values into the newest generation."""
         with self._transaction(write=True) as txn:
             number, began = _head(txn)
             newest = self._generations[number % 2]
@@ -176,6 +152,8 @@ class LmdbStore:
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[Any]:
+        if self._env is None:
+            self._open()
         try:
             with self._env.begin(write=write) as txn:
                 yield txn
@@ -208,8 +186,8 @@ class RedisStore:
                 socket_connect_timeout=TIMEOUT,
                 retry=Retry(NoBackoff(), 1),  # for a connection that a restart has cut
             )
-            self._redis.connection_pool.make_connection()  # connects not; settings are checked here
-        except Exception as error:  # its own words may hold the password
+            self._redis.connection_pool.make_connection()  # checks settings, does not connect
+        except Exception as error:  # whose message may hold the password
             raise ValueError(
                 "query_store must be a folder or redis://HOST:PORT/NUMBER (rediss:// for TLS)"
             ) from error
@@ -225,7 +203,7 @@ class RedisStore:
         return self._secret
 
     def find(self, keys: Sequence[bytes]) -> list[bytes]:
-        """What is known under each key."""
+        """The value under each key."""
         if not keys:
             return []
         pipe = self._redis.pipeline(transaction=False)
@@ -235,7 +213,7 @@ class RedisStore:
         return [(a or b"") + (b or b"") for a, b in zip(older, newer, strict=True)]
 
     def add(self, items: Mapping[bytes, bytes]) -> None:
-        """Keep values in the newest generation."""
+        """Put values into the newest generation."""
         used = self._number
         pipe = self._redis.pipeline(transaction=False)
         pipe.hset(_hash(used), mapping=cast(Any, items))
@@ -250,7 +228,7 @@ class RedisStore:
             self._run(pipe)
 
     def _run(self, pipe: Any) -> list[Any]:
-        """The answers to a pipeline's commands; what others changed meanwhile is noted."""
+        """The answers to a pipeline's commands; takes over what other workers changed meanwhile."""
         pipe.hmget("rampart", "secret", "head")
         try:
             answers: list[Any] = pipe.execute()

@@ -22,8 +22,8 @@ from rampart.handlers.queries import lookup
 from rampart.handlers.queries import watch as queries
 from rampart.handlers.queries.stores import open_store
 from rampart.handlers.queries.watch import (
+    DIGESTS,
     ENTRIES,
-    KEPT,
     SHARED,
     Entry,
     Fingerprints,
@@ -101,7 +101,7 @@ def test_a_fingerprint_is_a_secret_function_of_image_and_owner(photos: np.ndarra
         return Fingerprints(secret).digests([photos[1], image], ["", owner])[1]
 
     own = digests()
-    assert len(own) == KEPT and (np.diff(own[::-1].astype(float)) > 0).all()
+    assert len(own) == DIGESTS and (np.diff(own[::-1].astype(float)) > 0).all()
     assert np.array_equal(own, Fingerprints(SECRET).digests([image.copy()], [""])[0])
     others = [digests(SECRET[::-1]), digests(owner="b")]
     assert all(not np.intersect1d(own, other).size for other in others)
@@ -463,10 +463,10 @@ def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
 
 
 def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
-    own = tuple(range(KEPT, 0, -1))
+    own = tuple(range(DIGESTS, 0, -1))
     entries = {
-        b"few": Entry(0.0, (*range(999, 999 - KEPT + SHARED, -1), *own[:SHARED])),
-        b"enough": Entry(0.0, (*range(999, 998 - KEPT + SHARED, -1), *own[: SHARED + 1])),
+        b"few": Entry(0.0, (*range(999, 999 - DIGESTS + SHARED, -1), *own[:SHARED])),
+        b"enough": Entry(0.0, (*range(999, 998 - DIGESTS + SHARED, -1), *own[: SHARED + 1])),
     }
     assert _nearest(entries, own) == b"enough"
     del entries[b"enough"]
@@ -474,6 +474,6 @@ def test_more_than_a_fifth_of_a_fingerprint_makes_an_image_near() -> None:
 
 
 def test_an_entry_survives_its_packing_and_of_two_the_newer_counts() -> None:
-    old, new = Entry(1.5, (2**64 - 1, 1)), Entry(2.5, tuple(range(KEPT, 0, -1)))
+    old, new = Entry(1.5, (2**64 - 1, 1)), Entry(2.5, tuple(range(DIGESTS, 0, -1)))
     assert Entry.unpack(old.pack()) == old
     assert Entry.unpack(old.pack() + new.pack()) == new

@@ -146,6 +146,7 @@ def test_a_file_whose_head_makes_no_sense_is_begun_anew(
 
 def test_a_worker_with_room_for_more_does_not_lock_the_other_out(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), entries=10, expiry=60)
+    store.secret()
     code = """if True:
         import sys
         from rampart.handlers.queries.stores import open_store
@@ -189,8 +190,6 @@ def test_an_address_decides_which_store_it_is(tmp_path: Path) -> None:
     ("address", "settings", "message"),
     [
         ("ftp://somewhere", {}, "query_store must be a folder or redis://"),
-        ("/proc/nowhere", {}, "query_store /proc/nowhere: .*Name a folder on a local disk"),
-        ("/proc/a\0b", {}, "query_store /proc/a.b: embedded null byte.*Name a folder"),
         ("redis://:word@127.0.0.1:x/0", {}, "must be a folder or redis://HOST"),
         ("redis://:word@127.0.0.1:1/0?nonsense=1", {}, "must be a folder or redis://HOST"),
         ("queries", {"expiry": 0.0}, "query_expiry must be above 0"),
@@ -209,29 +208,44 @@ def test_what_cannot_be_a_store_is_refused_with_the_remedy(
     assert not Path("queries").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("/proc/nowhere", "query_store /proc/nowhere: .*Name a folder on a local disk"),
+        ("/proc/a\0b", "query_store /proc/a.b: embedded null byte.*Name a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_at_each_call(folder: str, message: str) -> None:
+    store = open_store(folder, entries=100, expiry=60)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=message) as failure:
+            store.secret()
+        assert "\n" not in str(failure.value)
+
+
 @pytest.mark.parametrize("name", ["folder", "data.mdb", "lock.mdb"])
 def test_a_store_that_somebody_else_owns_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+    open_store(str(tmp_path / "mine"), entries=100, expiry=60).secret()
     theirs = tmp_path / "mine" / ("" if name == "folder" else name)
     give_away(theirs, monkeypatch)
-    with pytest.raises(ValueError, match=r"query_store /.* belongs to somebody else: chmod 700"):
-        open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+    with pytest.raises(StoreError, match=r"query_store /.* belongs to somebody else: chmod 700"):
+        open_store(str(tmp_path / "mine"), entries=100, expiry=60).secret()
 
 
 def test_a_store_that_others_may_enter_or_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o750)
-    with pytest.raises(ValueError, match=r"query_store /.*open is open to others: chmod 700"):
-        open_store(str(tmp_path / "open"), entries=100, expiry=60)
+    with pytest.raises(StoreError, match=r"query_store /.*open is open to others: chmod 700"):
+        open_store(str(tmp_path / "open"), entries=100, expiry=60).secret()
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "mine")
-    with pytest.raises(ValueError, match=r"query_store /.*link is a link: name the folder"):
-        open_store(str(tmp_path / "link"), entries=100, expiry=60)
+    with pytest.raises(StoreError, match=r"query_store /.*link is a link: name the folder"):
+        open_store(str(tmp_path / "link"), entries=100, expiry=60).secret()
     (tmp_path / "mine" / "data.mdb").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"query_store /.*data\.mdb is no plain file"):
-        open_store(str(tmp_path / "mine"), entries=100, expiry=60)
+    with pytest.raises(StoreError, match=r"query_store /.*data\.mdb is no plain file"):
+        open_store(str(tmp_path / "mine"), entries=100, expiry=60).secret()
     assert not (tmp_path / "elsewhere").exists() and not list((tmp_path / "open").iterdir())
 
 
