@@ -1,8 +1,8 @@
 """How long a batch may take, and which of its pictures come first.
 
-TorchServe replaces a worker that does not answer, and what others sent is lost with it. So no batch
-takes half as long as that. And a few clients with huge pictures must not hold up all others: dear
-pictures beside cheap ones get the time in which the worker was idle, and a tenth of the rest.
+TorchServe replaces a worker that does not answer in time, and drops its other requests too. So a
+batch ends well before that. And a few clients with huge pictures must not hold up all others:
+beside cheap pictures, dear ones get the worker's idle time and a tenth of the rest.
 """
 
 import time
@@ -13,10 +13,10 @@ from rampart.handlers.errors import BUSY, DEAR_BUSY, TOO_SLOW, ImageError
 
 Result = TypeVar("Result")
 BATCH_SECONDS = 10.0  # below half of the 30 that an archive's responseTimeout allows
-REQUEST_SECONDS = 2.0  # of decoding the images of one request
-DEAR = 2**18  # pixels that a picture costs from which it is dear: some milliseconds
-SHARE = 0.1  # of a busy worker's time for dear pictures
-SAVED = 1.0  # seconds of that time that are saved up for at most
+REQUEST_SECONDS = 2.0  # to decode the images of one request
+DEAR = 2**18  # a picture that costs more pixels is dear: it takes some milliseconds
+SHARE = 0.1  # of a busy worker's time goes to dear pictures
+MAX_CREDIT = 1.0  # seconds of that time that a worker saves up
 
 
 class Budget:
@@ -25,8 +25,7 @@ class Budget:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = self._ended = clock()
-        self._credit = SAVED  # seconds for dear pictures
-        self._contended = False
+        self._credit = MAX_CREDIT  # seconds for dear pictures
 
     def begin(self) -> None:
         """A batch begins; until now the worker was idle."""
@@ -39,18 +38,18 @@ class Budget:
         self._earn(SHARE * (self._ended - self._began))
 
     def _earn(self, seconds: float) -> None:
-        self._credit = min(SAVED, self._credit + seconds)
+        self._credit = min(MAX_CREDIT, self._credit + seconds)
 
     def is_spent(self) -> bool:
-        """Whether the batch has had its time."""
+        """Whether the batch has used up its time."""
         return self._clock() - self._began > BATCH_SECONDS
 
     def spend(
         self, work: Sequence[tuple[int, int]], task: Callable[[int], Result]
     ) -> list[Result | ImageError]:
-        """`task(i)` for each (request, cost) of `work`, what is cheap first; or why not.
+        """`task(i)` for each (request, cost) of `work`, cheap work first, or an error in its place.
 
-        Costs are pixels, as `handlers.image.Picture` tells them.
+        Costs are in pixels, as in `handlers.image.Picture`.
         """
         results: list[Result | ImageError] = [BUSY] * len(work)
         dear = {request for request, cost in work if cost > DEAR}
@@ -67,7 +66,7 @@ class Budget:
             else:
                 began = self._clock()
                 results[at] = task(at)
-                took = self._clock() - began
-                spent[request] = spent.get(request, 0.0) + took
-                self._credit -= took if cost > DEAR else 0.0
+                duration = self._clock() - began
+                spent[request] = spent.get(request, 0.0) + duration
+                self._credit -= duration if cost > DEAR else 0.0
         return results

@@ -1,8 +1,8 @@
-"""What a JPEG, PNG or WebP file holds, told from its structure before a pixel is decoded.
+"""Reads the structure of a JPEG, PNG or WebP file before a pixel is decoded.
 
-A file is walked marker by marker or chunk by chunk, within bounds. Only what the pixels need goes
-on to the decoder: no EXIF but the orientation, no colour profile, text, preview or second picture.
-So metadata cost nothing, however large they unpack.
+A walk from marker to marker, or chunk to chunk, stays within bounds. The decoder gets only what the
+pixels need: no EXIF, colour profile, text, preview or second picture. So metadata cost nothing,
+however large they would unpack.
 
 Sources: ITU T.81 (annex B), PNG (third edition, sections 5 and 11), RFC 9649 (WebP), CIPA DC-008
 (EXIF).
@@ -17,23 +17,23 @@ from typing import Literal, NamedTuple
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 MAX_PARTS = 4096  # markers or chunks of one file; encoders write a few to a few hundred
-MAX_TAGS = 256  # of EXIF that are looked through for the orientation
+MAX_TAGS = 256  # EXIF tags to search for the orientation
 ORIENTATION = 0x0112
 SHORT = 3  # EXIF's name for 16-bit numbers
 
-# JPEG: a marker may be filled up in front; coded data end at the first that is none of a restart.
+# JPEG: fill bytes may precede a marker; coded data end at the first marker other than a restart.
 MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 DATA_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 START_OF_SCAN, END_OF_IMAGE, EXIF_SEGMENT = 0xDA, 0xD9, 0xE1
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three others are tables
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+NO_LENGTH = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 # Comments and application data, but for JFIF's and Adobe's, which say how colours are coded.
 METADATA = {*range(0xE0, 0xF0), 0xFE} - {0xE0, 0xEE}
 
 CRITICAL = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 PIXEL_CHUNKS = (b"VP8 ", b"VP8L")
-ALPHA = 0x10  # the only flag of a WebP's extended header that concerns the pixels
+ALPHA = 0x10  # the only flag in a WebP's extended header that concerns the pixels
 
 
 class ContainerError(ValueError):
@@ -57,10 +57,7 @@ class Still(NamedTuple):
 
 
 def read_still(data: bytes) -> Still | None:
-    """The picture in `data`, None for another format.
-
-    Raises ContainerError or FramesError.
-    """
+    """The picture in `data`, None for another format. Raises ContainerError or FramesError."""
     try:
         if data.startswith(PNG):
             return read_png(data)
@@ -75,7 +72,7 @@ def read_still(data: bytes) -> Still | None:
 
 def read_jpeg(data: bytes) -> Still:
     """The primary picture of a JPEG: cameras append previews, films and other pictures to it."""
-    kept, scans, orientation = [data[:2]], 0, 0
+    parts, scans, orientation = [data[:2]], 0, 0
     frame: tuple[int, tuple[int, int]] | None = None
     for kind, start, end in segments(data):
         if kind in FRAMES and frame is None:
@@ -85,17 +82,17 @@ def read_jpeg(data: bytes) -> Still:
         if kind == EXIF_SEGMENT and data[start + 4 : start + 10] == b"Exif\0\0" and not orientation:
             orientation = exif_orientation(data[start + 10 : end])
         if kind not in METADATA:
-            kept.append(data[start:end])
+            parts.append(data[start:end])
     if frame is None or not scans:
         raise ContainerError("no frame")
     kind, (height, width) = frame
-    picture = b"".join(kept)
+    picture = b"".join(parts)
     progressive = kind in PROGRESSIVE
     return Still("JPEG", (width, height), picture, orientation or 1, scans, progressive)
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(kind, start, end) of each marker with what belongs to it, up to the end of the picture.
+    """(kind, start, end) of each marker with its data, up to the end of the picture.
 
     The coded data of a scan belong to its marker. Raises ContainerError.
     """
@@ -108,15 +105,15 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if kind == END_OF_IMAGE:
             yield kind, start, marker.end()
             return
-        length = 0 if kind in ALONE else struct.unpack_from(">H", data, marker.end())[0]
+        length = 0 if kind in NO_LENGTH else struct.unpack_from(">H", data, marker.end())[0]
         at = marker.end() + length
-        if at > len(data) or (length < 2 and kind not in ALONE):
+        if at > len(data) or (length < 2 and kind not in NO_LENGTH):
             raise ContainerError("cut")
         if kind == START_OF_SCAN:
-            following = DATA_END.search(data, at)
-            if not following:
+            data_end = DATA_END.search(data, at)
+            if not data_end:
                 raise ContainerError("no end")
-            at = following.start()
+            at = data_end.start()
         yield kind, start, at
     raise ContainerError("too many markers")
 
@@ -126,15 +123,15 @@ def read_png(data: bytes) -> Still:
     if data[12:16] != b"IHDR":
         raise ContainerError("no header")
     width, height, depth = struct.unpack_from(">IIB", data, 16)
-    kept, orientation = [data[:8]], 1
+    parts, orientation = [data[:8]], 1
     for kind, start, end in png_chunks(data):
         if kind == b"acTL" and struct.unpack_from(">I", data, start + 8)[0] > 1:
             raise FramesError
         if kind == b"eXIf":
             orientation = exif_orientation(data[start + 8 : end - 4])
         if kind in CRITICAL:
-            kept.append(data[start:end])
-    return Still("PNG", (width, height), b"".join(kept), orientation, depth=depth)
+            parts.append(data[start:end])
+    return Still("PNG", (width, height), b"".join(parts), orientation, depth=depth)
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -153,7 +150,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def read_webp(data: bytes) -> Still:
     """A WebP, and no animation."""
-    kept: list[bytes] = []
+    parts: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     orientation = 1
     for kind, start, end in webp_chunks(data):
@@ -165,19 +162,19 @@ def read_webp(data: bytes) -> Still:
             width, height = (1 + int.from_bytes(side, "little") for side in sides)
             sizes.append((width, height))
             flags = data[content] & ALPHA
-            kept.append(data[start:content] + bytes([flags, 0, 0, 0]) + data[content + 4 : end])
+            parts.append(data[start:content] + bytes([flags, 0, 0, 0]) + data[content + 4 : end])
         elif kind == b"EXIF":
             orientation = exif_orientation(data[content:end])
         elif kind in PIXEL_CHUNKS:
             sizes.append(webp_size(kind, data[content:end]))
-            kept.append(data[start:end])
+            parts.append(data[start:end])
         elif kind == b"ALPH":
-            kept.append(data[start:end])
+            parts.append(data[start:end])
     if not sizes:
         raise ContainerError("no picture")
     # Where canvas and picture differ, the decoder refuses the file, by the size of the canvas.
     size = max(sizes, key=math.prod)
-    body = b"WEBP" + b"".join(kept)
+    body = b"WEBP" + b"".join(parts)
     return Still("WEBP", size, b"RIFF" + struct.pack("<I", len(body)) + body, orientation)
 
 

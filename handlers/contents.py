@@ -1,11 +1,10 @@
-"""What an archive holds, once it is unpacked: its files, their hashes, what runs its graph."""
+"""The files of an unpacked archive, their hashes, and what runs its graph."""
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 
-from rampart.handlers.engine import Engine, EngineError, Runs
+from rampart.handlers.engine import Engine, EngineError, Runner, sha256
 from rampart.handlers.plan import PlanEngine
 
 logger = logging.getLogger(__name__)
@@ -14,7 +13,7 @@ HASHES = "sha256.json"
 GRAPH, PLAN = "graph.onnx", "graph.plan"  # a plan of TensorRT may lie beside the graph
 PARTS = (GRAPH, "calibration.json", "card.json", "labels.json")
 HANDLERS = Path(__file__).parent
-# What runs inside a worker is packed beside the graph: this folder, all of it, and no more.
+# A worker runs this folder: an archive holds all of it, and no other code.
 SOURCES = (
     "rampart/__init__.py",
     *sorted(
@@ -25,33 +24,37 @@ SOURCES = (
 NEEDED = PARTS + SOURCES
 
 
-def verify(folder: Path) -> None:
-    """Check every listed file's SHA-256. Raises ValueError that names the file and the remedy."""
+def verify(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each listed file, once all are checked.
+
+    Raises ValueError that names the file and the remedy; reads no file outside the folder.
+    """
     try:
-        listed = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
-    for name in NEEDED:
-        if name not in listed:
-            raise ValueError(f"{name} is not listed in {HASHES}: build the archive anew")
-    if (folder / PLAN).exists() and PLAN not in listed:
-        raise ValueError(f"{PLAN} is not listed in {HASHES}, and is code: build the archive anew")
-    for name, digest in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing from the archive: build the archive anew")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if not isinstance(hashes, dict):
+        raise ValueError(f"{HASHES} is no table of files: build the archive anew")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := sorted(hashes.keys() - files):
+        raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
+    needed = {*NEEDED, *({PLAN} & files)}  # a plan is code too
+    if unlisted := sorted(needed - hashes.keys()):
+        raise ValueError(f"{unlisted[0]} is not listed in {HASHES}: build the archive anew")
+    for name, digest in hashes.items():
+        if sha256(folder / name) != digest:
             raise ValueError(
                 f"{name} is not the file that was packed (its SHA-256 differs from {HASHES}):"
                 " build the archive anew, or fetch it again"
             )
+    return hashes
 
 
-def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runs:
-    """What runs an unpacked archive's graph: ONNX Runtime, or for the device `plan` TensorRT.
+def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runner:
+    """What runs an unpacked archive's graph: ONNX Runtime, or TensorRT for the device `plan`.
 
-    `auto` takes a plan where there is one that works, and says so where it does not; an int8 graph
-    runs on the CPU. Raises EngineError.
+    `auto` takes a plan that works; where one does not, the log says so. An int8 graph runs on the
+    CPU. Raises EngineError.
     """
     precision = json.loads((folder / "card.json").read_text(encoding="utf-8")).get("precision")
     if precision == "int8":

@@ -1,7 +1,6 @@
-"""The TorchServe handler: TorchServe's requests to ours, our replies to TorchServe's.
+"""The TorchServe handler: translates requests and replies between TorchServe and service.py.
 
-TorchServe imports this file by its own name and wants exactly one class in it. What a request
-means, and what answers it, is in service.py.
+TorchServe imports this file by its own name and wants exactly one class in it.
 """
 
 import json
@@ -19,9 +18,9 @@ from rampart.handlers.settings import override
 from rampart.handlers.telemetry import Metrics
 from rampart.handlers.types import Incoming, Reply, Route
 
-# What the management API's question for a description comes without, and a prediction with.
+# Headers of every prediction, which a describe call of the management API lacks.
 PREDICTION = {"url_path", "explain", "content-type"}
-# TorchServe answers with an x-request-id of its own; the client's comes back beside it.
+# TorchServe sends an x-request-id of its own, so the client's needs another name.
 RENAMED = {"x-request-id": "x-client-request-id"}
 TOO_MANY_PARTS = ImageError(
     413,
@@ -35,9 +34,8 @@ class DefendedHandler:
     """One defended classifier behind TorchServe."""
 
     def initialize(self, context: Any) -> None:
-        """Open the archive. Raises ValueError, which ends the worker with one line that names the
-        file and the remedy."""
-        wire.bound()
+        """Open the archive. Raises ValueError on one line, which names the file and the remedy."""
+        wire.install()
         metrics, config = Metrics(), context.model_yaml_config
         self._service = Service.open(
             Path(context.system_properties["model_dir"]),
@@ -65,10 +63,10 @@ class DefendedHandler:
 
 
 def incoming(fields: Fields, headers: Mapping[str, object]) -> Incoming:
-    """A request of ours. `fields` are the body, or the parts and query parameters by name;
-    `headers` hold, under the name of each part, its content type too."""
+    """A request for the service. `fields` are the body, or the parts and query parameters by name;
+    `headers` also hold each part's content type, under its name."""
     texts = {name.lower(): str(value) for name, value in headers.items()}
-    # TorchServe calls a whole body `body`; gRPC clients call their image `data` by custom.
+    # TorchServe calls a whole body `body`; gRPC clients usually call their image `data`.
     whole = "body" if "body" in fields else "data"
     parts = [
         as_bytes(value)
@@ -80,8 +78,8 @@ def incoming(fields: Fields, headers: Mapping[str, object]) -> Incoming:
 
 
 def route(fields: Fields, headers: Mapping[str, str]) -> Route:
-    """TorchServe gives its own route, /predictions/NAME, a header that /v1 and /v2 lack. It asks
-    for a description by a header, which any client can send."""
+    """The route. Only TorchServe's own, /predictions/NAME, has a header `url_path`. A describe call
+    is a header too, which any client can send."""
     described = headers.get("describe") == "True" and not fields
     if described and PREDICTION.isdisjoint(headers):
         return "describe"
@@ -110,5 +108,5 @@ def respond(context: Any, index: int, request: Incoming, reply: Reply) -> None:
         else:
             context.set_response_header(index, RENAMED.get(name, name), value)
     if "content-length" not in request.headers:
-        # So the call came by gRPC. One that streams ends the worker where this is not said.
+        # The call came by gRPC. A streaming one ends the worker without this header.
         context.set_response_header(index, "ts_stream_next", "false")

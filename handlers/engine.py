@@ -1,9 +1,10 @@
-"""Run the exported graph in ONNX Runtime, on the device that was asked for or not at all."""
+"""Run the exported graph in ONNX Runtime, on the requested device or not at all."""
 
 import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,20 +20,20 @@ OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 MAX_BATCH = 64
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 DEVICES = ("cpu", *PROVIDERS, "auto")
-# What each provider needs beside onnxruntime-gpu.
+# What each provider needs besides onnxruntime-gpu.
 LIBRARIES = {
     "cuda": "the libraries of CUDA 13 and cuDNN 9 (they come with torch)",
-    "tensorrt": "the libraries of TensorRT 10 beside those of CUDA 13 and cuDNN 9",
+    "tensorrt": "the libraries of TensorRT 10 besides those of CUDA 13 and cuDNN 9",
 }
 BEST_BATCH = 8  # what TensorRT tunes for
 
 
 class EngineError(RuntimeError):
-    """The graph or the device is not what was asked for; the message names the remedy."""
+    """The graph or the device cannot be used as requested; the message names the remedy."""
 
 
 class Outputs(NamedTuple):
-    """What the graph says of N images."""
+    """The graph's outputs for N images."""
 
     logits: NDArray[np.float32]  # (N, K), of the purified image
     raw_logits: NDArray[np.float32]  # (N, K)
@@ -40,7 +41,7 @@ class Outputs(NamedTuple):
     purified: NDArray[np.uint8]  # (N, H, W, 3)
 
 
-class Runs(Protocol):
+class Runner(Protocol):
     """What runs a graph: an Engine, or a TensorRT plan."""
 
     device: str
@@ -49,6 +50,28 @@ class Runs(Protocol):
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Outputs of uint8 (N, H, W, 3)."""
         ...
+
+
+def run_in_pieces(
+    run: Callable[[NDArray[np.uint8]], Sequence[NDArray[Any]]],
+    images: NDArray[np.uint8],
+    size: int,
+) -> Outputs:
+    """The outputs of `run` for images (N, H, W, 3), at most `size` of them at a time."""
+    pieces = [run(images[start : start + size]) for start in range(0, len(images), size)]
+    return Outputs(*map(np.concatenate, zip(*pieces, strict=True)))
+
+
+def check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
+    """Raise ValueError for anything but uint8 (N, H, W, 3) of this `shape` (H, W, 3)."""
+    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
+        raise ValueError(f"expected uint8 images (N, {shape}), not {images.shape}")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Engine:
@@ -66,7 +89,7 @@ class Engine:
             raise EngineError(f"unknown device: choose one of {', '.join(DEVICES)}")
         self.device = device
         if device == "auto":
-            self.device = "cuda" if _listed("cuda") else "cpu"
+            self.device = "cuda" if _is_installed("cuda") else "cpu"
         try:
             self._session = _session(path, self.device, threads, device_id)
         except EngineError as error:
@@ -76,24 +99,22 @@ class Engine:
             self.device = "cpu"
             self._session = _session(path, self.device, threads, device_id)
         self.image_shape = _image_shape(self._session, path)
-        graph = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.digest = f"{graph} in ONNX Runtime {ort.__version__}"
+        self.digest = f"{sha256(path)} in ONNX Runtime {ort.__version__}"
         for batch in (1, 2):
             self.run(np.zeros((batch, *self.image_shape), dtype=np.uint8))
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run uint8 (N, H, W, 3) through the graph, in pieces of at most MAX_BATCH images."""
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or len(images) == 0:
-            raise ValueError(f"expected uint8 images (N, {self.image_shape}), not {images.shape}")
-        pieces = [
-            self._session.run(OUTPUTS, {"image": images[start : start + MAX_BATCH]})
-            for start in range(0, len(images), MAX_BATCH)
-        ]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        check_images(images, self.image_shape)
+        return run_in_pieces(self._piece, images, MAX_BATCH)
+
+    def _piece(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(OUTPUTS, {"image": images})
+        return outputs
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the kernel says that this CPU can do; nothing where it says nothing."""
+    """The features that the kernel lists for this CPU; none where there is no such list."""
     try:
         text = cpuinfo.read_text()
     except OSError:
@@ -102,7 +123,7 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def dots_bytes(features: set[str]) -> bool:
-    """Whether a CPU adds products of bytes up in 32 bits: VNNI of x86, or its like on ARM."""
+    """Whether a CPU sums products of bytes in 32 bits: VNNI of x86, or its like on ARM."""
     return bool(features & {"avx_vnni", "avx512_vnni", "asimddp"})
 
 
@@ -113,13 +134,13 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
     # Spinning threads burn the cores that other workers need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    if device != "cpu" and not _listed(device):
+    if device != "cpu" and not _is_installed(device):
         raise EngineError(
             f"no {device.upper()} device for onnxruntime: its {PROVIDERS[device]} is missing,"
             " install onnxruntime-gpu"
         )
     if not dots_bytes(cpu_features()):
-        # It adds them up in 16 bits, which overflow. Other CPUs would take twice the time.
+        # It sums in 16 bits, which overflow. On other CPUs the option would double the time.
         options.add_session_config_entry("session.x64quantprecision", "1")
     providers = _providers(path, device, device_id)
     try:
@@ -137,7 +158,7 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
     return session
 
 
-def _listed(device: str) -> bool:
+def _is_installed(device: str) -> bool:
     return PROVIDERS[device] in ort.get_available_providers()
 
 
@@ -153,15 +174,14 @@ def _providers(path: Path, device: str, device_id: int) -> list[Any]:
 
 
 def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
-    """Options of ONNX Runtime's TensorRT provider: what it built for this graph is kept.
+    """Options of ONNX Runtime's TensorRT provider, which caches what it builds for this graph.
 
     It computes in TF32 where the GPU can; a plan of `rampart export --tensorrt` does not.
-    The provider puts GPU and TensorRT into the names of its files; graph and ONNX Runtime are in
-    that of the folder.
+    The folder's name holds graph and ONNX Runtime; the provider names its files after GPU and
+    TensorRT.
     """
-    graph = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     root = Path(os.environ.get("RAMPART_ENGINES") or Path.home() / ".cache" / "rampart")
-    folder = root / f"{graph}-onnxruntime-{ort.__version__}"
+    folder = root / f"{sha256(path)[:16]}-onnxruntime-{ort.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     shape = _image_shape(ort.InferenceSession(path, providers=["CPUExecutionProvider"]), path)
     batches = zip(("min", "opt", "max"), (1, BEST_BATCH, MAX_BATCH), strict=True)
@@ -177,22 +197,15 @@ def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
 
 
 def _image_shape(session: Any, path: Path) -> tuple[int, int, int]:
-    """(H, W, 3) of the graph's input, once its inputs and outputs are what the handler needs."""
-    inputs = session.get_inputs()
+    """(H, W, 3) of the graph's input. Raises EngineError where inputs or outputs do not fit."""
+    inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     names = tuple(output.name for output in session.get_outputs())
-    shape = inputs[0].shape if len(inputs) == 1 else []
-    fits = (
-        len(shape) == 4
-        and inputs[0].name == "image"
-        and inputs[0].type == "tensor(uint8)"
-        and not isinstance(shape[0], int)
-        and all(isinstance(length, int) for length in shape[1:])
-        and shape[1] == shape[2]
-        and shape[3] == 3
+    match inputs:
+        case [("image", "tensor(uint8)", [None | str(), int(height), int(width), 3])] if (
+            height == width and names == OUTPUTS
+        ):
+            return height, width, 3
+    raise EngineError(
+        f"{path.name} is not a Rampart graph: it needs one input `image` uint8 (N, S, S, 3)"
+        f" with N free, and the outputs {', '.join(OUTPUTS)}; export it anew"
     )
-    if not fits or names != OUTPUTS:
-        raise EngineError(
-            f"{path.name} is not a Rampart graph: it needs one input `image` uint8 (N, S, S, 3)"
-            f" with N free, and the outputs {', '.join(OUTPUTS)}; export it anew"
-        )
-    return shape[1], shape[2], shape[3]

@@ -1,19 +1,22 @@
 """What is wrong with a request or an image, in words for its sender."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 logger = logging.getLogger(__name__)
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 PAUSE = 1.0  # seconds between two similar images that a throttled client may send
-RETRY = 1.0  # seconds after which a client that was put off may come again
+RETRY = 1.0  # seconds after which a client may try again
 
 
 class ImageError(Exception):
     """Why an image, or the request that should carry one, cannot be used.
 
-    `code` is the HTTP status, `type` a short constant for programs, `message` says what is wrong
-    and what to send instead; none of them quotes the request.
+    `code` is the HTTP status, `type` a short constant for programs. `message` says what is wrong
+    and what to send instead. None of them quotes the request.
     """
 
     def __init__(self, code: int, type: str, message: str) -> None:
@@ -23,7 +26,7 @@ class ImageError(Exception):
         self.message = message
 
     def bare(self) -> "ImageError":
-        """The same without its traceback, which holds the picture that it is about."""
+        """A copy without the traceback, which would keep the picture in memory."""
         return ImageError(self.code, self.type, self.message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +59,17 @@ INTERNAL = ImageError(500, "internal_error", "the request could not be read: ret
 RETRY_AFTER = {TOO_SIMILAR.code: PAUSE, BUSY.code: RETRY}
 
 
-def unexpected(error: Exception) -> ImageError:
-    """What a client hears of a fault of ours; the log gets its type and nothing of the request."""
-    logger.error("Reading a request failed: %s", type(error).__name__)
-    return INTERNAL
+def outcome(
+    task: Callable[Arguments, Result], *args: Arguments.args, **options: Arguments.kwargs
+) -> Result | ImageError:
+    """What `task` returns, or why it cannot: no request's fault may reach another request.
+
+    Of a fault of ours the log gets the type, and nothing of the request.
+    """
+    try:
+        return task(*args, **options)
+    except ImageError as error:
+        return error.bare()
+    except Exception as error:
+        logger.error("Reading a request failed: %s", type(error).__name__)
+        return INTERNAL

@@ -1,7 +1,7 @@
-"""Bytes to pixels, bounded: the one image decoder, for serving and for training alike.
+"""Bytes to pixels, within bounds: the one image decoder, for serving and for training.
 
-Everything that a file's structure tells (format, frames, size) is judged before a pixel is decoded,
-so a small file that claims a huge picture costs nothing.
+It checks a file's structure (format, frames, size) before it decodes a pixel, so a small file that
+claims a huge picture costs nothing.
 """
 
 import base64
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from rampart.handlers.containers import ContainerError, FramesError, Still, read_still
-from rampart.handlers.errors import ImageError, unexpected
+from rampart.handlers.errors import ImageError, outcome
 from rampart.handlers.types import Pixels
 
-MAX_PIXELS = 2**24  # of any picture; also the largest setting of what a request may hold
-ENOUGH = 2**22  # pixels that a request may hold for every model
+MAX_PIXELS = 2**24  # of any picture, and of any request whatever the settings
+MIN_DEFAULT = 2**22  # pixels that a request may hold by default, however small the model
 MAX_ASPECT = 20
 MAX_IMAGES = 32  # of one request
 # Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten.
 MAX_JPEG_SCANS = 100
-FREE_SCANS = 12  # that one picture's pixels allow for
-# A few bytes can claim millions of pixels of one colour. Beyond what is free, pixels want bytes.
+FREE_SCANS = 12  # included in the cost of a picture's pixels
+# A few bytes can claim millions of pixels of one colour: above FREE_PIXELS, pixels need bytes.
 FREE_PIXELS, PIXELS_A_BYTE = 2**20, 2048
-# Called directly: `Image.open` warns about large pictures and tries formats that we do not take.
+# `Image.open` would warn about large pictures and try other formats.
 READERS: dict[str, Callable[[BytesIO], Image.Image]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -46,14 +46,14 @@ UPRIGHT = {
 
 
 class Allowance:
-    """What decoding the pictures of one request may still cost, in pixels of a PNG."""
+    """The remaining cost that one request's pictures may have, in pixels of a PNG."""
 
     def __init__(self, pixels: int = MAX_PIXELS) -> None:
         self.pixels = pixels
         self._left, self._earned = pixels, FREE_PIXELS
 
     def spend(self, cost: int, length: int) -> None:
-        """Pay for a picture of `length` bytes. Raises ImageError where too little is left."""
+        """Pay for a picture of `length` bytes. Raises ImageError where it costs too much."""
         if cost > self._left:
             which = "image has" if cost > self.pixels else "images of one request together have"
             raise ImageError(
@@ -75,12 +75,12 @@ class Allowance:
 
 
 def default_pixels(size: int) -> int:
-    """How many pixels a request may hold by default for a model of `size`: eight times its side."""
-    return min(MAX_PIXELS, max(ENOUGH, (8 * size) ** 2))
+    """Pixels that a request may hold by default: a square of eight times the model's side."""
+    return min(MAX_PIXELS, max(MIN_DEFAULT, (8 * size) ** 2))
 
 
 class Picture(NamedTuple):
-    """A picture that may be decoded: `cost` says how dear that is, in pixels of a PNG."""
+    """A picture that passed all checks of its structure; decoding costs `cost` pixels of a PNG."""
 
     still: Still
     size: int | None
@@ -88,7 +88,7 @@ class Picture(NamedTuple):
 
     def pixels(self) -> NDArray[np.uint8]:
         """RGB pixels, uint8 (H, W, 3), as `decode` returns them. Raises ImageError."""
-        # Pillow answers hostile bytes with a dozen exception types; all of them mean one thing.
+        # Pillow raises a dozen exception types on hostile bytes; all mean the same.
         try:
             image = self._open()
             image.load()
@@ -111,13 +111,13 @@ class Picture(NamedTuple):
         if image.size != self.still.size:
             raise _corrupt()
         if self.size is not None:
-            # Of JPEGs alone: the inverse transform computes a half, a quarter or an eighth.
+            # JPEGs only: the inverse transform can give a half, a quarter or an eighth.
             image.draft(None, (2 * self.size, 2 * self.size))
         return image
 
 
 def examine(data: bytes, size: int | None = None, allowance: Allowance | None = None) -> Picture:
-    """Judge a file by its structure, as `decode` does before it decodes. Raises ImageError."""
+    """Check a file's structure, as `decode` does first. Raises ImageError."""
     if not data:
         raise ImageError(422, "empty_body", "the body is empty: send a JPEG, PNG or WebP image")
     try:
@@ -145,10 +145,10 @@ def _cost(still: Still, size: int | None) -> int:
     pixels = still.size[0] * still.size[1]
     if still.format != "JPEG":
         return pixels
-    reduction = min(still.size) // (2 * size) if size else 1  # that its decoder may make
+    reduction = min(still.size) // (2 * size) if size else 1  # by the decoder itself
     if still.progressive:
         return pixels * max(FREE_SCANS, still.scans) // FREE_SCANS // max(1, min(reduction, 2))
-    # Passes over other channels are scans too; more of them than those are passes for nothing.
+    # Up to four channels may have a scan each; more scans are useless passes.
     return pixels * max(4, still.scans) // 4 // max(1, min(reduction, 4))
 
 
@@ -157,12 +157,10 @@ def decode(
 ) -> NDArray[np.uint8]:
     """Decode one JPEG, PNG or WebP picture to RGB pixels, uint8 (H, W, 3).
 
-    With `size`, a picture of another size is scaled (bicubic, antialiased, shorter side to `size`;
-    a JPEG of four times that side or more within its decoder first) and centre-cropped to
-    (size, size); one that has that size already is returned untouched. Of a camera's file with
-    previews the primary picture is taken. Raises ImageError for anything that is not one opaque
-    still picture within the bounds, or more than what `allowance` has left for the request that it
-    came with.
+    `size` scales it (bicubic, antialiased, shorter side to `size`; a JPEG of at least four times
+    that side within its decoder first) and crops the centre to (size, size); a picture of that size
+    stays as it is. Of a file with previews it takes the primary picture. Raises ImageError for
+    anything but one opaque still picture within the bounds and the request's `allowance`.
     """
     return examine(data, size, allowance).pixels()
 
@@ -170,32 +168,19 @@ def decode(
 def pictures_of(
     images: Sequence[bytes | Pixels | ImageError], size: int, max_pixels: int
 ) -> list[Picture | Pixels | ImageError]:
-    """The images of one request by what their headers tell, or what is wrong with them."""
+    """The images of one request, examined and not yet decoded, or what is wrong with them."""
     allowance = Allowance(max_pixels)
-    return [_picture_of(image, size, allowance) for image in images]
-
-
-def _picture_of(
-    image: bytes | Pixels | ImageError, size: int, allowance: Allowance
-) -> Picture | Pixels | ImageError:
-    try:
-        return examine(image, size, allowance) if isinstance(image, bytes) else image
-    except ImageError as error:
-        return error.bare()
-    except Exception as error:
-        return unexpected(error)
+    return [
+        outcome(examine, image, size, allowance) if isinstance(image, bytes) else image
+        for image in images
+    ]
 
 
 def pixels_of(image: Picture | Pixels | ImageError, size: int) -> Pixels | ImageError:
     """Pixels (size, size, 3) of one of `pictures_of`, or what is wrong with it."""
-    try:
-        if isinstance(image, Picture):
-            return image.pixels()
-        return image if isinstance(image, ImageError) else fit(image, size)
-    except ImageError as error:
-        return error.bare()
-    except Exception as error:
-        return unexpected(error)
+    if isinstance(image, Picture):
+        return outcome(image.pixels)
+    return image if isinstance(image, ImageError) else outcome(fit, image, size)
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -243,10 +228,9 @@ def from_base64(text: object) -> bytes | ImageError:
 
 
 def _hides_colours(image: Image.Image, depth: int) -> bool:
-    """Whether any pixel is less than opaque, by alpha channel, palette or colour key.
+    """Whether alpha channel, palette or colour key make any pixel less than opaque.
 
-    Converting to RGB would reveal the colour beneath, which no viewer of the picture sees. `depth`
-    are the bits of the file's samples.
+    RGB would reveal the colour beneath, which no viewer shows. `depth` is in bits a sample.
     """
     if not image.has_transparency_data:
         return False
@@ -269,11 +253,11 @@ def _shows_key(image: Image.Image, depth: int) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of a picture without hidden colours. 16-bit gray is scaled: Pillow would clip it."""
+    """RGB of a picture without hidden colours; scales 16-bit gray, which Pillow would clip."""
     if image.mode == "I;16":
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)
-    # A palette keeps its alphas, and only the way over RGBA drops them without a warning.
+    # A palette has alphas, and only the way through RGBA drops them without a warning.
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
 
 

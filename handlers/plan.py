@@ -1,10 +1,9 @@
 """Run a TensorRT plan: one context a worker, tensors on the GPU from input to output.
 
-A plan is executable code, and it is right for one graph alone: it is loaded only if the record
-beside it names its hash, the hash of the graph in the same archive, and what the parity gate said.
+A plan is executable code, and belongs to one graph: it is loaded only if the record beside it holds
+its hash, the hash of the graph in the same archive, and the figures of the parity gate.
 """
 
-import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -13,16 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rampart.handlers.engine import OUTPUTS, EngineError, Outputs
+from rampart.handlers.engine import (
+    OUTPUTS,
+    EngineError,
+    Outputs,
+    check_images,
+    run_in_pieces,
+    sha256,
+)
 
 
 def record_file(plan: Path) -> Path:
-    """Where a plan's record lies."""
+    """The path of a plan's record."""
     return plan.with_name(f"{plan.name}.json")
 
 
 def check_record(plan: Path, graph: Path) -> dict[str, Any]:
-    """The record of `plan`. Raises EngineError where it is missing or speaks of other files."""
+    """The record of `plan`. Raises EngineError where it is missing or of other files."""
     file = record_file(plan)
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -31,9 +37,9 @@ def check_record(plan: Path, graph: Path) -> dict[str, Any]:
             f"{plan.name} has no readable {file.name}: build it with `rampart export --tensorrt`"
         ) from error
     for name, path in (("sha256", plan), ("graph_sha256", graph)):
-        if record.get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        if record.get(name) != sha256(path):
             raise EngineError(
-                f"{path.name} is not the file that {file.name} speaks of: build the plan anew"
+                f"{path.name} is not the file that {file.name} describes: build the plan anew"
             )
     if not record.get("parity"):
         raise EngineError(f"{file.name} records no parity run: build the plan anew")
@@ -51,7 +57,7 @@ class PlanEngine:
             self._load(plan, record, device_id)
         except EngineError:
             raise
-        except Exception as error:  # no package, no driver, no memory: none has a common type
+        except Exception as error:  # no package, driver or memory: they have no common type
             raise EngineError(f"{plan.name} does not run here: {error}") from error
 
     def _load(self, plan: Path, record: dict[str, Any], device_id: int) -> None:
@@ -69,19 +75,16 @@ class PlanEngine:
         if self._engine is None:
             raise EngineError(f"{plan.name} does not load on this GPU: build it anew here")
         self._context = self._engine.create_execution_context()
-        _, _, most = self._engine.get_tensor_profile_shape("image", 0)
-        self._most = int(most[0])
-        self.image_shape: tuple[int, int, int] = (int(most[1]), int(most[2]), int(most[3]))
-        for batch in (1, self._most):
+        _, _, largest = self._engine.get_tensor_profile_shape("image", 0)
+        self._max_batch, height, width, channels = map(int, largest)
+        self.image_shape = height, width, channels
+        for batch in (1, self._max_batch):
             self.run(np.zeros((batch, *self.image_shape), dtype=np.uint8))
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run uint8 (N, H, W, 3), in pieces that the plan's profile takes."""
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or len(images) == 0:
-            raise ValueError(f"expected uint8 images (N, {self.image_shape}), not {images.shape}")
-        starts = range(0, len(images), self._most)
-        pieces = [self._piece(images[start : start + self._most]) for start in starts]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        check_images(images, self.image_shape)
+        return run_in_pieces(self._piece, images, self._max_batch)
 
     def _piece(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
         torch = self._torch

@@ -15,7 +15,7 @@ import numpy as np
 
 from rampart.handlers.budget import Budget
 from rampart.handlers.contents import load_engine, verify
-from rampart.handlers.engine import Runs
+from rampart.handlers.engine import Runner
 from rampart.handlers.errors import (
     BUSY,
     ENGINE_FAILURE,
@@ -23,7 +23,7 @@ from rampart.handlers.errors import (
     TOO_LONG,
     TOO_SIMILAR,
     ImageError,
-    unexpected,
+    outcome,
 )
 from rampart.handlers.image import MAX_IMAGES, Picture, pictures_of, pixels_of
 from rampart.handlers.protocols.choice import plain, read, reading_cost
@@ -50,13 +50,14 @@ class Service:
 
     def __init__(
         self,
-        engine: Runs,
+        engine: Runner,
         judge: Judge,
         card: Mapping[str, Any],
+        *,
         settings: Mapping[str, Any],
         metrics: Metrics,
     ) -> None:
-        self.summary, self.model = summary(card), judge.model  # what a client may ask about
+        self.summary = summary(card)  # what a client may ask about
         self._engine, self._judge, self._metrics = engine, judge, metrics
         self._size = engine.image_shape[0]
         self._max_pixels = read_max_pixels(settings, self._size)
@@ -65,7 +66,8 @@ class Service:
         watch = open_watch(settings, judge.model["name"])
         folder = settings.get("quarantine")
         self._quarantine = Quarantine(Path(folder)) if folder else None
-        self._judge_zeros()
+        # Fail now, and not at the first request, if graph, calibration and labels do not fit.
+        self._infer([np.zeros(engine.image_shape, dtype=np.uint8)])
         precision, calibration = card.get("precision", "fp32"), judge.calibration
         metrics.calibration_images = calibration.images
         metrics.set("rampart_engine_info", 1, engine.device, precision, calibration.variant)
@@ -86,10 +88,10 @@ class Service:
     ) -> "Service":
         """Check the hashes of an unpacked archive, load it, run its graph once.
 
-        `name` is the card's unless another is given; this is one of so many `workers`, which share
-        the cores. Raises ValueError of one line that names the file and the remedy.
+        `name` is the card's by default; all `workers` share the cores. Raises ValueError on one
+        line that names the file and the remedy.
         """
-        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or pictures could fill the log
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # pictures could fill the log
         warnings.filterwarnings("ignore", module="PIL")
         settings = settings or {}
         try:
@@ -99,16 +101,13 @@ class Service:
             judge = load_judge(folder, settings, model)
             threads = read_threads(settings, int(workers))
             engine = load_engine(folder, settings.get("device", "cpu"), threads, gpu)
-            service = cls(engine, judge, card, settings, metrics or Metrics())
+            metrics = metrics or Metrics()
+            service = cls(engine, judge, card, settings=settings, metrics=metrics)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"Rampart cannot serve this archive: {reason}") from None
         logger.info("Rampart serves on %s", engine.device)
         return service
-
-    def _judge_zeros(self) -> None:
-        """Fail now, and not at the first request, if graph, calibration and labels do not fit."""
-        self._infer([np.zeros(self._engine.image_shape, dtype=np.uint8)])
 
     def answer(self, batch: Sequence[Incoming]) -> list[Reply]:
         """A reply to each request of a batch."""
@@ -127,28 +126,25 @@ class Service:
         responses = self._lookup.responses(question, len(images))
         with self._timed("response"):
             answers = map(self._answer, images, verdicts, responses)
-            joint = [_join(one, [next(answers) for _ in one.images]) for one in requests]
-            replies = list(map(self._reply, batch, joint))
+            parts = [[next(answers) for _ in request.images] for request in requests]
+            replies = list(map(self._reply, batch, requests, parts))
         if self._quarantine:
             self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
         self._budget.end()
         return replies
 
     def _read(self, batch: Sequence[Incoming]) -> list[Request]:
-        """The requests of a batch; one that takes long to read may be put off."""
+        """The requests of a batch; one that takes long to read may have to come again."""
         costs = [(index, reading_cost(incoming)) for index, incoming in enumerate(batch)]
         return [
             Request([request], plain) if isinstance(request, ImageError) else request
             for request in self._budget.spend(costs, lambda index: self._read_one(batch[index]))
         ]
 
-    def _read_one(self, incoming: Incoming) -> Request:
+    def _read_one(self, incoming: Incoming) -> Request | ImageError:
         if incoming.route == "describe":
             return Request([], lambda _: (200, self.summary))
-        try:
-            return read(incoming)
-        except Exception as error:
-            return Request([unexpected(error)], plain)
+        return outcome(read, incoming)
 
     def _decode(self, requests: Sequence[Request]) -> list[Pixels | ImageError]:
         """The pixels of all images of a batch, in order, or what is wrong with each."""
@@ -164,18 +160,18 @@ class Service:
         return self._budget.spend(costs, lambda at: pixels_of(pictures[at][1], self._size))
 
     def _infer_all(self, images: Sequence[Pixels | ImageError]) -> list[Verdict | ImageError]:
-        """A whole batch by few runs of the graph; what is left when its time is up is put off."""
+        """Verdicts on a whole batch by few runs of the graph; BUSY for what time is up for."""
         pixels = [image for image in images if not isinstance(image, ImageError)]
         verdicts: list[Verdict | ImageError] = []
         for start in range(0, len(pixels), MAX_IMAGES):
-            some = pixels[start : start + MAX_IMAGES]
+            piece = pixels[start : start + MAX_IMAGES]
             if self._budget.is_spent():
-                verdicts += [BUSY] * len(some)
+                verdicts += [BUSY] * len(piece)
                 continue
-            self._metrics.observe("rampart_batch_images", len(some))
-            verdicts += self._try_infer(some)
-        each = iter(verdicts)
-        return [image if isinstance(image, ImageError) else next(each) for image in images]
+            self._metrics.observe("rampart_batch_images", len(piece))
+            verdicts += self._try_infer(piece)
+        in_order = iter(verdicts)
+        return [image if isinstance(image, ImageError) else next(in_order) for image in images]
 
     def _try_infer(self, pixels: Sequence[Pixels]) -> list[Verdict | ImageError]:
         """Verdicts; if the batch fails, image by image, so that only the image at fault fails."""
@@ -184,7 +180,7 @@ class Service:
         except Exception as error:
             if len(pixels) > 1:
                 return [answer for image in pixels for answer in self._try_infer([image])]
-            # Not the message: TorchServe reads meaning into some.
+            # Not the message: TorchServe interprets some.
             logger.error("The graph failed on an image: %s", type(error).__name__)
             return [ENGINE_FAILURE]
 
@@ -198,7 +194,7 @@ class Service:
         verdict: Verdict | ImageError,
         response: Response | None,
     ) -> Answer:
-        """An image's answer, once it is counted, and kept where that is wanted."""
+        """An image's answer; counts it, and keeps a detected image where that is wanted."""
         if self._quarantine and isinstance(verdict, Verdict) and verdict.detected:
             assert not isinstance(image, ImageError)
             self._quarantine.keep(image, verdict)
@@ -207,10 +203,15 @@ class Service:
             self._metrics.count("rampart_images_total", "error")
             self._metrics.count("rampart_errors_total", verdict.type)
             return verdict.code, verdict.to_dict()
-        self._metrics.judged(verdict, "query" if response == "reject" else None)
+        self._metrics.count_verdict(verdict, "query" if response == "reject" else None)
         return 200, verdict.to_dict()
 
-    def _reply(self, incoming: Incoming, answer: Answer) -> Reply:
+    def _reply(self, incoming: Incoming, request: Request, answers: Sequence[Answer]) -> Reply:
+        """A request's reply out of the answers to its images."""
+        # An error here must not become the answer to every request of the batch.
+        answer = outcome(request.reply, answers)
+        if isinstance(answer, ImageError):
+            answer = answer.code, answer.to_dict()
         status, content = answer
         body = _json(content)
         if len(body) > MAX_REPLY:
@@ -220,7 +221,7 @@ class Service:
             headers["retry-after"] = f"{RETRY_AFTER[status]:.0f}"
         for name in ECHOED:
             value = incoming.headers.get(name, "")
-            if re.fullmatch(r"[!-~]{1,256}", value):  # a line break would end it
+            if re.fullmatch(r"[!-~]{1,256}", value):  # a line break would end the header
                 headers[name] = value
         self._metrics.count("rampart_requests_total", str(status))
         return Reply(status, headers, body)
@@ -233,7 +234,7 @@ class Service:
 
 
 def load_judge(folder: Path, settings: Mapping[str, Any], model: Mapping[str, str]) -> Judge:
-    """What judges by an unpacked archive's calibration and an operator's settings."""
+    """A judge by an unpacked archive's calibration and an operator's settings."""
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     return Judge(
         labels=tuple(map(str, labels)),
@@ -244,7 +245,7 @@ def load_judge(folder: Path, settings: Mapping[str, Any], model: Mapping[str, st
 
 
 def _after_query(verdict: Verdict | ImageError, response: Response | None) -> Verdict | ImageError:
-    """A verdict on an image that is nearly one that came before, if there is a response to it."""
+    """The verdict after the response to a query attack, if there is one."""
     if response is None or isinstance(verdict, ImageError):
         return verdict
     if response == "throttle":
@@ -252,15 +253,6 @@ def _after_query(verdict: Verdict | ImageError, response: Response | None) -> Ve
     if verdict.detail is not None:
         verdict = replace(verdict, detail={**verdict.detail, "similar_query": True})
     return verdict.rejected() if response == "reject" else verdict
-
-
-def _join(request: Request, answers: Sequence[Answer]) -> Answer:
-    """A request's answer out of those of its images."""
-    try:
-        return request.reply(answers)
-    except Exception as error:  # or it would be the answer to every request of the batch
-        failure = unexpected(error)
-        return failure.code, failure.to_dict()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

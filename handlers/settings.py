@@ -1,16 +1,17 @@
 """What an operator may set: the `rampart` entries of an archive's YAML, and the environment."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from rampart.handlers.cores import available_cores
 from rampart.handlers.image import MAX_PIXELS, default_pixels
 from rampart.handlers.verdict import Policy
 
-POLICY = {"false_alarm_rate", "on_detection", "on_failure", "detail"}
+POLICY = {field.name for field in fields(Policy)}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
 SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels"}
-# What the one who starts the server may say anew, by the variable that says so.
+# Settings that an environment variable overrides.
 VARIABLES = {
     "RAMPART_DEVICE": "device",
     "RAMPART_QUARANTINE": "quarantine",
@@ -20,9 +21,9 @@ VARIABLES = {
 
 
 def override(settings: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings, with those of the environment in place of an archive's own."""
-    news = {name: environment.get(variable) for variable, name in VARIABLES.items()}
-    return {**settings, **{name: value for name, value in news.items() if value}}
+    """An archive's settings, overridden by those of the environment."""
+    changes = {name: environment.get(variable) for variable, name in VARIABLES.items()}
+    return {**settings, **{name: value for name, value in changes.items() if value}}
 
 
 def read_policy(settings: Mapping[str, Any]) -> Policy:
@@ -30,21 +31,18 @@ def read_policy(settings: Mapping[str, Any]) -> Policy:
     unknown = set(settings) - SETTINGS
     if unknown:
         raise ValueError(f"unknown rampart setting {sorted(unknown)}: known are {sorted(SETTINGS)}")
-    return Policy(
-        false_alarm_rate=float(settings.get("false_alarm_rate", Policy.false_alarm_rate)),
-        on_detection=settings.get("on_detection", Policy.on_detection),
-        detail=settings.get("detail", Policy.detail),
-        on_failure=settings.get("on_failure", Policy.on_failure),
-    )
+    policy = {name: settings[name] for name in POLICY & settings.keys()}
+    rate = float(policy.pop("false_alarm_rate", Policy.false_alarm_rate))
+    return Policy(false_alarm_rate=rate, **policy)
 
 
 def read_threads(settings: Mapping[str, Any], workers: int) -> int:
-    """Threads of one of so many workers: what `threads` says, or its share of the cores."""
+    """Threads of one of `workers`: the setting `threads`, or a share of the cores."""
     return int(settings.get("threads") or max(1, available_cores() // workers))
 
 
 def read_max_pixels(settings: Mapping[str, Any], size: int) -> int:
-    """How many pixels the images of a request may have: `max_pixels`, or what fits the model.
+    """How many pixels the images of a request may have: `max_pixels`, or the model's default.
 
     Raises ValueError.
     """

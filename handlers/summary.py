@@ -1,4 +1,4 @@
-"""What a client wants to know of a model's card, and no more: the card itself has its history."""
+"""The part of a model's card that a client needs; the card itself also holds the history."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ FIGURES = (
     "robust",
     "robust_with_rejection@1%",
 )
-KEPT = ("name", "norm", "eps", "value", "n", "interval", "data")
+COLUMNS = ("name", "norm", "eps", "value", "n", "interval", "data")
 
 
 def summary(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def summary(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The main figures of the card's variant and precision, at the usual rate of false alarms.
+    """The main figures of the card's variant and precision, at the usual false-alarm rate.
 
-    Of several attacks behind one figure the strongest counts. Each figure names its data, since
-    one of validation images, by which the model was chosen, is worth less than one of test images.
+    Where several attacks give one figure, the strongest counts. Each figure names its data: the
+    validation images chose the model, so figures on them are worth less than those on test images.
     """
     precision = card.get("precision", "fp32")
     subject = "pipeline" if precision == "fp32" else f"graph:{precision}"
@@ -52,7 +52,7 @@ def figures(card: Mapping[str, Any]) -> list[dict[str, Any]]:
         ours = row["subject"] == subject and row["variant"] == card.get("variant")
         if not ours or row["name"] not in FIGURES or "rate" in row:
             continue
-        figure = {name: row[name] for name in KEPT if name in row}
+        figure = {name: row[name] for name in COLUMNS if name in row}
         key = tuple(figure.get(name) for name in ("name", "norm", "eps", "data"))
         if figure["value"] <= lowest.get(key, figure)["value"]:
             lowest[key] = figure

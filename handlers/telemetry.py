@@ -1,6 +1,6 @@
-"""What an operator watches: the figures of one model in one process, whoever asks for them.
+"""The metrics that an operator watches, of one model in one process.
 
-A histogram is kept as Prometheus keeps it: counters by upper bound `le`.
+A histogram has the form that it has in Prometheus: counters by upper bound `le`.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import numpy as np
 
 from rampart.handlers.verdict import Verdict, drift, drift_by_chance
 
-# Labels of each, besides `model`.
 Labels = tuple[str, ...]
+# Labels of each metric, besides `model`.
 COUNTERS: dict[str, Labels] = {
     "rampart_requests_total": ("status",),
     "rampart_images_total": ("decision",),
@@ -43,7 +43,7 @@ BOUNDS = {
     "rampart_stage_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
 }
 STUCK = 30.0  # seconds that a batch may take before its worker counts as hung
-WINDOW, LEAST = 1000, 100  # images that drift is told of, and the fewest that it is told of
+WINDOW, LEAST = 1000, 100  # most and fewest images that drift is measured on
 
 Key = tuple[str, Labels]  # name and label values
 
@@ -71,8 +71,7 @@ class Histogram:
         self._sum += value
 
     def counters(self) -> dict[Labels, float]:
-        """Each bucket, of which none is left out, or it would not exist until it fills; the sum;
-        the count."""
+        """Every bucket, the empty ones too, so that each exists from the start; sum; count."""
         names = (*(f"{bound:g}" for bound in self._bounds), "+Inf")
         counts = map(float, accumulate(self._counts))
         out: dict[Labels, float] = {("bucket", name): next(counts) for name in names}
@@ -89,63 +88,53 @@ def flat(histograms: Mapping[Key, Histogram]) -> dict[Key, float]:
 
 
 class Metrics:
-    """The figures of a model in memory, as many as there are names and labels.
+    """What changed in the metrics of a model since they were last taken.
 
     `calibration_images` is how many images p-values are ranked among; drift is judged by it.
     """
 
     def __init__(self) -> None:
         self.calibration_images = 1
-        self._totals: dict[Key, float] = {}
+        self._values: dict[Key, float] = {}
         self._histograms: dict[Key, Histogram] = {}
-        # The same since they were last taken.
-        self._news: dict[Key, float] = {}
-        self._new_histograms: dict[Key, Histogram] = {}
         self._p_values: deque[float] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
 
     def count(self, name: str, *labels: str) -> None:
         """Add one to a counter."""
         with self._lock:
-            for counters in (self._totals, self._news):
-                counters[name, labels] = counters.get((name, labels), 0) + 1
+            self._values[name, labels] = self._values.get((name, labels), 0) + 1
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add a value to a histogram."""
         with self._lock:
-            for histograms in (self._histograms, self._new_histograms):
-                if (name, labels) not in histograms:
-                    histograms[name, labels] = Histogram(BOUNDS[name])
-                histograms[name, labels].add(value)
+            if (name, labels) not in self._histograms:
+                self._histograms[name, labels] = Histogram(BOUNDS[name])
+            self._histograms[name, labels].add(value)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
         with self._lock:
-            self._totals[name, labels] = self._news[name, labels] = value
+            self._values[name, labels] = value
 
-    def judged(self, verdict: Verdict, decision: str | None = None) -> None:
-        """Count an image that got a verdict, under `decision` if that was not the verdict's own."""
+    def count_verdict(self, verdict: Verdict, decision: str | None = None) -> None:
+        """Count a judged image, under `decision` where that is not the verdict's own."""
         shadowed = verdict.detected and verdict.decision == "accept"
         own = "shadow" if shadowed else verdict.decision
         self.count("rampart_images_total", decision or own)
-        if verdict.failed:  # then its p-value says nothing
+        if verdict.failed:  # its p-value says nothing
             self.count("rampart_errors_total", "defence_failure")
             return
         self.observe("rampart_p_value", verdict.p_value)
         with self._lock:
             self._p_values.append(verdict.p_value)
 
-    def read(self) -> dict[Key, float]:
-        """Every figure as it stands."""
-        with self._lock:
-            return self._totals | flat(self._histograms) | self._drift()
-
     def take(self) -> dict[Key, float]:
-        """What counters grew by since this was last asked, and gauges that were set."""
+        """What counters grew by since the last call, and gauges that were set."""
         with self._lock:
-            news = self._news | flat(self._new_histograms)
-            self._news, self._new_histograms = {}, {}
-            return news | self._drift() if news else {}
+            changes = self._values | flat(self._histograms)
+            self._values, self._histograms = {}, {}
+            return changes | self._drift() if changes else {}
 
     def _drift(self) -> dict[Key, float]:
         count = len(self._p_values)
@@ -158,21 +147,21 @@ class Metrics:
 
 
 class Pulse:
-    """Whether whoever answers is alive: a batch may take STUCK seconds, no more."""
+    """Whether a worker is alive: a batch may take STUCK seconds, no more."""
 
     def __init__(self) -> None:
-        self._since: float | None = None  # when the batch at work began
+        self._began: float | None = None  # when the worker took its batch
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """While this lasts a batch is at work."""
-        self._since = time.monotonic()
+        """While this lasts, the worker answers a batch."""
+        self._began = time.monotonic()
         try:
             yield
         finally:
-            self._since = None
+            self._began = None
 
     def alive(self) -> bool:
-        """Whether no batch has been at work for longer than STUCK seconds."""
-        since = self._since
-        return since is None or time.monotonic() - since < STUCK
+        """Whether the worker waits for a batch, or took its own less than STUCK seconds ago."""
+        began = self._began
+        return began is None or time.monotonic() - began < STUCK

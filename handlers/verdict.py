@@ -1,8 +1,8 @@
 """Scores plus calibration to a p-value, p-value plus policy to a Verdict.
 
-The p-value is the share of clean images at least as suspicious as this one. It is a split
-conformal one (Vovk et al., 2005), so on images exchangeable with the calibration images the share
-of clean ones flagged is at most the false-alarm rate.
+The p-value is the share of clean images at least as suspicious. It is split conformal (Vovk et al.,
+2005): among images exchangeable with the calibration images, the share of clean ones flagged is at
+most the false-alarm rate.
 """
 
 import json
@@ -73,12 +73,21 @@ class Calibration:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.name}: {error}") from error
 
+    def check_rate(self, rate: float) -> None:
+        """Raise ValueError for a false-alarm rate finer than the calibration images can tell."""
+        if 0 < rate <= 1 / (self.images + 1):
+            raise ValueError(
+                f"{self.images} calibration images cannot tell a false_alarm_rate of {rate}:"
+                f" calibrate on at least {int(1 / rate)} images or choose a rate above"
+                f" {1 / (self.images + 1):.3g}"
+            )
+
 
 def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
     """How suspicious each image is over all detectors: scores (N, D) to float64 (N,).
 
-    Each score becomes its surprise, interpolated between the knots, 0 up to the first one and
-    linear beyond the last; surprises add up. A NaN score is infinitely suspicious.
+    The sum of each score's surprise: interpolated between the knots, 0 up to the first, linear
+    beyond the last. A NaN score is infinitely suspicious.
     """
     scores = np.asarray(scores, dtype=np.float64)  # (N, D)
     if scores.ndim != 2 or scores.shape[1] != len(calibration.detectors):
@@ -106,8 +115,8 @@ def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Flo
 def drift(p_values: Floats) -> float:
     """How far p-values (N,) are from uniform, in [0, 1]: the Kolmogorov-Smirnov distance.
 
-    Those of exchangeable images stay below `drift_by_chance` in 95% of cases (Smirnov 1948). More
-    than that: what arrives is no longer what was calibrated on.
+    For exchangeable images it stays below `drift_by_chance` in 95% of cases (Smirnov 1948). More
+    means that traffic no longer resembles the calibration images.
     """
     ordered = np.sort(p_values)
     rank = np.arange(1, len(ordered) + 1) / len(ordered)
@@ -116,18 +125,18 @@ def drift(p_values: Floats) -> float:
 
 
 def drift_by_chance(images: int, calibrated_on: int) -> float:
-    """What `drift` of so many exchangeable images exceeds in 5% of cases."""
+    """The limit that `drift` of so many exchangeable images exceeds in 5% of cases."""
     return float(1.36 * (1 / images + 1 / calibrated_on) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator wants: flag below `false_alarm_rate`, and what a detection does.
+    """The operator's rules: flag below `false_alarm_rate`, and what a detection does.
 
-    `on_detection` is flag (the label stays), reject (it goes), or shadow (it is counted, and the
-    answer is as if nothing had been found). `detail` is full, or public for clients who must not
-    see scores. Where purifier or detectors give no number, `on_failure` closed refuses what has
-    no logits and counts as found what has no scores; open takes the classifier's word for it.
+    `on_detection` is flag (the label stays), reject (no label), or shadow (only metrics show it).
+    `detail` is full, or public for clients who must not see scores. Where purifier or detectors
+    give no number, `on_failure` closed refuses an image without logits and detects one without
+    scores; open takes the classifier's answer.
     """
 
     false_alarm_rate: float = 0.01
@@ -157,7 +166,7 @@ class Verdict:
     top: tuple[dict[str, Any], ...]
     model: Mapping[str, str]
     detail: Mapping[str, Any] | None
-    # For the operator alone, whatever `detail` shows.
+    # For the operator only, whatever `detail` shows.
     p_value: float
     detected: bool
     failed: bool  # purifier or detectors gave no number
@@ -174,10 +183,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """Turns what the graph says into verdicts, by one calibration and one policy.
+    """Turns the graph's outputs into verdicts, by one calibration and one policy.
 
     `labels` are the K class names, `model` the name and version that each verdict carries. Raises
-    ValueError for a false-alarm rate finer than the calibration images can tell.
+    ValueError where the calibration cannot tell the policy's false-alarm rate.
     """
 
     labels: tuple[str, ...]
@@ -186,12 +195,7 @@ class Judge:
     model: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        rate, images = self.policy.false_alarm_rate, self.calibration.images
-        if 0 < rate <= 1 / (images + 1):
-            raise ValueError(
-                f"{images} calibration images cannot tell a false_alarm_rate of {rate}: calibrate"
-                f" on at least {int(1 / rate)} images or choose a rate above {1 / (images + 1):.3g}"
-            )
+        self.calibration.check_rate(self.policy.false_alarm_rate)
 
     def verdicts(
         self,
@@ -229,7 +233,7 @@ class Judge:
         p_value: float,
         failed: bool,
     ) -> Verdict:
-        # What cannot be judged counts as found, whatever the rate, unless it is said not to.
+        # What cannot be judged counts as detected, whatever the rate, unless `on_failure` is open.
         closed = failed and self.policy.on_failure == "closed"
         detected = p_value < self.policy.false_alarm_rate or closed
         decision = self.policy.on_detection if detected else "accept"

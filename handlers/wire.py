@@ -1,11 +1,11 @@
-"""TorchServe's requests on their way into its worker, read fast and within bounds.
+"""Reads TorchServe's requests in its worker, fast and within bounds.
 
-TorchServe reads every header and part by calls of its own on the socket and keeps them all. A form
-of 4 MB has two million parts, which takes its worker longer than it may take. This reads the same
-messages in large pieces and keeps MAX_PARTS of a request's parts; the others are passed over.
+TorchServe reads every header and part with socket calls of its own and keeps them all. A form of
+4 MB can have two million parts, which takes its worker too long. This reads the same messages in
+large pieces, keeps MAX_PARTS of a request's parts and skips the others.
 
-The format is that of ts/protocol/otf_message_handler.py in TorchServe 0.12: numbers are 32 bits,
-big end first, a list ends with -1, and text comes after its length.
+The format is that of ts/protocol/otf_message_handler.py in TorchServe 0.12: numbers are 32-bit big
+endian, a list ends with -1, and text follows its length.
 """
 
 import re
@@ -15,13 +15,13 @@ import weakref
 from typing import Any, Protocol
 
 MAX_PARTS = 64  # of one request: images, query parameters, form fields; 32 images are allowed
-TOO_MANY = "\0too many parts"  # stands among the parts where more came
+TOO_MANY = "\0too many parts"  # the name of a part that stands for the skipped ones
 PIECE = 1 << 20
 NUMBER = struct.Struct(">i")
-# Parts of three texts of up to 15 bytes each: millions of them are passed over at once.
+# Parts of three texts of up to 15 bytes each: one match skips millions of them.
 SHORT = b"|".join(re.escape(bytes([n])) + b"." * n for n in range(16))
 SHORT_PARTS = re.compile(b"(?:(?:\\0\\0\\0(?:" + SHORT + b")){3})++", re.DOTALL)
-CODEC = "ts.protocol.otf_message_handler"  # the module whose reading is replaced
+CODEC = "ts.protocol.otf_message_handler"  # the module whose functions this replaces
 
 
 class Connection(Protocol):
@@ -33,13 +33,13 @@ class Connection(Protocol):
 
 
 class Reader:
-    """What has come from one connection and is not yet used."""
+    """Buffers what has come from one connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._data, self._at = connection, b"", 0
 
     def take(self, length: int) -> bytearray:
-        """The next `length` bytes. Ends the process where the front end has gone, as TorchServe."""
+        """The next `length` bytes. Like TorchServe, ends the process when the front end is gone."""
         self._await(length)
         self._at += length
         return bytearray(memoryview(self._data)[self._at - length : self._at])
@@ -56,8 +56,8 @@ class Reader:
         length = self.number()
         return None if length < 0 else self.take(length)
 
-    def pass_over_parts(self) -> bool:
-        """Skip the rest of a list of parts; whether there was any."""
+    def skip_parts(self) -> bool:
+        """Skip the rest of a list of parts; whether there was one."""
         count = 0
         while True:
             run = SHORT_PARTS.match(self._data, self._at)
@@ -103,7 +103,7 @@ class Reader:
             parts.append(
                 {"name": name.decode(errors="replace"), "contentType": kind, "value": value}
             )
-        if self.pass_over_parts():
+        if self.skip_parts():
             parts.append({"name": TOO_MANY, "contentType": "", "value": b""})
         return parts
 
@@ -116,8 +116,8 @@ def reader(connection: Connection) -> Reader:
     return READERS.setdefault(connection, Reader(connection))
 
 
-def bound() -> bool:
-    """Have the worker that runs us read so; whether this is a worker of TorchServe."""
+def install() -> bool:
+    """Let the worker that runs this read so; False where it is none of TorchServe."""
     codec = sys.modules.get(CODEC)
     if codec is None:
         return False

@@ -1,1 +1,1 @@
-"""Bodies and headers to requests, and answers to bodies; no server is known here."""
+"""Bodies and headers to requests, and answers to bodies, whichever server runs."""

@@ -1,6 +1,6 @@
-"""Which protocol a request speaks: its body decides, the route it came by hardly matters.
+"""Which protocol a request speaks: its body decides, and hardly its route.
 
-Taken are raw bytes, files of a form, JSON with base64 (KServe v1) and Open Inference Protocol v2.
+It may be raw bytes, files of a form, JSON with base64 (KServe v1), or Open Inference Protocol v2.
 """
 
 import codecs
@@ -9,14 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rampart.handlers.errors import ImageError
+from rampart.handlers.errors import ImageError, outcome
 from rampart.handlers.image import check_count
 from rampart.handlers.protocols import kserve_v1, open_inference
-from rampart.handlers.types import Answer, Incoming, Replier, Request
+from rampart.handlers.types import Answer, Incoming, Pixels, Replier, Request
 
-# Of JSON, so much is read at most: a list takes 3 bytes on its way and 64 in memory.
+# Bounds of JSON: a list takes 3 bytes in a body and 64 in memory.
 MAX_NUMBERS, MAX_VALUES = 2**19, 200_000
-PIXELS_A_NUMBER = 25  # that are decoded while one is read
+PIXELS_A_NUMBER = 25  # decoded in the time that it takes to read one number
 NO_IMAGE = ImageError(
     415,
     "no_image",
@@ -27,26 +27,29 @@ NO_IMAGE = ImageError(
 
 
 def read(incoming: Incoming) -> Request:
-    """The images of a request, and what answers it in the protocol that it speaks; what is wrong
-    with all of it is its one image."""
-    try:
-        body, binary = _body(incoming)
-    except ImageError as error:
-        return Request([error.bare()], plain)
+    """The images of a request, and what answers it in its own protocol.
+
+    An error that concerns the whole request stands as its one image.
+    """
+    content = outcome(_body, incoming)
+    if isinstance(content, ImageError):
+        return Request([content], plain)
+    body, binary = content
     if isinstance(body, list):
         return Request(body, plain)
-    reply: Replier = plain if incoming.route == "predictions" else kserve_v1.reply
-    reply = open_inference.replier(body) if "inputs" in body else reply
-    try:
-        tensors = "inputs" in body
-        images = open_inference.images(body, binary) if tensors else kserve_v1.images(body)
-    except ImageError as error:
-        return Request([error.bare()], reply)
-    return Request(images, reply)
+    images: Sequence[bytes | Pixels | ImageError] | ImageError
+    reply: Replier
+    if "inputs" in body:
+        reply = open_inference.replier(body)
+        images = outcome(open_inference.images, body, binary)
+    else:
+        reply = plain if incoming.route == "predictions" else kserve_v1.reply
+        images = outcome(kserve_v1.images, body)
+    return Request([images] if isinstance(images, ImageError) else images, reply)
 
 
 def reading_cost(incoming: Incoming) -> int:
-    """What reading a request costs, in decoded pixels: numbers in JSON are read one by one."""
+    """The cost of reading a request, in decoded pixels: Python reads JSON number by number."""
     return sum(
         part.count(b",") * PIXELS_A_NUMBER
         for part in incoming.parts
@@ -60,10 +63,7 @@ def plain(answers: Sequence[Answer]) -> Answer:
 
 
 def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
-    """Encoded images, or a JSON object and what follows it.
-
-    Of a body of binary tensors the first bytes are JSON, as many as a header says.
-    """
+    """Encoded images, or a JSON object, as long as a header says, and the binary tensors."""
     if incoming.refusal:
         raise incoming.refusal.bare()
     if not incoming.parts:
@@ -72,7 +72,7 @@ def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
     if len(incoming.parts) > 1:
         return list(incoming.parts), b""
     (data,) = incoming.parts
-    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):  # as no image starts
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):  # no image starts so
         return [data], b""
     length = incoming.headers.get("inference-header-content-length", "")
     end = int(length) if re.fullmatch(r"[0-9]{1,9}", length) else len(data)
@@ -82,7 +82,7 @@ def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
 
 
 def check_values(data: bytes) -> None:
-    """Raise ImageError where JSON has so much in it that it would take long, or fill memory."""
+    """Raise ImageError where JSON would take long to read, or fill memory."""
     others = max(data.count(b"["), data.count(b"{"), data.count(b'"') // 2)
     if data.count(b",") > MAX_NUMBERS or others > MAX_VALUES:
         raise ImageError(

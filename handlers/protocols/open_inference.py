@@ -1,6 +1,6 @@
 """Open Inference Protocol v2 over HTTP: one tensor of images in, a few tensors of verdicts out.
 
-As KServe and Triton speak it, with Triton's binary tensors, which its clients send by default.
+Takes Triton's binary tensors too, which its clients send by default.
 Sources: the protocol's REST specification (KServe), "Binary tensor data extension" (Triton).
 """
 
@@ -19,7 +19,7 @@ SHAPE = (
     ' "data": [...]}, or "BYTES" with one base64 image an element'
 )
 MAX_ID = 256  # characters of a request's id, which its answer repeats
-# What each output is, of a verdict; a rejected image has no label.
+# Datatype of each output, and its value for a verdict; a rejected image has no label.
 OUTPUTS = {
     "label": ("BYTES", lambda verdict: verdict["label"] or ""),
     "index": ("INT64", lambda verdict: -1 if verdict["index"] is None else verdict["index"]),
@@ -70,9 +70,9 @@ def pixels(shape: Sequence[int], data: bytes) -> Pixels:
 
 
 def flat(data: object) -> bytes:
-    """Numbers 0 to 255, in nested lists or one, as bytes.
+    """Numbers 0 to 255, in a flat or nested list, as bytes.
 
-    Not by numpy: of hostile lists, strings among them, it would make arrays of any size.
+    Without numpy, which would build arrays of any size from hostile lists.
     """
     row = listed(data)
     while row and isinstance(row[0], list):
@@ -107,16 +107,18 @@ def elements(data: bytes, count: int) -> list[bytes]:
 
 
 def replier(body: Mapping[str, Any]) -> Replier:
-    """What answers a request. It keeps no more of the body than that takes: a parsed one may be 25
-    times as large as it came."""
+    """What answers a request. It keeps little of the body, which may be 25 times as large parsed as
+    in bytes."""
     name = body.get("id")
     echo = {"id": name} if isinstance(name, str) and len(name) <= MAX_ID else {}
     return partial(reply, wanted(body), echo)
 
 
 def reply(names: Collection[str], echo: Mapping[str, str], answers: Sequence[Answer]) -> Answer:
-    """The outputs `names`, of all where there are none, as tensors, with the request's id to
-    `echo`; the protocol has no place for an error beside results."""
+    """The outputs `names`, or all where there are none, as tensors; `echo` is the request's id.
+
+    The protocol has no place for errors next to results, so the first error is the answer.
+    """
     for number, (code, answer) in enumerate(answers):
         if code != 200:
             message = (
@@ -152,5 +154,5 @@ def wanted(body: Mapping[str, Any]) -> set[str]:
 
 
 def wrong(what: str) -> ImageError:
-    """A 422 that says what is the matter and what to send."""
+    """A 422 that says what is wrong and what to send."""
     return ImageError(422, "malformed_tensor", f"{what}: {SHAPE}")

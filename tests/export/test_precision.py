@@ -12,7 +12,8 @@ from test_parity import Altered
 from rampart.export import parity
 from rampart.export.archive import archive
 from rampart.export.build import sample_crops
-from rampart.export.precision import lower, make, parts
+from rampart.export.precision import lower, make
+from rampart.export.shipped import parts
 from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
 from rampart.hardening.model import pipeline as pipelines
@@ -57,12 +58,12 @@ def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
     before, after = Engine(graph), Engine(fp16)
     found = parity.agree(before, after, calibration, held, precision="fp16", rate=0.05)
     assert found.images == len(held)
-    assert found.same == 1 - len(found.differ) / len(held) > 0.9
-    same = found._replace(same=1, accuracy=(0.7, 0.7), flagged=0.05)
+    assert found.equal == 1 - len(found.differ) / len(held) > 0.9
+    same = found._replace(equal=1, accuracy=(0.7, 0.7), flagged=0.05)
     assert same.holds
-    assert not same._replace(same=0.994).holds
-    assert same._replace(same=0.994, precision="int8").holds
-    assert not same._replace(same=0.979, precision="int8").holds
+    assert not same._replace(equal=0.994).holds
+    assert same._replace(equal=0.994, precision="int8").holds
+    assert not same._replace(equal=0.979, precision="int8").holds
     assert not same._replace(accuracy=(0.7, 0.694)).holds
     assert same._replace(accuracy=(0.7, 0.694), precision="int8").holds
     assert not same._replace(accuracy=(0.7, 0.68), precision="int8").holds
@@ -103,7 +104,7 @@ def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answ
     ):
         archive(folder, tmp_path / "early.mar", precision=precision)
     found = make(folder, "full", precision, tiny_images, source="blobs", rate=0.05)
-    assert found.same >= parity.GATES[precision][0]
+    assert found.equal >= parity.GATES[precision][0]
     made = {"full": {"sha256": parts(folder, "full", precision)}}
     write_card(folder, read_card(folder) | {precision: made})
     archive(folder, tmp_path / f"{precision}.mar", precision=precision)

@@ -99,8 +99,8 @@ def test_what_has_changed_is_handed_over_once(caplog: pytest.LogCaptureFixture) 
     caplog.set_level("INFO")
     figures = Metrics()
     hand_over = HandOver(figures, cache(METRICS), "m")
-    figures.judged(verdict(0.5))
-    figures.judged(verdict(0.5))
+    figures.count_verdict(verdict(0.5))
+    figures.count_verdict(verdict(0.5))
     hand_over.run_once()
     assert "rampart_p_value_count.Count:2.0|#model:m" in caplog.text
     assert "rampart_images_total.Count:2|#model:m,decision:accept|" in caplog.text
@@ -118,6 +118,6 @@ def test_without_our_metrics_a_line_says_so_once_and_nothing_breaks(
         figures = Metrics()
         hand_over = HandOver(figures, without, "m")
         assert caplog.text.count("metrics_config=deploy/metrics.yaml") == 1
-        figures.judged(verdict(0.5))
+        figures.count_verdict(verdict(0.5))
         hand_over.run_once()
         assert "[METRICS]" not in caplog.text

@@ -26,6 +26,17 @@ VERDICT = Verdict(
     p_value=0.004, detected=True, failed=False,
 )  # fmt: skip
 BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
+DELAY = quarantine.DELAY
+
+
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "DELAY", (0, 0))
+
+
+def flush(aside: Quarantine) -> None:
+    """Wait until every image so far is written or dropped."""
+    aside._waiting.join()
 
 
 @pytest.fixture
@@ -36,7 +47,7 @@ def serving(unpacked: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         service = Service.open(unpacked, {"quarantine": str(tmp_path / "aside"), **settings})
         answer = ask(service, png(image))
         assert service._quarantine is not None
-        service._quarantine.flush()
+        flush(service._quarantine)
         return answer
 
     return answer
@@ -77,7 +88,7 @@ def test_only_the_newest_files_stay_and_others_files_are_left_alone(
     aside = Quarantine(tmp_path)
     for level in range(6):
         aside.keep(np.full((8, 8, 3), level, dtype=np.uint8), VERDICT)
-    aside.flush()
+    flush(aside)
     levels = []
     for path in kept(tmp_path)[5:]:
         assert path.stat().st_mode & 0o077 == 0
@@ -91,7 +102,7 @@ def test_a_flood_is_kept_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     aside = Quarantine(tmp_path)
     for _ in range(20):
         aside.keep(BLACK, VERDICT)
-    aside.flush()
+    flush(aside)
     assert len(kept(tmp_path)) == quarantine.PER_SECOND
     assert aside.dropped == 20 - quarantine.PER_SECOND
 
@@ -100,7 +111,6 @@ def test_a_disk_that_hangs_holds_up_no_answer_and_fills_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quarantine, "PER_SECOND", 1_000)
-    monkeypatch.setattr(quarantine, "DELAY", (0, 0))
     hangs, goes_on = threading.Event(), threading.Event()
     write = Quarantine._write
 
@@ -118,18 +128,21 @@ def test_a_disk_that_hangs_holds_up_no_answer_and_fills_no_memory(
     assert kept(tmp_path) == []
     assert aside.dropped == 100 - quarantine.WAITING
     goes_on.set()
-    aside.flush()
+    flush(aside)
     assert len(kept(tmp_path)) == 1 + quarantine.WAITING
 
 
-def test_nothing_is_written_while_the_answer_is_under_way(tmp_path: Path) -> None:
+def test_nothing_is_written_while_the_answer_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "DELAY", DELAY)
     aside = Quarantine(tmp_path)
     began = time.monotonic()
     aside.keep(BLACK, VERDICT)
     time.sleep(0.1)
     seen, took = kept(tmp_path), time.monotonic() - began
     assert seen == [] or took > 0.2
-    aside.flush()
+    flush(aside)
     assert len(kept(tmp_path)) == 1
 
 
@@ -143,7 +156,7 @@ def test_names_sort_by_age_also_when_the_clock_is_set_back(
     aside = Quarantine(tmp_path)
     for level in range(4):
         aside.keep(np.full((8, 8, 3), level, dtype=np.uint8), VERDICT)
-    aside.flush()
+    flush(aside)
     levels = []
     for path in kept(tmp_path):
         with Image.open(path) as picture:
@@ -159,16 +172,16 @@ def test_a_folder_that_fails_at_the_start_is_one_log_line_and_is_tried_again_lat
     folder.write_text("in the way")
     aside = Quarantine(folder)
     aside.keep(BLACK, VERDICT)
-    aside.flush()
+    flush(aside)
     assert caplog.messages == [f"Nothing goes into quarantine {folder}: File exists"]
     assert not aside.works and aside.dropped == 1
     folder.unlink()
     aside.keep(BLACK, VERDICT)
-    aside.flush()
+    flush(aside)
     assert not aside.works and aside.dropped == 2 and not folder.exists()
     monkeypatch.setattr(quarantine, "RETRY", 0)
     aside.keep(BLACK, VERDICT)
-    aside.flush()
+    flush(aside)
     assert aside.works and len(kept(folder)) == 1
 
 
@@ -193,7 +206,7 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(
     for folder in folders:
         aside = Quarantine(folder)
         aside.keep(BLACK, VERDICT)
-        aside.flush()
+        flush(aside)
         assert not aside.works
     reasons = ("belongs to somebody else: chmod 700", "is open to others: chmod 700", "is a link")
     for folder, reason, message in zip(
@@ -209,7 +222,7 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
         import logging, resource, sys
         from pathlib import Path
         import numpy as np
-        from test_quarantine import VERDICT
+        from test_quarantine import VERDICT, flush
         from rampart.handlers import quarantine
         from rampart.handlers.quarantine import Quarantine
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -219,11 +232,11 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
         for _ in range(3):
             aside.keep(noise, VERDICT)
-            aside.flush()
+            flush(aside)
         print(aside.works)
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         aside.keep(noise, VERDICT)
-        aside.flush()
+        flush(aside)
         print(aside.works)
     """
     command = [sys.executable, "-c", code, str(tmp_path)]

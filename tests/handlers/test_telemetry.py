@@ -19,45 +19,44 @@ def test_drift_is_told_of_a_hundred_images_on() -> None:
     figures = Metrics()
     figures.calibration_images = 900
     for number in range(99):
-        figures.judged(verdict((number + 1) / 200))  # below 0.5, where half should be above
+        figures.count_verdict(verdict((number + 1) / 200))  # below 0.5, where half should be above
     assert ("rampart_drift", ()) not in figures.take()
-    figures.judged(verdict(0.5))
-    news = figures.take()
-    assert news["rampart_drift", ()] == pytest.approx(0.5)
-    assert news["rampart_drift_limit", ()] == pytest.approx(0.143357, abs=1e-6)
+    figures.count_verdict(verdict(0.5))
+    changes = figures.take()
+    assert changes["rampart_drift", ()] == pytest.approx(0.5)
+    assert changes["rampart_drift_limit", ()] == pytest.approx(0.143357, abs=1e-6)
     assert figures.take() == {}  # nothing new
 
 
 def test_shadows_and_failures_of_the_defence_are_counted() -> None:
     figures = Metrics()
-    figures.judged(replace(verdict(0.001), detected=True))
-    figures.judged(replace(verdict(0.001), detected=True, decision="flag"))
-    figures.judged(replace(verdict(1.0), failed=True))
-    found = figures.read()
+    figures.count_verdict(replace(verdict(0.001), detected=True))
+    figures.count_verdict(replace(verdict(0.001), detected=True, decision="flag"))
+    figures.count_verdict(replace(verdict(1.0), failed=True))
+    found = figures.take()
     assert found["rampart_p_value_count", ()] == 2  # the third has none that counts
     for decision in ("shadow", "flag", "accept"):
         assert found["rampart_images_total", (decision,)] == 1
     assert found["rampart_errors_total", ("defence_failure",)] == 1
 
 
-def test_totals_stay_and_news_are_taken_once() -> None:
+def test_changes_are_taken_once() -> None:
     figures = Metrics()
-    figures.judged(verdict(0.5))
+    figures.count_verdict(verdict(0.5))
     assert figures.take()[IMAGES] == 1
-    figures.judged(verdict(0.5))
+    figures.count_verdict(verdict(0.5))
     figures.set("rampart_quarantine_up", 1.0)
-    news = figures.take()
-    assert news[IMAGES] == 1 and news["rampart_quarantine_up", ()] == 1
+    changes = figures.take()
+    assert changes[IMAGES] == 1 and changes["rampart_quarantine_up", ()] == 1
     figures.set("rampart_quarantine_up", 1.0)  # told again: another worker may have said 0
     assert figures.take() == {("rampart_quarantine_up", ()): 1.0}
-    assert figures.read()[IMAGES] == 2
 
 
 def test_figures_take_no_more_memory_however_many_there_are() -> None:
     figures = Metrics()
     for number in range(3000):
         figures.observe("rampart_stage_seconds", number / 1000, "graph")
-    found = figures.read()
+    found = figures.take()
     assert found["rampart_stage_seconds_bucket", ("graph", "0.001")] == 2
     assert found["rampart_stage_seconds_bucket", ("graph", "+Inf")] == 3000
     assert len(found) == len(telemetry.BOUNDS["rampart_stage_seconds"]) + 3

@@ -12,7 +12,7 @@ import pytest
 
 from rampart.handlers.defended import incoming
 from rampart.handlers.protocols.choice import read
-from rampart.handlers.wire import MAX_PARTS, TOO_MANY, Reader, bound
+from rampart.handlers.wire import MAX_PARTS, TOO_MANY, Reader, install
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)
@@ -86,7 +86,7 @@ def test_a_worker_that_is_bound_reads_so_and_keeps_what_came_early(
 ) -> None:
     for name in ("_retrieve_buffer", "_retrieve_inference_msg"):
         monkeypatch.setattr(torchserve, name, getattr(torchserve, name))
-    assert bound()
+    assert install()
     batches = [message([(name, [], [(b"a", b"", b"")] * 100)]) for name in (b"1", b"2")]
     with sent(b"".join(b"I" + batch for batch in batches)) as connection:
         for name in (b"1", b"2"):
