@@ -27,12 +27,12 @@ import torch
 from tqdm import tqdm
 
 from rampart.export.build import sample_crops
-from rampart.export.precision import ranges_file
 from rampart.export.quantize import quantize
 from rampart.export.to_onnx import export, to_onnx
 from rampart.handlers.cores import available_cores
 from rampart.handlers.engine import Engine
 from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.files import ranges_file
 
 BATCHES = (1, 8, 32)
 Run = Callable[[int], object]  # runs a batch of so many images

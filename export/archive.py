@@ -15,11 +15,11 @@ import yaml
 
 from rampart.export import shipped
 from rampart.export.shipped import PACKAGE, Parity, check_made
-from rampart.export.shipped import sha256 as sha256
-from rampart.handlers.contents import HASHES, NEEDED, PLAN
+from rampart.handlers.contents import GRAPH, HASHES, PLAN, SOURCES
+from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
-from rampart.handlers.verdict import Judge, Policy
+from rampart.handlers.verdict import Policy
 from rampart.hardening.model.card import read_card
 from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from rampart.hardening.model.pipeline import Variant
 
-SOURCES = PACKAGE.parent
 HANDLER = "rampart/handlers/defended.py"
 ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
@@ -37,8 +36,8 @@ SETTINGS = {
     "batchSize": 8,
     "maxBatchDelay": 1,  # ms that a lone request waits for company; 0 would mean TorchServe's 100
     "startupTimeout": 900,  # s: TensorRT's provider builds for minutes before the first answer
-    "responseTimeout": 30,  # s after which a worker that hangs is replaced; probes want the same
-    "maxRetryTimeoutInSec": 60,  # after which a model that cannot be loaded is given up
+    "responseTimeout": 30,  # s until a worker that hangs is replaced; probes want the same
+    "maxRetryTimeoutInSec": 60,  # until TorchServe gives up on a model that does not load
 }
 
 
@@ -53,8 +52,8 @@ def export_variant(
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out`; returns its gate's figures.
 
-    The one that the folder holds is taken, with the figures of its record, as long as it is made of
-    what is there. Without one, or to be compared on `images` uint8 (N, H, W, 3), it is exported.
+    Copies the folder's own graph, with the figures of its record, while that is not stale. Exports
+    the graph where there is none, or to compare it on `images` uint8 (N, H, W, 3).
     """
     check_made(folder, variant, precision)
     graph = shipped.find(folder, variant, precision) if images is None else None
@@ -63,8 +62,8 @@ def export_variant(
         return graph.parity
     if importlib.util.find_spec("torch") is None:
         raise RuntimeError(
-            f"{folder} holds no graph of {variant} in {precision} made of what is there, and to"
-            " export one needs torch: `pip install 'rampart-endpoint[harden]'`"
+            f"{folder} holds no up-to-date graph of {variant} in {precision}, and to export one"
+            " needs torch: `pip install 'rampart-endpoint[harden]'`"
         )
     from rampart.export.build import build
 
@@ -84,64 +83,53 @@ def archive(
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate.
 
-    `plan` is one of `rampart export --tensorrt`, of the same graph, to be served by default.
-    `version` tells archives of one name apart in a running server.
-    `settings` overrides entries of the model YAML's top level; `rampart` in it those of the policy.
+    `plan` is one of `rampart export --tensorrt` of the same graph; the archive then serves it.
+    `version` tells archives of one name apart in a running server. `settings` override the model
+    YAML's top level, and its entry `rampart` the policy.
     """
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
+    if plan and precision == "int8":
+        raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
     settings = settings or {}
     policy = asdict(Policy()) | settings.get("rampart", {})
     config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
     # The handler would refuse such a policy at start; refuse it before it is packed.
-    judge = read_policy(policy)
+    rate = read_policy(policy).false_alarm_rate
+    load_variant(folder, variant, precision).check_rate(rate)
     max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
-    Judge(tuple(config["classes"]), load_variant(folder, variant, precision), judge, {})
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch) / "content"
-        work.mkdir()
-        graph = work / "graph.onnx"
-        rate = judge.false_alarm_rate
+        work = Path(scratch)
         parity = export_variant(
-            folder, variant, graph, precision=precision, images=images, rate=rate
+            folder, variant, work / GRAPH, precision=precision, images=images, rate=rate
         )
-        if plan and precision == "int8":
-            raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
         if plan:
             policy["device"] = "plan"
-            pack_plan(plan, graph)
-        for name in NEEDED:
-            if name.endswith(".py"):
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(SOURCES / name, work / name)
-        table = calibration_file(folder, variant, precision)
-        shutil.copy(table, work / "calibration.json")
+            check_record(plan, work / GRAPH)
+            shutil.copy(plan, work / PLAN)
+            shutil.copy(record_file(plan), record_file(work / PLAN))
+        for name in SOURCES:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PACKAGE.parent / name, work / name)
+        shutil.copy(calibration_file(folder, variant, precision), work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
         names = {"name": out.stem, "variant": variant, "precision": precision}
         card = names | {"max_pixels": max_pixels} | read_card(folder)
         hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
         (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
-        model_yaml = Path(scratch) / "model-config.yaml"
-        model_yaml.write_text(yaml.safe_dump(SETTINGS | settings | {"rampart": policy}))
-        pack(work, model_yaml, out, version=version)
+        model_yaml = yaml.safe_dump(SETTINGS | settings | {"rampart": policy})
+        (work / "model-config.yaml").write_text(model_yaml)
+        pack(work, out, version=version)
     return parity
 
 
-def pack_plan(plan: Path, graph: Path) -> None:
-    """Put a plan with its record beside `graph`, of which it must be."""
-    check_record(plan, graph)
-    shutil.copy(plan, graph.with_name(PLAN))
-    shutil.copy(record_file(plan), record_file(graph.with_name(PLAN)))
-
-
-def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
+def pack(work: Path, out: Path, *, version: str) -> None:
     """Add to `work` what torch-model-archiver would, and the hashes of all; write the archive."""
     handler = Path(HANDLER).name
-    shutil.copy(SOURCES / HANDLER, work / handler)
-    shutil.copy(model_yaml, work / "model-config.yaml")
+    shutil.copy(work / HANDLER, work / handler)
     model = {"modelName": out.stem, "handler": handler, "modelVersion": version}
     manifest = {
         "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
@@ -157,7 +145,7 @@ def pack(work: Path, model_yaml: Path, out: Path, *, version: str) -> None:
 
 
 def repack(work: Path, names: list[str], out: Path) -> None:
-    """The files of `work` as an archive; the finished file replaces an older one at once."""
+    """Write the files `names` of `work` as an archive; it replaces an older one at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         partial = Path(folder) / out.name

@@ -31,8 +31,8 @@ def build(
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
 
-    `images` uint8 (N, H, W, 3) are what the gate compares on; without them crops of a photograph.
-    In fp16 and int8 it is written once the fp32 graph has passed, of what `rampart quantize` left.
+    The gate compares on `images` uint8 (N, H, W, 3), by default on crops of a photograph. A graph
+    in fp16 or int8 follows once the fp32 graph has passed, from the files of `rampart quantize`.
     """
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
     if images is None:
@@ -43,18 +43,18 @@ def build(
     parity = compare(pipeline, engine, calibration, images, rate=rate)
     if precision != "fp32":
         lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
-        made = Engine(out, device="cpu"), load_variant(folder, variant, precision)
-        check_close((engine, calibration), made, images)
+        lowered = Engine(out, device="cpu"), load_variant(folder, variant, precision)
+        check_close((engine, calibration), lowered, images)
     return parity
 
 
 def ship(folder: Path, variant: pipelines.Variant, precision: Precision = "fp32") -> Path:
-    """Build the graph into the model folder, with its record: packing then takes it as it is."""
+    """Build the graph into the model folder, with its record, for `archive` to copy."""
     shipped.check_made(folder, variant, precision)
     file = graph_file(folder, variant, precision)
     parity = build(folder, variant, file, precision=precision)
-    made_by = {tool: version(tool) for tool in TOOLS}
-    return shipped.record(folder, variant, precision, parity, made_by)
+    tools = {tool: version(tool) for tool in TOOLS}
+    return shipped.record(folder, variant, precision, parity, tools)
 
 
 def sample_crops(size: int, *, count: int = 32) -> Tensor:

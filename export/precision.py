@@ -11,14 +11,11 @@ from pathlib import Path
 from rampart.export.halve import halve
 from rampart.export.parity import Agreement, agree
 from rampart.export.quantize import quantize
-from rampart.export.shipped import check_made as check_made
-from rampart.export.shipped import parts as parts
 from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
 from rampart.hardening.model import calibrate
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.files import Precision
-from rampart.hardening.model.files import ranges_file as ranges_file
+from rampart.hardening.model.files import Precision, ranges_file
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.train.data import spread
 
@@ -31,9 +28,9 @@ def lower(
     *,
     fp32: Path | None = None,
 ) -> Path:
-    """Write the graph of `pipeline` to `out`; int8 takes its activation ranges from a file.
+    """Write the graph of `pipeline` to `out`; int8 reads its activation ranges from a file.
 
-    `fp32` is its graph in fp32, where there is one already: an export takes seconds.
+    `fp32` is its graph in fp32, if it exists already: an export takes seconds.
     """
     if precision == "int8":
         return quantize(fp32 or to_onnx(pipeline, out), ranges, out)
@@ -52,8 +49,8 @@ def make(
 ) -> Agreement:
     """Write the calibration of a model folder's variant in `precision`; for int8 its ranges too.
 
-    `held` gives ranges from its tuning split and the gate's images from validation; `source` is
-    its name. Raises RuntimeError, and writes nothing, where the gate is failed.
+    Ranges come from the tuning split of `held`, the gate's images from validation; `source` names
+    it. Raises RuntimeError, and writes nothing, where the graph fails its gate.
     """
     pipeline, classes = pipelines.load(folder / "weights.safetensors", variant)
     if held.classes != tuple(classes):
@@ -67,16 +64,16 @@ def make(
         else:
             lower(pipeline, precision, form, ranges)
         engine = Engine(form)
-        made = calibrate.calibrate(pipeline, held, variant, engine)
-        found = agree(
-            Engine(graph), engine, made, split(held, "validation"), precision=precision, rate=rate
+        table = calibrate.calibrate(pipeline, held, variant, engine)
+        agreement = agree(
+            Engine(graph), engine, table, split(held, "validation"), precision=precision, rate=rate
         )
-        if not found.holds:
+        if not agreement.holds:
             raise RuntimeError(
-                f"{variant} loses too much in {precision}, so nothing was written: {found}"
+                f"{variant} loses too much in {precision}, so nothing was written: {agreement}"
             )
-        calibrate.write(folder, made, f"{source}, calibration split", precision)
+        calibrate.write(folder, table, f"{source}, calibration split", precision)
         if precision == "int8":
             ranges.chmod(0o644)
             ranges.replace(ranges_file(folder, variant))
-    return found
+    return agreement

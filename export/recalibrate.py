@@ -1,10 +1,10 @@
-"""A new calibration for a finished archive, from pictures like those its endpoint receives.
+"""A new calibration for an archive, from pictures like those that its endpoint receives.
 
     rampart calibrate --archive model_store/NAME.mar --images my_traffic/
 
-The graph stays as it is, byte for byte, and so does the way scores are combined: what is made anew
-is the ranking that turns a combined score into a p-value. On pictures exchangeable with these the
-promised false-alarm rate holds again (split conformal: Vovk et al. 2005).
+The graph stays as it is, byte for byte, and so does the way scores are combined. Only the ranking
+that turns a combined score into a p-value is new. On pictures exchangeable with these the promised
+false-alarm rate holds again (split conformal: Vovk et al. 2005).
 """
 
 import json
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from scipy.stats import beta
 from tqdm import tqdm
 
-from rampart.export.archive import hash_tree, repack, sha256
+from rampart.export.archive import hash_tree, repack
 from rampart.export.terminal import visible
-from rampart.export.unpacking import unpack
-from rampart.handlers.engine import Engine
+from rampart.export.unpacking import settings_of, unpack
+from rampart.handlers.contents import HASHES
+from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.settings import read_policy
-from rampart.handlers.verdict import Calibration, Judge, combine, drift, drift_by_chance, p_values
+from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
 from rampart.hardening.train.data import pictures_below, read_picture
 
 FEWEST = 100  # for a false-alarm rate of 1%
-# What was measured with the old thresholds.
+# Entries of the card that were measured with the old thresholds.
 OUTDATED = ("checks", "ablation", "test_ablation", "false_alarms", "outside", "fp16", "int8")
 
 
-class Recalibrated(NamedTuple):
-    """What the new archive was made from, and how far the old calibration was off."""
+class Recalibration(NamedTuple):
+    """The pictures behind the new archive, and how far the old calibration was off."""
 
     images: int
     refused: list[str]  # pictures that the endpoint would not take, and why
@@ -45,7 +45,7 @@ class Recalibrated(NamedTuple):
     spread: tuple[float, float]  # where so few images put the true rate, in 95% of cases
 
     def in_words(self) -> list[str]:
-        """The same for people, a line each."""
+        """The same for people."""
         low, high = self.spread
         return [
             *(f"left out, as the endpoint would: {line}" for line in self.refused),
@@ -56,38 +56,37 @@ class Recalibrated(NamedTuple):
         ]
 
 
-def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibrated:
+def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibration:
     """Write `archive` with the ranks of `pictures`, a folder at any depth, as `out`.
 
-    Raises ValueError, naming the remedy, where an input is not what it should be, and before
-    anything is written.
+    Writes nothing where an input is not what it should be, but raises ValueError with the remedy.
     """
     if out.resolve() == archive.resolve() or out.suffix != ".mar":
         raise ValueError(f"--out {out}: name a new file that ends in .mar")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        names = unpack(archive, work)
+        hashes = unpack(archive, work)
         engine = Engine(work / "graph.onnx", device="cpu")
         images, refused = read_pictures(pictures, engine.image_shape[0])
         old = Calibration.load(work / "calibration.json")
         scores = engine.run(images).scores
         new = replace(old, combined=np.sort(combine(scores, old)), images=len(images))
         policy = read_policy(settings_of(work))
-        Judge(labels_of(work), new, policy, {})  # refuses a rate that the images cannot back
+        new.check_rate(policy.false_alarm_rate)
         p = p_values(scores, old)
         write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
-        repack(work, names, out)
+        repack(work, list(hashes), out)
     rate, n = policy.false_alarm_rate, len(images)
     chance = drift_by_chance(n, old.images)
     flagged = float((p < rate).mean())
-    return Recalibrated(n, refused, flagged, rate, drift(p), chance, spread_of(rate, n))
+    return Recalibration(n, refused, flagged, rate, drift(p), chance, spread_of(rate, n))
 
 
 def spread_of(rate: float, images: int) -> tuple[float, float]:
     """Middle 95% of the true false-alarm rate of a calibration on so many images.
 
-    k of images + 1 ranks flag, so the rate is beta distributed with k and images + 1 - k (Vovk
-    2012, section 2).
+    Of images + 1 ranks k flag, so the rate has the beta distribution with k and images + 1 - k
+    (Vovk 2012, section 2).
     """
     ranks = math.ceil(rate * (images + 1) - 1e-9) - 1
     if ranks < 1:
@@ -113,18 +112,6 @@ def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]
     return np.stack(images), refused
 
 
-def settings_of(work: Path) -> dict[str, object]:
-    """The policy and other settings of ours in the model YAML."""
-    config = yaml.safe_load((work / "model-config.yaml").read_text())
-    settings: dict[str, object] = config.get("rampart") or {}
-    return settings
-
-
-def labels_of(work: Path) -> tuple[str, ...]:
-    """The names of the classes."""
-    return tuple(map(str, json.loads((work / "labels.json").read_text())))
-
-
 def write(work: Path, calibration: Calibration, *, data: str, command: str) -> None:
     """Put the new ranks into calibration.json, and what changed into the card and the hashes."""
     file = work / "calibration.json"
@@ -132,7 +119,7 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
     content |= {"combined": calibration.combined.tolist(), "images": calibration.images}
     file.write_text(json.dumps(content | {"data": data}) + "\n")
     card = json.loads((work / "card.json").read_text())
-    # Figures of the old thresholds would speak for the new ones; the classifier's stay true.
+    # Figures of the old thresholds would pass for those of the new; the classifier's stay true.
     card = {name: entry for name, entry in card.items() if name not in OUTDATED}
     card["metrics"] = [
         row for row in card.get("metrics", []) if row["subject"] in ("classifier", "undefended")
@@ -141,6 +128,6 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
     card["commands"] = [*card.get("commands", []), command]
     card["sha256"] = card.get("sha256", {}) | {"calibration.json": sha256(file)}
     (work / "card.json").write_text(json.dumps(card, indent=1))
-    listed = json.loads((work / "sha256.json").read_text())
-    found = hash_tree(work)
-    (work / "sha256.json").write_text(json.dumps({name: found[name] for name in listed}, indent=1))
+    hashes = hash_tree(work)
+    names = json.loads((work / HASHES).read_text())
+    (work / HASHES).write_text(json.dumps({name: hashes[name] for name in names}, indent=1))

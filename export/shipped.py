@@ -1,7 +1,7 @@
 """Graphs that a model folder holds ready, so that packing it takes seconds and no torch.
 
-Beside graph-VARIANT.onnx lies graph-VARIANT.json: the hash of the graph, what it was made of, and
-what the parity gate measured. A graph counts only while all it was made of is what it was.
+Beside graph-VARIANT.onnx lies graph-VARIANT.json: the hash of the graph, the hashes of its
+ingredients, and the figures of the parity gate. A graph is stale once an ingredient changes.
 """
 
 import ast
@@ -9,15 +9,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import rampart
+from rampart.handlers.engine import sha256
 from rampart.hardening.model.card import read_card
 from rampart.hardening.model.files import Precision, calibration_file, graph_file, ranges_file
 
 BATCHES = (1, 2, 32)  # at which the parity gate compares
 PACKAGE = Path(rampart.__file__).parent
-# The code that makes a graph what it is.
+# The code that defines a graph.
 CODE = (
     "hardening/model/classifier.py",
     "hardening/model/purifier.py",
@@ -49,16 +50,16 @@ class Parity(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A graph that a model folder holds, and what the gate measured when it was made."""
+    """A graph that a model folder holds, and the figures of its gate."""
 
     file: Path
     parity: Parity
 
 
 def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | None:
-    """The graph that a model folder holds of a variant; None without one, or where it is stale.
+    """The graph of a variant in a model folder; None without one, or where it is stale.
 
-    Raises ValueError where the file is not the one that its record is of.
+    Raises ValueError where the file is not the one that its record describes.
     """
     file = graph_file(folder, variant, precision)
     if not file.is_file() or not record_file(file).is_file():
@@ -72,14 +73,14 @@ def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | N
 
 
 def record(
-    folder: Path, variant: str, precision: Precision, parity: Parity, made_by: dict[str, str]
+    folder: Path, variant: str, precision: Precision, parity: Parity, tools: dict[str, str]
 ) -> Path:
-    """Write the record of the graph that was put into a model folder; `made_by` are versions."""
+    """Write the record of a graph in a model folder; `tools` are their versions."""
     file = graph_file(folder, variant, precision)
     entries = {
         "sha256": sha256(file),
         "made_of": ingredients(folder, variant, precision),
-        "made_by": made_by,
+        "made_by": tools,
         "parity": parity._asdict(),
     }
     record_file(file).write_text(json.dumps(entries, indent=1) + "\n")
@@ -87,17 +88,17 @@ def record(
 
 
 def record_file(graph: Path) -> Path:
-    """Where the record of a model folder's graph is."""
+    """The path of the record of a model folder's graph."""
     return graph.with_suffix(".json")
 
 
 def ingredients(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
-    """Digests of what a graph is made of, and of what its gate decided by."""
+    """Digests of the files and the code that a graph, and the decision of its gate, rest on."""
     return parts(folder, variant, precision) | {"code": code()}
 
 
 def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
-    """Digests of the files that such a form stands on, by name; of those that are there."""
+    """Digests, by name, of those files of a variant in a precision that exist."""
     files = [folder / "weights.safetensors", calibration_file(folder, variant, precision)]
     if precision == "int8":
         files.append(ranges_file(folder, variant))
@@ -105,12 +106,12 @@ def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
 
 
 def check_made(folder: Path, variant: str, precision: Precision) -> None:
-    """Raise ValueError where a form was not made, or made of other files than are there."""
+    """Raise ValueError where a form in lower precision is missing, or made of other files."""
     if precision == "fp32":
         return
-    known = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
-    if known != parts(folder, variant, precision):
-        missing = "was made of other files than these" if known else "was not made"
+    digests = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
+    if digests != parts(folder, variant, precision):
+        missing = "was made of other files than these" if digests else "was not made"
         raise ValueError(
             f"the {precision} form of {folder.name} {variant} {missing}:"
             f" `rampart quantize --precision {precision}`"
@@ -118,7 +119,7 @@ def check_made(folder: Path, variant: str, precision: Precision) -> None:
 
 
 def code() -> str:
-    """Digest of the code that exports, whatever is said about it in comments."""
+    """Digest of the code that exports, without its comments."""
     total = hashlib.sha256()
     for name in CODE:
         total.update("\n".join(bare((PACKAGE / name).read_text(encoding="utf-8"))).encode())
@@ -129,21 +130,9 @@ def bare(source: str) -> Iterator[str]:
     """The lines of Python that compute: no imports, no docstrings, no comments."""
     silent: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom) or is_text(node):
-            silent.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        match node:
+            case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant(str())):
+                silent.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     for number, line in enumerate(source.splitlines(), start=1):
         if number not in silent and line.strip() and not line.lstrip().startswith("#"):
             yield line.rstrip()
-
-
-def is_text(node: ast.AST) -> TypeGuard[ast.Expr]:
-    """Whether a node is a statement that is a string, as docstrings are."""
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-        return False
-    return isinstance(node.value.value, str)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""Text out of files that others made, on its way to a terminal."""
+"""Makes text from files of unknown origin safe for a terminal."""
 
 import unicodedata
 from typing import Any
 
-# Control characters, what turns the direction of text, line ends of Unicode, halves of pairs.
+# Control characters, changes of text direction, line ends of Unicode, halves of surrogate pairs.
 HIDDEN = {"Cc", "Cf", "Zl", "Zp", "Cs"}
 
 
@@ -15,10 +15,10 @@ def visible(text: str) -> str:
     )
 
 
-def all_visible(found: Any) -> Any:
-    """The same for every string, names too, in what JSON or YAML holds."""
-    if isinstance(found, dict):
-        return {all_visible(name): all_visible(entry) for name, entry in found.items()}
-    if isinstance(found, list):
-        return [all_visible(entry) for entry in found]
-    return visible(found) if isinstance(found, str) else found
+def all_visible(content: Any) -> Any:
+    """`visible` for every string, keys too, in the content of JSON or YAML."""
+    if isinstance(content, dict):
+        return {all_visible(name): all_visible(entry) for name, entry in content.items()}
+    if isinstance(content, list):
+        return [all_visible(entry) for entry in content]
+    return visible(content) if isinstance(content, str) else content

@@ -2,9 +2,9 @@
 
     rampart export model_store/NAME --triton models/
 
-Triton knows nothing of our handler, so the graph itself turns scores into the p-value. The decision
-stays with the client: flag where `p_value` is below the false-alarm rate that it wants. Clients
-send decoded pixels: what `handlers/image.py` refuses and how it resizes is theirs to do.
+Triton does not run our handler, so the graph itself turns scores into the p-value. The client
+decides: it flags where `p_value` is below its false-alarm rate. Clients send decoded pixels, so
+they must refuse and resize pictures as `handlers/image.py` does.
 """
 
 import shutil
@@ -61,18 +61,12 @@ class PValue(nn.Module):
         knots = torch.from_numpy(calibration.knots)  # (D, Q)
         middle = knots.shape[1] // 2
         rise = calibration.surprise[-1] - calibration.surprise[middle]
-        self.register_buffer("first", knots[:, :-1])
-        self.register_buffer("width", knots.diff(dim=1))
-        self.register_buffer("step", torch.from_numpy(np.diff(calibration.surprise)))
-        self.register_buffer("last", knots[:, -1])
-        self.register_buffer("slope", rise / (knots[:, -1] - knots[:, middle]).clamp_min(1e-6))
-        self.register_buffer("ranked", torch.from_numpy(calibration.combined))
-        self.first: Tensor
-        self.width: Tensor
-        self.step: Tensor
-        self.last: Tensor
-        self.slope: Tensor
-        self.ranked: Tensor
+        self.first = nn.Buffer(knots[:, :-1])
+        self.width = nn.Buffer(knots.diff(dim=1))
+        self.step = nn.Buffer(torch.from_numpy(np.diff(calibration.surprise)))
+        self.last = nn.Buffer(knots[:, -1])
+        self.slope = nn.Buffer(rise / (knots[:, -1] - knots[:, middle]).clamp_min(1e-6))
+        self.ranked = nn.Buffer(torch.from_numpy(calibration.combined))
 
     def forward(self, scores: Tensor) -> Tensor:
         """The share of calibration images at least as suspicious."""
@@ -87,7 +81,7 @@ class PValue(nn.Module):
 
 
 def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
-    """Write `graph` to `out` with one output more, `p_value` float64 (N, 1); the rest is as it was.
+    """Write `graph` to `out` with one more output, `p_value` float64 (N, 1).
 
     Raises RuntimeError where its p-values are not those of `handlers.verdict`.
     """
@@ -109,7 +103,7 @@ def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
 def check_p_values(tail: Path, calibration: Calibration) -> None:
     """Raise RuntimeError where a graph from `scores` to `p_value` is more than a rank off.
 
-    Asked at every knot, between them and beyond, one detector at a time and all together.
+    Checks at every knot, between them and beyond, each detector alone and all together.
     """
     knots = calibration.knots.T  # (Q, D)
     span = knots[-1] - knots[0]
@@ -121,7 +115,7 @@ def check_p_values(tail: Path, calibration: Calibration) -> None:
     session = ort.InferenceSession(tail, providers=["CPUExecutionProvider"])
     (p,) = session.run(["p_value"], {"scores": scores})
     gap = float(np.abs(p[:, 0] - p_values(scores, calibration)).max())
-    # Two sums of the same terms may differ in the last digit, and so by the rank of an equal image.
+    # Sums may differ in the last digit, and so by the rank of an image with the same score.
     if not gap <= 1.5 / (calibration.images + 1):
         raise RuntimeError(f"the graph's p-values are off by up to {gap:.2g}: report this")
 
@@ -135,10 +129,10 @@ def to_triton(
     version: int = 1,
     images: Tensor | None = None,
 ) -> Path:
-    """Write a model folder's variant as version `version` of a model in a Triton `repository`.
+    """Write a model folder's variant as one `version` of a model in a Triton `repository`.
 
-    Returns the model's folder, which `folder` names. Raises ValueError for a version that is there
-    already: a server may be reading it.
+    Returns the model's folder. Raises ValueError for a version that exists: a server may be
+    reading it.
     """
     home = repository / folder.name
     if (home / str(version)).exists():
@@ -165,7 +159,7 @@ def to_triton(
 
 
 def place(home: Path, version: int, texts: dict[str, str], model: Path) -> None:
-    """Put a version where a server may be looking: what it needs first, itself at once."""
+    """Add a version while a server may be watching: first what it needs, then itself at once."""
     for name, text in texts.items():
         if (home / name).is_file() and (home / name).read_text() != text:
             raise ValueError(
@@ -175,7 +169,7 @@ def place(home: Path, version: int, texts: dict[str, str], model: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (home / name).write_text(text)
-    partial = home / f"{version}.partial"  # not a number, so no version to Triton
+    partial = home / f"{version}.partial"  # no number, so Triton ignores it
     partial.mkdir(exist_ok=True)
     shutil.copy(model, partial / "model.onnx")
     partial.rename(home / str(version))

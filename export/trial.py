@@ -1,4 +1,4 @@
-"""A look at a graph that others made, in a process of its own: it may loop, or fill memory.
+"""Inspects and runs a graph of unknown origin in a process of its own: it may loop or fill memory.
 
 python -m rampart.export.trial GRAPH SECONDS BYTES
 """
@@ -20,66 +20,68 @@ import rampart
 from rampart.handlers.engine import Engine
 
 SECONDS = 20  # of one core
-STARTS = 60  # s that the process may take to begin, on a busy machine
-MEMORY = 2 * 2**30  # bytes, and ROOM times those of the file
-ROOM = 8
+START_SECONDS = 60  # for the process to begin, on a busy machine
+MEMORY = 2 * 2**30  # bytes, besides FACTOR times the size of the file
+FACTOR = 8
 LARGEST = 2 * 2**30  # bytes of a file: what ONNX allows
-FREQUENT = 6  # kinds of nodes named
-NAMED = 50  # inputs or outputs
-LENGTH = 1000  # of a line
-FAILS = "it does not run as a Rampart graph: "
+MAX_KINDS = 6  # of nodes listed
+MAX_VALUES = 50  # inputs or outputs listed
+MAX_LENGTH = 1000  # of a line
+FAILURE = "it does not run as a Rampart graph: "
 
 
 def trial(file: Path) -> Iterator[str]:
-    """Lines on a graph, the last of which says whether it runs here.
+    """Lines on a graph; the last one says whether it runs here.
 
-    Raises ValueError for what is none, or too large to be one.
+    Raises ValueError for a file that is none, or too large to be one.
     """
     size = file.stat().st_size
     if size > LARGEST:
         raise ValueError(f"{file} is no ONNX graph: it is larger than 2 GB")
-    limits = [str(SECONDS), str(MEMORY + ROOM * size)]
+    limits = [str(SECONDS), str(MEMORY + FACTOR * size)]
     command = [sys.executable, "-m", "rampart.export.trial", str(file.resolve()), *limits]
     here = Path(rampart.__file__).parents[1]
     try:
-        done = subprocess.run(command, capture_output=True, cwd=here, timeout=SECONDS + STARTS)
-        code, out, wrong = done.returncode, done.stdout, done.stderr
+        limit = SECONDS + START_SECONDS
+        process = subprocess.run(command, capture_output=True, cwd=here, timeout=limit)
+        code, out, errors = process.returncode, process.stdout, process.stderr
     except subprocess.TimeoutExpired as error:
-        code, out, wrong = -signal.SIGXCPU, error.stdout or b"", b""
+        code, out, errors = -signal.SIGXCPU, error.stdout or b"", b""
     for line in out.splitlines():
         kind, text = json.loads(line)
         if kind == "error":
             raise ValueError(f"{file} is no ONNX graph: {text}")
         yield text
     if code:
-        yield FAILS + reason(code, wrong.decode(errors="replace"))
+        yield FAILURE + reason(code, errors.decode(errors="replace"))
 
 
-def reason(code: int, wrong: str) -> str:
+def reason(code: int, errors: str) -> str:
     """Why the process ended before its time."""
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"it took too long, more than {SECONDS} s"
     if code == -signal.SIGABRT:
         return "it wants too much memory"
-    return f"it ended the process that tried it ({code}): {wrong[-200:].strip()}"
+    return f"it ended the process that tried it ({code}): {errors[-200:].strip()}"
 
 
-def limit(seconds: int, memory: int) -> None:
-    """Bound what this process may use from here on."""
+def set_limits(seconds: int, memory: int) -> None:
+    """Bound what this process may use from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = int(used.ru_utime + used.ru_stime) + seconds
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    space = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 5))
-    resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def look(file: Path) -> Iterator[tuple[str, str]]:
-    """(kind, text): lines on the graph, or the error that it is none. Runs it, without bounds."""
+    """(kind, text): lines on the graph, or why it is none. Runs it, without bounds."""
     try:
         model = onnx.load(file, load_external_data=False)
     except MemoryError:
-        yield "line", FAILS + "it wants too much memory"
+        yield "line", FAILURE + "it wants too much memory"
         return
     except Exception as error:  # protobuf's errors have no common type
         yield "error", str(error)
@@ -94,31 +96,31 @@ def look(file: Path) -> Iterator[tuple[str, str]]:
 def contents(model: onnx.ModelProto) -> Iterator[str]:
     """Inputs, outputs and nodes, and what this machine has for them."""
     for title, values in (("input", model.graph.input), ("output", model.graph.output)):
-        for value in values[:NAMED]:
+        for value in values[:MAX_VALUES]:
             kind = value.type.tensor_type
             shape = [d.dim_param or d.dim_value for d in kind.shape.dim]
-            known = onnx.TensorProto.DataType.keys()
-            name = known[kind.elem_type].lower() if kind.elem_type < len(known) else "unknown"
+            types = onnx.TensorProto.DataType.keys()
+            name = types[kind.elem_type].lower() if kind.elem_type < len(types) else "unknown"
             yield f"{title} {value.name}: {name} {tuple(shape)}"
-        if len(values) > NAMED:
-            yield f"{title}: {len(values) - NAMED} more"
+        if len(values) > MAX_VALUES:
+            yield f"{title}: {len(values) - MAX_VALUES} more"
     kinds = Counter(node.op_type for node in model.graph.node)
-    common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(FREQUENT))
+    common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(MAX_KINDS))
     opset = model.opset_import[0].version
     yield f"{len(model.graph.node)} nodes, opset {opset}: {common} ..."
     yield f"ONNX Runtime {ort.__version__} here has {', '.join(ort.get_available_providers())}"
 
 
 def verdict(file: Path, model: onnx.ModelProto) -> str:
-    """Whether ONNX Runtime runs it as ours."""
+    """Whether ONNX Runtime runs it as a Rampart graph."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors(model)):
-        return FAILS + "it keeps weights in other files, which are not read"
+        return FAILURE + "it keeps weights in other files, which are not read"
     try:
         Engine(file, threads=1)
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         text = " ".join(str(error).split())
         exhausted = isinstance(error, MemoryError) or "alloc" in text
-        return FAILS + (f"it wants too much memory ({text})" if exhausted else text)
+        return FAILURE + (f"it wants too much memory ({text})" if exhausted else text)
     return "it runs here, on the CPU"
 
 
@@ -134,10 +136,10 @@ def tensors(message: Any) -> Iterator[Any]:
 
 
 def main(file: str, seconds: str, memory: str) -> None:
-    """What the process of `trial` does: a line of JSON for each that it has."""
-    limit(int(seconds), int(memory))
+    """The child process of `trial`: prints each line as JSON."""
+    set_limits(int(seconds), int(memory))
     for kind, text in look(Path(file)):
-        print(json.dumps([kind, text[:LENGTH]]), flush=True)
+        print(json.dumps([kind, text[:MAX_LENGTH]]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""An archive that others may have made, unpacked within bounds and checked against its hashes."""
+"""An archive that others may have built: unpacked within bounds, checked against its hashes."""
 
-import json
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rampart.export.archive import HANDLER
-from rampart.handlers.contents import HASHES, verify
+from rampart.handlers.contents import verify
+from rampart.hardening.model.card import read_card
 
 LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
-TEXT = 64_000_000  # bytes of one that is read as JSON, YAML or code
+TEXT = 64_000_000  # bytes of a file to be read as JSON, YAML or code
+SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow
 
 
-def unpack(archive: Path, work: Path) -> list[str]:
-    """The files of an archive in `work`, checked; returns their names in order."""
+def unpack(archive: Path, work: Path) -> dict[str, str | None]:
+    """Unpack an archive into `work` and check it.
+
+    Returns the SHA-256 that it lists for each of its files, in order; None for one without.
+    """
     if not archive.is_file():
-        raise FileNotFoundError(f"no archive at {archive}: make one with `rampart archive`")
+        raise FileNotFoundError(f"no archive at {archive}: build one with `rampart archive`")
     try:
         with zipfile.ZipFile(archive) as packed:
             check_entries(archive, packed.infolist())
@@ -24,14 +31,13 @@ def unpack(archive: Path, work: Path) -> list[str]:
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{archive} is not an archive of TorchServe: {error}") from error
     try:
-        check_listed(work, names)
-        verify(work)
+        hashes = verify(work)
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
     # TorchServe runs the handler at the root, which has no hash of its own in older archives.
     if (work / "defended.py").read_bytes() != (work / HANDLER).read_bytes():
         raise ValueError(f"{archive}: its defended.py is not the one that was packed")
-    return names
+    return {name: hashes.get(name) for name in names}
 
 
 def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -49,13 +55,28 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
             )
 
 
-def check_listed(work: Path, names: list[str]) -> None:
-    """Raise ValueError where sha256.json lists what is no file of the archive."""
+def card_of(work: Path) -> dict[str, Any]:
+    """The card of an unpacked archive. Raises ValueError where it is none."""
     try:
-        listed = json.loads((work / HASHES).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
-    if not isinstance(listed, dict):
-        raise ValueError(f"{HASHES} is no table of files: build the archive anew")
-    if missing := sorted(set(listed) - set(names)):
-        raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
+        card = read_card(work)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"card.json is not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError("card.json is not a card: build the archive anew")
+    return card
+
+
+def settings_of(work: Path) -> dict[str, Any]:
+    """Our settings in an unpacked archive's model-config.yaml.
+
+    Raises ValueError where it is not YAML, or refers to itself: to print that would never end.
+    """
+    text = (work / "model-config.yaml").read_text(errors="replace")
+    if len(text) > SETTINGS:
+        raise ValueError("model-config.yaml is too long for settings: build the archive anew")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("model-config.yaml refers to itself: build the archive anew")
+        return dict((yaml.safe_load(text) or {}).get("rampart") or {})
+    except (yaml.YAMLError, RecursionError, AttributeError, TypeError) as error:
+        raise ValueError(f"model-config.yaml is not YAML of ours: {error}") from error

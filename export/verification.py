@@ -2,26 +2,24 @@
 
     rampart verify NAME.mar --signature NAME.sig --public-key signer.pem
 
-The hashes inside tell damage, and nothing of an attacker, who writes them anew. A signature tells
+The hashes inside reveal damage, but no attack: an attacker writes them anew. A signature reveals
 both: OpenSSF Model Signing, by a key, over the whole file (sigstore/model-transparency).
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rampart.export.archive import sha256
 from rampart.export.unpacking import unpack
 from rampart.handlers.contents import HASHES
+from rampart.handlers.engine import sha256
 
-# What torch-model-archiver adds: in archives of before it has no hash, though defended.py is
-# compared with the listed one.
+# Files that torch-model-archiver adds. Older archives list no hash for them.
 ADDED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py"}
 
 
 def verify(archive: Path, signature: Path | None = None, key: Path | None = None) -> Iterator[str]:
-    """Lines for people, once each holds. Raises ValueError that says what does not."""
+    """A line for people about each check that passes. Raises ValueError about one that fails."""
     if (signature is None) != (key is None):
         raise ValueError("--signature and --public-key go together")
     for file in (archive, signature, key):
@@ -30,12 +28,12 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
     if signature and key:
         yield signed(archive, signature, key)
     with tempfile.TemporaryDirectory() as scratch:
-        names = unpack(archive, Path(scratch))
-        listed = json.loads((Path(scratch) / HASHES).read_text())
-    free = set(names) - set(listed) - {HASHES}
+        hashes = unpack(archive, Path(scratch))
+    free = {name for name, digest in hashes.items() if digest is None} - {HASHES}
     if more := free - ADDED:
         raise ValueError(f"{archive} holds {', '.join(sorted(more))}, which nobody packed")
-    yield f"{archive}: {len(listed)} files have the hashes that {HASHES} lists; it has none itself"
+    count = len(hashes) - len(free) - 1
+    yield f"{archive}: {count} files have the hashes that {HASHES} lists; it has none itself"
     if free:
         yield (
             f"{', '.join(sorted(free))} have none, as an older `rampart archive` packed them:"
@@ -46,7 +44,7 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
 
 
 def signed(archive: Path, signature: Path, key: Path) -> str:
-    """A line, if `signature` is that of the holder of `key` (PEM) for this very file."""
+    """A line, if the holder of `key` (PEM) made `signature` for this very file."""
     try:
         from model_signing import verifying
     except ImportError as error:

@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from rampart.export import archive as archives
-from rampart.export.precision import check_made, lower, ranges_file
-from rampart.export.shipped import Parity
+from rampart.export.precision import lower
+from rampart.export.shipped import Parity, check_made
 from rampart.handlers.engine import Engine
 from rampart.handlers.image import decode
 from rampart.handlers.verdict import Calibration, Judge, Policy, Verdict
@@ -43,6 +43,7 @@ from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL
+from rampart.hardening.model.files import ranges_file
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.purifier import Purifier

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rampart.export.precision import make as make_form
-from rampart.export.precision import parts as parts_of
+from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat

@@ -2,6 +2,8 @@ import hashlib
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -171,6 +173,17 @@ def test_the_card_in_full_is_json_without_control_characters(
     assert text.isascii() and text.replace("\n", "").isprintable()
     with pytest.raises(ValueError, match=r"a\.onnx: only an archive"):
         card_text(tmp_path / "a.onnx")
+
+
+def test_a_card_is_shown_without_onnx_and_torch(tiny_archive: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "for name in ('onnx', 'torch'): sys.modules[name] = None\n"
+        "from rampart.export.inspection import card_text; print(card_text(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tiny_archive)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(result.stdout)["variant"] == "full", result.stderr
 
 
 def test_what_is_no_archive_or_changed_is_refused(tmp_path: Path, tiny_archive: Path) -> None:

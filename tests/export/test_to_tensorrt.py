@@ -10,9 +10,8 @@ from rampart.export.archive import archive
 from rampart.export.precision import lower
 from rampart.export.quantize import quantize
 from rampart.export.to_tensorrt import (
-    PROFILE,
-    Profile,
-    cache_key,
+    shapes,
+    timing_name,
     to_tensorrt,
     trtexec_line,
     unsupported,
@@ -28,32 +27,25 @@ missing = pytest.mark.skipif(
 
 
 def test_the_profile_spans_from_one_image_to_the_largest_batch() -> None:
-    shapes = [(1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3)]
-    assert PROFILE.shapes(32) == shapes
-    with pytest.raises(ValueError, match="in order"):
-        Profile(best=8, most=4).shapes(32)
+    assert shapes(32) == [(1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3)]
 
 
-def key(graph: Path, gpu: str = "H200", tensorrt: str = "10.16", profile: Profile = PROFILE) -> str:
-    return cache_key(graph, gpu=gpu, tensorrt=tensorrt, profile=profile)
+def key(graph: Path, gpu: str = "H200", tensorrt: str = "10.16") -> str:
+    return timing_name(graph, gpu=gpu, tensorrt=tensorrt)
 
 
-def test_the_cache_key_changes_with_everything_that_was_timed(
+def test_the_name_of_a_timing_cache_changes_with_everything_that_was_timed(
     tiny_graph: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.onnx"
     other.write_bytes(tiny_graph.read_bytes() + b"\0")
-    changed = [
-        key(tiny_graph, gpu="L4"),
-        key(tiny_graph, tensorrt="11.0"),
-        key(tiny_graph, profile=Profile(1, 1)),
-    ]
+    changed = [key(tiny_graph, gpu="L4"), key(tiny_graph, tensorrt="11.0"), key(other)]
     assert key(tiny_graph) == key(tiny_graph)
-    assert len({key(tiny_graph), key(other), *changed}) == 5
+    assert len({key(tiny_graph), *changed}) == 4
 
 
 def test_trtexec_is_told_the_same() -> None:
-    assert trtexec_line(Path("g.onnx"), Path("g.plan"), 32, PROFILE) == (
+    assert trtexec_line(Path("g.onnx"), Path("g.plan"), 32) == (
         "trtexec --onnx=g.onnx --stronglyTyped --noTF32 --minShapes=image:1x32x32x3"
         " --optShapes=image:8x32x32x3 --maxShapes=image:32x32x32x3 --saveEngine=g.plan"
     )

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from rampart import handlers
-from rampart.export import precision
+from rampart.export import precision, shipped
 from rampart.export.archive import archive
 from rampart.handlers.engine import Engine
 from rampart.handlers.image import default_pixels
@@ -191,7 +191,7 @@ def test_an_int8_archive_answers_as_its_graph_does(
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     precision.make(folder, "full", "int8", tiny_images, source="blobs", rate=0.05)
-    parts = {"full": {"sha256": precision.parts(folder, "full", "int8")}}
+    parts = {"full": {"sha256": shipped.parts(folder, "full", "int8")}}
     report.write_card(folder, report.read_card(folder) | {"int8": parts})
     archive(folder, tmp_path / "tiny.mar", precision="int8")
     with zipfile.ZipFile(tmp_path / "tiny.mar") as content:
