@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from zipfile import ZipFile
 
 import torch
@@ -22,7 +21,8 @@ import yaml
 from PIL import Image
 
 from rampart.export.archive import archive
-from rampart.handlers.defended import DefendedHandler
+from rampart.handlers.service import Service
+from rampart.handlers.types import Incoming
 from rampart.hardening.model import calibrate, pipeline
 from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import FULL
@@ -90,28 +90,16 @@ def pack(net: Classifier, held: Images, folder: Path) -> tuple[Path, str]:
 
 
 def served(archive: Path, picture: torch.Tensor, folder: Path) -> str:
-    """The label that the archive's own handler gives for a PNG."""
+    """The verdict on a PNG by the service that a worker opens."""
     with ZipFile(archive) as packed:
         packed.extractall(folder)
     body = BytesIO()
     Image.fromarray(picture.numpy()).save(body, "PNG")
-    statuses: list[int] = []
-    context = SimpleNamespace(
-        system_properties={"model_dir": str(folder), "gpu_id": None},
-        manifest={"model": {"modelVersion": "1.0"}},
-        model_name="net",
-        model_yaml_config=yaml.safe_load((folder / "model-config.yaml").read_text()),
-        get_request_header=lambda index, name: None,
-        get_all_request_header=lambda index: {"content-type": "image/png"},
-        set_response_status=lambda code, phrase, index: statuses.append(code),
-        set_response_content_type=lambda index, kind: None,
-    )
-    handler = DefendedHandler()
-    handler.initialize(context)
-    (answer,) = handler.handle([{"body": body.getvalue()}], context)
-    verdict = json.loads(answer)
-    if statuses != [200]:
-        raise RuntimeError(f"the handler answers {statuses}: {verdict}")
+    config = yaml.safe_load((folder / "model-config.yaml").read_text())
+    (reply,) = Service.open(folder, config["rampart"]).answer([Incoming({}, [body.getvalue()])])
+    verdict = json.loads(reply.body)
+    if reply.status != 200:
+        raise RuntimeError(f"the endpoint answers {reply.status}: {verdict}")
     return (
         f"served: {verdict['label']}, {verdict['decision']}, p {verdict['detail']['p_value']:.2f}"
     )
