@@ -6,24 +6,19 @@ Its servers are in servers.py.
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from blobs import Learned, blobs, learn_blobs
 from servers import encode, launch, pixels, redis, repack, server, unpacked, wait_gone  # noqa: F401
 
-from rampart.export.archive import archive
-from rampart.export.to_onnx import to_onnx
-from rampart.handlers.verdict import Calibration
-from rampart.hardening.model import calibrate
-from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.classifier import Classifier, ClassifierConfig
-from rampart.hardening.model.detectors import FULL
-from rampart.hardening.model.images import Images, split
-from rampart.hardening.model.pipeline import DefendedClassifier
-from rampart.hardening.model.purifier import Purifier, PurifierConfig
-from rampart.hardening.report import card as report
+# Fixtures import what needs torch themselves: xdist's controller reads this file and runs no test.
+if TYPE_CHECKING:
+    from blobs import Learned
+
+    from rampart.handlers.verdict import Calibration
+    from rampart.hardening.model.images import Images
+    from rampart.hardening.model.pipeline import DefendedClassifier
 
 # Fixtures that start one, wherever they are used.
 SERVERS = {"launch", "server", "target", "redis"}
@@ -48,6 +43,7 @@ TRAINING = {
     "test_to_tensorrt.py",
     "test_to_triton.py",
     "test_train.py",
+    "test_victims.py",
 }
 
 
@@ -61,24 +57,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_images() -> Images:
+def tiny_images() -> "Images":
+    from blobs import blobs
+
     return blobs(600)
 
 
 @pytest.fixture(scope="session")
-def learned() -> Learned:
+def learned() -> "Learned":
+    from blobs import learn_blobs
+
     return learn_blobs()
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -> Path:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: "Images") -> Path:
     """A model folder as model_store holds them: weights, both calibrations, a card."""
+    import torch
+
+    from rampart.hardening.model import calibrate
+    from rampart.hardening.model import pipeline as pipelines
+    from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+    from rampart.hardening.model.detectors import FULL
+    from rampart.hardening.model.images import split
+    from rampart.hardening.model.purifier import Purifier, PurifierConfig
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model_store") / "tiny"
     classifier = Classifier(ClassifierConfig("resnet10", 10, width=0.125))
     purifier = Purifier(PurifierConfig(width=8, depth=1))
     torch.nn.init.normal_(purifier.residual[-2].weight, std=0.05)
-    full = DefendedClassifier(classifier, purifier, FULL).eval().requires_grad_(False)
+    full = pipelines.DefendedClassifier(classifier, purifier, FULL).eval().requires_grad_(False)
     full.detectors.fit(classifier, split(tiny_images, "validation"))
     pipelines.save(folder / "weights.safetensors", full, tiny_images.classes)
     for variant in ("full", "lean"):
@@ -89,27 +98,46 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: Images) -
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tiny_folder: Path) -> DefendedClassifier:
+def tiny_pipeline(tiny_folder: Path) -> "DefendedClassifier":
+    from rampart.hardening.model import pipeline as pipelines
+
     return pipelines.load(tiny_folder / "weights.safetensors", "full")[0]
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: DefendedClassifier) -> Path:
-    """The graph of the full variant, alone in its folder, since an export takes seconds."""
-    return to_onnx(tiny_pipeline, tmp_path_factory.mktemp("graph") / "graph.onnx")
+def tiny_shipped(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The same model folder with the graphs of both variants: packing it exports nothing."""
+    from rampart.export.build import ship
+
+    folder = tmp_path_factory.mktemp("shipped") / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    for variant in ("full", "lean"):
+        ship(folder, variant)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_calibration(tiny_folder: Path) -> Calibration:
+def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_shipped: Path) -> Path:
+    """The graph of the full variant, alone in its folder."""
+    folder = tmp_path_factory.mktemp("graph")
+    return Path(shutil.copy(tiny_shipped / "graph-full.onnx", folder / "graph.onnx"))
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tiny_folder: Path) -> "Calibration":
     """That of the full variant."""
+    from rampart.hardening.model import calibrate
+
     return calibrate.load_variant(tiny_folder, "full")
 
 
 @pytest.fixture(scope="session")
-def tiny_archive(tiny_folder: Path) -> Path:
-    """tiny.mar, variant full: 32x32, ten classes."""
+def tiny_archive(tiny_folder: Path, tiny_shipped: Path) -> Path:
+    """tiny.mar, variant full: 32x32, ten classes. Beside it is the folder without graphs."""
+    from rampart.export.archive import archive
+
     out = tiny_folder.parent / "tiny.mar"
-    archive(tiny_folder, out)
+    archive(tiny_shipped, out)
     return out
 
 
@@ -124,6 +152,10 @@ def rampart_data() -> Path:
 @pytest.fixture
 def lean_only(tmp_path: Path, tiny_folder: Path) -> Path:
     """A model folder without the full variant, and beside it held.npz to measure it on."""
+    from blobs import blobs
+
+    from rampart.hardening.report import card as report
+
     model = tmp_path / "bare"
     shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("calibration-full.json"))
     card = {"model": "bare", "data": "blobs", "training": {}, "calibration_images": 100}

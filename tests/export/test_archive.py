@@ -65,10 +65,10 @@ def test_every_file_has_its_hash_beside_it(tiny_archive: Path) -> None:
     assert card["variant"] == "full"
 
 
-def test_policy_and_flow_are_in_the_model_yaml(tiny_folder: Path, tmp_path: Path) -> None:
+def test_policy_and_flow_are_in_the_model_yaml(tiny_shipped: Path, tmp_path: Path) -> None:
     out = tmp_path / "strict.mar"
     settings = {"batchSize": 4, "rampart": {"false_alarm_rate": 0.05, "on_detection": "reject"}}
-    archive(tiny_folder, out, variant="lean", settings=settings)
+    archive(tiny_shipped, out, variant="lean", settings=settings)
     with zipfile.ZipFile(out) as mar:
         config = yaml.safe_load(mar.read("model-config.yaml"))
         calibration = json.loads(mar.read("calibration.json"))
@@ -105,12 +105,12 @@ def test_a_folder_without_weights_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_models_name_among_temporary_files_is_left_alone(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch-model-archiver works in $TMPDIR/NAME, and empties it first."""
     mine = tmp_path / "temporary" / "a" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("years of work")
     monkeypatch.setenv("TMPDIR", str(mine.parent.parent))
-    archive(tiny_folder, tmp_path / "a.mar", variant="lean")
+    archive(tiny_shipped, tmp_path / "a.mar", variant="lean")
     assert mine.read_text() == "years of work"

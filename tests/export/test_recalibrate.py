@@ -89,9 +89,9 @@ def test_only_calibration_card_and_hashes_differ(
 
 
 def test_figures_that_the_old_thresholds_made_leave_the_card(
-    tiny_folder: Path, traffic: Path, tmp_path: Path
+    tiny_shipped: Path, traffic: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    folder = shutil.copytree(tiny_shipped, tmp_path / "tiny")
     figures = [Metric(Subject(who), "clean", 0.5, 10) for who in ("classifier", "pipeline")]
     rows = [report.row(figure, data="d", command="c") for figure in figures]
     card = {"metrics": rows, "ablation": {}, "outside": {}, "checks": [], "false_alarms": {}}

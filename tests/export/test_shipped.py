@@ -11,7 +11,6 @@ from PIL import Image
 
 from rampart.export import shipped
 from rampart.export.archive import archive, export_variant
-from rampart.export.build import ship
 from rampart.export.shipped import bare, find
 from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import p_values
@@ -26,18 +25,9 @@ LABELS = [8, 8, 0, 8]
 P_VALUES = [0.8008, 0.7885, 0.4639, 0.6275]
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """A model folder that holds the graph of its lean variant."""
-    folder = tmp_path_factory.mktemp("ready") / "tiny"
-    shutil.copytree(tiny_folder, folder)
-    ship(folder, "lean")
-    return folder
-
-
 @pytest.fixture
-def copied(ready: Path, tmp_path: Path) -> Path:
-    shutil.copytree(ready, tmp_path / "tiny")
+def copied(tiny_shipped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_shipped, tmp_path / "tiny")
     return tmp_path / "tiny"
 
 
@@ -51,7 +41,7 @@ def test_every_graph_in_the_store_is_what_its_weights_and_this_code_make() -> No
 
 
 def test_a_graph_that_is_there_is_packed_as_it_is_and_without_torch(
-    ready: Path, tmp_path: Path
+    tiny_shipped: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a.mar"
     code = (
@@ -59,11 +49,11 @@ def test_a_graph_that_is_there_is_packed_as_it_is_and_without_torch(
         "for name in hidden: sys.modules[name] = None\n"
         "from rampart.cli import main; sys.exit(main())"
     )
-    command = [sys.executable, "-c", code, "archive", str(ready), "--variant", "lean"]
+    command = [sys.executable, "-c", code, "archive", str(tiny_shipped), "--variant", "lean"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert "parity on 96 images" in done.stdout, done.stderr
     with ZipFile(out) as packed:
-        assert packed.read("graph.onnx") == graph_file(ready, "lean").read_bytes()
+        assert packed.read("graph.onnx") == graph_file(tiny_shipped, "lean").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "calibration-lean.json"])
@@ -74,9 +64,11 @@ def test_a_graph_of_other_weights_or_calibration_is_stale(copied: Path, name: st
     assert find(copied, "lean") is None
 
 
-def test_a_graph_of_other_code_is_stale(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_other_code_is_stale(
+    tiny_shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shipped, "CODE", shipped.CODE[1:])
-    assert find(ready, "lean") is None
+    assert find(tiny_shipped, "lean") is None
 
 
 def test_words_about_the_code_and_its_imports_make_no_other_graph() -> None:
@@ -101,9 +93,11 @@ def test_without_a_graph_and_without_torch_the_remedy_is_named(
         export_variant(tiny_folder, "lean", tmp_path / "graph.onnx")
 
 
-def test_an_archive_is_laid_out_as_torch_model_archiver_does(ready: Path, tmp_path: Path) -> None:
+def test_an_archive_is_laid_out_as_torch_model_archiver_does(
+    tiny_shipped: Path, tmp_path: Path
+) -> None:
     ours, content, theirs = tmp_path / "a.mar", tmp_path / "content", tmp_path / "theirs"
-    archive(ready, ours, variant="lean", version="3.1")
+    archive(tiny_shipped, ours, variant="lean", version="3.1")
     added = {"MAR-INF/MANIFEST.json", "defended.py", "model-config.yaml"}
     with ZipFile(ours) as packed:
         packed.extractall(content)

@@ -90,15 +90,15 @@ def test_without_tensorrt_it_says_what_to_install_and_what_trtexec_would_do(
 
 
 def test_an_archive_takes_a_plan_of_its_own_graph_alone(
-    tiny_folder: Path, tiny_graph: Path, tiny_images: Images, tmp_path: Path
+    tiny_shipped: Path, tiny_graph: Path, tiny_images: Images, tmp_path: Path
 ) -> None:
     plan = tmp_path / "tiny.plan"
     plan.write_bytes(b"not run here")
     record = write_record(plan, tiny_graph, version="10.16.0", parity="parity on 96 images")
     assert json.loads(record.read_text())["tensorrt"] == "10.16.0"
-    archive(tiny_folder, tmp_path / "a.mar", plan=plan)
+    archive(tiny_shipped, tmp_path / "a.mar", plan=plan)
     int8 = tmp_path / "int8.onnx"
     quantize(tiny_graph, tmp_path / "ranges.json", int8, tiny_images.image[:64].numpy())
     write_record(plan, int8, version="10.16.0", parity="parity on 96 images")
     with pytest.raises(RuntimeError, match="is not the file that"):
-        archive(tiny_folder, tmp_path / "b.mar", plan=plan)
+        archive(tiny_shipped, tmp_path / "b.mar", plan=plan)

@@ -19,12 +19,12 @@ from rampart.export.archive import archive
 
 def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     launch: Callable[..., Server],
-    tiny_folder: Path,
+    tiny_shipped: Path,
     pixels: np.ndarray,
     encode: Callable[..., bytes],
     tmp_path: Path,
 ) -> None:
-    archive(tiny_folder, tmp_path / "tiny.mar", settings={"responseTimeout": 3})
+    archive(tiny_shipped, tmp_path / "tiny.mar", settings={"responseTimeout": 3})
     server = launch(tmp_path / "tiny.mar")
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     (hung,) = server.worker_pids()

@@ -359,13 +359,13 @@ def test_settings_that_make_no_sense_fail_the_load(
 
 def test_workers_share_what_they_have_seen_and_count_it(
     launch: Callable[..., Server],
-    tiny_folder: Path,
+    tiny_shipped: Path,
     tmp_path: Path,
     photos: np.ndarray,
     noise: np.random.Generator,
 ) -> None:
     policy = {"on_query_attack": "throttle", "query_owner": "X-Tenant", "detail": "public"}
-    archive(tiny_folder, tmp_path / "tiny.mar", variant="lean", settings={"rampart": policy})
+    archive(tiny_shipped, tmp_path / "tiny.mar", variant="lean", settings={"rampart": policy})
     places = {"query_store": tmp_path / "queries", "quarantine": tmp_path / "flagged"}
     options = {name: str(place) for name, place in places.items()}
     server = launch(tmp_path / "tiny.mar", workers=2, **options)

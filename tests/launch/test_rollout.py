@@ -17,7 +17,7 @@ from rampart.export.archive import archive
 def test_a_version_is_swapped_under_load_without_a_failed_request(
     launch: Callable[..., Server],
     tiny_archive: Path,
-    tiny_folder: Path,
+    tiny_shipped: Path,
     pixels: np.ndarray,
     encode: Callable[..., bytes],
     tmp_path: Path,
@@ -25,7 +25,7 @@ def test_a_version_is_swapped_under_load_without_a_failed_request(
     store = tmp_path / "store"
     store.mkdir()
     shutil.copy(tiny_archive, store)
-    archive(tiny_folder, store / "tiny-2.mar", variant="lean", version="2.0")
+    archive(tiny_shipped, store / "tiny-2.mar", variant="lean", version="2.0")
     server = launch(store / "tiny.mar", model_api=True)
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     body, seen, stop = encode(pixels), Counter[str](), threading.Event()

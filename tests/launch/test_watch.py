@@ -79,10 +79,10 @@ def test_a_worker_that_still_starts_is_left_to_torchserve(
 def test_a_worker_that_cannot_start_again_ends_the_server_with_the_reason(
     launch: Callable[..., Server],
     wait_gone: Callable[[list[psutil.Process]], list[psutil.Process]],
-    tiny_folder: Path,
+    tiny_shipped: Path,
     tmp_path: Path,
 ) -> None:
-    archive(tiny_folder, tmp_path / "tiny.mar", settings={"maxRetryTimeoutInSec": 2})
+    archive(tiny_shipped, tmp_path / "tiny.mar", settings={"maxRetryTimeoutInSec": 2})
     code = "from rampart.launch import watch\nwatch.MARGIN = 3.0\n" + CODE
     server = launch(tmp_path / "tiny.mar", code=code)
     assert "Rampart is ready" in server.read(until="  curl '"), server.lines
