@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 
 
 def test_what_java_prints_is_bounded(tmp_path: Path) -> None:
-    lines = b"Exception in thread 1\n" * 200_000  # 4.4 MB
+    lines = (b"Exception in thread 1" * 20 + b"\n") * 10_000  # 4.2 MB
     logs.keep(io.BytesIO(lines), tmp_path).join()
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(sizes) == {"java.log", "java.1.log"}

@@ -44,13 +44,14 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def port(tmp_path: Path) -> Iterator[int]:
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A door at this port, before a server that echoes."""
-    with ThreadingUnixStreamServer(str(tmp_path / "s"), Echo) as behind:
-        threading.Thread(target=behind.serve_forever, daemon=True).start()
+    path = tmp_path_factory.mktemp("door") / "s"
+    with ThreadingUnixStreamServer(str(path), Echo) as behind:
+        threading.Thread(target=behind.serve_forever, args=(0.02,), daemon=True).start()
         port = free_port()
-        with management.door(port, tmp_path / "s", lambda: [KEY.encode(), b"another"]):
+        with management.door(port, path, lambda: [KEY.encode(), b"another"]):
             yield port
         behind.shutdown()
 
