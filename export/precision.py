@@ -15,7 +15,7 @@ from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
 from rampart.hardening.model import calibrate
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.files import Precision, ranges_file
+from rampart.hardening.model.files import Precision, load_variant, ranges_file
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.train.data import spread
 
@@ -66,7 +66,11 @@ def make(
         engine = Engine(form)
         table = calibrate.calibrate(pipeline, held, variant, engine)
         agreement = agree(
-            Engine(graph), engine, table, split(held, "validation"), precision=precision, rate=rate
+            (Engine(graph), load_variant(folder, variant)),
+            (engine, table),
+            split(held, "validation"),
+            precision=precision,
+            rate=rate,
         )
         if not agreement.holds:
             raise RuntimeError(

@@ -56,10 +56,12 @@ def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
 ) -> None:
     held, calibration = split(tiny_images, "validation"), load_variant(tiny_folder, "full")
     before, after = Engine(graph), Engine(fp16)
-    found = parity.agree(before, after, calibration, held, precision="fp16", rate=0.05)
+    found = parity.agree(
+        (before, calibration), (after, calibration), held, precision="fp16", rate=0.05
+    )
     assert found.images == len(held)
     assert found.equal == 1 - len(found.differ) / len(held) > 0.9
-    same = found._replace(equal=1, accuracy=(0.7, 0.7), flagged=0.05)
+    same = found._replace(equal=1, accuracy=(0.7, 0.7), flagged=(0.05, 0.05))
     assert same.holds
     assert not same._replace(equal=0.994).holds
     assert same._replace(equal=0.994, precision="int8").holds
@@ -67,7 +69,8 @@ def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
     assert not same._replace(accuracy=(0.7, 0.694)).holds
     assert same._replace(accuracy=(0.7, 0.694), precision="int8").holds
     assert not same._replace(accuracy=(0.7, 0.68), precision="int8").holds
-    assert not same._replace(flagged=0.2).holds
+    assert not same._replace(flagged=(0.05, 0.2)).holds
+    assert same._replace(flagged=(0.2, 0.2)).holds, "fp32 breaks the promise as well"
 
 
 def test_a_graph_of_another_net_is_not_taken_for_a_form_of_this_one(
@@ -127,17 +130,26 @@ def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answ
 
 
 def test_a_form_that_fails_its_gate_leaves_nothing_behind(
-    tiny_folder: Path, tiny_images: Images, tmp_path: Path
+    tiny_folder: Path, tiny_images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     before = sorted(file.name for file in folder.iterdir())
+    monkeypatch.setitem(parity.GATES, "int8", (1.01, 0))  # equal labels on all images fall short
+    with pytest.raises(RuntimeError, match="loses too much in int8, so nothing was written"):
+        make(folder, "full", "int8", tiny_images, source="blobs", rate=0.05)
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+def test_images_unlike_the_calibration_are_held_against_int8_no_more_than_against_fp32(
+    tiny_folder: Path, tiny_images: Images, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     first = len(split(tiny_images, "validation"))
     noise = torch.randint(256, (first, 32, 32, 3), generator=torch.manual_seed(0)).byte()
-    image = torch.cat([noise, tiny_images.image[first:]])  # all flagged: unlike the rest
+    image = torch.cat([noise, tiny_images.image[first:]])
     mixed = Images(image, tiny_images.label, tiny_images.classes)
-    with pytest.raises(RuntimeError, match="loses too much in int8, so nothing was written"):
-        make(folder, "full", "int8", mixed, source="blobs", rate=0.05)
-    assert sorted(file.name for file in folder.iterdir()) == before
+    found = make(folder, "full", "int8", mixed, source="blobs", rate=0.05)
+    assert found.flagged == (1, 1)
 
 
 def test_images_of_other_classes_are_refused(
