@@ -8,30 +8,43 @@ import typer
 from rampart import cli
 from rampart.hardening.report import card as report
 
-README = Path(cli.__file__).parents[2] / "README.md"
+ROOT = Path(cli.__file__).parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_readme_is_finished_and_its_files_exist() -> None:
-    text = README.read_text()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_files_that_a_document_links_to_exist(document: Path) -> None:
+    text = document.read_text()
     assert "@@" not in text
     for target in re.findall(r"\]\(([^):]+)\)", text):
-        assert (README.parent / target).is_file(), target
+        assert (document.parent / target).is_file(), target
 
 
-def test_the_tables_in_the_readme_are_those_of_the_cards() -> None:
-    store = README.parent / "model_store"
+def test_the_readme_is_short_and_leads_to_every_document() -> None:
+    text = README.read_text()
+    assert text.count("\n") <= 150
+    for document in DOCUMENTS[1:]:
+        assert f"](docs/{document.name})" in text
+
+
+def test_the_tables_in_the_documents_are_those_of_the_cards() -> None:
+    store = ROOT / "model_store"
     models = [store / "cifar10", *sorted(f for f in store.glob("cifar10-*") if f.is_dir())]
     for model in models:
         report.check_card(report.read_card(model))
-    assert report.with_tables(README.read_text(), models) == README.read_text()
+    text, results = README.read_text(), (ROOT / "docs" / "results.md").read_text()
+    assert report.fenced(text, "models", report.model_table(models)) == text
+    figures = report.markdown(report.read_card(models[0]))
+    assert report.fenced(results, "figures", figures) == results
 
 
 def documented() -> list[str]:
-    text = README.read_text().replace("\\\n", " ")
+    text = "".join(document.read_text() for document in DOCUMENTS).replace("\\\n", " ")
     return re.findall(r"^\.venv/bin/rampart (.+)$", text, re.MULTILINE)
 
 
-def test_the_readme_documents_the_way_from_training_to_serving() -> None:
+def test_the_documents_show_the_way_from_training_to_serving() -> None:
     verbs = {line.split()[0] for line in documented()}
     assert {"train", "purifier", "calibrate", "evaluate", "archive", "serve", "attack"} <= verbs
 

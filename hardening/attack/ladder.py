@@ -185,8 +185,8 @@ class Attack:
 
     `effort` tells what it costs and is part of what a figure is compared by; `passes` estimates its
     forward-backward passes an image. `shares` are the parts of eps at which it is made on what
-    rejects, beside all of eps. A `title` makes it a column of README. `chosen` tells whether a
-    budget wants it.
+    rejects, beside all of eps. A `title` makes it a column of the documents' tables. `chosen` tells
+    whether a budget wants it.
     """
 
     name: str

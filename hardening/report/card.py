@@ -1,4 +1,4 @@
-"""The card as it is written, and its figures as tables: for the terminal, and for README."""
+"""The card as it is written, and its figures as tables: for the terminal, and for docs/."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
 from rampart.hardening.model.card import write_card as write_card
 
-# The rows that README shows of a card.
+# The rows that the documents show of a card.
 SUBJECTS = {
     Subject("classifier"): "classifier alone",
     Subject("pipeline", "lean"): "`lean`",
@@ -111,7 +111,7 @@ def markdown(card: dict[str, Any]) -> str:
 
 
 def columns() -> dict[str, str]:
-    """The columns that README shows of a card: title and figure."""
+    """The columns that the documents show of a card: title and figure."""
     return {
         "clean accuracy": "clean",
         "clean rejection": "clean_rejection",
@@ -178,12 +178,6 @@ def counted(figure: Figure) -> str:
     """A figure with its interval, its images and its threat."""
     threat = f", {figure.threat}" if figure.threat else ""
     return f"{figure.cell}, n = {figure.n}{threat}"
-
-
-def with_tables(text: str, folders: Sequence[Path]) -> str:
-    """`text` with its fenced parts made anew: "models" of all folders, "figures" of the first."""
-    text = fenced(text, "models", model_table(folders))
-    return fenced(text, "figures", markdown(read_card(folders[0])))
 
 
 def fenced(text: str, name: str, content: str) -> str:

@@ -197,15 +197,18 @@ def redteam(
 
 def table(
     models: Annotated[list[Path], typer.Argument(help="Folders of models, the default one first")],
-    readme: Annotated[Path, typer.Option(help="File whose table is brought up to date")] = Path(
-        "README.md"
+    readme: Annotated[Path, typer.Option(help="Gets a table of all models")] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="Gets the figures of the first")] = Path(
+        "docs/results.md"
     ),
 ) -> None:
-    """Write into README.md what the models' cards say: all in one table, the first in detail."""
+    """Bring the tables in README.md and docs/results.md up to date with the models' cards."""
     from rampart.hardening.model import folder as folders
     from rampart.hardening.report import card as report
 
     for model in models:
         folders.calibrated(model)
-    readme.write_text(report.with_tables(readme.read_text(), models))
-    say(report.model_table(models))
+    overview, figures = report.model_table(models), report.markdown(report.read_card(models[0]))
+    readme.write_text(report.fenced(readme.read_text(), "models", overview))
+    results.write_text(report.fenced(results.read_text(), "figures", figures))
+    say(overview)
