@@ -43,7 +43,7 @@ from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FULL
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.purifier import Purifier
-from rampart.launch.torchserve import METRICS
+from rampart.launch.java import METRICS
 
 WORKERS, BATCHES, SIZES = (1, 2), (1, 2, 8, 32), (32, 64, 96, 128, 224)
 CLIENTS, BATCH = 32, 8

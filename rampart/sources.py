@@ -139,8 +139,3 @@ def not_trained_on(model: "Model", source: Source) -> Images:
     if model.folder is not None:
         check_unseen(model.folder, images)
     return images
-
-
-def gate_images(model: "Model", path: Path | None) -> Images | None:
-    """The images under `path`, for the parity gate; None where there is no path."""
-    return load(path, train=False, size=model.image_size) if path else None

@@ -27,15 +27,15 @@ from PIL import Image
 CODE = """
 import json, sys
 from pathlib import Path
+from rampart.launch.endpoint import Endpoint
 from rampart.launch.torchserve import serve
 options = json.loads(sys.argv[2])
-options["samples"] = [Path(sample) for sample in options.get("samples", ())]
 for name in ("log_folder", "quarantine"):
     if options.get(name):
         options[name] = Path(options[name])
 if options.get("tls"):
     options["tls"] = tuple(map(Path, options["tls"]))
-sys.exit(serve(Path(sys.argv[1]), **options))
+sys.exit(serve(Endpoint(Path(sys.argv[1]), **options)))
 """
 
 

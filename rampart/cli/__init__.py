@@ -4,6 +4,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from rampart.cli import evaluate, look, package, serve, train
 
@@ -26,7 +27,7 @@ COMPLETION = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=COMPLETION)
 for theme in (train, evaluate, package, serve, look):
-    theme.add_to(app)
+    app.add_typer(theme.app)
 
 
 def show_version(asked: bool) -> None:
@@ -39,7 +40,7 @@ def show_version(asked: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it and stop")
+    bool, Option("--version", callback=show_version, is_eager=True, help="Show it and stop")
 ]
 
 

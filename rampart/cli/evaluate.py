@@ -4,68 +4,56 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
+import rampart as rp
 from rampart.cli import options as o
 from rampart.cli.options import say, threat_of
 from rampart.provenance import command_line
 
 QUICK = "Short attacks, and 100 images where --limit says nothing else"
-RUNG = "Only this attack, as pgd20; repeatable"
 ALONE = "With --rung: this alone, in the form that is asked for"
 GALLERY = "A second page, with attacked images of --images in it"
 ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
 ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
 ROW += "other rows' attacks are not put to it; repeatable"
-CALIBRATED = "So many calibration images, evenly spaced"
 TEAM = "square, simba, hopskipjump, boundary or oars; repeatable; default all"
-BUDGET = "Budget of an image under one attack"
 BESIDE = "Another run's --out, drawn dashed into the same picture"
 RUNS = Path("runs/redteam")
 
-
-def add_to(app: typer.Typer) -> None:
-    """Put these verbs into the command line."""
-    verbs: o.Verbs = {
-        evaluate: (
-            "evaluate model_store/mine --images cifar10/ --quick",
-            "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
-        ),
-        ablate: ("ablate model_store/mine --data cifar10/",),
-        alarms: ("alarms model_store/mine --data cifar10/",),
-        outside: ("outside model_store/mine --images cifar10/",),
-        redteam: ("redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/",),
-        table: ("table model_store/cifar10 model_store/mine",),
-    }
-    o.add(app, o.EVALUATE, verbs)
+verb, app = o.theme("Evaluate")
 
 
+@verb(
+    "evaluate model_store/mine --images cifar10/ --quick",
+    "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
+)
 def evaluate(
     model: o.Model,
     images: o.Measured,
     data_name: o.Title = "",
     held: o.Beside = None,
     part: o.Part = None,
-    limit: Annotated[int | None, typer.Option(min=1, help=o.LIMIT)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
-    rung: Annotated[list[str] | None, typer.Option(help=RUNG)] = None,
-    variant: Annotated[Literal["full", "lean"] | None, typer.Option(help=ALONE)] = None,
+    limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
+    quick: Annotated[bool, Option("--quick", help=QUICK)] = False,
+    rung: Annotated[list[str] | None, Option(help="Only this attack, as pgd20; repeatable")] = None,
+    variant: Annotated[Literal["full", "lean"] | None, Option(help=ALONE)] = None,
     twin: o.Twin = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Attack the int8 graphs as well")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Attack the fp16 graphs as well")] = False,
+    int8: Annotated[bool, Option("--int8", help="Attack the int8 graphs as well")] = False,
+    fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,
     norm: o.Norm = "Linf",
     eps: o.Eps = None,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
-    gallery: Annotated[Path | None, typer.Option(help=GALLERY)] = None,
+    gallery: Annotated[Path | None, Option(help=GALLERY)] = None,
     device: o.Device = "auto",
     arch: o.Own = None,
 ) -> None:
     """Attack classifier and pipeline with full knowledge; write card.json and report.html."""
     from rampart import studies
-    from rampart.model import Model
     from rampart.sources import Source, measured
 
-    subject = Model.load(model)
+    subject = rp.Model.load(model)
     few = limit or (100 if quick else None)
     sample = measured(subject, Source(images, held), name=data_name, part=part, limit=few)
     if sample.warning:
@@ -85,61 +73,62 @@ def evaluate(
     studies.insist(outcome.checks)
 
 
+@verb("ablate model_store/mine --data cifar10/")
 def ablate(
     model: o.Model,
     data: o.Data,
     held: o.Held = None,
-    limit: Annotated[int, typer.Option(min=1, help=o.LIMIT)] = 200,
-    steps: Annotated[int, typer.Option(help="Of each attack")] = 20,
+    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 200,
+    steps: Annotated[int, Option(help="Of each attack")] = 20,
     norm: o.Norm = "Linf",
     eps: o.Eps = None,
     cache: o.Cache = o.FOUND,
     twin: o.Twin = None,
-    test: Annotated[Path | None, typer.Option(help=ON_TEST)] = None,
-    row: Annotated[list[str] | None, typer.Option(help=ROW)] = None,
+    test: Annotated[Path | None, Option(help=ON_TEST)] = None,
+    row: Annotated[list[str] | None, Option(help=ROW)] = None,
     device: o.Device = "auto",
     arch: o.Own = None,
 ) -> None:
     """What each part adds under attack, and costs; the outcome names the default variant."""
     from rampart import studies
-    from rampart.model import Model
     from rampart.sources import Source
 
     study = studies.Study(threat_of(norm, eps), device=device, cache=cache, twin=twin)
     study = study._replace(command=command_line())
-    subject, source = Model.load(model), Source(data, held)
+    subject, source = rp.Model.load(model), Source(data, held)
     outcome = studies.ablate(
         subject, source, study, limit=limit, steps=steps, test=test, rows=row or []
     )
     say("\n".join(outcome.lines))
 
 
+@verb("alarms model_store/mine --data cifar10/")
 def alarms(
     model: o.Model,
     data: o.Data,
     held: o.Held = None,
-    limit: Annotated[int, typer.Option(min=1, help=CALIBRATED)] = 1000,
+    limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
     rate: o.Rate = 0.01,
     device: o.Device = "auto",
     arch: o.Own = None,
 ) -> None:
     """How often clean images are flagged, by the way they come and by the class they get."""
     from rampart import studies
-    from rampart.model import Model
     from rampart.sources import Source
 
     study = studies.Study(rate=rate, device=device, command=command_line())
-    outcome = studies.alarms(Model.load(model), Source(data, held), study, limit=limit)
+    outcome = studies.alarms(rp.Model.load(model), Source(data, held), study, limit=limit)
     say("\n".join(outcome.lines))
 
 
+@verb("outside model_store/mine --images cifar10/")
 def outside(
     model: o.Model,
     images: o.Measured,
     data_name: o.Title = "",
     held: o.Beside = None,
     part: o.Part = None,
-    limit: Annotated[int, typer.Option(min=1, help=o.LIMIT)] = 200,
+    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 200,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
     device: o.Device = "auto",
@@ -147,10 +136,9 @@ def outside(
 ) -> None:
     """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
     from rampart import studies
-    from rampart.model import Model
     from rampart.sources import Source, measured
 
-    subject = Model.load(model)
+    subject = rp.Model.load(model)
     sample = measured(subject, Source(images, held), name=data_name, part=part, limit=limit)
     if sample.warning:
         typer.echo(sample.warning, err=True)
@@ -158,19 +146,20 @@ def outside(
     say("\n".join(studies.beyond(subject, sample, study).lines))
 
 
+@verb("redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/")
 def redteam(
-    url: Annotated[str, typer.Argument(help="http://HOST:PORT/predictions/NAME")],
-    images: Annotated[Path, typer.Argument(help="Labelled: CIFAR-10 folder, ImageFolder or .npz")],
-    out: Annotated[Path, typer.Option(help="Folder of this run; the same one goes on")] = RUNS,
-    attack: Annotated[list[str] | None, typer.Option(help=TEAM)] = None,
-    queries: Annotated[int, typer.Option(help=BUDGET)] = 1000,
-    limit: Annotated[int, typer.Option(min=1, help=o.LIMIT)] = 50,
-    eps: Annotated[int, typer.Option(help="Radius of the Linf ball, n/255")] = 8,
-    image_size: Annotated[int, typer.Option(help="Pixels a side that the model takes")] = 32,
-    beside: Annotated[Path | None, typer.Option(help=BESIDE)] = None,
+    url: Annotated[str, Argument(help="http://HOST:PORT/predictions/NAME")],
+    images: Annotated[Path, Argument(help="Labelled: CIFAR-10 folder, ImageFolder or .npz")],
+    out: Annotated[Path, Option(help="Folder of this run; the same one goes on")] = RUNS,
+    attack: Annotated[list[str] | None, Option(help=TEAM)] = None,
+    queries: Annotated[int, Option(help="Budget of an image under one attack")] = 1000,
+    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 50,
+    eps: Annotated[int, Option(help="Radius of the Linf ball, n/255")] = 8,
+    image_size: Annotated[int, Option(help="Pixels a side that the model takes")] = 32,
+    beside: Annotated[Path | None, Option(help=BESIDE)] = None,
     seed: o.Seed = 0,
     i_own_this_endpoint: Annotated[
-        bool, typer.Option("--i-own-this-endpoint", help="A must beyond loopback")
+        bool, Option("--i-own-this-endpoint", help="A must beyond loopback")
     ] = False,
 ) -> None:
     """Black-box attacks on a running endpoint, over HTTP. Ctrl-C is safe: run it again."""
@@ -195,10 +184,11 @@ def redteam(
     say(team.picture(runs, out / "queries.png"))
 
 
+@verb("table model_store/cifar10 model_store/mine")
 def table(
-    models: Annotated[list[Path], typer.Argument(help="Folders of models, the default one first")],
-    readme: Annotated[Path, typer.Option(help="Gets a table of all models")] = Path("README.md"),
-    results: Annotated[Path, typer.Option(help="Gets the figures of the first")] = Path(
+    models: Annotated[list[Path], Argument(help="Folders of models, the default one first")],
+    readme: Annotated[Path, Option(help="Gets a table of all models")] = Path("README.md"),
+    results: Annotated[Path, Option(help="Gets the figures of the first")] = Path(
         "docs/results.md"
     ),
 ) -> None:

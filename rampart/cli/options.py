@@ -1,33 +1,31 @@
 """Options that several verbs share, and how all of them print."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-if TYPE_CHECKING:
-    from rampart.hardening.attack.pgd import Threat
+import rampart as rp
 
-TRAIN, EVALUATE, PACKAGE, SERVE, LOOK = "Train", "Evaluate", "Package", "Serve", "Look"
-Verbs = Mapping[Callable[..., None], tuple[str, ...]]  # with examples
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 # Images.
 DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
-Data = Annotated[Path, typer.Option(help=DATA)]
-HELD = "Held-out images; without it a tenth of --data is drawn"
-Held = Annotated[Path | None, typer.Option(help=HELD)]
+Data = Annotated[Path, Option(help=DATA)]
+Held = Annotated[Path | None, Option(help="Held-out images; without it a tenth of --data is drawn")]
 MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder a class, or .npz"
-Measured = Annotated[Path, typer.Option("--images", help=MEASURED)]
+Measured = Annotated[Path, Option("--images", help=MEASURED)]
 GATED = "Images that the parity gate compares on, 64 of them; default crops of a photograph"
-Gated = Annotated[Path | None, typer.Option("--images", help=GATED)]
+Gated = Annotated[Path | None, Option("--images", help=GATED)]
 TITLE = "What the card calls these images; default the name of their file or folder"
-Title = Annotated[str, typer.Option(help=TITLE)]
+Title = Annotated[str, Option(help=TITLE)]
 PART = "Only this split of the images that training held out of --images"
-Part = Annotated[Literal["validation", "tuning", "calibration"] | None, typer.Option(help=PART)]
+Part = Annotated[Literal["validation", "tuning", "calibration"] | None, Option(help=PART)]
 BESIDE = "The --held of training, where --part is a split of it"
-Beside = Annotated[Path | None, typer.Option("--held", help=BESIDE)]
+Beside = Annotated[Path | None, Option("--held", help=BESIDE)]
 
 # Networks.
 
@@ -44,59 +42,53 @@ def take_factory(arch: str | None) -> str | None:
 
 ARCH = "torchvision's name (resnet18, vgg11_bn, alexnet, googlenet ...), timm:NAME, or"
 ARCH += " package.module:factory, code of yours that gives a network; --head goes with it"
-Arch = Annotated[str, typer.Option(help=ARCH, callback=take_factory)]
+Arch = Annotated[str, Option(help=ARCH, callback=take_factory)]
 OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
-Own = Annotated[str | None, typer.Option("--arch", help=OWN, callback=take_factory)]
+Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
 HEAD = "Of a network of your own: the layer that makes the logits, as fc"
-Head = Annotated[str, typer.Option(help=HEAD)]
+Head = Annotated[str, Option(help=HEAD)]
 CHANNELS = "Of a network of your own: 1 where it takes pictures in gray"
-Channels = Annotated[int, typer.Option(min=1, max=3, help=CHANNELS)]
+Channels = Annotated[int, Option(min=1, max=3, help=CHANNELS)]
 LAST = "Of a network of your own: it takes (N, H, W, channels)"
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help=LAST)]
-WIDTH = "Factor on the channels of a ResNet or VGG"
-Width = Annotated[float, typer.Option(help=WIDTH)]
-Size = Annotated[int, typer.Option(help="Pixels a side, a multiple of 8 from 16 up")]
+ChannelsLast = Annotated[bool, Option("--channels-last", help=LAST)]
+Width = Annotated[float, Option(help="Factor on the channels of a ResNet or VGG")]
+Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up")]
 METHOD = "nfgsm, gat, pgd, trades, mart, rslad; standard makes an undefended control"
-Method = Annotated[str, typer.Option(help=METHOD)]
+Method = Annotated[str, Option(help=METHOD)]
 DTYPE = "Arithmetic of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
-Dtype = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help=DTYPE)]
+Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
 DEVICE = "Where to compute; auto takes CUDA where there is one"
-Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help=DEVICE)]
-RUN = "Folder of this run; an unfinished run there continues"
-Out = Annotated[Path, typer.Option(help=RUN)]
-Count = Annotated[int, typer.Option(min=1)]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images")]
-Batch = Annotated[int, typer.Option(min=1, help="Images a step, over all processes")]
-VALIDATED = "Validation images used each epoch"
-Validated = Annotated[int, typer.Option("--validate-on", min=1, help=VALIDATED)]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random")]
+Device = Annotated[Literal["cpu", "cuda", "auto"], Option(help=DEVICE)]
+Out = Annotated[Path, Option(help="Folder of this run; an unfinished run there continues")]
+Count = Annotated[int, Option(min=1)]
+Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
+Batch = Annotated[int, Option(min=1, help="Images a step, over all processes")]
+Validated = Annotated[int, Option("--validate-on", min=1, help="Validation images used each epoch")]
+Seed = Annotated[int, Option(help="Of all that is drawn at random")]
 
 # Threat and policy.
-Norm = Annotated[Literal["Linf", "L2"], typer.Option(help="Norm of the threat model")]
+Norm = Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")]
 EPS = "Radius of the threat: n/255 for Linf (default 8), plain for L2 (default 0.5)"
-Eps = Annotated[float | None, typer.Option(min=0, help=EPS)]
-RATE = "Share of clean images that may be flagged"
-Rate = Annotated[float, typer.Option(min=0, max=0.99, help=RATE)]
+Eps = Annotated[float | None, Option(min=0, help=EPS)]
+Rate = Annotated[float, Option(min=0, max=0.99, help="Share of clean images that may be flagged")]
 
 # Models.
-Model = Annotated[Path, typer.Argument(help="Folder of the model, as model_store/NAME")]
-Shown = Annotated[Path, typer.Option("--model", help="Folder of the model")]
+Model = Annotated[Path, Argument(help="Folder of the model, as model_store/NAME")]
+Shown = Annotated[Path, Option("--model", help="Folder of the model")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
-Variant = Annotated[Literal["full", "lean"] | None, typer.Option(help=VARIANT)]
+Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
 PRECISION = "Form of the graph, fp16 and int8 after `rampart quantize`; default int8 where it was"
 PRECISION += " measured to be as robust, on 100 validation images or more, at --rate 0.01"
-Precision = Annotated[Literal["fp32", "fp16", "int8"] | None, typer.Option(help=PRECISION)]
+Precision = Annotated[Literal["fp32", "fp16", "int8"] | None, Option(help=PRECISION)]
 QUERIES = "Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"
-QueryStore = Annotated[str | None, typer.Option(help=QUERIES)]
+QueryStore = Annotated[str | None, Option(help=QUERIES)]
 
 # Measuring.
 LIMIT = "Only so many images, evenly spaced"
-CACHE = "Folder for what attacks found"
-Cache = Annotated[Path, typer.Option(help=CACHE)]
+Cache = Annotated[Path, Option(help="Folder for what attacks found")]
 TWIN = "Folder of the undefended twin, a control; default NAME-undefended beside the model"
-Twin = Annotated[Path | None, typer.Option(help=TWIN)]
-PICTURE = "Picture; default scikit-image's cat"
-Picture = Annotated[Path | None, typer.Argument(help=PICTURE)]
+Twin = Annotated[Path | None, Option(help=TWIN)]
+Picture = Annotated[Path | None, Argument(help="Picture; default scikit-image's cat")]
 
 FOUND = Path("runs/found")
 SHIPPED = Path("model_store/cifar10")
@@ -110,17 +102,19 @@ def say(what: object) -> None:
         print(what, flush=True)
 
 
-def threat_of(norm: str, eps: float | None) -> "Threat":
+def threat_of(norm: str, eps: float | None) -> "rp.Threat":
     """The threat model of the options --norm and --eps."""
-    from rampart.hardening.attack.pgd import Threat
-
     if norm == "Linf":
-        return Threat(norm, (8 if eps is None else eps) / 255)
-    return Threat(norm, 0.5 if eps is None else eps)
+        return rp.Threat(norm, (8 if eps is None else eps) / 255)
+    return rp.Threat(norm, 0.5 if eps is None else eps)
 
 
-def add(app: typer.Typer, panel: str, verbs: Verbs) -> None:
-    """Put `verbs` into the command line, under one title of its help."""
-    for verb, lines in verbs.items():
-        shown = "\n\n".join(f"rampart {line}" for line in lines)
-        app.command(rich_help_panel=panel, epilog=f"Examples:\n\n{shown}")(verb)
+def theme(title: str) -> tuple[Callable[..., Decorator], typer.Typer]:
+    """(decorator that puts a verb, with its examples, under a title of the help; these verbs)."""
+    app = typer.Typer()
+
+    def verb(*examples: str) -> Decorator:
+        lines = "\n\n".join(f"rampart {example}" for example in examples)
+        return app.command(rich_help_panel=title, epilog=f"Examples:\n\n{lines}")
+
+    return verb, app

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
+import rampart as rp
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
 FINISHED = "A finished .mar, to calibrate anew"
 TRAFFIC = "What its clients send: a folder of pictures"
-RENEWED = "The new .mar; NAME-recalibrated.mar"
 PIXELS = "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304"
 PIXELS += " or more"
 FAILURE = "Of purifier or detectors; open: no defence"
@@ -26,35 +26,23 @@ REPOSITORY = "A Triton model repository, to write the model into"
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
-
-def add_to(app: typer.Typer) -> None:
-    """Put these verbs into the command line."""
-    join = "calibrate model_store/mine --data cifar10/ --classifier runs/c/classifier.safetensors"
-    anew = "calibrate --archive model_store/mine.mar --images my_traffic/"
-    verbs: o.Verbs = {
-        calibrate: (join, anew),
-        quantize: ("quantize model_store/mine --data cifar10/",),
-        export: ("export model_store/mine --out mine.onnx",),
-        archive: (
-            "archive model_store/mine",
-            "archive model_store/mine --on-detection reject --detail public --rate 0.02",
-        ),
-        inspect: ("inspect model_store/mine.mar",),
-        verify: ("verify mine.mar --signature mine.sig --public-key key.pem",),
-    }
-    o.add(app, o.PACKAGE, verbs)
+verb, app = o.theme("Package")
 
 
+@verb(
+    "calibrate model_store/mine --data cifar10/ --classifier runs/c/classifier.safetensors",
+    "calibrate --archive model_store/mine.mar --images my_traffic/",
+)
 def calibrate(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of the model to make")] = None,
-    data: Annotated[Path | None, typer.Option(help=o.DATA)] = None,
-    classifier: Annotated[Path | None, typer.Option(help=TRAINED)] = None,
-    purifier: Annotated[Path | None, typer.Option(help=CLEANED)] = None,
+    folder: Annotated[Path | None, Argument(help="Folder of the model to make")] = None,
+    data: Annotated[Path | None, Option(help=o.DATA)] = None,
+    classifier: Annotated[Path | None, Option(help=TRAINED)] = None,
+    purifier: Annotated[Path | None, Option(help=CLEANED)] = None,
     held: o.Held = None,
-    data_name: Annotated[str, typer.Option(help="What the card calls the training data")] = "",
-    archive: Annotated[Path | None, typer.Option("--archive", "--model", help=FINISHED)] = None,
-    images: Annotated[Path | None, typer.Option(help=TRAFFIC)] = None,
-    out: Annotated[Path | None, typer.Option(help=RENEWED)] = None,
+    data_name: Annotated[str, Option(help="What the card calls the training data")] = "",
+    archive: Annotated[Path | None, Option("--archive", "--model", help=FINISHED)] = None,
+    images: Annotated[Path | None, Option(help=TRAFFIC)] = None,
+    out: Annotated[Path | None, Option(help="The new .mar; NAME-recalibrated.mar")] = None,
     arch: o.Own = None,
 ) -> None:
     """Put classifier and purifier together as a model folder and calibrate its variants.
@@ -67,9 +55,18 @@ def calibrate(
             raise ValueError(
                 "--archive and --images go alone, with --out: the archive has the rest"
             )
-        recalibrate(archive, images, out or archive.with_stem(f"{archive.stem}-recalibrated"))
+        from rampart.export.recalibrate import recalibrate as renew
+
+        target = out or archive.with_stem(f"{archive.stem}-recalibrated")
+        for line in renew(archive, images, target, command=command_line()).in_words():
+            say(line)
+        say(f"{target}: serve it with `rampart serve --archive {target}`")
     elif folder and data and classifier and not (archive or images or out):
-        assemble(folder, data, classifier, purifier, held=held, data_name=data_name)
+        from rampart.assembly import assemble
+        from rampart.sources import Source
+
+        source, names = Source(data, held), {"data_name": data_name, "command": command_line()}
+        say("\n".join(assemble(folder, source, classifier, purifier, **names).summary()))
     else:
         raise ValueError(
             "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
@@ -77,39 +74,13 @@ def calibrate(
         )
 
 
-def recalibrate(archive: Path, images: Path, out: Path) -> None:
-    """A new archive, with the ranks of the pictures below `images`."""
-    from rampart.export.recalibrate import recalibrate as renew
-
-    for line in renew(archive, images, out, command=command_line()).in_words():
-        say(line)
-    say(f"{out}: serve it with `rampart serve --archive {out}`")
-
-
-def assemble(
-    folder: Path,
-    data: Path,
-    classifier: Path,
-    purifier: Path | None,
-    *,
-    held: Path | None,
-    data_name: str,
-) -> None:
-    """A model folder of what training wrote."""
-    from rampart.assembly import assemble as join
-    from rampart.sources import Source
-
-    files, command = (classifier, purifier), command_line()
-    model = join(folder, Source(data, held), *files, data_name=data_name, command=command)
-    say("\n".join(model.summary()))
-
-
+@verb("quantize model_store/mine --data cifar10/")
 def quantize(
     model: o.Model,
     data: o.Data,
     held: o.Held = None,
-    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="For CPUs, for GPUs")] = "int8",
-    limit: Annotated[int, typer.Option(min=1, help="So many tuning images give the ranges")] = 512,
+    precision: Annotated[Literal["int8", "fp16"], Option(help="For CPUs, for GPUs")] = "int8",
+    limit: Annotated[int, Option(min=1, help="So many tuning images give the ranges")] = 512,
     rate: o.Rate = 0.01,
     arch: o.Own = None,
 ) -> None:
@@ -122,30 +93,28 @@ def quantize(
     say("\n".join(outcome.lines))
 
 
+@verb("export model_store/mine --out mine.onnx")
 def export(
     model: o.Model,
-    out: Annotated[Path | None, typer.Option(help="The .onnx file to write")] = None,
-    triton: Annotated[Path | None, typer.Option(help=REPOSITORY)] = None,
-    model_version: Annotated[int, typer.Option(min=1, help="Its version there")] = 1,
-    tensorrt: Annotated[Path | None, typer.Option(help="The .plan to build, on its GPU")] = None,
-    ship: Annotated[bool, typer.Option("--ship", help=SHIP)] = False,
+    out: Annotated[Path | None, Option(help="The .onnx file to write")] = None,
+    triton: Annotated[Path | None, Option(help=REPOSITORY)] = None,
+    model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
+    tensorrt: Annotated[Path | None, Option(help="The .plan to build, on its GPU")] = None,
+    ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
     variant: o.Variant = None,
     precision: o.Precision = None,
     images: o.Gated = None,
     arch: o.Own = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
-    from rampart.model import Model
-    from rampart.sources import gate_images
-
     if sum(target is not None for target in (out, triton, tensorrt)) + ship != 1:
         raise ValueError(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
             " FILE.plan, and --ship"
         )
-    subject = Model.load(model)
+    subject = rp.Model.load(model)
     form = subject.form(variant, precision)
-    few = gate_images(subject, images)
+    few = rp.load_images(images, size=subject.image_size, train=False) if images else None
     if ship:
         from rampart.export.build import ship as build_into
 
@@ -161,26 +130,28 @@ def export(
         say(f"{tensorrt}: pack it with `rampart archive --plan {tensorrt}`")
 
 
+@verb(
+    "archive model_store/mine",
+    "archive model_store/mine --on-detection reject --detail public --rate 0.02",
+)
 def archive(
     model: o.Model,
-    out: Annotated[Path | None, typer.Option(help="The .mar; default model_store/NAME.mar")] = None,
+    out: Annotated[Path | None, Option(help="The .mar; default model_store/NAME.mar")] = None,
     variant: o.Variant = None,
     precision: o.Precision = None,
-    plan: Annotated[Path | None, typer.Option(help="Of `rampart export --tensorrt`")] = None,
+    plan: Annotated[Path | None, Option(help="Of `rampart export --tensorrt`")] = None,
     images: o.Gated = None,
-    model_version: Annotated[str, typer.Option(help="Tells archives of one name apart")] = "1.0",
+    model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
     rate: o.Rate = 0.01,
-    on_detection: Annotated[
-        Detection, typer.Option(help="shadow counts, and says nothing")
-    ] = "flag",
-    on_failure: Annotated[Literal["closed", "open"], typer.Option(help=FAILURE)] = "closed",
-    detail: Annotated[Literal["full", "public"], typer.Option(help=DETAIL)] = "full",
+    on_detection: Annotated[Detection, Option(help="shadow counts, and says nothing")] = "flag",
+    on_failure: Annotated[Literal["closed", "open"], Option(help=FAILURE)] = "closed",
+    detail: Annotated[Literal["full", "public"], Option(help=DETAIL)] = "full",
     query_store: o.QueryStore = None,
-    on_query_attack: Annotated[Response, typer.Option(help="Needs a query store")] = "alert",
-    query_owner: Annotated[str | None, typer.Option(help=OWNER)] = None,
-    query_expiry: Annotated[float, typer.Option(help="Seconds to remember a query")] = 3600,
-    query_capacity: Annotated[int, typer.Option(help="Queries to remember")] = 100_000,
-    max_pixels: Annotated[int | None, typer.Option(help=PIXELS)] = None,
+    on_query_attack: Annotated[Response, Option(help="Needs a query store")] = "alert",
+    query_owner: Annotated[str | None, Option(help=OWNER)] = None,
+    query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600,
+    query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000,
+    max_pixels: Annotated[int | None, Option(help=PIXELS)] = None,
     arch: o.Own = None,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
@@ -192,11 +163,14 @@ def archive(
     policy: dict[str, object] = {
         "false_alarm_rate": rate,
         "on_detection": on_detection,
+        "on_failure": on_failure,
         "detail": detail,
+        "query_store": query_store,
+        "on_query_attack": on_query_attack,
+        "query_owner": query_owner,
+        "query_expiry": query_expiry,
+        "query_capacity": query_capacity,
     }
-    policy |= {"on_failure": on_failure, "query_store": query_store, "query_owner": query_owner}
-    policy |= {"on_query_attack": on_query_attack, "query_expiry": query_expiry}
-    policy |= {"query_capacity": query_capacity}
     policy |= {"max_pixels": max_pixels} if max_pixels else {}
     variant, precision = folders.form(model, variant, precision)
     parity = pack(
@@ -204,29 +178,27 @@ def archive(
         target,
         variant=variant,
         precision=precision,
-        images=few(model, images) if images else None,
+        images=gate_images(model, images) if images else None,
         plan=plan,
         version=model_version,
         settings={"rampart": policy},
     )
-    say(parity)
-    say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
+    say(f"{parity}\n{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 
 
-def few(model: Path, images: Path) -> "Tensor | None":
-    """Some of the images, for the parity gate."""
-    from rampart.model import Model, gate_images
-    from rampart.sources import gate_images as read
+def gate_images(model: Path, images: Path) -> "Tensor":
+    """64 of the images, uint8 (64, H, W, 3), for the parity gate."""
+    from rampart.hardening.train.data import spread
 
-    return gate_images(read(Model.load(model), images))
+    size = rp.Model.load(model).image_size
+    return spread(rp.load_images(images, size=size, train=False), 64).image
 
 
+@verb("inspect model_store/mine.mar")
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(help="An archive (.mar), a graph (.onnx) or a plan (.plan)")
-    ],
+    file: Annotated[Path, Argument(help="An archive (.mar), a graph (.onnx) or a plan (.plan)")],
     card: Annotated[
-        bool, typer.Option("--card", help="The archive's card in full, as JSON, and nothing else")
+        bool, Option("--card", help="The archive's card in full, as JSON, and nothing else")
     ] = False,
 ) -> None:
     """What a finished file is, its figures and hashes, and whether this machine can run it."""
@@ -240,10 +212,11 @@ def inspect(
         say(visible(line))
 
 
+@verb("verify mine.mar --signature mine.sig --public-key key.pem")
 def verify(
-    archive: Annotated[Path, typer.Argument(help="The .mar")],
-    signature: Annotated[Path | None, typer.Option(help="Of OpenSSF Model Signing")] = None,
-    public_key: Annotated[Path | None, typer.Option(help="Of its signer, PEM")] = None,
+    archive: Annotated[Path, Argument(help="The .mar")],
+    signature: Annotated[Path | None, Option(help="Of OpenSSF Model Signing")] = None,
+    public_key: Annotated[Path | None, Option(help="Of its signer, PEM")] = None,
 ) -> None:
     """Check an archive's hashes and, where given, its signature, before it is served."""
     from rampart.export.terminal import visible

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
+import rampart as rp
 from rampart.cli import options as o
 from rampart.cli.options import say, threat_of
 from rampart.provenance import command_line
@@ -12,12 +13,9 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 LR = "Largest learning rate, of one cycle"
-EMA = "Decay of the weight average"
 AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
 SMOOTHING = "Share of each label that goes to all classes alike"
-RAMP = "Part of the run in which eps grows from 0"
 MIRROR = "Flip half of the images; not for signs, letters and digits, which then are others"
-STEPS = "Of the attack in pgd, trades, mart and rslad"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
 COMPILE = "torch.compile: a minute or more first, faster steps then"
@@ -27,40 +25,56 @@ NORM += "ImageNet's above"
 KEEP = "Passes over the training images; 0 keeps --weights as they are"
 ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
 
-
-def add_to(app: typer.Typer) -> None:
-    """Put these verbs into the command line."""
-    whole = "harden --data my_images/ --image-size 64 --out model_store/mine.mar"
-    own = "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar"
-    verbs: o.Verbs = {
-        harden: (whole, own),
-        train: ("train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30",),
-        purifier: (
-            "purifier --data cifar10/ --classifier runs/c/classifier.safetensors --out runs/p",
-        ),
-        adopt: ("adopt resnet50.pth --arch resnet50 --classes 1000 --out runs/c.safetensors",),
-        download: ("download cifar10/",),
-        digits: ("digits digits/",),
-    }
-    o.add(app, o.TRAIN, verbs)
+verb, app = o.theme("Train")
 
 
-def download(folder: Annotated[Path, typer.Argument(help="Where to put it")]) -> None:
-    """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
-    from rampart.hardening.train.data import load_cifar10
+@verb(
+    "harden --data my_images/ --image-size 64 --out model_store/mine.mar",
+    "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar",
+)
+def harden(
+    data: o.Data,
+    out: Annotated[Path, Option(help=ARCHIVE)],
+    held: o.Held = None,
+    weights: Annotated[Path | None, Option(help="Yours, as `adopt` takes them")] = None,
+    arch: o.Arch = "resnet18",
+    width: o.Width = 1.0,
+    image_size: o.Size = 32,
+    head: o.Head = "",
+    channels: o.Channels = 3,
+    channels_last: o.ChannelsLast = False,
+    method: o.Method = "nfgsm",
+    norm: o.Norm = "Linf",
+    eps: o.Eps = None,
+    epochs: Annotated[int, Option(min=0, help=KEEP)] = 30,
+    purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
+    evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
+    dtype: o.Dtype = None,
+    runs: Annotated[Path, Option(help="Folder for what the stages make")] = Path("runs"),
+    device: o.Device = "auto",
+) -> None:
+    """The whole way from images, and weights if you have some, to an archive that can be served.
 
-    images = load_cifar10(folder, download=True)
-    say(f"{len(images)} training images in {folder}: pass it as --data")
+    Each stage is done once: the same command goes on where it was interrupted, and does again only
+    what other inputs change.
+    """
+    from rampart.assembly import Plan
+    from rampart.assembly import harden as go
+    from rampart.sources import Source
+    from rampart.studies import insist
+
+    net = rp.ClassifierConfig(arch, 0, width, image_size, head=head, channels=channels)
+    net = net._replace(channels_last=channels_last)
+    recipe = rp.Recipe(method, threat_of(norm, eps), epochs)
+    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
+    outcome = go(Source(data, held), out, plan, runs=runs, command=command_line())
+    for line in outcome.lines:
+        say(line)
+    say(f"{out}: serve it with `rampart serve --archive {out}`")
+    insist(outcome.card)
 
 
-def digits(folder: Annotated[Path, typer.Argument(help="Where to put them")]) -> None:
-    """Write scikit-learn's handwritten digits into FOLDER: images to try all this on, at once."""
-    from rampart.hardening.train.data import write_digits
-
-    for part, count in write_digits(folder).items():
-        say(f"{folder / part}.npz: {count} images of 32x32 pixels")
-
-
+@verb("train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30")
 def train(
     data: o.Data,
     out: o.Out,
@@ -76,18 +90,18 @@ def train(
     eps: o.Eps = None,
     epochs: o.Epochs = 30,
     batch_size: o.Batch = 128,
-    lr: Annotated[float, typer.Option(help=LR)] = 0.2,
-    ema: Annotated[float, typer.Option(help=EMA)] = 0.998,
-    awp: Annotated[float, typer.Option(help=AWP)] = 0,
-    smoothing: Annotated[float, typer.Option(help=SMOOTHING)] = 0,
-    ramp: Annotated[float, typer.Option(help=RAMP)] = 0,
-    steps: Annotated[int, typer.Option(help=STEPS)] = 10,
-    teacher: Annotated[Path | None, typer.Option(help=TEACHER)] = None,
-    rectify: Annotated[bool, typer.Option("--rectify", help=RECTIFY)] = False,
+    lr: Annotated[float, Option(help=LR)] = 0.2,
+    ema: Annotated[float, Option(help="Decay of the weight average")] = 0.998,
+    awp: Annotated[float, Option(help=AWP)] = 0,
+    smoothing: Annotated[float, Option(help=SMOOTHING)] = 0,
+    ramp: Annotated[float, Option(help="Part of the run in which eps grows from 0")] = 0,
+    steps: Annotated[int, Option(help="Of the attack in pgd, trades, mart and rslad")] = 10,
+    teacher: Annotated[Path | None, Option(help=TEACHER)] = None,
+    rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
     dtype: o.Dtype = None,
-    compile: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
-    init: Annotated[Path | None, typer.Option(help=INIT)] = None,
-    mirror: Annotated[bool, typer.Option(help=MIRROR)] = True,
+    compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
+    init: Annotated[Path | None, Option(help=INIT)] = None,
+    mirror: Annotated[bool, Option(help=MIRROR)] = True,
     validate_on: o.Validated = 1500,
     seed: o.Seed = 0,
     device: o.Device = "auto",
@@ -96,30 +110,30 @@ def train(
 
     Started by torchrun, all its processes train the one classifier.
     """
-    from rampart.hardening.model.classifier import ClassifierConfig
-    from rampart.hardening.train.loop import Recipe, say
+    from rampart.hardening.train.loop import say
     from rampart.sources import Source
     from rampart.training import Run, train_from
 
-    recipe = Recipe(method, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
+    recipe = rp.Recipe(method, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
     recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps, mirrored=mirror)
-    net = ClassifierConfig(arch, 0, width, image_size, rectified=rectify)
+    net = rp.ClassifierConfig(arch, 0, width, image_size, rectified=rectify)
     net = net._replace(head=head, channels=channels, channels_last=channels_last)
     run = Run(out, device, dtype, validate_on, compile, command_line())
     best = train_from(Source(data, held), net, recipe, run, init=init, teacher=teacher)
     say(f"best classifier: {best}")
 
 
+@verb("purifier --data cifar10/ --classifier runs/c/classifier.safetensors --out runs/p")
 def purifier(
     data: o.Data,
-    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of `rampart train`")],
+    classifier: Annotated[Path, Option(help="classifier.safetensors of `rampart train`")],
     out: o.Out,
     held: o.Held = None,
     norm: o.Norm = "Linf",
     eps: o.Eps = None,
     epochs: o.Epochs = 2,
     batch_size: o.Batch = 128,
-    lr: Annotated[float, typer.Option(help=LR)] = 1e-3,
+    lr: Annotated[float, Option(help=LR)] = 1e-3,
     dtype: o.Dtype = None,
     validate_on: o.Validated = 1500,
     seed: o.Seed = 0,
@@ -138,70 +152,42 @@ def purifier(
     say(f"best purifier: {best}")
 
 
+@verb("adopt resnet50.pth --arch resnet50 --classes 1000 --out runs/c.safetensors")
 def adopt(
-    weights: Annotated[Path, typer.Argument(help="state dict: .pth, .pt or .safetensors")],
-    out: Annotated[Path, typer.Option(help="The classifier.safetensors to write")],
+    weights: Annotated[Path, Argument(help="state dict: .pth, .pt or .safetensors")],
+    out: Annotated[Path, Option(help="The classifier.safetensors to write")],
     arch: o.Arch,
-    classes: Annotated[int, typer.Option(help="How many it tells apart")],
+    classes: Annotated[int, Option(help="How many it tells apart")],
     width: o.Width = 1.0,
     image_size: o.Size = 224,
     head: o.Head = "",
     channels: o.Channels = 3,
     channels_last: o.ChannelsLast = False,
-    mean: Annotated[Colour | None, typer.Option(help=NORM)] = None,
-    std: Annotated[Colour | None, typer.Option(help="Likewise")] = None,
+    mean: Annotated[Colour | None, Option(help=NORM)] = None,
+    std: Annotated[Colour | None, Option(help="Likewise")] = None,
 ) -> None:
     """Bring weights from elsewhere into the form that the other verbs take."""
-    from rampart.hardening.model.classifier import ClassifierConfig
     from rampart.training import adopt as take
 
-    net = ClassifierConfig(arch, classes, width, image_size, head=head, channels=channels)
+    net = rp.ClassifierConfig(arch, classes, width, image_size, head=head, channels=channels)
     net = net._replace(channels_last=channels_last)
     config = take(weights, out, net, mean=mean, std=std)
     say(f"{out}: {arch}, mean {config.mean}, std {config.std}")
 
 
-def harden(
-    data: o.Data,
-    out: Annotated[Path, typer.Option(help=ARCHIVE)],
-    held: o.Held = None,
-    weights: Annotated[Path | None, typer.Option(help="Yours, as `adopt` takes them")] = None,
-    arch: o.Arch = "resnet18",
-    width: o.Width = 1.0,
-    image_size: o.Size = 32,
-    head: o.Head = "",
-    channels: o.Channels = 3,
-    channels_last: o.ChannelsLast = False,
-    method: o.Method = "nfgsm",
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
-    epochs: Annotated[int, typer.Option(min=0, help=KEEP)] = 30,
-    purifier_epochs: Annotated[int, typer.Option(min=0, help="0: no purifier, variant lean")] = 2,
-    evaluate_on: Annotated[
-        int, typer.Option(min=0, help="Validation images to attack; 0: none")
-    ] = 100,
-    dtype: o.Dtype = None,
-    runs: Annotated[Path, typer.Option(help="Folder for what the stages make")] = Path("runs"),
-    device: o.Device = "auto",
-) -> None:
-    """The whole way from images, and weights if you have some, to an archive that can be served.
+@verb("download cifar10/")
+def download(folder: Annotated[Path, Argument(help="Where to put it")]) -> None:
+    """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
+    from rampart.hardening.train.data import load_cifar10
 
-    Each stage is done once: the same command goes on where it was interrupted, and does again only
-    what other inputs change.
-    """
-    from rampart.assembly import Plan
-    from rampart.assembly import harden as go
-    from rampart.hardening.model.classifier import ClassifierConfig
-    from rampart.hardening.train.loop import Recipe
-    from rampart.sources import Source
-    from rampart.studies import insist
+    images = load_cifar10(folder, download=True)
+    say(f"{len(images)} training images in {folder}: pass it as --data")
 
-    net = ClassifierConfig(arch, 0, width, image_size, head=head, channels=channels)
-    net = net._replace(channels_last=channels_last)
-    recipe = Recipe(method, threat_of(norm, eps), epochs)
-    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
-    outcome = go(Source(data, held), out, plan, runs=runs, command=command_line())
-    for line in outcome.lines:
-        say(line)
-    say(f"{out}: serve it with `rampart serve --archive {out}`")
-    insist(outcome.card)
+
+@verb("digits digits/")
+def digits(folder: Annotated[Path, Argument(help="Where to put them")]) -> None:
+    """Write scikit-learn's handwritten digits into FOLDER: images to try all this on, at once."""
+    from rampart.hardening.train.data import write_digits
+
+    for part, count in write_digits(folder).items():
+        say(f"{folder / part}.npz: {count} images of 32x32 pixels")

@@ -1,7 +1,8 @@
 """TorchServe's logs: where they are kept, what never enters them, and what they said last.
 
 They outlive the server, so no log may hold a piece of a request. TorchServe's HTTP and gRPC classes
-and Netty below them log exceptions whose messages quote bodies and addresses; all of these are off.
+and Netty below them log exceptions whose messages quote bodies and addresses; data/log4j2.xml turns
+all of these off.
 """
 
 import contextlib
@@ -16,29 +17,6 @@ SERVER, WORKER, JAVA = "torchserve.log", "worker.log", "java.log"
 JAVA_BYTES = 1_000_000  # of java.log, and of the one before it
 TAIL_BYTES = 65_536  # that are searched for the last words; log4j's own files grow to 10 MB
 BEGIN = "rampart serve begins"
-# Metrics and access logs stay off, and so does the line that TorchServe's worker writes per batch.
-CONFIG = """<Configuration><Appenders>
-  <RollingFile name="worker" fileName="${sys:rampart.logs}/worker.log"
-      filePattern="${sys:rampart.logs}/worker.%i.log" filePermissions="rw-------">
-    <RegexFilter regex="Backend received inference.*" onMatch="DENY" onMismatch="NEUTRAL"/>
-    <PatternLayout pattern="%d{ISO8601} | %m%n"/><SizeBasedTriggeringPolicy size="10 MB"/>
-    <DefaultRolloverStrategy max="2"/></RollingFile>
-  <RollingFile name="server" fileName="${sys:rampart.logs}/torchserve.log"
-      filePattern="${sys:rampart.logs}/torchserve.%i.log" filePermissions="rw-------">
-    <PatternLayout pattern="%d{ISO8601} | %m%n"/><SizeBasedTriggeringPolicy size="10 MB"/>
-    <DefaultRolloverStrategy max="2"/></RollingFile>
-</Appenders><Loggers>
-  <Logger name="MODEL_LOG" level="info" additivity="false"><AppenderRef ref="worker"/></Logger>
-  <Logger name="ACCESS_LOG" level="off"/><Logger name="TS_METRICS" level="off"/>
-  <Logger name="MODEL_METRICS" level="off"/>
-  <Logger name="org.pytorch.serve.http" level="off"/>
-  <Logger name="org.pytorch.serve.grpcimpl" level="off"/>
-  <Logger name="io.netty" level="off"/><Logger name="io.grpc" level="off"/>
-  <Root level="warn"><AppenderRef ref="server"/></Root>
-</Loggers></Configuration>
-"""
-# gRPC logs by way of Java's own logging, to the console, with what a call that failed had sent.
-JAVA_LOGGING = "handlers=\n.level=OFF\n"
 
 
 def place(chosen: Path | None, model: str, port: int, work: Path) -> Path:
@@ -47,8 +25,8 @@ def place(chosen: Path | None, model: str, port: int, work: Path) -> Path:
     Raises OSError where the chosen one cannot be made or written to.
     """
     if chosen:
-        _begin(chosen)
-        return chosen
+        _begin(chosen.resolve())
+        return chosen.resolve()
     name = re.sub(r"[^\w.-]", "_", model)
     with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

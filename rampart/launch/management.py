@@ -12,10 +12,10 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 BODY_BYTES, HEAD_BYTES = 1 << 20, 1 << 14
 READ_SECONDS = 10.0  # for a whole request to arrive
@@ -31,30 +31,34 @@ MESSAGES = {
 }
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
+class UnixConnection(http.client.HTTPConnection):
+    """To TorchServe at the unix socket `path`."""
+
+    def __init__(self, path: Path, timeout: float = ANSWER_SECONDS) -> None:
         super().__init__("localhost", timeout=timeout)
         self._path = str(path)
 
     def connect(self) -> None:
+        """Open the socket."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
 
 def ask(
-    path: Path,
+    connection: http.client.HTTPConnection,
     target: str,
     *,
     method: str = "GET",
     body: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-    timeout: float = ANSWER_SECONDS,
+    headers: Mapping[str, str],
 ) -> tuple[int, str, bytes]:
-    """Status, content type and body of TorchServe's answer. Raises OSError or HTTPException."""
-    connection = _UnixConnection(path, timeout)
+    """Status, content type and body of the one answer of a connection.
+
+    Raises OSError or HTTPException.
+    """
     try:
-        connection.request(method, target, body, headers or {})
+        connection.request(method, target, body, headers)
         answer = connection.getresponse()
         kind = answer.headers.get("Content-Type", "application/json")
         return answer.status, kind, answer.read()
@@ -82,10 +86,10 @@ class _Bounded:
         self._stream.close()
 
 
-class _Door(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = READ_SECONDS
-    server: "_Server"
+    server: "Door"
 
     def setup(self) -> None:
         super().setup()
@@ -113,10 +117,8 @@ class _Door(BaseHTTPRequestHandler):
         kept = ("Authorization", "Content-Type")
         headers = {name: self.headers[name] for name in kept if name in self.headers}
         try:
-            status, kind, content = ask(
-                self.server.path, self.path, method=self.command, body=body, headers=headers
-            )
-            self._answer(status, kind, content)
+            behind, verb = UnixConnection(self.server.path), self.command
+            self._answer(*ask(behind, self.path, method=verb, body=body, headers=headers))
         except ValueError:  # what http.client does not send on
             self.send_error(400)
         except (OSError, http.client.HTTPException):
@@ -177,22 +179,38 @@ class _Door(BaseHTTPRequestHandler):
         """Keep nothing of a request."""
 
 
-class _Server(ThreadingHTTPServer):
+class Door(ThreadingHTTPServer):
+    """Answers on 127.0.0.1:`port` for TorchServe at the unix socket `path`, in a `with` block.
+
+    `keys` gives the tokens that open it, anew for each request. Raises OSError where the port is
+    taken.
+    """
+
     daemon_threads = True
     request_queue_size = CONNECTIONS
 
     def __init__(self, port: int, path: Path, keys: Callable[[], list[bytes]]) -> None:
         self.path, self.tokens = path, keys
         self._places = threading.BoundedSemaphore(CONNECTIONS)
-        super().__init__(("127.0.0.1", port), _Door)
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, name="management", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection where there is a place for it, else close it."""
         if self._places.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Give the place back at the end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -200,24 +218,3 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a client that broke off is no news, and what it sent is private."""
-
-
-def door(
-    port: int, path: Path, keys: Callable[[], list[bytes]]
-) -> contextlib.AbstractContextManager[None]:
-    """Answers on 127.0.0.1:`port` for TorchServe at the unix socket `path`.
-
-    `keys` gives the tokens that open it, anew for each request. Raises OSError where the port is
-    taken.
-    """
-    return _answering(_Server(port, path, keys))
-
-
-@contextlib.contextmanager
-def _answering(server: _Server) -> Iterator[None]:
-    with server:
-        threading.Thread(target=server.serve_forever, name="management", daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()

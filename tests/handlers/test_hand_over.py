@@ -17,7 +17,7 @@ from servers import Server
 from rampart.handlers.hand_over import HandOver
 from rampart.handlers.telemetry import Metrics, declared
 from rampart.handlers.verdict import Verdict
-from rampart.launch.torchserve import METRICS
+from rampart.launch.java import METRICS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)

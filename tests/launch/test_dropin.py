@@ -18,7 +18,7 @@ import requests
 import yaml
 from servers import free_port
 
-from rampart.launch.torchserve import METRICS
+from rampart.launch.java import METRICS
 
 pytestmark = pytest.mark.server
 THEIRS = "def handle(data, context):\n    return [b'theirs' for _ in data or []]\n"

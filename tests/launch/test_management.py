@@ -16,7 +16,8 @@ import requests
 from servers import Server, free_port
 
 from rampart.launch import management
-from rampart.launch import torchserve as launcher
+from rampart.launch.client import Client
+from rampart.launch.endpoint import Endpoint
 
 KEY = "the-key"
 TOKEN = {"Authorization": f"Bearer {KEY}"}
@@ -51,7 +52,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with ThreadingUnixStreamServer(str(path), Echo) as behind:
         threading.Thread(target=behind.serve_forever, args=(0.02,), daemon=True).start()
         port = free_port()
-        with management.door(port, path, lambda: [KEY.encode(), b"another"]):
+        with management.Door(port, path, lambda: [KEY.encode(), b"another"]):
             yield port
         behind.shutdown()
 
@@ -163,7 +164,7 @@ def test_who_sends_slowly_or_many_at_once_hold_nobody_up_for_long(
 
 def test_without_a_server_behind_it_says_so(tmp_path: Path) -> None:
     port = free_port()
-    with management.door(port, tmp_path / "none", lambda: [KEY.encode()]):
+    with management.Door(port, tmp_path / "none", lambda: [KEY.encode()]):
         answer = requests.get(f"http://127.0.0.1:{port}/models", headers=TOKEN, timeout=5)
     assert answer.status_code == 503
 
@@ -178,21 +179,20 @@ def test_the_server_wants_its_token_which_only_its_owner_can_read(server: Server
 
 
 def test_the_launcher_renews_its_token_when_that_has_expired(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_archive: Path
 ) -> None:
     asked = []
     keys = {name: {"key": name} for name in ("management", "API", "inference")}
     (tmp_path / "key_file.json").write_text(json.dumps(keys))
 
-    def ask(path: Path, target: str, **options: object) -> tuple[int, str, bytes]:
+    def ask(connection: object, target: str, **options: object) -> tuple[int, str, bytes]:
         asked.append((target, options["headers"]))
         return 400, "application/json", b'{"type": "InvalidKeyException"}'
 
     monkeypatch.setattr(management, "ask", ask)
-    endpoint = launcher.Endpoint(Path("m.mar"), "m", "127.0.0.1", 8080, 1, "cpu", token=True)
-    launcher._manage(endpoint, launcher.Place(tmp_path, tmp_path), "/models/m")
+    Client(Endpoint(tiny_archive, token_authorization=True), tmp_path).manage()
     assert asked == [
-        ("/models/m", {"Authorization": "Bearer management"}),
+        ("/models/tiny", {"Authorization": "Bearer management"}),
         ("/token?type=management", {"Authorization": "Bearer API"}),
     ]
 

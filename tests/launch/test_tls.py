@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from servers import Server, free_port
 
-from rampart.launch.torchserve import LaunchError, _check_tls
+from rampart.launch.endpoint import LaunchError, check_tls
 
 
 def signed(key: Any, authority: Any, issuer: str) -> bytes:
@@ -121,10 +121,10 @@ def test_files_that_are_no_certificate_and_key_are_refused_before_java_starts(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     certificate, key = pair
-    _check_tls(certificate, key)
+    check_tls(certificate, key)
     for wrong in ((key, certificate), (tmp_path / "missing", key)):
         with pytest.raises(LaunchError, match="no certificate chain and its key in PEM"):
-            _check_tls(*wrong)
+            check_tls(*wrong)
 
 
 def test_a_key_that_torchserve_cannot_read_is_refused_before_java_starts(tmp_path: Path) -> None:
@@ -133,4 +133,4 @@ def test_a_key_that_torchserve_cannot_read_is_refused_before_java_starts(tmp_pat
     private = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "k.pem").write_bytes(private)
     with pytest.raises(LaunchError, match=r"k\.pem is no RSA key"):
-        _check_tls(tmp_path / "c.pem", tmp_path / "k.pem")
+        check_tls(tmp_path / "c.pem", tmp_path / "k.pem")

@@ -17,7 +17,9 @@ import pytest
 import requests
 from servers import Server, free_port
 
-from rampart.launch.torchserve import Endpoint, _redis_failure, _spares_torch
+from rampart.launch.endpoint import Endpoint, redis_failure
+from rampart.launch.java import spares_torch
+from rampart.launch.torchserve import GRAY
 
 Launch = Callable[..., Server]
 Gone = Callable[[list[psutil.Process]], list[psutil.Process]]
@@ -43,10 +45,8 @@ def test_no_worker_asks_for_a_torch_that_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_api: bool
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    endpoint = Endpoint(
-        tmp_path / "a.mar", "a", "127.0.0.1", 1, 1, "cuda", token=False, model_api=model_api
-    )
-    assert _spares_torch(endpoint)
+    endpoint = Endpoint(tmp_path / "a.mar", device="cuda", model_api=model_api)
+    assert spares_torch(endpoint)
 
 
 def test_a_handler_that_is_not_ours_keeps_its_torch(launch: Launch, tmp_path: Path) -> None:
@@ -121,8 +121,7 @@ def test_with_tokens_only_a_key_opens_it_and_ctrl_c_stops_both_workers(
     server = launch(tiny_archive, token_authorization=True, host="0.0.0.0", workers=2)
     server.read(until='  curl -H "Authorization: Bearer $(rampart_key API)')
     function, predict, describe, _, renew = server.lines[-5:]
-    picture = next(server.temp.glob("rampart-*/sample.png")).read_bytes()
-    refused = requests.post(server.url, data=picture, timeout=60)
+    refused = requests.post(server.url, data=GRAY.read_bytes(), timeout=60)
     assert refused.status_code == 400 and "Token Authorization failed" in refused.text
     assert "label" in paste(function, predict)
     assert len(paste(function, describe)[0]["workers"]) == 2
@@ -211,7 +210,7 @@ def test_a_redis_lives_that_answers_though_it_wants_a_password(answer: bytes, al
         redis = threading.Thread(target=serve)
         redis.start()
         port = listener.getsockname()[1]
-        assert (_redis_failure(f"redis://:secret@127.0.0.1:{port}/0") is None) == alive
+        assert (redis_failure(f"redis://:secret@127.0.0.1:{port}/0") is None) == alive
         redis.join()
     assert asked == [b"PING\r\n"]
 
@@ -219,13 +218,13 @@ def test_a_redis_lives_that_answers_though_it_wants_a_password(answer: bytes, al
 def test_a_redis_that_hangs_is_waited_for_a_second() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         began = time.monotonic()
-        assert _redis_failure(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        assert redis_failure(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
         assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("address", ["/dev/shm/store", "http://here", "redis://here:port"])
 def test_what_is_no_address_of_a_redis_is_left_to_the_handler(address: str) -> None:
-    assert _redis_failure(address) is None
+    assert redis_failure(address) is None
 
 
 def test_a_missing_archive_is_named(launch: Launch, tmp_path: Path) -> None:

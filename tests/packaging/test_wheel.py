@@ -57,8 +57,12 @@ def test_a_wheel_puts_one_name_at_the_top_and_holds_its_data(wheel: Path) -> Non
     with ZipFile(wheel) as packed:
         names = packed.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rampart", "rampart_endpoint"}
-    data = {"config.properties", "metrics.yaml", "sample.png"}
-    assert data <= {Path(name).name for name in names if name.startswith("rampart/data/")}
+    data = {Path(name).name for name in names if name.startswith("rampart/data/")}
+    assert (
+        {"config.properties", "metrics.yaml", "sample.png"}
+        <= data
+        == {file.name for file in (ROOT / "rampart" / "data").iterdir()}
+    )
     assert {"rampart/handlers/defended.py", "rampart/export/archive.py"} <= set(names)
 
 

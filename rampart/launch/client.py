@@ -1,0 +1,79 @@
+"""Calls on TorchServe from the machine that it runs on, with the tokens that its key file holds."""
+
+import http.client
+import json
+import secrets
+import ssl
+from pathlib import Path
+
+from rampart.launch import logs, management
+from rampart.launch.endpoint import Endpoint
+
+SOCKET, KEYS = "management.sock", "key_file.json"
+
+
+class Client:
+    """Asks an endpoint whose socket and key file are in the folder `work`."""
+
+    def __init__(self, endpoint: Endpoint, work: Path) -> None:
+        self.endpoint, self.socket, self.key_file = endpoint, work / SOCKET, work / KEYS
+        if not endpoint.token_authorization:  # else TorchServe writes that file
+            with open(self.key_file, "x", opener=logs.private) as file:
+                json.dump({"management": {"key": secrets.token_urlsafe(24)}}, file)
+
+    def keys(self) -> dict[str, str]:
+        """The tokens by their use. Raises OSError or ValueError before TorchServe wrote them."""
+        return {use: entry["key"] for use, entry in json.loads(self.key_file.read_text()).items()}
+
+    def manager_keys(self) -> list[bytes]:
+        """Those that open the management address; none before TorchServe wrote them."""
+        try:
+            keys = self.keys()
+        except (OSError, ValueError):
+            return []
+        return [keys[use].encode() for use in ("management", "API") if use in keys]
+
+    def manage(
+        self, query: str = "", *, method: str = "GET", timeout: float = 60
+    ) -> tuple[int, bytes]:
+        """Status and body of one call on the model's management; 0 without an answer."""
+        try:
+            target = f"/models/{self.endpoint.name}{query}"
+            status, body = self._ask(target, "management", method=method, timeout=timeout)
+            renewable = self.endpoint.token_authorization and status == 400
+            if renewable and b"InvalidKeyException" in body:
+                # The token's time is up, also for those who read it in the file: make the next.
+                self._ask("/token?type=management", "API", timeout=timeout)
+            return status, body
+        except (OSError, ValueError, http.client.HTTPException):
+            return 0, b""
+
+    def _ask(
+        self, target: str, use: str, *, method: str = "GET", timeout: float
+    ) -> tuple[int, bytes]:
+        connection = management.UnixConnection(self.socket, timeout)
+        headers = {"Authorization": f"Bearer {self.keys()[use]}"}
+        status, _, body = management.ask(connection, target, method=method, headers=headers)
+        return status, body
+
+    def predict(self, picture: bytes) -> int:
+        """Status of one prediction on a PNG; 0 without an answer."""
+        try:
+            headers = {"Content-Type": "image/png"}
+            if self.endpoint.token_authorization:
+                headers["Authorization"] = f"Bearer {self.keys()['inference']}"
+            target = f"/predictions/{self.endpoint.name}"
+            connection, post = self._connection(), "POST"
+            return management.ask(connection, target, method=post, body=picture, headers=headers)[0]
+        except (OSError, ValueError, http.client.HTTPException):
+            return 0
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """To the predictions. A certificate is trusted for what it is, whatever name it gives."""
+        host, port = self.endpoint.local_host, self.endpoint.port
+        if not self.endpoint.tls:
+            return http.client.HTTPConnection(host, port, timeout=60)
+        trust = ssl.create_default_context(cafile=str(self.endpoint.tls[0]))
+        trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
+        return http.client.HTTPSConnection(host, port, timeout=60, context=trust)
