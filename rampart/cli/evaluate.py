@@ -1,14 +1,14 @@
 """Verbs that measure."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 import rampart as rp
 from rampart.cli import options as o
-from rampart.cli.options import say, threat_of
+from rampart.cli.options import say
 from rampart.provenance import command_line
 
 QUICK = "Short attacks, and 100 images where --limit says nothing else"
@@ -29,11 +29,9 @@ verb, app = o.theme("Evaluate")
     "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
 )
 def evaluate(
-    model: o.Model,
-    images: o.Measured,
-    data_name: o.Title = "",
-    held: o.Beside = None,
-    part: o.Part = None,
+    subject: o.Subject,
+    images: o.Sample,
+    threat: o.Threat,
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
     quick: Annotated[bool, Option("--quick", help=QUICK)] = False,
     rung: Annotated[list[str] | None, Option(help="Only this attack, as pgd20; repeatable")] = None,
@@ -41,109 +39,76 @@ def evaluate(
     twin: o.Twin = None,
     int8: Annotated[bool, Option("--int8", help="Attack the int8 graphs as well")] = False,
     fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
     gallery: Annotated[Path | None, Option(help=GALLERY)] = None,
     device: o.Device = "auto",
-    arch: o.Own = None,
 ) -> None:
     """Attack classifier and pipeline with full knowledge; write card.json and report.html."""
     from rampart import studies
-    from rampart.sources import Source, measured
 
-    subject = rp.Model.load(model)
-    few = limit or (100 if quick else None)
-    sample = measured(subject, Source(images, held), name=data_name, part=part, limit=few)
-    if sample.warning:
-        typer.echo(sample.warning, err=True)
-    study = studies.Study(threat_of(norm, eps), rate, quick, device, cache, twin, command_line())
-    outcome = studies.evaluate(
-        subject,
-        sample,
-        study,
-        rungs=rung or [],
-        variant=variant,
-        forms=studies.forms(int8=int8, fp16=fp16),
-        gallery=gallery,
-        notice=say,
-    )
-    say("\n".join(outcome.lines))
+    model = rp.Model.load(subject.model)
+    sample = images.read(model, limit or (100 if quick else None))
+    study = studies.Study(threat.ball(), rate, quick, device, cache, twin, command_line())
+    attack = partial(studies.evaluate, rungs=rung or [], variant=variant, gallery=gallery)
+    outcome = attack(model, sample, study, forms=studies.forms(int8=int8, fp16=fp16), notice=say)
+    say(*outcome.lines)
     studies.insist(outcome.checks)
 
 
 @verb("ablate model_store/mine --data cifar10/")
 def ablate(
-    model: o.Model,
-    data: o.Data,
-    held: o.Held = None,
-    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 200,
+    subject: o.Subject,
+    source: o.Source,
+    threat: o.Threat,
+    limit: o.Limit = 200,
     steps: Annotated[int, Option(help="Of each attack")] = 20,
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
     cache: o.Cache = o.FOUND,
     twin: o.Twin = None,
     test: Annotated[Path | None, Option(help=ON_TEST)] = None,
     row: Annotated[list[str] | None, Option(help=ROW)] = None,
     device: o.Device = "auto",
-    arch: o.Own = None,
 ) -> None:
     """What each part adds under attack, and costs; the outcome names the default variant."""
     from rampart import studies
-    from rampart.sources import Source
 
-    study = studies.Study(threat_of(norm, eps), device=device, cache=cache, twin=twin)
-    study = study._replace(command=command_line())
-    subject, source = rp.Model.load(model), Source(data, held)
-    outcome = studies.ablate(
-        subject, source, study, limit=limit, steps=steps, test=test, rows=row or []
-    )
-    say("\n".join(outcome.lines))
+    study = studies.Study(threat.ball(), device=device, cache=cache, twin=twin)
+    ablate = partial(studies.ablate, limit=limit, steps=steps, test=test, rows=row or [])
+    model, study = rp.Model.load(subject.model), study._replace(command=command_line())
+    say(*ablate(model, source.open(), study).lines)
 
 
 @verb("alarms model_store/mine --data cifar10/")
 def alarms(
-    model: o.Model,
-    data: o.Data,
-    held: o.Held = None,
+    subject: o.Subject,
+    source: o.Source,
     limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
     rate: o.Rate = 0.01,
     device: o.Device = "auto",
-    arch: o.Own = None,
 ) -> None:
     """How often clean images are flagged, by the way they come and by the class they get."""
     from rampart import studies
-    from rampart.sources import Source
 
     study = studies.Study(rate=rate, device=device, command=command_line())
-    outcome = studies.alarms(rp.Model.load(model), Source(data, held), study, limit=limit)
-    say("\n".join(outcome.lines))
+    model = rp.Model.load(subject.model)
+    say(*studies.alarms(model, source.open(), study, limit=limit).lines)
 
 
 @verb("outside model_store/mine --images cifar10/")
 def outside(
-    model: o.Model,
-    images: o.Measured,
-    data_name: o.Title = "",
-    held: o.Beside = None,
-    part: o.Part = None,
-    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 200,
+    subject: o.Subject,
+    images: o.Sample,
+    limit: o.Limit = 200,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
     device: o.Device = "auto",
-    arch: o.Own = None,
 ) -> None:
     """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
     from rampart import studies
-    from rampart.sources import Source, measured
 
-    subject = rp.Model.load(model)
-    sample = measured(subject, Source(images, held), name=data_name, part=part, limit=limit)
-    if sample.warning:
-        typer.echo(sample.warning, err=True)
+    model = rp.Model.load(subject.model)
     study = studies.Study(rate=rate, device=device, cache=cache, command=command_line())
-    say("\n".join(studies.beyond(subject, sample, study).lines))
+    say(*studies.beyond(model, images.read(model, limit), study).lines)
 
 
 @verb("redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/")
@@ -153,7 +118,7 @@ def redteam(
     out: Annotated[Path, Option(help="Folder of this run; the same one goes on")] = RUNS,
     attack: Annotated[list[str] | None, Option(help=TEAM)] = None,
     queries: Annotated[int, Option(help="Budget of an image under one attack")] = 1000,
-    limit: Annotated[int, Option(min=1, help=o.LIMIT)] = 50,
+    limit: o.Limit = 50,
     eps: Annotated[int, Option(help="Radius of the Linf ball, n/255")] = 8,
     image_size: Annotated[int, Option(help="Pixels a side that the model takes")] = 32,
     beside: Annotated[Path | None, Option(help=BESIDE)] = None,

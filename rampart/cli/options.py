@@ -2,30 +2,73 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
 import rampart as rp
+from rampart.provenance import command_line
 
-Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+if TYPE_CHECKING:
+    from rampart import sources, training
+
+Verb = Callable[..., None]
 
 # Images.
 DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
 Data = Annotated[Path, Option(help=DATA)]
 Held = Annotated[Path | None, Option(help="Held-out images; without it a tenth of --data is drawn")]
 MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder a class, or .npz"
-Measured = Annotated[Path, Option("--images", help=MEASURED)]
 GATED = "Images that the parity gate compares on, 64 of them; default crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED)]
 TITLE = "What the card calls these images; default the name of their file or folder"
-Title = Annotated[str, Option(help=TITLE)]
 PART = "Only this split of the images that training held out of --images"
-Part = Annotated[Literal["validation", "tuning", "calibration"] | None, Option(help=PART)]
+Part = Literal["validation", "tuning", "calibration"]
 BESIDE = "The --held of training, where --part is a split of it"
-Beside = Annotated[Path | None, Option("--held", help=BESIDE)]
+LIMIT = "Only so many images, evenly spaced"
+Limit = Annotated[int, Option(min=1, help=LIMIT)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of training, and those held out of it."""
+
+    data: Data
+    held: Held = None
+
+    def open(self) -> "sources.Source":
+        """The same in the library."""
+        from rampart.sources import Source as Images
+
+        return Images(self.data, self.held)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images to measure on."""
+
+    images: Annotated[Path, Option(help=MEASURED)]
+    data_name: Annotated[str, Option(help=TITLE)] = ""
+    held: Annotated[Path | None, Option(help=BESIDE)] = None
+    part: Annotated[Part | None, Option(help=PART)] = None
+
+    def read(self, model: "rp.Model", limit: int | None) -> "sources.Sample":
+        """At most `limit` of them; what makes their figures doubtful is printed."""
+        from rampart.sources import Source as Images
+        from rampart.sources import measured
+
+        source = Images(self.images, self.held)
+        sample = measured(model, source, name=self.data_name, part=self.part, limit=limit)
+        if sample.warning:
+            typer.echo(sample.warning, err=True)
+        return sample
+
 
 # Networks.
 
@@ -45,36 +88,77 @@ ARCH += " package.module:factory, code of yours that gives a network; --head goe
 Arch = Annotated[str, Option(help=ARCH, callback=take_factory)]
 OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
-HEAD = "Of a network of your own: the layer that makes the logits, as fc"
-Head = Annotated[str, Option(help=HEAD)]
-CHANNELS = "Of a network of your own: 1 where it takes pictures in gray"
-Channels = Annotated[int, Option(min=1, max=3, help=CHANNELS)]
-LAST = "Of a network of your own: it takes (N, H, W, channels)"
-ChannelsLast = Annotated[bool, Option("--channels-last", help=LAST)]
-Width = Annotated[float, Option(help="Factor on the channels of a ResNet or VGG")]
 Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up")]
+WIDTH = "Factor on the channels of a ResNet or VGG"
+HEAD = "Of a network of your own: the layer that makes the logits, as fc"
+CHANNELS = "Of a network of your own: 1 where it takes pictures in gray"
+LAST = "Of a network of your own: it takes (N, H, W, channels)"
 METHOD = "nfgsm, gat, pgd, trades, mart, rslad; standard makes an undefended control"
 Method = Annotated[str, Option(help=METHOD)]
 DTYPE = "Arithmetic of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
 Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
 DEVICE = "Where to compute; auto takes CUDA where there is one"
 Device = Annotated[Literal["cpu", "cuda", "auto"], Option(help=DEVICE)]
-Out = Annotated[Path, Option(help="Folder of this run; an unfinished run there continues")]
-Count = Annotated[int, Option(min=1)]
-Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
-Batch = Annotated[int, Option(min=1, help="Images a step, over all processes")]
-Validated = Annotated[int, Option("--validate-on", min=1, help="Validation images used each epoch")]
 Seed = Annotated[int, Option(help="Of all that is drawn at random")]
+Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
+LearningRate = Annotated[float, Option("--lr", help="Largest learning rate, of one cycle")]
+VALIDATED = "Validation images used each epoch"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is built with, besides its architecture and the size of its images."""
+
+    width: Annotated[float, Option(help=WIDTH)] = 1.0
+    head: Annotated[str, Option(help=HEAD)] = ""
+    channels: Annotated[int, Option(min=1, max=3, help=CHANNELS)] = 3
+    channels_last: Annotated[bool, Option("--channels-last", help=LAST)] = False
+
+    def config(self, arch: str, image_size: int, classes: int = 0) -> "rp.ClassifierConfig":
+        """The same in the library; 0 classes stand for as many as the images have."""
+        return rp.ClassifierConfig(arch, classes, image_size=image_size, **vars(self))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of `train` or `purifier`."""
+
+    out: Annotated[Path, Option(help="Folder of this run; an unfinished run there continues")]
+    batch_size: Annotated[int, Option(min=1, help="Images a step, over all processes")] = 128
+    dtype: Dtype = None
+    validate_on: Annotated[int, Option("--validate-on", min=1, help=VALIDATED)] = 1500
+    seed: Seed = 0
+    device: Device = "auto"
+
+    def place(self) -> "training.Run":
+        """Where and how it computes, for the library."""
+        from rampart.training import Run
+
+        return Run(self.out, self.device, self.dtype, self.validate_on, command=command_line())
+
 
 # Threat and policy.
-Norm = Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")]
 EPS = "Radius of the threat: n/255 for Linf (default 8), plain for L2 (default 0.5)"
-Eps = Annotated[float | None, Option(min=0, help=EPS)]
-Rate = Annotated[float, Option(min=0, max=0.99, help="Share of clean images that may be flagged")]
+RATE = "Share of clean images that may be flagged"
+Rate = Annotated[float, Option("--rate", min=0, max=0.99, help=RATE)]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker may change."""
+
+    norm: Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")] = "Linf"
+    eps: Annotated[float | None, Option(min=0, help=EPS)] = None
+
+    def ball(self) -> "rp.Threat":
+        """The same in the library."""
+        if self.norm == "Linf":
+            return rp.Threat(self.norm, (8 if self.eps is None else self.eps) / 255)
+        return rp.Threat(self.norm, 0.5 if self.eps is None else self.eps)
+
 
 # Models.
 Model = Annotated[Path, Argument(help="Folder of the model, as model_store/NAME")]
-Shown = Annotated[Path, Option("--model", help="Folder of the model")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
 PRECISION = "Form of the graph, fp16 and int8 after `rampart quantize`; default int8 where it was"
@@ -82,39 +166,69 @@ PRECISION += " measured to be as robust, on 100 validation images or more, at --
 Precision = Annotated[Literal["fp32", "fp16", "int8"] | None, Option(help=PRECISION)]
 QUERIES = "Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"
 QueryStore = Annotated[str | None, Option(help=QUERIES)]
+PICTURE = "Picture; default scikit-image's cat"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured."""
+
+    model: Model
+    arch: Own = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture, and the model that it is shown to."""
+
+    image: Annotated[Path | None, Argument(help=PICTURE)] = None
+    model: Annotated[Path, Option(help="Folder of the model")] = Path("model_store/cifar10")
+    arch: Own = None
+
 
 # Measuring.
-LIMIT = "Only so many images, evenly spaced"
 Cache = Annotated[Path, Option(help="Folder for what attacks found")]
+FOUND = Path("runs/found")
 TWIN = "Folder of the undefended twin, a control; default NAME-undefended beside the model"
 Twin = Annotated[Path | None, Option(help=TWIN)]
-Picture = Annotated[Path | None, Argument(help="Picture; default scikit-image's cat")]
-
-FOUND = Path("runs/found")
-SHIPPED = Path("model_store/cifar10")
 
 
-def say(what: object) -> None:
-    """Print a line, above whatever progress bars there are."""
+def say(*lines: object) -> None:
+    """Print lines, above whatever progress bars there are."""
+    text = "\n".join(map(str, lines))
     if bars := sys.modules.get("tqdm"):  # it is not there where one only packs and serves
-        bars.tqdm.write(str(what))
+        bars.tqdm.write(text)
     else:
-        print(what, flush=True)
+        print(text, flush=True)
 
 
-def threat_of(norm: str, eps: float | None) -> "rp.Threat":
-    """The threat model of the options --norm and --eps."""
-    if norm == "Linf":
-        return rp.Threat(norm, (8 if eps is None else eps) / 255)
-    return rp.Threat(norm, 0.5 if eps is None else eps)
-
-
-def theme(title: str) -> tuple[Callable[..., Decorator], typer.Typer]:
+def theme(title: str) -> tuple[Callable[..., Callable[[Verb], Verb]], typer.Typer]:
     """(decorator that puts a verb, with its examples, under a title of the help; these verbs)."""
     app = typer.Typer()
 
-    def verb(*examples: str) -> Decorator:
+    def verb(*examples: str) -> Callable[[Verb], Verb]:
         lines = "\n\n".join(f"rampart {example}" for example in examples)
-        return app.command(rich_help_panel=title, epilog=f"Examples:\n\n{lines}")
+        register = app.command(rich_help_panel=title, epilog=f"Examples:\n\n{lines}")
+        return lambda function: register(flat(function))
 
     return verb, app
+
+
+def flat(function: Verb) -> Verb:
+    """The verb with an option for each field of the dataclasses that it takes."""
+    taken = signature(function).parameters
+    groups: dict[str, Any] = {
+        name: one.annotation for name, one in taken.items() if is_dataclass(one.annotation)
+    }
+    members = {name: signature(group).parameters for name, group in groups.items()}
+
+    @wraps(function)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{member: values.pop(member) for member in members[name]})
+        function(**values)
+
+    each = chain.from_iterable(members.get(name, {name: taken[name]}).values() for name in taken)
+    options = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in each]
+    vars(call)["__signature__"] = Signature(options)
+    return call

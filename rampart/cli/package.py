@@ -1,5 +1,7 @@
 """Verbs that turn trained parts into files that are served."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +13,7 @@ from rampart.cli.options import say
 from rampart.provenance import command_line
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from rampart.hardening.model.images import Images
 
 TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
 FINISHED = "A finished .mar, to calibrate anew"
@@ -27,6 +29,41 @@ Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
 verb, app = o.theme("Package")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is exported of a model, and what proves it."""
+
+    model: o.Model
+    variant: o.Variant = None
+    precision: o.Precision = None
+    images: o.Gated = None
+    arch: o.Own = None
+
+    def gate(self) -> "Images | None":
+        """The images for the parity gate, if any are named."""
+        if self.images is None:
+            return None
+        from rampart.hardening.train.data import load, spread
+
+        return spread(load(self.images, train=False, size=rp.Model.load(self.model).image_size), 64)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the archive tells its endpoint."""
+
+    false_alarm_rate: o.Rate = 0.01
+    on_detection: Annotated[Detection, Option(help="shadow counts, and says nothing")] = "flag"
+    on_failure: Annotated[Literal["closed", "open"], Option(help=FAILURE)] = "closed"
+    detail: Annotated[Literal["full", "public"], Option(help=DETAIL)] = "full"
+    query_store: o.QueryStore = None
+    on_query_attack: Annotated[Response, Option(help="Needs a query store")] = "alert"
+    query_owner: Annotated[str | None, Option(help=OWNER)] = None
+    query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600
+    query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000
+    max_pixels: Annotated[int | None, Option(help=PIXELS)] = None
 
 
 @verb(
@@ -58,15 +95,14 @@ def calibrate(
         from rampart.export.recalibrate import recalibrate as renew
 
         target = out or archive.with_stem(f"{archive.stem}-recalibrated")
-        for line in renew(archive, images, target, command=command_line()).in_words():
-            say(line)
-        say(f"{target}: serve it with `rampart serve --archive {target}`")
+        words = renew(archive, images, target, command=command_line()).in_words()
+        say(*words, f"{target}: serve it with `rampart serve --archive {target}`")
     elif folder and data and classifier and not (archive or images or out):
         from rampart.assembly import assemble
         from rampart.sources import Source
 
         source, names = Source(data, held), {"data_name": data_name, "command": command_line()}
-        say("\n".join(assemble(folder, source, classifier, purifier, **names).summary()))
+        say(*assemble(folder, source, classifier, purifier, **names).summary())
     else:
         raise ValueError(
             "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
@@ -76,35 +112,27 @@ def calibrate(
 
 @verb("quantize model_store/mine --data cifar10/")
 def quantize(
-    model: o.Model,
-    data: o.Data,
-    held: o.Held = None,
+    subject: o.Subject,
+    source: o.Source,
     precision: Annotated[Literal["int8", "fp16"], Option(help="For CPUs, for GPUs")] = "int8",
     limit: Annotated[int, Option(min=1, help="So many tuning images give the ranges")] = 512,
     rate: o.Rate = 0.01,
-    arch: o.Own = None,
 ) -> None:
     """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
-    from rampart.sources import Source
     from rampart.studies import quantize as lower
 
-    source, command = Source(data, held), command_line()
-    outcome = lower(model, source, precision, limit=limit, rate=rate, command=command)
-    say("\n".join(outcome.lines))
+    lower = partial(lower, limit=limit, rate=rate, command=command_line())
+    say(*lower(subject.model, source.open(), precision).lines)
 
 
 @verb("export model_store/mine --out mine.onnx")
 def export(
-    model: o.Model,
+    form: Form,
     out: Annotated[Path | None, Option(help="The .onnx file to write")] = None,
     triton: Annotated[Path | None, Option(help=REPOSITORY)] = None,
     model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
     tensorrt: Annotated[Path | None, Option(help="The .plan to build, on its GPU")] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
-    variant: o.Variant = None,
-    precision: o.Precision = None,
-    images: o.Gated = None,
-    arch: o.Own = None,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
     if sum(target is not None for target in (out, triton, tensorrt)) + ship != 1:
@@ -112,21 +140,19 @@ def export(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
             " FILE.plan, and --ship"
         )
-    subject = rp.Model.load(model)
-    form = subject.form(variant, precision)
-    few = rp.load_images(images, size=subject.image_size, train=False) if images else None
+    model, few = rp.Model.load(form.model), form.gate()
+    chosen = model.form(form.variant, form.precision)
     if ship:
         from rampart.export.build import ship as build_into
 
-        say(f"{build_into(model, *form)}: `rampart archive` packs it as it is")
+        say(f"{build_into(form.model, *chosen)}: `rampart archive` packs it as it is")
     if out:
-        say(subject.export(out, form=form, images=few))
-        say(f"{out}: {form}")
+        say(model.export(out, form=chosen, images=few), f"{out}: {chosen}")
     if triton:
-        home = subject.to_triton(triton, form=form, version=model_version, images=few)
+        home = model.to_triton(triton, form=chosen, version=model_version, images=few)
         say(f"{home}: serve it with tritonserver")
     if tensorrt:
-        say(subject.to_tensorrt(tensorrt, form=form, images=few))
+        say(model.to_tensorrt(tensorrt, form=chosen, images=few))
         say(f"{tensorrt}: pack it with `rampart archive --plan {tensorrt}`")
 
 
@@ -135,63 +161,24 @@ def export(
     "archive model_store/mine --on-detection reject --detail public --rate 0.02",
 )
 def archive(
-    model: o.Model,
+    form: Form,
+    settings: Settings,
     out: Annotated[Path | None, Option(help="The .mar; default model_store/NAME.mar")] = None,
-    variant: o.Variant = None,
-    precision: o.Precision = None,
     plan: Annotated[Path | None, Option(help="Of `rampart export --tensorrt`")] = None,
-    images: o.Gated = None,
     model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
-    rate: o.Rate = 0.01,
-    on_detection: Annotated[Detection, Option(help="shadow counts, and says nothing")] = "flag",
-    on_failure: Annotated[Literal["closed", "open"], Option(help=FAILURE)] = "closed",
-    detail: Annotated[Literal["full", "public"], Option(help=DETAIL)] = "full",
-    query_store: o.QueryStore = None,
-    on_query_attack: Annotated[Response, Option(help="Needs a query store")] = "alert",
-    query_owner: Annotated[str | None, Option(help=OWNER)] = None,
-    query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600,
-    query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000,
-    max_pixels: Annotated[int | None, Option(help=PIXELS)] = None,
-    arch: o.Own = None,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     # A shipped graph is packed as it is, so this must not need torch.
     from rampart.export.archive import archive as pack
-    from rampart.hardening.model import folder as folders
+    from rampart.hardening.model.folder import form as chosen
 
-    target = out or model.parent / f"{model.name}.mar"
-    policy: dict[str, object] = {
-        "false_alarm_rate": rate,
-        "on_detection": on_detection,
-        "on_failure": on_failure,
-        "detail": detail,
-        "query_store": query_store,
-        "on_query_attack": on_query_attack,
-        "query_owner": query_owner,
-        "query_expiry": query_expiry,
-        "query_capacity": query_capacity,
-    }
-    policy |= {"max_pixels": max_pixels} if max_pixels else {}
-    variant, precision = folders.form(model, variant, precision)
-    parity = pack(
-        model,
-        target,
-        variant=variant,
-        precision=precision,
-        images=gate_images(model, images) if images else None,
-        plan=plan,
-        version=model_version,
-        settings={"rampart": policy},
-    )
-    say(f"{parity}\n{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
-
-
-def gate_images(model: Path, images: Path) -> "Tensor":
-    """64 of the images, uint8 (64, H, W, 3), for the parity gate."""
-    from rampart.hardening.train.data import spread
-
-    size = rp.Model.load(model).image_size
-    return spread(rp.load_images(images, size=size, train=False), 64).image
+    target = out or form.model.parent / f"{form.model.name}.mar"
+    variant, precision = chosen(form.model, form.variant, form.precision)
+    policy = {k: v for k, v in vars(settings).items() if k != "max_pixels" or v}
+    few, terms = form.gate(), {"rampart": policy}
+    pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
+    say(pack(form.model, target, variant=variant, precision=precision, settings=terms))
+    say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 
 
 @verb("inspect model_store/mine.mar")
@@ -208,8 +195,7 @@ def inspect(
     if card:
         say(inspection.card_text(file))
         return
-    for line in inspection.inspect(file):
-        say(visible(line))
+    say(*map(visible, inspection.inspect(file)))
 
 
 @verb("verify mine.mar --signature mine.sig --public-key key.pem")
@@ -222,5 +208,4 @@ def verify(
     from rampart.export.terminal import visible
     from rampart.export.verification import verify as check
 
-    for line in check(archive, signature, public_key):
-        say(visible(line))
+    say(*map(visible, check(archive, signature, public_key)))

@@ -1,5 +1,6 @@
 """Verbs that start a server and watch it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +15,32 @@ CHAIN = "Serve predictions by https: certificate chain, PEM"
 API = "Let this machine register and remove models"
 QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
 JAVA = "MB of Java's heap, and as many beside it for bodies under way"
+LOGS = "Keep logs in this folder"
 WHERE = "~/.local/state/rampart/..."
+SHIPPED = Path("model_store/cifar10.mar")
 METRICS = "http://127.0.0.1:8082/metrics"
+Device = Literal["cpu", "cuda", "tensorrt", "plan", "auto"]
 
 verb, app = o.theme("Serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an Endpoint is served with, by the names of its fields, but for the certificate."""
+
+    archive: Annotated[Path, Option("--archive", "--model", help="The .mar to serve")] = SHIPPED
+    host: Annotated[str, Option(help="Address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Option(help="Of predictions; management is the next one")] = 8080
+    workers: Annotated[int, Option(help="Processes that share the cores")] = 1
+    device: Annotated[Device, Option(help=DEVICE)] = "auto"
+    token_authorization: Annotated[bool, Option(help=TOKENS)] = False
+    grpc_port: Annotated[int, Option(help="TorchServe's gRPC as well, on this port")] = 0
+    token_minutes: Annotated[int, Option(help="That a token lives")] = 60
+    model_api: Annotated[bool, Option("--model-api", help=API)] = False
+    query_store: o.QueryStore = None
+    quarantine: Annotated[Path | None, Option(help=QUARANTINE)] = None
+    java_memory: Annotated[int, Option(help=JAVA)] = 300
+    log_folder: Annotated[Path | None, Option("--logs", help=LOGS, show_default=WHERE)] = None
 
 
 @verb(
@@ -25,27 +48,9 @@ verb, app = o.theme("Serve")
     "serve --archive mine.mar --host 0.0.0.0 --token-authorization",
 )
 def serve(
-    archive: Annotated[Path, Option("--archive", "--model", help="The .mar to serve")] = Path(
-        "model_store/cifar10.mar"
-    ),
-    host: Annotated[str, Option(help="Address to listen on")] = "127.0.0.1",
-    port: Annotated[int, Option(help="Of predictions; management is the next one")] = 8080,
-    workers: Annotated[int, Option(help="Processes that share the cores")] = 1,
-    device: Annotated[
-        Literal["cpu", "cuda", "tensorrt", "plan", "auto"], Option(help=DEVICE)
-    ] = "auto",
-    token_authorization: Annotated[bool, Option(help=TOKENS)] = False,
-    grpc_port: Annotated[int, Option(help="TorchServe's gRPC as well, on this port")] = 0,
-    token_minutes: Annotated[int, Option(help="That a token lives")] = 60,
+    settings: Settings,
     certificate: Annotated[Path | None, Option(help=CHAIN)] = None,
     certificate_key: Annotated[Path | None, Option(help="Its private key, PEM")] = None,
-    model_api: Annotated[bool, Option("--model-api", help=API)] = False,
-    query_store: o.QueryStore = None,
-    quarantine: Annotated[Path | None, Option(help=QUARANTINE)] = None,
-    java_memory: Annotated[int, Option(help=JAVA)] = 300,
-    logs: Annotated[
-        Path | None, Option(help="Keep logs in this folder", show_default=WHERE)
-    ] = None,
 ) -> None:
     """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
     from rampart.launch.endpoint import Endpoint
@@ -53,23 +58,8 @@ def serve(
 
     if (certificate is None) != (certificate_key is None):
         raise ValueError("--certificate and --certificate-key go together")
-    endpoint = Endpoint(
-        archive,
-        host=host,
-        port=port,
-        workers=workers,
-        device=device,
-        token_authorization=token_authorization,
-        grpc_port=grpc_port,
-        model_api=model_api,
-        tls=(certificate, certificate_key) if certificate and certificate_key else None,
-        token_minutes=token_minutes,
-        query_store=query_store,
-        quarantine=quarantine,
-        java_memory=java_memory,
-        log_folder=logs,
-    )
-    raise typer.Exit(launch(endpoint))
+    tls = (certificate, certificate_key) if certificate and certificate_key else None
+    raise typer.Exit(launch(Endpoint(**vars(settings), tls=tls)))
 
 
 @verb("probe --within 30")
@@ -82,4 +72,4 @@ def probe(
     from rampart.launch.probe import probe as look
 
     for model, age in look(metrics, within, name).items():
-        print(f"{model}: alive {age:.0f} s ago")
+        o.say(f"{model}: alive {age:.0f} s ago")

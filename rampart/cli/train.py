@@ -7,12 +7,11 @@ from typer import Argument, Option
 
 import rampart as rp
 from rampart.cli import options as o
-from rampart.cli.options import say, threat_of
+from rampart.cli.options import say
 from rampart.provenance import command_line
 
 Colour = tuple[float, float, float]
 
-LR = "Largest learning rate, of one cycle"
 AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
 SMOOTHING = "Share of each label that goes to all classes alike"
 MIRROR = "Flip half of the images; not for signs, letters and digits, which then are others"
@@ -33,19 +32,15 @@ verb, app = o.theme("Train")
     "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar",
 )
 def harden(
-    data: o.Data,
+    *,
+    source: o.Source,
     out: Annotated[Path, Option(help=ARCHIVE)],
-    held: o.Held = None,
     weights: Annotated[Path | None, Option(help="Yours, as `adopt` takes them")] = None,
     arch: o.Arch = "resnet18",
-    width: o.Width = 1.0,
     image_size: o.Size = 32,
-    head: o.Head = "",
-    channels: o.Channels = 3,
-    channels_last: o.ChannelsLast = False,
+    network: o.Network,
     method: o.Method = "nfgsm",
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
+    threat: o.Threat,
     epochs: Annotated[int, Option(min=0, help=KEEP)] = 30,
     purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
@@ -60,37 +55,28 @@ def harden(
     """
     from rampart.assembly import Plan
     from rampart.assembly import harden as go
-    from rampart.sources import Source
     from rampart.studies import insist
 
-    net = rp.ClassifierConfig(arch, 0, width, image_size, head=head, channels=channels)
-    net = net._replace(channels_last=channels_last)
-    recipe = rp.Recipe(method, threat_of(norm, eps), epochs)
+    recipe = rp.Recipe(method, threat.ball(), epochs)
+    net = network.config(arch, image_size)
     plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
-    outcome = go(Source(data, held), out, plan, runs=runs, command=command_line())
-    for line in outcome.lines:
-        say(line)
-    say(f"{out}: serve it with `rampart serve --archive {out}`")
+    outcome = go(source.open(), out, plan, runs=runs, command=command_line())
+    say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
     insist(outcome.card)
 
 
 @verb("train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30")
 def train(
-    data: o.Data,
-    out: o.Out,
-    held: o.Held = None,
+    *,
+    source: o.Source,
+    run: o.Training,
     arch: o.Arch = "resnet18",
-    width: o.Width = 1.0,
     image_size: o.Size = 32,
-    head: o.Head = "",
-    channels: o.Channels = 3,
-    channels_last: o.ChannelsLast = False,
+    network: o.Network,
     method: o.Method = "nfgsm",
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
+    threat: o.Threat,
     epochs: o.Epochs = 30,
-    batch_size: o.Batch = 128,
-    lr: Annotated[float, Option(help=LR)] = 0.2,
+    lr: o.LearningRate = 0.2,
     ema: Annotated[float, Option(help="Decay of the weight average")] = 0.998,
     awp: Annotated[float, Option(help=AWP)] = 0,
     smoothing: Annotated[float, Option(help=SMOOTHING)] = 0,
@@ -98,80 +84,62 @@ def train(
     steps: Annotated[int, Option(help="Of the attack in pgd, trades, mart and rslad")] = 10,
     teacher: Annotated[Path | None, Option(help=TEACHER)] = None,
     rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
-    dtype: o.Dtype = None,
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, Option(help=INIT)] = None,
     mirror: Annotated[bool, Option(help=MIRROR)] = True,
-    validate_on: o.Validated = 1500,
-    seed: o.Seed = 0,
-    device: o.Device = "auto",
 ) -> None:
     """Train a classifier adversarially. Ctrl-C is safe: the same command continues.
 
     Started by torchrun, all its processes train the one classifier.
     """
     from rampart.hardening.train.loop import say
-    from rampart.sources import Source
-    from rampart.training import Run, train_from
+    from rampart.training import train_from
 
-    recipe = rp.Recipe(method, threat_of(norm, eps), epochs, batch_size, lr, ema=ema, seed=seed)
+    recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size, lr, ema=ema, seed=run.seed)
     recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps, mirrored=mirror)
-    net = rp.ClassifierConfig(arch, 0, width, image_size, rectified=rectify)
-    net = net._replace(head=head, channels=channels, channels_last=channels_last)
-    run = Run(out, device, dtype, validate_on, compile, command_line())
-    best = train_from(Source(data, held), net, recipe, run, init=init, teacher=teacher)
+    net = network.config(arch, image_size)._replace(rectified=rectify)
+    place = run.place()._replace(compiled=compile)
+    best = train_from(source.open(), net, recipe, place, init=init, teacher=teacher)
     say(f"best classifier: {best}")
 
 
 @verb("purifier --data cifar10/ --classifier runs/c/classifier.safetensors --out runs/p")
 def purifier(
-    data: o.Data,
+    *,
+    source: o.Source,
     classifier: Annotated[Path, Option(help="classifier.safetensors of `rampart train`")],
-    out: o.Out,
-    held: o.Held = None,
-    norm: o.Norm = "Linf",
-    eps: o.Eps = None,
+    run: o.Training,
+    threat: o.Threat,
     epochs: o.Epochs = 2,
-    batch_size: o.Batch = 128,
-    lr: Annotated[float, Option(help=LR)] = 1e-3,
-    dtype: o.Dtype = None,
-    validate_on: o.Validated = 1500,
-    seed: o.Seed = 0,
+    lr: o.LearningRate = 1e-3,
     arch: o.Own = None,
-    device: o.Device = "auto",
 ) -> None:
     """Train the GAN purifier in front of a frozen classifier. Ctrl-C and torchrun as in `train`."""
     from rampart.hardening.train.loop import say
     from rampart.hardening.train.purifier import PurifierRecipe
-    from rampart.sources import Source
-    from rampart.training import Run, train_purifier_from
+    from rampart.training import train_purifier_from
 
-    recipe = PurifierRecipe(threat_of(norm, eps), epochs, batch_size, lr, seed=seed)
-    run = Run(out, device, dtype, validate_on, command=command_line())
-    best = train_purifier_from(Source(data, held), classifier, recipe, run)
+    recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size, lr, seed=run.seed)
+    best = train_purifier_from(source.open(), classifier, recipe, run.place())
     say(f"best purifier: {best}")
 
 
 @verb("adopt resnet50.pth --arch resnet50 --classes 1000 --out runs/c.safetensors")
 def adopt(
+    *,
     weights: Annotated[Path, Argument(help="state dict: .pth, .pt or .safetensors")],
     out: Annotated[Path, Option(help="The classifier.safetensors to write")],
     arch: o.Arch,
     classes: Annotated[int, Option(help="How many it tells apart")],
-    width: o.Width = 1.0,
     image_size: o.Size = 224,
-    head: o.Head = "",
-    channels: o.Channels = 3,
-    channels_last: o.ChannelsLast = False,
+    network: o.Network,
     mean: Annotated[Colour | None, Option(help=NORM)] = None,
     std: Annotated[Colour | None, Option(help="Likewise")] = None,
 ) -> None:
     """Bring weights from elsewhere into the form that the other verbs take."""
     from rampart.training import adopt as take
 
-    net = rp.ClassifierConfig(arch, classes, width, image_size, head=head, channels=channels)
-    net = net._replace(channels_last=channels_last)
-    config = take(weights, out, net, mean=mean, std=std)
+    config = take(weights, out, network.config(arch, image_size, classes), mean=mean, std=std)
     say(f"{out}: {arch}, mean {config.mean}, std {config.std}")
 
 

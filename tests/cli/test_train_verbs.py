@@ -9,7 +9,7 @@ from blobs import blobs
 from command import run
 from torchvision.models import get_model
 
-from rampart.cli.options import threat_of
+from rampart.cli.options import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.report import card as report
@@ -151,6 +151,6 @@ def test_asking_for_cuda_where_there_is_none_is_refused() -> None:
 
 
 def test_eps_has_a_default_in_the_unit_of_its_norm() -> None:
-    assert str(threat_of("Linf", None)) == "Linf 8/255"
-    assert str(threat_of("L2", None)) == "L2 0.5"
-    assert str(threat_of("Linf", 4)) == "Linf 4/255"
+    assert str(Threat("Linf").ball()) == "Linf 8/255"
+    assert str(Threat("L2").ball()) == "L2 0.5"
+    assert str(Threat("Linf", 4).ball()) == "Linf 4/255"
