@@ -43,26 +43,10 @@ _HOMES = {
     "rampart.training": ("train",),
 }
 __all__ = [
-    "QUICK",
-    "Budget",
-    "Calibration",
-    "Classifier",
-    "ClassifierConfig",
-    "Figures",
-    "Form",
-    "Held",
-    "ImageError",
-    "Images",
-    "Model",
-    "Policy",
-    "Purifier",
-    "Recipe",
-    "Threat",
-    "Verdict",
-    "load_images",
-    "register",
-    "train",
-]
+    "QUICK", "Budget", "Calibration", "Classifier", "ClassifierConfig", "Figures", "Form", "Held",
+    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "Threat", "Verdict",
+    "load_images", "register", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

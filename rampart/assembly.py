@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rampart.handlers.verdict import Policy
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import ClassifierConfig
@@ -43,11 +42,12 @@ def assemble(
     """
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
-    train, held = source.read(net.config.image_size)
+    train, out = source.read(net.config.image_size)
+    held = Held(out, train if len(train) else None)
     files = {"classifier": classifier} | ({"purifier": purifier} if purifier else {})
     model = Model.calibrate(
         net,
-        Held(held, train if len(train) else None),
+        held,
         purifier=generator,
         name=folder.name,
         data=data_name or source.data.name,
@@ -55,9 +55,8 @@ def assemble(
         card=past(files, command),
     )
     model.save(folder)
-    few = fitted_on(Held(held, train if len(train) else None))
-    images = collect(folder, list(files.values()), train, fitted=few, held=held)
-    model.card = report.add_to_card(folder, {"images": images})
+    images = collect(folder, list(files.values()), train, fitted=fitted_on(held), held=out)
+    model.add_to_card({"images": images})
     return model
 
 
@@ -119,7 +118,11 @@ def harden(
         model = way.model(out.stem, parts)
         if plan.evaluate_on:
             model = way.evaluated(model)
-        packed = job.once("archive", folders.contents(model), partial(pack, model, out.name))
+
+        def pack(folder: Path) -> None:
+            Model.load(model).archive(folder / out.name)
+
+        packed = job.once("archive", folders.contents(model), pack)
     same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
     if not same:  # whole or not at all
         partial_copy = shutil.copy(packed / out.name, out.with_suffix(".partial"))
@@ -137,14 +140,14 @@ class Way(NamedTuple):
     job: Stages
     command: str
 
-    def inputs(self) -> dict[str, object]:
-        """What every stage depends on."""
+    def inputs(self, **others: object) -> dict[str, object]:
+        """What every stage depends on, and `others`."""
         images, held = self.source.read(self.plan.net.image_size)
-        return {"images": images, "held": held}
+        return {"images": images, "held": held, **others}
 
-    def threat(self) -> dict[str, object]:
-        """What the stages that attack depend on too."""
-        return {"threat": self.plan.recipe.threat, "device": self.plan.device}
+    def attacking(self, **others: object) -> dict[str, object]:
+        """What a stage that attacks depends on, and `others`."""
+        return self.inputs(threat=self.plan.recipe.threat, device=self.plan.device, **others)
 
     def run(self, folder: Path) -> Run:
         """A training in the folder of its stage."""
@@ -164,49 +167,40 @@ class Way(NamedTuple):
     def adopted(self, weights: Path) -> Path:
         """Your weights as a classifier of ours."""
         images, _ = self.source.read(self.plan.net.image_size)
-        config = self.plan.net._replace(classes=len(images.classes))
-        inputs = {"net": config, "weights": weights}
-
-        def take(folder: Path) -> None:
-            adopt(weights, folder / CLASSIFIER, config)
-
-        return self.job.once("adopt", inputs, take) / CLASSIFIER
+        net = self.plan.net._replace(classes=len(images.classes))
+        inputs = {"net": net, "weights": weights}
+        stage = self.job.once("adopt", inputs, lambda to: adopt(weights, to / CLASSIFIER, net))
+        return stage / CLASSIFIER
 
     def trained(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""
-        plan = self.plan
-        inputs = self.inputs() | self.threat() | {"net": plan.net, "dtype": plan.dtype}
-        inputs |= {"recipe": plan.recipe, "init": init}
-
-        def learn(folder: Path) -> None:
-            train_from(self.source, plan.net, plan.recipe, self.run(folder), init=init)
-
-        return self.job.once("train", inputs, learn) / CLASSIFIER
+        net, recipe, dtype = self.plan.net, self.plan.recipe, self.plan.dtype
+        inputs = self.attacking(net=net, dtype=dtype, recipe=recipe, init=init)
+        train = partial(train_from, self.source, net, recipe, init=init)
+        return self.job.once("train", inputs, lambda to: train(run=self.run(to))) / CLASSIFIER
 
     def purifier(self, classifier: Path) -> Path:
         """The purifier in front of a classifier."""
         recipe = PurifierRecipe(self.plan.recipe.threat, self.plan.purifier_epochs)
-        inputs = self.inputs() | self.threat() | {"classifier": classifier, "recipe": recipe}
-        inputs |= {"dtype": self.plan.dtype}
-
-        def learn(folder: Path) -> None:
-            train_purifier_from(self.source, classifier, recipe, self.run(folder))
-
-        return self.job.once("purifier", inputs, learn) / PURIFIER
+        inputs = self.attacking(classifier=classifier, recipe=recipe, dtype=self.plan.dtype)
+        train = partial(train_purifier_from, self.source, classifier, recipe)
+        return self.job.once("purifier", inputs, lambda to: train(self.run(to))) / PURIFIER
 
     def model(self, name: str, parts: dict[str, Path]) -> Path:
         """The calibrated model folder."""
-        files = parts["classifier"], parts.get("purifier")
+        files, inputs = (
+            (parts["classifier"], parts.get("purifier")),
+            self.inputs(name=name, **parts),
+        )
 
         def make(folder: Path) -> None:
             assemble(folder / name, self.source, *files, command=self.command)
 
-        return self.job.once("calibrate", self.inputs() | parts | {"name": name}, make) / name
+        return self.job.once("calibrate", inputs, make) / name
 
     def evaluated(self, folder: Path) -> Path:
         """A copy of the model folder with figures."""
-        inputs = self.inputs() | self.threat() | folders.contents(folder)
-        inputs |= {"n": self.plan.evaluate_on}
+        inputs = self.attacking(n=self.plan.evaluate_on) | folders.contents(folder)
         return self.job.once("evaluate", inputs, partial(self.judge, folder)) / folder.name
 
     def judge(self, folder: Path, work: Path) -> None:
@@ -216,8 +210,3 @@ class Way(NamedTuple):
         few = measured(model, self.source, part="validation", limit=plan.evaluate_on)
         study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
         evaluate(model, few, study)
-
-
-def pack(model: Path, name: str, folder: Path) -> None:
-    """The archive of a model folder, in the folder of its stage."""
-    Model.load(model).archive(folder / name, policy=Policy())

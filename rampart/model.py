@@ -11,12 +11,12 @@ Here the rooms meet: weights and figures come from `hardening`, files from `expo
 import copy
 import io
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ FOUND = Path("runs/found")  # where what attacks found is kept
 
 Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
 Picture = Path | str | bytes
+T = TypeVar("T")
 
 
 class Form(NamedTuple):
@@ -98,8 +99,9 @@ class Model:
         card: Mapping[str, Any],
         folder: Path | None = None,
     ) -> None:
-        self.whole, self.classes = pipeline, classes
-        self.calibrations = dict(calibrations)
+        self.whole, self.classes, self.calibrations = pipeline, classes, dict(calibrations)
+        self.classifier, self.purifier = pipeline.classifier, pipeline.purifier
+        self.image_size = pipeline.classifier.config.image_size  # pixels a side
         self.card, self.folder = dict(card), folder
         self.calibrated_on = ""  # what calibration files say; those of a loaded model stay
 
@@ -158,21 +160,6 @@ class Model:
         return model
 
     @property
-    def classifier(self) -> Classifier:
-        """The network alone."""
-        return self.whole.classifier
-
-    @property
-    def purifier(self) -> Purifier | None:
-        """The generator in front of it, where there is one."""
-        return self.whole.purifier
-
-    @property
-    def image_size(self) -> int:
-        """Pixels a side of the images that it takes."""
-        return self.classifier.config.image_size
-
-    @property
     def variants(self) -> list[Variant]:
         """Those it is calibrated for, `full` first."""
         return [v for v in folders.VARIANTS if Form(v) in self.calibrations]
@@ -196,14 +183,6 @@ class Model:
             return Form(chosen, precision or "fp32")
         return Form(chosen, folders.best_precision(self.folder, chosen))
 
-    def trained_on(self, data: Path) -> bool:
-        """Whether the card names `data` as the images of training."""
-        return folders.trained_on(self.card, data)
-
-    def held_beside(self, data: Path) -> list[str]:
-        """What the card's commands on `data` named as held-out images."""
-        return folders.held_beside(self.card, data)
-
     def pipeline(self, variant: Variant | None = None) -> DefendedClassifier:
         """The module of a variant, frozen: a copy, so that it may go to another device."""
         return copy.deepcopy(pipelines.as_variant(self.whole, self.chosen_variant(variant)))
@@ -223,24 +202,11 @@ class Model:
         same one stays.
         """
         target = Path(folder)
-        with tempfile.TemporaryDirectory() as scratch:
-            work = Path(scratch)
-            self.write(work)
-            folders.deliver(work, target)
+        with self.on_disk() as home:
+            if home.resolve() != target.resolve():
+                folders.deliver(home, target)
         self.folder = target
         return target
-
-    def write(self, folder: Path) -> None:
-        """Write the model's files into an empty folder."""
-        if self.folder is not None:
-            folders.deliver(self.folder, folder)
-            return
-        pipelines.save(folder / WEIGHTS, self.whole, self.classes)
-        for table in self.calibrations.values():
-            ranks.write(folder, table, self.calibrated_on)
-        if self.card["history"]:
-            draw(self.card["history"], folder / "curve.png")
-        report.write_card(folder, self.card)
 
     @contextmanager
     def on_disk(self) -> Iterator[Path]:
@@ -249,10 +215,15 @@ class Model:
             yield self.folder
             return
         with tempfile.TemporaryDirectory() as scratch:
-            work = Path(scratch) / str(self.card["model"])
-            work.mkdir()
-            self.write(work)
-            yield work
+            home = Path(scratch) / str(self.card["model"])
+            home.mkdir(parents=True)
+            pipelines.save(home / WEIGHTS, self.whole, self.classes)
+            for table in self.calibrations.values():
+                ranks.write(home, table, self.calibrated_on)
+            if self.card["history"]:
+                draw(self.card["history"], home / "curve.png")
+            report.write_card(home, self.card)
+            yield home
 
     def add_to_card(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Put `entries` into the card, on disk as well where the model lies there; returns it."""
@@ -390,10 +361,7 @@ class Model:
         The proof compares on 64 of `images`, or on crops of a photograph. Raises RuntimeError where
         it fails.
         """
-        variant, precision = form or self.form()
-        write = partial(archives.export_variant, precision=precision, images=gate_images(images))
-        with self.on_disk() as folder:
-            return write(folder, variant, Path(path))
+        return self._write(partial(archives.export_variant, out=Path(path)), form, images)
 
     def to_triton(
         self,
@@ -406,10 +374,8 @@ class Model:
         """Write the model into a Triton model repository; returns its folder there."""
         from rampart.export.to_triton import to_triton
 
-        variant, precision = form or self.form()
-        write = partial(to_triton, variant=variant, precision=precision, version=version)
-        with self.on_disk() as folder:
-            return write(folder, repository, images=gate_images(images))
+        write = partial(to_triton, repository=repository, version=version)
+        return self._write(write, form, images)
 
     def to_tensorrt(
         self, plan: Path, *, form: Form | None = None, images: Images | Folder | None = None
@@ -417,12 +383,10 @@ class Model:
         """Build a TensorRT plan on its GPU; returns what the parity gate saw."""
         from rampart.export.to_tensorrt import to_tensorrt
 
-        variant, precision = form or self.form()
-        if precision == "int8":
+        chosen = form or self.form()
+        if chosen.precision == "int8":
             raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
-        write = partial(to_tensorrt, variant=variant, precision=precision)
-        with self.on_disk() as folder:
-            return write(folder, plan, images=gate_images(images))
+        return self._write(partial(to_tensorrt, plan=plan), chosen, images)
 
     def archive(
         self,
@@ -440,17 +404,18 @@ class Model:
         `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint.
         Raises ValueError for a policy that the endpoint would refuse.
         """
+        terms = {"rampart": asdict(policy or Policy()) | dict(settings or {})}
+        write = partial(archives.archive, out=Path(path), plan=plan)
+        return self._write(partial(write, version=version, settings=terms), form, images)
+
+    def _write(
+        self, write: Callable[..., T], form: Form | None, images: Images | Folder | None
+    ) -> T:
+        """What `write` makes of the model's folder, held to the gate on 64 of the images."""
         variant, precision = form or self.form()
-        write = partial(archives.archive, variant=variant, precision=precision, plan=plan)
-        terms = asdict(policy or Policy()) | dict(settings or {})
+        pixels = None if images is None else spread(images, 64).image  # (64, H, W, 3)
         with self.on_disk() as folder:
-            return write(
-                folder,
-                Path(path),
-                images=gate_images(images),
-                version=version,
-                settings={"rampart": terms},
-            )
+            return write(folder, variant=variant, precision=precision, images=pixels)
 
     def summary(self) -> list[str]:
         """The files that its calibration lies in."""
@@ -498,11 +463,6 @@ def to_engine(
         return Engine(graph, threads=threads)
 
 
-def gate_images(images: Images | Folder | None) -> Tensor | None:
-    """64 of the images, uint8 (64, H, W, 3), for the parity gate."""
-    return None if images is None else spread(images, 64).image
-
-
 def as_png(image: NDArray[np.uint8]) -> bytes:
     """Pixels (H, W, 3) as a picture, to be brought to size as one is."""
     stream = io.BytesIO()
@@ -512,6 +472,5 @@ def as_png(image: NDArray[np.uint8]) -> bytes:
 
 def twin_of(model: Model, folder: Path | None) -> Classifier | None:
     """The undefended network of `folder`, or of the folder beside the model's."""
-    beside = folders.sibling(model.folder) if model.folder else None
-    home = folder or beside
+    home = folder or (model.folder and folders.sibling(model.folder))
     return pipelines.load_classifier(home / WEIGHTS) if home else None

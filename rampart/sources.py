@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from rampart.hardening.model import folder as folders
 from rampart.hardening.model.images import Images, hold_out, split
 from rampart.hardening.model.provenance import check_unseen, trained_on
 from rampart.hardening.train.data import Folder, load, load_training, spread
@@ -91,7 +92,7 @@ def measured(
     data, held = source
     if held and not part:
         raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
-    familiar = model.trained_on(data)
+    familiar = folders.trained_on(model.card, data)
     title, warning = name or source.name, ""
     if part and (held or familiar or data.suffix != ".npz"):
         every = not_trained_on(model, source)
@@ -133,7 +134,7 @@ def not_trained_on(model: "Model", source: Source) -> Images:
     Raises ValueError where it was made with a --held and none is given now: a tenth of the data
     would be images that it was trained on.
     """
-    if source.held is None and (named := model.held_beside(source.data)):
+    if source.held is None and (named := folders.held_beside(model.card, source.data)):
         raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
     images = source.read(model.image_size)[1]
     if model.folder is not None:
