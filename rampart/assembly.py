@@ -168,9 +168,8 @@ class Way(NamedTuple):
         """Your weights as a classifier of ours."""
         images, _ = self.source.read(self.plan.net.image_size)
         net = self.plan.net._replace(classes=len(images.classes))
-        inputs = {"net": net, "weights": weights}
-        stage = self.job.once("adopt", inputs, lambda to: adopt(weights, to / CLASSIFIER, net))
-        return stage / CLASSIFIER
+        take, inputs = partial(adopt, weights, config=net), {"net": net, "weights": weights}
+        return self.job.once("adopt", inputs, lambda to: take(to / CLASSIFIER)) / CLASSIFIER
 
     def trained(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""
@@ -188,15 +187,12 @@ class Way(NamedTuple):
 
     def model(self, name: str, parts: dict[str, Path]) -> Path:
         """The calibrated model folder."""
-        files, inputs = (
-            (parts["classifier"], parts.get("purifier")),
-            self.inputs(name=name, **parts),
-        )
+        files = parts["classifier"], parts.get("purifier")
 
         def make(folder: Path) -> None:
             assemble(folder / name, self.source, *files, command=self.command)
 
-        return self.job.once("calibrate", inputs, make) / name
+        return self.job.once("calibrate", self.inputs(name=name, **parts), make) / name
 
     def evaluated(self, folder: Path) -> Path:
         """A copy of the model folder with figures."""

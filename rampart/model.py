@@ -86,8 +86,8 @@ class Figures(NamedTuple):
 class Model:
     """Classifier, purifier, detectors and their calibrations, with a card.
 
-    `pipeline` holds all parts there are; `variant` picks those of one. `folder` is where the model
-    was saved or loaded, and None before.
+    `whole` holds all parts there are; `pipeline` picks those of a variant. `folder` is where the
+    model was saved or loaded, and None before.
     """
 
     def __init__(
@@ -142,19 +142,18 @@ class Model:
         source = held if isinstance(held, Held) else Held(held)
         check_count(source.images, classifier)
         whole = joined(classifier, purifier, source)
-        tables: dict[Form, Calibration] = {}
-        for variant in folders.VARIANTS if purifier else folders.VARIANTS[1:]:
-            pipeline = pipelines.as_variant(whole, variant)
-            tables[Form(variant)] = ranks.calibrate(pipeline, source.images, variant)
-        content = {
+        tables = {
+            Form(v): ranks.calibrate(pipelines.as_variant(whole, v), source.images, v)
+            for v in (folders.VARIANTS if purifier else folders.VARIANTS[1:])
+        }
+        content: dict[str, Any] = {
             "model": name,
             "data": data,
             "training": {"classifier": "not recorded"},
-            "history": [],
-            "classifier": classifier.config._asdict(),
-            "calibration_images": next(iter(tables.values())).images,
-            "commands": [PYTHON],
         }
+        content |= {"history": [], "classifier": classifier.config._asdict()}
+        content["calibration_images"] = next(iter(tables.values())).images
+        content["commands"] = [PYTHON]
         model = cls(whole, source.images.classes, tables, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
         return model
@@ -176,8 +175,7 @@ class Model:
         return variant or self.best_variant
 
     def form(self, variant: Variant | None = None, precision: Precision | None = None) -> Form:
-        """What is exported where less is said: the best variant, and int8 where that was measured
-        to be as robust, else fp32."""
+        """What is exported where less is said: the best variant, in int8 if that is as robust."""
         chosen = self.chosen_variant(variant)
         if precision or self.folder is None:
             return Form(chosen, precision or "fp32")
@@ -342,16 +340,14 @@ class Model:
         everyone = list(targets or self.victims(rate=rate, device=where))
         attack = partial(judge.evaluate, everyone, chosen, threat or Threat(), budget or Budget())
         result = attack(rate=rate, folder=cache, only=list(only))
-        entry = partial(report.row, data=data, command=command, rate=rate)
-        return Figures(result, [entry(metric) for metric in result.metrics])
+        row = partial(report.row, data=data, command=command, rate=rate)
+        return Figures(result, list(map(row, result.metrics)))
 
     def check_classes(self, *images: Images) -> None:
         """Raise ValueError where images have other classes than the model."""
         for some in images:
-            if some.classes != self.classes:
-                raise ValueError(
-                    f"the images have the classes {some.classes}, the model {self.classes}"
-                )
+            if (classes := some.classes) != self.classes:
+                raise ValueError(f"the images have the classes {classes}, the model {self.classes}")
 
     def export(
         self, path: Path | str, *, form: Form | None = None, images: Images | Folder | None = None
@@ -431,8 +427,10 @@ def joined(classifier: Classifier, purifier: Purifier | None, source: Held) -> D
 
 
 def fitted_on(source: Held) -> Images:
-    """The images that detectors are fitted on: of training, since every split of those held out is
-    measured on, combined on or ranked; where there are none, of validation."""
+    """The images that detectors are fitted on: of training, else of validation.
+
+    Each split of those held out is measured on, combined on or ranked.
+    """
     if source.train is not None and len(source.train):
         return spread(source.train, FITTED)
     return source.validation
@@ -440,11 +438,9 @@ def fitted_on(source: Held) -> Images:
 
 def check_count(images: Images, classifier: Classifier) -> None:
     """Raise ValueError where images have more or fewer classes than the network tells apart."""
-    if len(images.classes) != classifier.config.classes:
-        raise ValueError(
-            f"the images have {len(images.classes)} classes, the network tells"
-            f" {classifier.config.classes} apart"
-        )
+    here, there = len(images.classes), classifier.config.classes
+    if here != there:
+        raise ValueError(f"the images have {here} classes, the network tells {there} apart")
 
 
 def to_engine(

@@ -40,32 +40,29 @@ class Source(NamedTuple):
         """What a card calls the held-out images."""
         return (self.held or self.data).name
 
+    @lru_cache(maxsize=1)  # noqa: B019  # the stages of `harden` read the same
     def read(self, size: int) -> tuple[Images | Folder, Images]:
         """(training images, held-out images), `size` pixels a side.
 
         Raises ValueError where the held-out ones lie among those of training, or are too few.
         """
-        return read(self, size)
-
-
-@lru_cache(maxsize=1)  # the stages of `harden` read the same
-def read(source: Source, size: int) -> tuple[Images | Folder, Images]:
-    """As `Source.read`, remembered."""
-    data, held = source
-    held_out = load(held, size=size) if held else None
-    if held and held_out and held.is_dir():
-        if held.resolve().is_relative_to(data.resolve()):
-            raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")
-        # Names in a folder are its own; only a file of twins names pictures of another.
-        held_out = replace(held_out, paths=())
-    train, out = hold_out(load_training(data, size=size), held_out)
-    if len(out) < LEAST:
-        raise ValueError(
-            f"{held or data} leaves {len(out)} held-out images: calibration needs {LEAST} or more,"
-            " so pass at least 2,000 images as --data, or a set of its own as --held"
-        )
-    say(f"{len(train)} training images, {len(out)} held out")
-    return train, out
+        data, held = self
+        held_out = load(held, size=size) if held else None
+        if held and held_out and held.is_dir():
+            if held.resolve().is_relative_to(data.resolve()):
+                raise ValueError(
+                    f"--held {held} lies in --data {data}: its images would be trained on"
+                )
+            # Names in a folder are its own; only a file of twins names pictures of another.
+            held_out = replace(held_out, paths=())
+        train, out = hold_out(load_training(data, size=size), held_out)
+        if len(out) < LEAST:
+            raise ValueError(
+                f"{held or data} leaves {len(out)} held-out images: calibration needs {LEAST} or"
+                " more, so pass at least 2,000 images as --data, or a set of its own as --held"
+            )
+        say(f"{len(train)} training images, {len(out)} held out")
+        return train, out
 
 
 class Sample(NamedTuple):
@@ -99,10 +96,8 @@ def measured(
     else:
         every = load(data, train=False, size=model.image_size)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
-            warning = (
-                f"{data} has the name of the training data: on images that were trained on, every"
-                " figure is too high"
-            )
+            warning = f"{data} has the name of the training data: on images that were trained on,"
+            warning += " every figure is too high"
         warning = seen_in_training(model, every, held_out=part is not None) or warning
     if part:
         every, title = split(every, part), f"{part} split of {title}"
@@ -112,8 +107,9 @@ def measured(
 
 
 def seen_in_training(model: "Model", images: Images, *, held_out: bool) -> str:
-    """A warning where a model was trained on some of `images`, by their pixels; "" where it was not
-    or does not say so. Raises ValueError where they pass as `held_out`.
+    """A warning where a model was trained on some of `images`, by their pixels; else "".
+
+    Raises ValueError where they pass as `held_out`.
     """
     if model.folder is None:
         return ""
@@ -122,10 +118,8 @@ def seen_in_training(model: "Model", images: Images, *, held_out: bool) -> str:
     found = trained_on(model.folder, images)
     if found is None or not found.any():
         return ""
-    return (
-        f"{model} was trained on {found.sum()} of these {len(images)} images: every figure is too"
-        " high"
-    )
+    seen = f"{found.sum()} of these {len(images)} images"
+    return f"{model} was trained on {seen}: every figure is too high"
 
 
 def not_trained_on(model: "Model", source: Source) -> Images:

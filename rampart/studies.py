@@ -22,7 +22,7 @@ from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
-from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
@@ -60,7 +60,7 @@ class Study(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a study printed into the card, as text for people."""
+    """The card with what a study found, and the same as text for people."""
 
     card: dict[str, Any]
     lines: list[str]
@@ -93,19 +93,10 @@ def evaluate(
     measure = partial(evaluation.estimate, targets, images, study.threat, study.budget)
     seconds = measure(only=list(rungs))
     notice(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
-    figures = model.evaluate(
-        images,
-        study.budget,
-        threat=study.threat,
-        rate=study.rate,
-        only=rungs,
-        targets=targets,
-        data=sample.name,
-        cache=study.cache,
-        device=study.device,
-        command=study.command,
-    )
-    card, own = enter_figures(model, figures.rows, figures.evaluation, study, whole=not rungs)
+    attack = partial(model.evaluate, threat=study.threat, rate=study.rate, cache=study.cache)
+    attack = partial(attack, only=rungs, targets=targets, data=sample.name, device=study.device)
+    figures = attack(images, study.budget, command=study.command)
+    card, own = enter_figures(model, figures, study, whole=not rungs)
     model.log({"data": sample.name, "n": len(images), "command": study.command})
     lines = [figures.table(), *map(str, figures.evaluation.checks)]
     if not rungs:
@@ -131,32 +122,25 @@ def targets_of(
     """What an evaluation attacks; with `variant` this alone, in the form that is asked for."""
     twin = twin_of(model, study.twin)
     targets = model.victims(rate=study.rate, device=device, twin=twin)
-    lower = [
-        victim
-        for form in forms
-        for victim in model.lower_victims(form, rate=study.rate, device=device)
-    ]
+    attacked = partial(model.lower_victims, rate=study.rate, device=device)
+    lower = [victim for form in forms for victim in attacked(form)]
     if variant:
         return [victim for victim in lower or targets if victim.variant == variant]
     return targets + lower
 
 
 def enter_figures(
-    model: Model,
-    rows: list[dict[str, Any]],
-    result: evaluation.Evaluation,
-    study: Study,
-    *,
-    whole: bool,
+    model: Model, figures: Figures, study: Study, *, whole: bool
 ) -> tuple[dict[str, Any], bool]:
     """Put figures into the card; returns it, and whether they are of its own threat model."""
-    entries: dict[str, Any] = {"metrics": report.merge(model.card.get("metrics", []), rows)}
+    rows = report.merge(model.card.get("metrics", []), figures.rows)
     # The first whole evaluation says what the card's threat is; other figures stand beside.
     settled = model.card.get("threat_model") if not whole or "checks" in model.card else None
-    entries |= {"threat_model": settled or str(study.threat), "versions": versions()}
-    own = entries["threat_model"] == str(study.threat)
-    if own and result.checks:
-        entries |= {"checks": [check._asdict() for check in result.checks]}
+    threat = settled or str(study.threat)
+    entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
+    own = threat == str(study.threat)
+    if own and figures.evaluation.checks:
+        entries["checks"] = [check._asdict() for check in figures.evaluation.checks]
     return model.add_to_card(entries), own
 
 
@@ -166,8 +150,7 @@ def write_pages(
     """The report, where it is of the card's threat model, and the gallery; returns their names."""
     from rampart.hardening.report import page
 
-    lines: list[str] = []
-    found = figures.evaluation
+    found, lines = figures.evaluation, list[str]()
     pipeline, pictures = cat(model, study.threat, rate=study.rate)
     pipeline = pipeline.to(pick_device(study.device))
     write = partial(page.write, card=model.card, rows=figures.rows, evaluation=found)
@@ -178,8 +161,7 @@ def write_pages(
         settled = model.card["threat_model"]
         lines.append(f"the card is of {settled}: its self-checks and report.html stay as they are")
     if gallery:
-        some = page.gallery(found, pipeline)
-        lines.append(str(write(gallery, pipeline=pipeline, pictures=some)))
+        lines.append(str(write(gallery, pipeline=pipeline, pictures=page.gallery(found, pipeline))))
     return lines
 
 
@@ -227,7 +209,10 @@ def ablate(
     attacked = load(test, train=False, size=model.image_size) if test else split(held, "validation")
     model.check_classes(held, attacked)
     few = spread(attacked, limit).to(where)
-    every = arms(model, held, where, rows=rows, test=test is not None)
+    pipeline = model.pipeline(model.variants[0])
+    arm = partial(ablation.arm, to_engine=partial(to_engine, threads=1), device=where)
+    setups = ablation.chosen(pipeline, rows, test=test is not None)
+    every = [arm(pipeline, setup, held) for setup in setups]
     if (control := twin_of(model, study.twin)) and not (test or rows):
         victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
@@ -239,22 +224,8 @@ def ablate(
     return enter_ablation(model, entry, outcomes, test=test is not None, alone=bool(rows))
 
 
-def arms(
-    model: Model, held: Images, device: torch.device, *, rows: Sequence[str], test: bool
-) -> list[ablation.Attacked]:
-    """The setups of an ablation, each calibrated like a model of its own."""
-    pipeline = model.pipeline(model.variants[0])
-    arm = partial(ablation.arm, to_engine=partial(to_engine, threads=1), device=device)
-    return [arm(pipeline, setup, held) for setup in ablation.chosen(pipeline, rows, test=test)]
-
-
 def enter_ablation(
-    model: Model,
-    entry: dict[str, Any],
-    outcomes: list[ablation.Outcome],
-    *,
-    test: bool,
-    alone: bool,
+    model: Model, entry: dict[str, Any], results: list[ablation.Outcome], *, test: bool, alone: bool
 ) -> Outcome:
     """Put an ablation into the card, unless its rows stand `alone`."""
     from rampart.hardening.report import plots
@@ -266,7 +237,7 @@ def enter_ablation(
     if test or alone:
         lines.append(report.piped(*ablation.curve_table(entry["rows"])))
         return Outcome(model.card, lines)
-    entry["default"] = ablation.default(outcomes)
+    entry["default"] = ablation.default(results)
     card = model.add_to_card({"ablation": entry})
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     if model.folder:
@@ -277,21 +248,13 @@ def enter_ablation(
 def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> Outcome:
     """How often clean images are flagged, by the way they come and by the class they get."""
     where = pick_device(study.device)
-    every = [
-        false.Judged(model.pipeline(variant).to(where), model.calibration(variant))
-        for variant in model.variants
-    ]
-    held = not_trained_on(model, source)
+    held, tables = not_trained_on(model, source), {v: model.calibration(v) for v in model.variants}
+    every = [false.Judged(model.pipeline(v).to(where), table) for v, table in tables.items()]
     sample = spread(split(held, "calibration"), limit).to(where)
     unranked = split(held, "validation").to(where)
-    rows = [
-        *false.false_alarms(every, sample, rate=study.rate),
-        *false.by_class(every, unranked, rate=study.rate),
-    ]
-    coverage = {
-        judged.calibration.variant: list(false.coverage(judged.calibration.combined))
-        for judged in every
-    }
+    rows = list(false.false_alarms(every, sample, rate=study.rate))
+    rows += false.by_class(every, unranked, rate=study.rate)
+    coverage = {v: list(false.coverage(table.combined)) for v, table in tables.items()}
     remedies = false.remedies(rows)
     name = f"calibration images of {source.name}; by class its validation images"
     entry = {"data": name, "rate": study.rate, "rows": rows}
@@ -331,8 +294,7 @@ def quantize(
 ) -> Outcome:
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
-    held: Images = not_trained_on(model, source)
-    card = model.card
+    held, card = not_trained_on(model, source), model.card
     for variant in model.variants:
         form = partial(make_form, folder, variant, precision, held)
         found = form(source=source.name, limit=limit, rate=rate)
@@ -341,7 +303,7 @@ def quantize(
         origin = {"data": f"validation split of {source.name}", "sha256": digests}
         # Figures of an earlier graph are not this one's.
         rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
-        entry = card.get(precision, {}) | {variant: found._asdict() | origin}
-        entry["command"] = command
+        entry = {variant: found._asdict() | origin, "command": command}
+        entry = card.get(precision, {}) | entry
         card = model.add_to_card({"metrics": rows, precision: entry})
     return Outcome(card, lines)

@@ -1,6 +1,6 @@
 """Networks and purifiers from images of a source: behind the verbs that train."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +48,7 @@ def pick_device(name: str) -> torch.device:
     usable = torch.cuda.is_available()
     if name == "cuda" and not usable:
         raise ValueError("--device cuda: no usable CUDA device; use --device cpu, or auto")
-    if name == "auto":
-        return torch.device("cuda" if usable else "cpu")
-    return torch.device(name)
+    return torch.device(("cuda" if usable else "cpu") if name == "auto" else name)
 
 
 def train(
@@ -69,10 +67,9 @@ def train(
     another run.
     """
     where = distributed.join(pick_device(device))
-    run, best = recipe or Recipe(), Path(out)
-    net, parts = classifier.to(where), (images, validation)
-    file = train_classifier(net, run, best, parts, teacher=teacher, commands=[PYTHON])
-    return load_classifier(file)
+    learn = partial(train_classifier, teacher=teacher, commands=[PYTHON])
+    data = images, validation
+    return load_classifier(learn(classifier.to(where), recipe or Recipe(), Path(out), data))
 
 
 def train_from(
@@ -99,8 +96,8 @@ def train_from(
             f"--init {init} tells {start.config.classes} classes apart, but {source.data} has"
             f" {len(images.classes)}: train from new weights, without --init"
         )
-    fresh = net._replace(classes=len(images.classes))
-    classifier = (start or Classifier(fresh, auxiliary=True)).to(where)
+    net = net._replace(classes=len(images.classes))
+    classifier = (start or Classifier(net, auxiliary=True)).to(where)
     if run.compiled:
         classifier.backbone.compile()
     robust = load_classifier(teacher).to(where) if teacher else None
@@ -110,15 +107,10 @@ def train_from(
         teacher=checkpoint.digest(robust) if robust else "",
         after=str(past.get("training", init.name)) if init else "",
     )
-    return train_classifier(
-        classifier,
-        recipe,
-        run.out,
-        (images, split(held, "validation")[slice(run.validate_on)]),
-        teacher=robust,
-        earlier=past.get("history", []),
-        commands=[*past.get("commands", []), run.command],
-    )
+    validation = split(held, "validation")[slice(run.validate_on)]
+    commands, history = [*past.get("commands", []), run.command], past.get("history", [])
+    learn = partial(train_classifier, teacher=robust, earlier=history, commands=commands)
+    return learn(classifier, recipe, run.out, (images, validation))
 
 
 def check_training(image_size: int, method: str, teacher: Path | None) -> None:
@@ -136,9 +128,8 @@ def train_purifier_from(source: Source, classifier: Path, recipe: PurifierRecipe
     images, held = source.read(net.config.image_size)
     validation = split(held, "validation")[slice(run.validate_on)]
     recipe = recipe._replace(precision=run.arithmetic(where))
-    parts: tuple[Images | Folder, Images] = (images, validation)
-    commands: Sequence[str] = [run.command]
-    return train_purifier(net, PurifierConfig(), recipe, run.out, parts, commands=commands)
+    learn = partial(train_purifier, commands=[run.command])
+    return learn(net, PurifierConfig(), recipe, run.out, (images, validation))
 
 
 def adopt(
