@@ -1,5 +1,6 @@
 """One picture and what the defence makes of it: attacked, purified, certified."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,19 +52,27 @@ def attack(
 ) -> list[str]:
     """White-box attack on one picture: 8-bit PNGs in the folder `out`, at the model's size."""
     chosen = model.chosen_variant(variant)
-    pipeline, table = model.pipeline(chosen), model.calibration(chosen)
-    pixels = picture(image, model.image_size)
-    attacked = fool(look_at(pipeline, table, rate), pixels, threat, QUICK)
-    panels: list[Panel] = []
-    lines = []
+    pipeline, pixels = model.pipeline(chosen), picture(image, model.image_size)
+    attacked = fool(look_at(pipeline, model.calibration(chosen), rate), pixels, threat, QUICK)
+    views = {"clean": pixels, "attacked": attacked}
+    panels = captioned(model, chosen, views, rate=rate)
     out.mkdir(parents=True, exist_ok=True)
-    for name, view in (("clean", pixels), ("attacked", attacked)):
-        caption = verdicts.describe(pipeline, table, view, model.classes, rate=rate)
-        Image.fromarray(view[0].numpy()).save(out / f"{name}.png")
-        lines.append(f"{out / name}.png: {caption}")
-        panels.append((name, view[0].numpy(), caption))
+    for name, view, _ in panels:
+        Image.fromarray(view).save(out / f"{name}.png")
+    lines = [f"{out / name}.png: {caption}" for name, _, caption in panels]
     panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
+
+
+def captioned(
+    model: Model, variant: Variant, views: Mapping[str, Tensor], *, rate: float
+) -> list[Panel]:
+    """Pictures uint8 (1, H, W, 3), each with its verdict."""
+    bench = model.pipeline(variant), model.calibration(variant)
+    return [
+        (name, view[0].numpy(), verdicts.describe(*bench, view, model.classes, rate=rate))
+        for name, view in views.items()
+    ]
 
 
 def purify(
@@ -76,7 +85,7 @@ def purify(
     rate: float = 0.01,
 ) -> list[str]:
     """What the purifier makes of a picture, drawn into `out`, and how the verdict changes."""
-    pipeline, table = model.pipeline("full"), model.calibration("full")
+    pipeline = model.pipeline("full")
     assert pipeline.purifier is not None
     pixels = picture(image, model.image_size)
     views = {"as sent": pixels, "purified": pipeline(pixels).purified}
@@ -84,10 +93,7 @@ def purify(
         visible = window(hide, pixels.shape[1])
         nearest = project(pipeline.purifier, to_float(pixels), visible=visible)
         views["projected"] = to_uint8(nearest)
-    panels: list[Panel] = []
-    for name, view in views.items():
-        caption = verdicts.describe(pipeline, table, view, model.classes, rate=rate)
-        panels.append((name, view[0].numpy(), caption))
+    panels = captioned(model, "full", views, rate=rate)
     lines = [f"{name}: {caption}" for name, _, caption in panels]
     return [*lines, str(verdicts.picture(panels, out))]
 

@@ -110,10 +110,7 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Model":
-        """The model of a folder that `save` or `rampart calibrate` wrote.
-
-        Raises FileNotFoundError or ValueError that name the folder and the remedy.
-        """
+        """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
         home = Path(folder)
         whole, classes = pipelines.load_whole(home / WEIGHTS)
         tables = {
@@ -225,11 +222,9 @@ class Model:
 
     def add_to_card(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Put `entries` into the card, on disk as well where the model lies there; returns it."""
-        card = self.card | dict(entries)
-        if self.folder is not None:
-            card = report.add_to_card(self.folder, dict(entries))
-        self.card = card
-        return card
+        here, new = self.folder, dict(entries)
+        self.card = report.add_to_card(here, new) if here is not None else self.card | new
+        return self.card
 
     def log(self, entry: dict[str, Any]) -> None:
         """Note beside the model that it was evaluated."""
@@ -284,10 +279,7 @@ class Model:
     def victims(
         self, *, rate: float, device: torch.device = CPU, twin: Classifier | None = None
     ) -> list[Victim]:
-        """What is attacked: the classifier, the variants with their graphs, and an undefended twin.
-
-        `rate` is the false-alarm rate at which the variants reject.
-        """
+        """What is attacked: classifier, variants that reject at `rate`, an undefended twin."""
         net = copy.deepcopy(self.classifier).to(device)
         out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
         for variant in self.variants:
@@ -413,10 +405,6 @@ class Model:
         with self.on_disk() as folder:
             return write(folder, variant=variant, precision=precision, images=pixels)
 
-    def summary(self) -> list[str]:
-        """The files that its calibration lies in."""
-        return [str(file) for file in folders.calibrations(self.folder)] if self.folder else []
-
 
 def joined(classifier: Classifier, purifier: Purifier | None, source: Held) -> DefendedClassifier:
     """The parts as one module, frozen, its feature distance fitted on training images if any."""
@@ -427,10 +415,7 @@ def joined(classifier: Classifier, purifier: Purifier | None, source: Held) -> D
 
 
 def fitted_on(source: Held) -> Images:
-    """The images that detectors are fitted on: of training, else of validation.
-
-    Each split of those held out is measured on, combined on or ranked.
-    """
+    """The images that detectors are fitted on: of training, else of validation."""
     if source.train is not None and len(source.train):
         return spread(source.train, FITTED)
     return source.validation

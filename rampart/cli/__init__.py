@@ -23,9 +23,9 @@ START = """Rampart turns an image classifier into a hardened inference endpoint.
   rampart attack                                    look at an attack on one picture
   rampart --help                                    all verbs
 """
-COMPLETION = {"help_option_names": ["-h", "--help"]}
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(pretty_exceptions_enable=False, context_settings=COMPLETION)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP_NAMES)
 for theme in (train, evaluate, package, serve, look):
     app.add_typer(theme.app)
 

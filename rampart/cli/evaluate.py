@@ -13,13 +13,11 @@ from rampart.provenance import command_line
 
 QUICK = "Short attacks, and 100 images where --limit says nothing else"
 ALONE = "With --rung: this alone, in the form that is asked for"
-GALLERY = "A second page, with attacked images of --images in it"
 ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
 ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
 ROW += "other rows' attacks are not put to it; repeatable"
 TEAM = "square, simba, hopskipjump, boundary or oars; repeatable; default all"
-BESIDE = "Another run's --out, drawn dashed into the same picture"
-RUNS = Path("runs/redteam")
+RUNS, README = Path("runs/redteam"), Path("README.md")
 
 verb, app = o.theme("Evaluate")
 
@@ -41,7 +39,7 @@ def evaluate(
     fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
-    gallery: Annotated[Path | None, Option(help=GALLERY)] = None,
+    gallery: Annotated[Path | None, Option(help="A second page with attacked images")] = None,
     device: o.Device = "auto",
 ) -> None:
     """Attack classifier and pipeline with full knowledge; write card.json and report.html."""
@@ -121,7 +119,7 @@ def redteam(
     limit: o.Limit = 50,
     eps: Annotated[int, Option(help="Radius of the Linf ball, n/255")] = 8,
     image_size: Annotated[int, Option(help="Pixels a side that the model takes")] = 32,
-    beside: Annotated[Path | None, Option(help=BESIDE)] = None,
+    beside: Annotated[Path | None, Option(help="Another run's --out, drawn dashed beside")] = None,
     seed: o.Seed = 0,
     i_own_this_endpoint: Annotated[
         bool, Option("--i-own-this-endpoint", help="A must beyond loopback")
@@ -132,16 +130,9 @@ def redteam(
     from rampart.hardening.train.data import load
 
     data = load(images, train=False, size=image_size)
-    outcomes = team.redteam(
-        team.Endpoint(url, data.classes, owned=i_own_this_endpoint),
-        data,
-        out,
-        attacks=attack or tuple(team.ATTACKS),
-        limit=limit,
-        eps=eps,
-        budget=queries,
-        seed=seed,
-    )
+    endpoint = team.Endpoint(url, data.classes, owned=i_own_this_endpoint)
+    run = partial(team.redteam, limit=limit, eps=eps, budget=queries, seed=seed)
+    outcomes = run(endpoint, data, out, attacks=attack or tuple(team.ATTACKS))
     say(team.summary(outcomes))
     runs = {out.name: outcomes}
     if beside:
@@ -152,10 +143,8 @@ def redteam(
 @verb("table model_store/cifar10 model_store/mine")
 def table(
     models: Annotated[list[Path], Argument(help="Folders of models, the default one first")],
-    readme: Annotated[Path, Option(help="Gets a table of all models")] = Path("README.md"),
-    results: Annotated[Path, Option(help="Gets the figures of the first")] = Path(
-        "docs/results.md"
-    ),
+    readme: Annotated[Path, Option(help="Gets a table of all models")] = README,
+    results: Annotated[Path, Option(help="Gets the figures of the first")] = RESULTS,
 ) -> None:
     """Bring the tables in README.md and docs/results.md up to date with the models' cards."""
     from rampart.hardening.model import folder as folders

@@ -2,12 +2,11 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from typer import Argument, Option
@@ -35,8 +34,7 @@ LIMIT = "Only so many images, evenly spaced"
 Limit = Annotated[int, Option(min=1, help=LIMIT)]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Images of training, and those held out of it."""
 
     data: Data
@@ -46,11 +44,10 @@ class Source:
         """The same in the library."""
         from rampart.sources import Source as Images
 
-        return Images(self.data, self.held)
+        return Images(*self)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Images to measure on."""
 
     images: Annotated[Path, Option(help=MEASURED)]
@@ -89,12 +86,9 @@ Arch = Annotated[str, Option(help=ARCH, callback=take_factory)]
 OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
 Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up")]
-WIDTH = "Factor on the channels of a ResNet or VGG"
-HEAD = "Of a network of your own: the layer that makes the logits, as fc"
-CHANNELS = "Of a network of your own: 1 where it takes pictures in gray"
-LAST = "Of a network of your own: it takes (N, H, W, channels)"
-METHOD = "nfgsm, gat, pgd, trades, mart, rslad; standard makes an undefended control"
-Method = Annotated[str, Option(help=METHOD)]
+CHANNELS = "Of your own network: 1 where it takes pictures in gray"
+LAST = "Of your own network: it takes (N, H, W, channels)"
+Method = Annotated[str, Option(help="nfgsm, gat, pgd, trades, mart, rslad; standard: no defence")]
 DTYPE = "Arithmetic of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
 Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
 DEVICE = "Where to compute; auto takes CUDA where there is one"
@@ -102,31 +96,28 @@ Device = Annotated[Literal["cpu", "cuda", "auto"], Option(help=DEVICE)]
 Seed = Annotated[int, Option(help="Of all that is drawn at random")]
 Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
 LearningRate = Annotated[float, Option("--lr", help="Largest learning rate, of one cycle")]
-VALIDATED = "Validation images used each epoch"
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """What a network is built with, besides its architecture and the size of its images."""
 
-    width: Annotated[float, Option(help=WIDTH)] = 1.0
-    head: Annotated[str, Option(help=HEAD)] = ""
+    width: Annotated[float, Option(help="Factor on the channels of a ResNet or VGG")] = 1.0
+    head: Annotated[str, Option(help="Of your own network: the layer of the logits, as fc")] = ""
     channels: Annotated[int, Option(min=1, max=3, help=CHANNELS)] = 3
     channels_last: Annotated[bool, Option("--channels-last", help=LAST)] = False
 
     def config(self, arch: str, image_size: int, classes: int = 0) -> "rp.ClassifierConfig":
         """The same in the library; 0 classes stand for as many as the images have."""
-        return rp.ClassifierConfig(arch, classes, image_size=image_size, **vars(self))
+        return rp.ClassifierConfig(arch, classes, image_size=image_size, **self._asdict())
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """A run of `train` or `purifier`."""
 
     out: Annotated[Path, Option(help="Folder of this run; an unfinished run there continues")]
     batch_size: Annotated[int, Option(min=1, help="Images a step, over all processes")] = 128
     dtype: Dtype = None
-    validate_on: Annotated[int, Option("--validate-on", min=1, help=VALIDATED)] = 1500
+    validate_on: Annotated[int, Option(min=1, help="Validation images used each epoch")] = 1500
     seed: Seed = 0
     device: Device = "auto"
 
@@ -143,8 +134,7 @@ RATE = "Share of clean images that may be flagged"
 Rate = Annotated[float, Option("--rate", min=0, max=0.99, help=RATE)]
 
 
-@dataclass(frozen=True)
-class Threat:
+class Threat(NamedTuple):
     """What an attacker may change."""
 
     norm: Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")] = "Linf"
@@ -166,22 +156,19 @@ PRECISION += " measured to be as robust, on 100 validation images or more, at --
 Precision = Annotated[Literal["fp32", "fp16", "int8"] | None, Option(help=PRECISION)]
 QUERIES = "Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"
 QueryStore = Annotated[str | None, Option(help=QUERIES)]
-PICTURE = "Picture; default scikit-image's cat"
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """The model that is measured."""
 
     model: Model
     arch: Own = None
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """A picture, and the model that it is shown to."""
 
-    image: Annotated[Path | None, Argument(help=PICTURE)] = None
+    image: Annotated[Path | None, Argument(help="Picture; default scikit-image's cat")] = None
     model: Annotated[Path, Option(help="Folder of the model")] = Path("model_store/cifar10")
     arch: Own = None
 
@@ -215,17 +202,16 @@ def theme(title: str) -> tuple[Callable[..., Callable[[Verb], Verb]], typer.Type
 
 
 def flat(function: Verb) -> Verb:
-    """The verb with an option for each field of the dataclasses that it takes."""
+    """The verb with an option for each field of the named tuples that it takes."""
     taken = signature(function).parameters
-    groups: dict[str, Any] = {
-        name: one.annotation for name, one in taken.items() if is_dataclass(one.annotation)
-    }
+    kinds = {name: one.annotation for name, one in taken.items()}
+    groups = {name: kind for name, kind in kinds.items() if hasattr(kind, "_fields")}
     members = {name: signature(group).parameters for name, group in groups.items()}
 
     @wraps(function)
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{member: values.pop(member) for member in members[name]})
+            values[name] = group(*map(values.pop, group._fields))
         function(**values)
 
     each = chain.from_iterable(members.get(name, {name: taken[name]}).values() for name in taken)

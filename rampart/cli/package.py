@@ -1,9 +1,8 @@
 """Verbs that turn trained parts into files that are served."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from typer import Argument, Option
 
@@ -17,22 +16,19 @@ if TYPE_CHECKING:
 
 TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
 FINISHED = "A finished .mar, to calibrate anew"
-TRAFFIC = "What its clients send: a folder of pictures"
 PIXELS = "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304"
 PIXELS += " or more"
 FAILURE = "Of purifier or detectors; open: no defence"
 DETAIL = "public hides scores and p-values, an oracle for attackers"
 OWNER = "Header that tells whose queries to compare; default all"
 SHIP = "Into the model's own folder, for `rampart archive` to take without torch"
-REPOSITORY = "A Triton model repository, to write the model into"
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
 verb, app = o.theme("Package")
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What is exported of a model, and what proves it."""
 
     model: o.Model
@@ -50,8 +46,7 @@ class Form:
         return spread(load(self.images, train=False, size=rp.Model.load(self.model).image_size), 64)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the archive tells its endpoint."""
 
     false_alarm_rate: o.Rate = 0.01
@@ -78,7 +73,7 @@ def calibrate(
     held: o.Held = None,
     data_name: Annotated[str, Option(help="What the card calls the training data")] = "",
     archive: Annotated[Path | None, Option("--archive", "--model", help=FINISHED)] = None,
-    images: Annotated[Path | None, Option(help=TRAFFIC)] = None,
+    images: Annotated[Path | None, Option(help="What clients send: a folder of pictures")] = None,
     out: Annotated[Path | None, Option(help="The new .mar; NAME-recalibrated.mar")] = None,
     arch: o.Own = None,
 ) -> None:
@@ -99,10 +94,11 @@ def calibrate(
         say(*words, f"{target}: serve it with `rampart serve --archive {target}`")
     elif folder and data and classifier and not (archive or images or out):
         from rampart.assembly import assemble
-        from rampart.sources import Source
+        from rampart.hardening.model.folder import calibrations
 
-        source, names = Source(data, held), {"data_name": data_name, "command": command_line()}
-        say(*assemble(folder, source, classifier, purifier, **names).summary())
+        source, command = o.Source(data, held).open(), command_line()
+        assemble(folder, source, classifier, purifier, data_name=data_name, command=command)
+        say(*calibrations(folder))
     else:
         raise ValueError(
             "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
@@ -129,7 +125,7 @@ def quantize(
 def export(
     form: Form,
     out: Annotated[Path | None, Option(help="The .onnx file to write")] = None,
-    triton: Annotated[Path | None, Option(help=REPOSITORY)] = None,
+    triton: Annotated[Path | None, Option(help="A Triton model repository to write into")] = None,
     model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
     tensorrt: Annotated[Path | None, Option(help="The .plan to build, on its GPU")] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
@@ -174,7 +170,7 @@ def archive(
 
     target = out or form.model.parent / f"{form.model.name}.mar"
     variant, precision = chosen(form.model, form.variant, form.precision)
-    policy = {k: v for k, v in vars(settings).items() if k != "max_pixels" or v}
+    policy = {k: v for k, v in settings._asdict().items() if k != "max_pixels" or v}
     few, terms = form.gate(), {"rampart": policy}
     pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
     say(pack(form.model, target, variant=variant, precision=precision, settings=terms))

@@ -1,8 +1,7 @@
 """Verbs that start a server and watch it."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 from typer import Option
@@ -24,8 +23,7 @@ Device = Literal["cpu", "cuda", "tensorrt", "plan", "auto"]
 verb, app = o.theme("Serve")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What an Endpoint is served with, by the names of its fields, but for the certificate."""
 
     archive: Annotated[Path, Option("--archive", "--model", help="The .mar to serve")] = SHIPPED
@@ -59,7 +57,7 @@ def serve(
     if (certificate is None) != (certificate_key is None):
         raise ValueError("--certificate and --certificate-key go together")
     tls = (certificate, certificate_key) if certificate and certificate_key else None
-    raise typer.Exit(launch(Endpoint(**vars(settings), tls=tls)))
+    raise typer.Exit(launch(Endpoint(**settings._asdict(), tls=tls)))
 
 
 @verb("probe --within 30")

@@ -13,7 +13,6 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
-SMOOTHING = "Share of each label that goes to all classes alike"
 MIRROR = "Flip half of the images; not for signs, letters and digits, which then are others"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
@@ -79,7 +78,7 @@ def train(
     lr: o.LearningRate = 0.2,
     ema: Annotated[float, Option(help="Decay of the weight average")] = 0.998,
     awp: Annotated[float, Option(help=AWP)] = 0,
-    smoothing: Annotated[float, Option(help=SMOOTHING)] = 0,
+    smoothing: Annotated[float, Option(help="Share of each label that all classes get alike")] = 0,
     ramp: Annotated[float, Option(help="Part of the run in which eps grows from 0")] = 0,
     steps: Annotated[int, Option(help="Of the attack in pgd, trades, mart and rslad")] = 10,
     teacher: Annotated[Path | None, Option(help=TEACHER)] = None,

@@ -152,10 +152,7 @@ def port_error(purpose: str, host: str, port: int, error: OSError) -> LaunchErro
 
 
 def redis_failure(address: str) -> str | None:
-    """Why the Redis at `address` cannot be used, if it is one and does not answer.
-
-    It is not given the password: who asks for that is there.
-    """
+    """Why the Redis at `address` cannot be used, if it is one and does not answer."""
     url = urllib.parse.urlsplit(address)
     try:
         place = (url.hostname or "localhost", url.port or 6379)
@@ -173,5 +170,5 @@ def redis_failure(address: str) -> str | None:
             answer = connection.recv(100)
     except OSError as error:
         return f"{place[0]}:{place[1]}: {error}"
-    alive = answer.startswith((b"+PONG", b"-NOAUTH"))
+    alive = answer.startswith((b"+PONG", b"-NOAUTH"))  # it is not given its password
     return None if alive else f"{place[0]}:{place[1]} does not answer as Redis does"

@@ -5,6 +5,7 @@ names a socket that only its owner reaches. So the launcher takes a duplicate of
 shuts that down: from then on the kernel refuses connections. Java does not notice.
 """
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -17,7 +18,7 @@ LISTENING = "0A"
 
 
 def shut_listeners(pid: int, wanted: Collection[int]) -> list[int]:
-    """Shut all TCP listeners of a process but those on `wanted` ports; ports that stay open.
+    """Shut a process's TCP listeners but those on `wanted` ports; returns the ports left open.
 
     Raises OSError where the system does not let us look.
     """
@@ -45,12 +46,9 @@ def _listeners(pid: int) -> list[tuple[int, int]]:
                 ports[f"socket:[{inode}]"] = int(local.rpartition(":")[2], 16)
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = str(entry.readlink())
-        except FileNotFoundError:  # closed meanwhile
-            continue
-        if target in ports:
-            found.append((int(entry.name), ports[target]))
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if port := ports.get(str(entry.readlink())):
+                found.append((int(entry.name), port))
     return found
 
 

@@ -53,10 +53,7 @@ def ask(
     body: bytes | None = None,
     headers: Mapping[str, str],
 ) -> tuple[int, str, bytes]:
-    """Status, content type and body of the one answer of a connection.
-
-    Raises OSError or HTTPException.
-    """
+    """Status, content type and body of a connection's answer. Raises OSError, HTTPException."""
     try:
         connection.request(method, target, body, headers)
         answer = connection.getresponse()
@@ -182,8 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 class Door(ThreadingHTTPServer):
     """Answers on 127.0.0.1:`port` for TorchServe at the unix socket `path`, in a `with` block.
 
-    `keys` gives the tokens that open it, anew for each request. Raises OSError where the port is
-    taken.
+    `keys` gives the tokens that open it, anew for each request. Raises OSError for a taken port.
     """
 
     daemon_threads = True

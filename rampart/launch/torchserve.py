@@ -102,10 +102,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _work_folder() -> Iterator[Path]:
-    """A private folder for keys, sockets and the unpacked archive; gone afterwards.
-
-    The paths of its sockets must be short, so where TMPDIR is long it lies in /tmp.
-    """
+    """A private folder for keys, sockets and the unpacked archive; gone afterwards."""
+    # The path of a socket must be short, so where TMPDIR is long the folder lies in /tmp.
     name = f"rampart-xxxxxxxx/{SOCKET}"
     long = len(os.fsencode(Path(tempfile.gettempdir()) / name)) > SOCKET_BYTES
     try:
@@ -156,11 +154,7 @@ class _Run:
         return logs.last_words(self.logs)
 
     def await_listeners(self) -> None:
-        """Close what nobody asked for as soon as all is open.
-
-        That is gRPC for management, which wants no token, and for predictions unless a port was
-        given.
-        """
+        """Once all is open, close what nobody asked for: gRPC, but for predictions on its port."""
         began = time.monotonic()
         while STARTED not in logs.read(self.logs, logs.JAVA):
             self.pause(0.05)

@@ -1,7 +1,7 @@
 """Whether a served model still has a worker that can answer, or one that is about to.
 
-TorchServe gives a worker up that has failed to start for `maxRetryTimeoutInSec`; it then lives on,
-and requests hang. The launcher asks for the model's description from time to time.
+TorchServe gives up a worker that has failed to start for `maxRetryTimeoutInSec`, and lives on while
+requests hang. So the launcher asks for the model's description from time to time.
 """
 
 import json
@@ -41,9 +41,8 @@ class Watch:
         self._retry = model.get("maxRetryTimeoutInSec", self._retry)
         self._interval = GPU_INTERVAL if any(one["gpu"] for one in workers) else INTERVAL
         ready = any(one["status"] == "READY" for one in workers)
-        if (
-            ready or status == 404 or model.get("minWorkers") == 0
-        ):  # the two are the operator's wish
+        unwanted = status == 404 or model.get("minWorkers") == 0  # as the operator wishes
+        if ready or unwanted:
             self._good = now
         silent = now - self._good
         if silent <= self._retry + MARGIN or any(_runs(one["pid"]) for one in workers):
@@ -54,10 +53,7 @@ class Watch:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a worker's process is there: a slow start is for TorchServe to end, by its time-out.
-
-    TensorRT may build for minutes.
-    """
+    """Whether a worker's process is there: it may start for minutes, as TensorRT builds a plan."""
     try:
         return b"model_service_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
