@@ -52,8 +52,8 @@ def export_variant(
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out`; returns its gate's figures.
 
-    Copies the folder's own graph, with the figures of its record, while that is not stale. Exports
-    the graph where there is none, or to compare it on `images` uint8 (N, H, W, 3).
+    Copies the folder's own graph while that is not stale. Exports one otherwise, or to compare it
+    on `images` uint8 (N, H, W, 3).
     """
     check_made(folder, variant, precision)
     graph = shipped.find(folder, variant, precision) if images is None else None
@@ -83,9 +83,8 @@ def archive(
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate.
 
-    `plan` is one of `rampart export --tensorrt` of the same graph; the archive then serves it.
-    `version` tells archives of one name apart in a running server. `settings` override the model
-    YAML's top level, and its entry `rampart` the policy.
+    `plan` is the one of `rampart export --tensorrt` to serve. `version` tells archives of one name
+    apart. `settings` override the model YAML's top level, and its entry `rampart` the policy.
     """
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")

@@ -32,7 +32,7 @@ def build(
     """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
 
     The gate compares on `images` uint8 (N, H, W, 3), by default on crops of a photograph. A graph
-    in fp16 or int8 follows once the fp32 graph has passed, from the files of `rampart quantize`.
+    in fp16 or int8 follows once the fp32 graph has passed.
     """
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
     if images is None:

@@ -1,8 +1,7 @@
 """A pipeline that computes in fp16 inside: half the size, for GPUs.
 
-Weights and activations of classifier and purifier are half precision; pixels, the head's logits,
-softmax and scores stay float32, since thresholds are about small differences. A CPU computes such a
-graph in fp32, and no faster.
+Classifier and purifier are half precision; pixels, the head's logits, softmax and scores stay
+float32, since thresholds are about small differences. A CPU computes it in fp32, and no faster.
 """
 
 import copy

@@ -1,12 +1,12 @@
 """The gates: an exported graph ships only if it decides as the torch pipeline does.
 
-At batch 1, 2 and 32, on clean, attacked and near-threshold images, labels must be equal. Decisions
-must be equal wherever the p-value is farther from the threshold than ten times the largest score
-difference. Logits, before the purifier too, must be close, and purified pixels equal to a level.
+At batch 1, 2 and 32, on clean, attacked and near-threshold images, labels must be equal, and
+decisions wherever the p-value is farther from the threshold than ten times the largest score
+difference. All logits must be close, and purified pixels equal to a level.
 
-A graph in fp16 or int8 has a gate of its own: on clean images, labels and accuracy close to those
-of the fp32 graph, and no more false alarms than promised, or than in fp32. A rebuilt one needs only
-labels and p-values close to those of the fp32 graph.
+A graph in fp16 or int8 needs, on clean images, labels and accuracy close to those of the fp32
+graph, and no more false alarms than promised, or than in fp32; a rebuilt one only close labels and
+p-values.
 """
 
 from typing import NamedTuple
@@ -72,10 +72,7 @@ def compare(
     *,
     rate: float = 0.01,
 ) -> Parity:
-    """Run variations of `image` uint8 (N, H, W, 3) through both.
-
-    Raises RuntimeError with the differences where the gate fails.
-    """
+    """Run variations of `image` uint8 (N, H, W, 3) through both; RuntimeError if the gate fails."""
     image = samples(pipeline, calibration, image, rate=rate)
     with torch.no_grad():
         own = Outputs(*(output.numpy() for output in pipeline(image)))
@@ -170,10 +167,11 @@ def agree(
 def check_close(
     fp32: tuple[Runner, Calibration], lower: tuple[Runner, Calibration], image: Tensor
 ) -> str:
-    """Raise RuntimeError where a rebuilt graph is plainly not made from the `fp32` one.
+    """Raise RuntimeError where a graph in `lower` precision is plainly not made from the `fp32`
+    one.
 
     Each comes with its own calibration. Returns the comparison in words. The loss of accuracy was
-    measured when the graph was first built, on validation images.
+    measured on validation images when the graph was first built.
     """
     before, after = (engine.run(image.numpy()) for engine, _ in (fp32, lower))
     if not (np.isfinite(after.logits).all() and np.isfinite(after.scores).all()):

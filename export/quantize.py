@@ -1,9 +1,9 @@
 """The exported graph with its classifier in int8: a third of the size, and less time.
 
-Static quantization (ONNX Runtime's, Q/DQ): weights by channel, activations by tensor, their ranges
-taken from tuning images, since those of the calibration split must be ranked by scores that know
-nothing of them. It is for CPUs with 8-bit dot products (AVX-512 VNNI and its like). Purifier, head
-and detectors stay in float32, since thresholds are about small differences.
+Static quantization (ONNX Runtime's, Q/DQ): weights by channel, activations by tensor, ranges from
+tuning images, since calibration images must have no part in the scores that rank them. For CPUs
+with 8-bit dot products (AVX-512 VNNI and its like). Purifier, head and detectors stay in float32,
+since thresholds are about small differences.
 """
 
 import contextlib

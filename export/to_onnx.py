@@ -60,9 +60,8 @@ def forget_sources(path: Path) -> None:
 
 
 def cast_first(path: Path) -> None:
-    """Let the batch size be read off the input once it is cast: TensorRT takes 8 bits for no more.
-
-    The exporter reads it off the input itself, before all else.
+    """Read the batch size off the cast input, not off the 8 bits themselves, which TensorRT
+    refuses.
     """
     model = onnx.load(path)
     nodes = list(model.graph.node)

@@ -2,10 +2,10 @@
 
     rampart export model_store/NAME --tensorrt NAME.plan
 
-Works with TensorRT 10 and 11: precision lies in the graph (strongly typed), so neither the flags
-nor the calibrators that 11 has lost are needed. A plan belongs to one GPU, one TensorRT and one
-graph, and is code: the handler refuses it without NAME.plan.json, which holds its hash and the
-figures of the gate. int8 is for CPUs: TensorRT takes symmetric zero points only.
+Works with TensorRT 10 and 11: the graph is strongly typed, so it needs neither flags nor
+calibrators. A plan belongs to one GPU, one TensorRT and one graph, and is code: the handler refuses
+it without NAME.plan.json, which holds its hash and the figures of the gate. int8 is for CPUs:
+TensorRT takes symmetric zero points only.
 """
 
 import hashlib

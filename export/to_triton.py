@@ -2,9 +2,9 @@
 
     rampart export model_store/NAME --triton models/
 
-Triton does not run our handler, so the graph itself turns scores into the p-value. The client
-decides: it flags where `p_value` is below its false-alarm rate. Clients send decoded pixels, so
-they must refuse and resize pictures as `handlers/image.py` does.
+Triton does not run our handler: the graph turns scores into the p-value, and the client flags where
+it is below a false-alarm rate. Clients send decoded pixels, so they must refuse and resize pictures
+as `handlers/image.py` does.
 """
 
 import shutil
@@ -131,8 +131,7 @@ def to_triton(
 ) -> Path:
     """Write a model folder's variant as one `version` of a model in a Triton `repository`.
 
-    Returns the model's folder. Raises ValueError for a version that exists: a server may be
-    reading it.
+    Returns the model's folder. Raises ValueError for a version that exists: a server may read it.
     """
     home = repository / folder.name
     if (home / str(version)).exists():

@@ -31,9 +31,8 @@ FAILURE = "it does not run as a Rampart graph: "
 
 
 def trial(file: Path) -> Iterator[str]:
-    """Lines on a graph; the last one says whether it runs here.
-
-    Raises ValueError for a file that is none, or too large to be one.
+    """Lines on a graph, the last on whether it runs here; ValueError for no graph, or one too
+    large.
     """
     size = file.stat().st_size
     if size > LARGEST:

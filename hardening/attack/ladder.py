@@ -1,7 +1,5 @@
 """The rungs of the evaluation ladder: each turns clean images into the strongest it can find.
 
-RUNGS names them all; evaluation, ablation, tables and the page read it and nothing else of a rung.
-
 Sources: AutoAttack, Croce and Hein 2020, in its packaged official form (`pyautoattack`); joint
 attacks on classifier and detectors, Tramer et al. 2020 and Bryniarski et al. 2022.
 """
@@ -89,7 +87,7 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
 
 
 def parts(budget: Budget, classes: int) -> dict[str, str]:
-    """The attacks that AutoAttack makes: what it calls them, and what people do."""
+    """AutoAttack's parts under this budget: its names for them, with their usual names."""
     every = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
     # The DLR loss of apgd-t needs four classes.
     left_out = {"apgd-t" if classes < 4 else "", "" if budget.standard else "fab-t"}
@@ -97,10 +95,9 @@ def parts(budget: Budget, classes: int) -> dict[str, str]:
 
 
 class Hunt:
-    """Auto-PGD from several sides, each on the images that the ones before left standing.
+    """Auto-PGD from several sides, each on the images that still stand.
 
-    Of images that nothing beats the one is kept that `measure` says came closest: in 8 bits, or to
-    another victim, it may still win.
+    What nothing beats keeps its largest `measure`: it may win in 8 bits, or on another victim.
     """
 
     def __init__(self, measure: Objective, x: Tensor, threat: Threat, *, steps: int) -> None:
@@ -110,7 +107,7 @@ class Hunt:
         self.attacks = 0
 
     def try_all(self, objective: Objective) -> None:
-        """Attack what is standing from a new random start."""
+        """Attack the images that still stand from a new random start."""
         left = (~self.won).nonzero().squeeze(1)
         start = random_start(self.x[left], self.threat, Noise(left, seed=self.attacks))
         self.attacks += 1
@@ -132,7 +129,7 @@ class Hunt:
 
 
 def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
-    """Be wrong and accepted, sought with every handling of the detectors and every target."""
+    """Be wrong and accepted: Auto-PGD with every handling of the detectors and every target."""
     with torch.no_grad():
         clean = look(x)
     target = clean.logits.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)
@@ -151,7 +148,7 @@ def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
 
 
 def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
-    """The penalty's multiplier that wins most often on a few images, evenly spaced."""
+    """The weight of the penalty that wins most often on PILOT images, evenly spaced."""
     every = max(1, len(x) // PILOT)
     few, label, wins = x[::every], label[::every], {}
     for weight in WEIGHTS:
@@ -164,10 +161,7 @@ def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -
 def forced_rejection(
     look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget
 ) -> Tensor:
-    """Clean images made suspicious: the denial-of-service side of every detector.
-
-    The label plays no part; every rung takes the same arguments.
-    """
+    """Denial of service: clean images made suspicious. The label plays no part."""
     hunt = Hunt(flood(look), x, threat, steps=budget.steps)
     hunt.try_all(flood(look))
     return hunt.found
@@ -183,10 +177,9 @@ Aim = Literal["label", "joint", "flood"]
 class Attack:
     """One rung of the ladder: how it attacks, and what tables and the page say of it.
 
-    `effort` tells what it costs and is part of what a figure is compared by; `passes` estimates its
-    forward-backward passes an image. `shares` are the parts of eps at which it is made on what
-    rejects, beside all of eps. A `title` makes it a column of the documents' tables. `chosen` tells
-    whether a budget wants it.
+    `effort` is part of what figures are compared by, `passes` estimates forward-backward passes an
+    image, `shares` are the parts of eps at which it also attacks what rejects, `title` is its
+    column in the documents' tables, `chosen` tells whether a budget includes it.
     """
 
     name: str
@@ -201,7 +194,7 @@ class Attack:
 
 
 def standard_effort(budget: Budget, classes: int) -> str:
-    """How figures name AutoAttack; with few classes it is not the standard one."""
+    """How figures name AutoAttack; with fewer than four classes it is not the standard one."""
     return "AutoAttack, standard" if classes >= 4 else short_effort(budget, classes)
 
 
@@ -270,15 +263,14 @@ RUNGS = (
 
 
 def rungs_of(aim: Aim, budget: Budget) -> list[Attack]:
-    """The rungs that want this, and that the budget wants."""
+    """The rungs of this budget with one aim."""
     return [attack for attack in RUNGS if attack.aim == aim and attack.chosen(budget)]
 
 
 def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
-    """x (N, 3, H, W) as the uint8 (N, H, W, 3) that a file carries, inside the ball of `image`.
+    """x (N, 3, H, W) as uint8 (N, H, W, 3), inside the Linf ball of `image`.
 
-    Where eps lies between two levels, rounding must not leave the ball; an L2 ball is left by at
-    most what rounding adds.
+    Rounding must not leave the ball where eps lies between two levels. An L2 ball it may leave.
     """
     pixels = to_uint8(x)
     if threat.norm != "Linf":
@@ -288,9 +280,9 @@ def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
 
 
 def fool(look: Look, image: Tensor, threat: Threat, budget: Budget) -> Tensor:
-    """Attack each image uint8 (N, H, W, 3) away from its present label; returns 8-bit pixels.
+    """Attack uint8 (N, H, W, 3) away from its present labels by the joint attack and PGD-20.
 
-    The better of the joint attack and PGD-20 is kept: a changed label first, then acceptance.
+    Returns 8-bit pixels of the better one: a changed label first, then acceptance.
     """
     x = to_float(image)
     with torch.no_grad():

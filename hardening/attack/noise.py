@@ -1,8 +1,7 @@
 """Random numbers that belong to a sample: the same in any batch and on any number of processes.
 
-What is drawn is a hash of (the sample's key, how much was drawn before, the element), so nothing
-has to be stored between steps, and a resumed run draws what a whole one would. The hash is
-SplitMix64's (Steele et al. 2014, figure 14).
+Each is a hash of the sample's key, the number of earlier draws and the element, so a resumed run
+needs no stored state. The hash is SplitMix64's (Steele et al. 2014, figure 14).
 """
 
 import math

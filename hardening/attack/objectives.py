@@ -1,9 +1,5 @@
 """What an attacker maximizes: class losses, and how they are weighed against the detectors.
 
-An objective sees a batch and says three things of each image: how good it is for the attacker, what
-to differentiate for the next step, and whether the attack has won. Winning is being wrong *and*
-accepted, or, for `flood`, being rejected.
-
 Sources: targeted DLR loss, Croce and Hein 2020 (section 4.1 and 5); selective and orthogonal
 gradients, Bryniarski et al. 2022 (sections 4.1 and 4.2).
 """
@@ -39,10 +35,7 @@ HANDLINGS = ("penalty", "selective", "orthogonal")
 
 
 def look_at(pipeline: Defended, calibration: Calibration, rate: float) -> Look:
-    """The whole pipeline, differentiable: rejected where its p-value is below `rate`.
-
-    Nothing is ever rejected where the calibration has too few images for `rate`.
-    """
+    """The whole pipeline, differentiable: rejected where its p-value is below `rate`."""
     never = math.isinf(threshold(calibration, rate))
 
     def look(x: Tensor) -> View:
@@ -109,7 +102,7 @@ def orthogonal(values: Tensor, margin: Tensor, wrong: Tensor, x: Tensor) -> Tens
 
 
 def flood(look: Look) -> Objective:
-    """Be rejected: what somebody wants who makes a service turn its customers away."""
+    """Be rejected: the aim of whoever wants a service to turn its customers away."""
 
     def objective(x: Tensor, rows: Tensor) -> Outcome:
         view = look(x)

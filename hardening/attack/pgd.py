@@ -79,8 +79,7 @@ def pgd(
 ) -> Tensor:
     """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x; returns x_adv in [0, 1].
 
-    `start` is the first perturbation. With `keep_best` each image keeps the best of all steps, so
-    more steps never give a weaker attack.
+    `start` is the first perturbation. With `keep_best` each image keeps the best of all steps.
     """
     adversarial = (x + start).clamp(0, 1)
     best, best_loss = adversarial, x.new_full((len(x),), -torch.inf)
@@ -119,8 +118,7 @@ def apgd(
 ) -> tuple[Tensor, Tensor]:
     """Auto-PGD over the ball around x (N, 3, H, W) from the perturbation `start`.
 
-    Returns the best images found and which (N,) have won; those leave the batch at once, since
-    nothing is left to gain.
+    Returns the best images found and which (N,) have won; those leave the batch at once.
     """
     found, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), threat)

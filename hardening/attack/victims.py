@@ -76,10 +76,8 @@ def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str)
 
 
 class StraightThrough:
-    """What a graph in lower precision answers, with the gradients of its fp32 pipeline.
-
-    Rounding has no gradient of use, in the pixels or inside (BPDA: Athalye et al. 2018, section
-    4.1). Every value an attack sees is the graph's own, so no step is judged by a stand-in.
+    """A graph in lower precision with the gradients of its fp32 pipeline (BPDA, Athalye et al.
+    2018).
     """
 
     def __init__(self, pipeline: Defended, engine: Engine) -> None:
@@ -141,7 +139,7 @@ def pipeline_victim(
     """The pipeline as the endpoint decides: rejected where p < `rate`.
 
     `engine` runs its exported graph; without one, 8-bit images go through torch. Raises ValueError
-    where the calibration has too few images for `rate`: then nothing would ever be rejected.
+    where the calibration has too few images for `rate`.
     """
     if math.isinf(threshold(calibration, rate)):
         raise ValueError(
@@ -185,10 +183,7 @@ def plain_subject(subject: Subject) -> Subject:
 
 
 def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
-    """The plain alternative: reject low confidence, at the clean rejection rate of `victim`.
-
-    The threshold is taken from the same clean `image` uint8 (N, H, W, 3), which favours it.
-    """
+    """Rejects low confidence, as many of `image` uint8 (N, H, W, 3) as `victim`, which favours it."""
 
     def logits_of(x: Tensor) -> Tensor:
         return victim.label_look(x).logits

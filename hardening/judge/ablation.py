@@ -4,9 +4,9 @@
     rampart ablate model_store/NAME --data cifar10/ --test TEST.npz
     rampart ablate model_store/NAME --data cifar10/ --row "+ energy"
 
-Every setup is calibrated like a model of its own and attacked with the same budget, and what was
-found against any of them is put to all. Of each image the least suspicious wrong answer is kept:
-it tells at once for every rate of false alarms whether the attacker gets through.
+Every setup is calibrated like a model of its own, attacked with the same budget, and shown what was
+found against any of them. Of each image the least suspicious wrong answer is kept: it tells for
+every rate of false alarms whether the attacker gets through.
 """
 
 import math
@@ -110,8 +110,8 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
 
 
 def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
-    """The rows that `only` names beside the baselines, those of a test, or all. Raises ValueError
-    for a name that no row has.
+    """The baselines and the rows named `only`, those of a test, or all; ValueError for an unknown
+    name.
     """
     every = setups(pipeline)
     names = [setup.name for setup in every]
@@ -181,8 +181,9 @@ def ablate(
 
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """The figures of every setup as the card lists them; gains are over the first, a classifier
-    alone, and over max-softmax rejection at the same rate.
+    """The figures of every setup as the card lists them.
+
+    Gains are over the first, a classifier alone, and over max-softmax rejection at the same rate.
     """
     plain = next(outcome for outcome in outcomes if outcome.attacked.setup.name == MAX_SOFTMAX)
     took = timings([outcome.attacked.engine for outcome in outcomes])

@@ -2,10 +2,9 @@
 
     rampart alarms model_store/NAME --data cifar10/
 
-The promise covers images exchangeable with the calibration images. Clients send the same scenes by
-other ways: enlarged, compressed, photographed from a screen. Each way is tried on the calibration
-images, from file bytes through the endpoint's own decoder, and on photographs that the classifier
-has never seen the like of.
+The promise covers images exchangeable with the calibration images. Clients send the same scenes
+enlarged, compressed, photographed from a screen. Each way is tried on the calibration images,
+through the endpoint's own decoder, and on photographs of scenes that the classifier never saw.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -152,10 +151,7 @@ def false_alarms(
 
 
 def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[dict[str, Any]]:
-    """How many of `images`, which have ranked nothing, are flagged by the class that they get.
-
-    The promise is one over all classes together, so some may be flagged more and others less.
-    """
+    """How many of `images`, which rank nothing, are flagged in each class they are taken for."""
     looks = len(every) * len(images.classes)
     for judged in every:
         with torch.no_grad():
@@ -193,10 +189,9 @@ def p_of(judged: Judged, image: Tensor) -> Floats:
 def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
     """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half.
 
-    Beside it what the theory says: k of n + 1 ranks flag, so the count among m images is
-    beta-binomial with parameters k and n + 1 - k (Vovk 2012, section 2). The halves are
-    exchangeable whatever the images are, so this shows how far the rate scatters with a calibration
-    of half this size; it is no test of other images. Rates that so few cannot rank are left out.
+    k of n + 1 ranks flag, so in theory the count among m images is beta-binomial with parameters k
+    and n + 1 - k (Vovk 2012, section 2). This shows how far the rate scatters with half as many
+    calibration images; it is no test of other images. Rates that so few cannot rank are left out.
     """
     draws, half = np.random.default_rng(0), len(suspicion) // 2
     rest = len(suspicion) - half

@@ -2,8 +2,8 @@
 
     rampart certify picture.png
 
-Source: Cohen et al. 2019 (section 3.2.2, CERTIFY), with the bound of Clopper and Pearson (1934).
-What is certified is the smoothed classifier, a vote under Gaussian noise, and not the endpoint.
+It certifies the smoothed classifier, a vote under Gaussian noise, and not the endpoint. Source:
+Cohen et al. 2019 (section 3.2.2, CERTIFY), with the bound of Clopper and Pearson (1934).
 """
 
 import math
@@ -44,7 +44,7 @@ def certify(
     """Certify one image x (1, 3, H, W) in [0, 1] under Gaussian noise of `sigma`, in float32.
 
     With probability at least 1 - alpha over the noise, no image within the radius has another
-    smoothed label. Raises ValueError where sigma, alpha or the counts make no sense.
+    smoothed label. Raises ValueError for sigma, alpha or counts out of range.
     """
     if sigma <= 0 or not 0 < alpha < 0.5 or min(samples, guesses) < 1:
         raise ValueError("sigma and the samples must be above 0, and alpha between 0 and 0.5")

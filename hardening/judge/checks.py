@@ -1,7 +1,7 @@
 """Distrust of our own evaluation: signs that an attack failed and not that a defence held.
 
-Each check looks at all its images together, with the tolerance it states. Sources: Athalye et al.
-2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of AutoAttack (Croce and Hein 2020).
+Sources: Athalye et al. 2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of
+AutoAttack (Croce and Hein 2020).
 """
 
 from collections.abc import Sequence
@@ -110,10 +110,7 @@ def larger_eps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: st
 
 
 def black_box(white: float, blind: float, subject: str, name: str) -> Check:
-    """An attack that sees only answers beats those that see gradients.
-
-    `white` and `blind` are the shares that withstand each on the same images.
-    """
+    """An attack that sees only answers beats those that see gradients: shares left by each."""
     finding = f"robust {white:.1%} against gradients, {blind:.1%} against {name}"
     return Check("black_box", subject, blind >= white - TOLERANCE, finding)
 
@@ -121,8 +118,8 @@ def black_box(white: float, blind: float, subject: str, name: str) -> Check:
 def adaptive(static: float, joint: float, subject: str) -> list[Check]:
     """A joint attack that finds far more than one that ignores detectors, or one that finds less.
 
-    Both are shares that stay right or rejected on the same images. In the first case the detectors
-    know the static attack only, in the second the joint attack is broken.
+    Both are shares right or rejected. In the first case detectors stop the static attack only, in
+    the second the joint attack is broken.
     """
     finding = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
     return [
@@ -132,7 +129,7 @@ def adaptive(static: float, joint: float, subject: str) -> list[Check]:
 
 
 def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int) -> float:
-    """Share of x that withstands `queries` of the official Square attack, which has no gradient.
+    """Share of x that withstands the official Square attack, which has no gradient.
 
     A victim with detectors is beaten only where it is wrong and accepts.
     """
@@ -169,10 +166,7 @@ def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int
 def check_look(
     look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str, *, queries: int
 ) -> list[Check]:
-    """All checks that need no more than a victim and images x (N, 3, H, W) that it gets right.
-
-    `look` shows logits alone; `check_detectors` is for what rejects.
-    """
+    """All checks of a victim without detectors on images x (N, 3, H, W) that it gets right."""
     white = robust_at(look, x, label, threat, steps=STEPS[1])
     blind = square(look, x, label, threat, queries=queries)
     return [

@@ -3,8 +3,8 @@
     rampart evaluate model_store/NAME --images cifar10-test.npz --quick
 
 Rungs craft images against the classifier, the pipeline's label, the pipeline with its detectors,
-and an undefended twin. Every image they find is then put to every victim, in float and rounded to
-8 bits through the exported graph: an image is robust only if nothing found by any rung beats it.
+and an undefended twin. Every image they find is put to every victim, in float and in 8 bits through
+the exported graph: an image is robust only if nothing found by any rung beats it.
 """
 
 import hashlib
@@ -156,7 +156,7 @@ def estimate(
 ) -> float:
     """Seconds that `evaluate` will take, from timed passes through each victim.
 
-    Half of all passes are counted: images that fall early are attacked no further.
+    Counts half of all passes: images that fall early are attacked no further.
     """
     x, label = next(iter(batches(images, 16)))
     total = 0.0
@@ -191,8 +191,7 @@ class Record(NamedTuple):
     budget: str
 
     def attacks(self, name: str) -> list[tuple[Rung, Replay]]:
-        """Those called `name` on this victim, that at full eps last; `lean` labels as the
-        classifier."""
+        """Those called `name` on this victim, full eps last; `lean` shares the classifier's."""
         twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
         mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
         return sorted(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
@@ -285,7 +284,7 @@ def stratified(record: Record, safe: Bools) -> Iterator[Metric]:
 def detection_figures(record: Record) -> Iterator[Metric]:
     """How well suspicion tells images that an attack on the label made wrong; AUROC last.
 
-    The joint attack stops at the threshold, so of its images only the share caught says anything.
+    The joint attack stops at the threshold, so only the share caught of its images says anything.
     """
     rung, after = record.own("joint_apgd")
     wrong = record.clean.right & after.fooled
@@ -344,7 +343,7 @@ def evaluate(
     folder: Path,
     only: list[str],
 ) -> Evaluation:
-    """Climb the ladder, or of it the rungs that `only` names; `folder` keeps what was found.
+    """Climb the ladder, or the rungs of it that `only` names; `folder` keeps the images found.
 
     `victims` hold the classifier first, then pipelines and, as a control, an undefended twin. Worst
     cases and self-checks need the whole ladder. Raises ValueError where `only` names no rung.

@@ -15,10 +15,9 @@ from rampart.hardening.model.card import Subject
 
 
 class Metric(NamedTuple):
-    """One figure in [0, 1] over `n` images.
+    """One figure in [0, 1] over `n` images; clean figures have no `threat`.
 
-    `threat` is None for clean figures; `attack` says what made it, with its budget. `interval` is
-    given where the figure is no share of images (a difference, an AUROC).
+    `interval` is given where the figure is no share of images (a difference, an AUROC).
     """
 
     subject: Subject
@@ -50,8 +49,8 @@ def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
 def difference(first: Bools, second: Bools) -> tuple[float, tuple[float, float]]:
     """Share of `first` (N,) minus share of `second` (N,) on the same images; paired bootstrap 95%.
 
-    The interval is at least 3/N to either side: what was not seen in N images may still be as
-    frequent as that (the rule of three, Hanley and Lippman-Hand 1983).
+    The interval is at least 3/N to either side: what N images do not show may still be as frequent
+    (the rule of three, Hanley and Lippman-Hand 1983).
     """
     n, gain, loss = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     shares = (gain / n, (n - gain - loss) / n, loss / n)
@@ -65,8 +64,7 @@ def difference(first: Bools, second: Bools) -> tuple[float, tuple[float, float]]
 def detection(clean: Floats, attacked: Floats) -> dict[str, tuple[float, tuple[float, float]]]:
     """TPR@1%FPR, TPR@5%FPR and AUROC of suspicions (N,) and (M,), each with its 95% interval.
 
-    The interval is a bootstrap's; as in `difference` it is at least 3 divided by the smaller
-    sample's size to either side. Both are resampled, since the threshold comes from the clean one.
+    Bootstraps both, since the clean ones set the threshold; at least 3 / min(N, M) to either side.
     """
     generator = np.random.default_rng(0)
     draws = [
@@ -97,8 +95,8 @@ def tpr_at_fpr(flagged: Floats, caught: Floats, rate: float) -> float:
 
 
 def roc(clean: Floats, attacked: Floats) -> tuple[Floats, Floats]:
-    """Every share of `clean` (N,) that a threshold flags, and the share of `attacked` (M,) it then
-    flags; suspicions may be infinite.
+    """Shares of `clean` (N,) and of `attacked` (M,) that each threshold flags; infinite ones may be
+    in.
     """
     from sklearn.metrics import roc_curve  # training and export do without
 

@@ -2,7 +2,7 @@
 
     rampart outside model_store/NAME --images images.npz
 
-Nothing here was trained or calibrated for; the figures say what to expect, not what is promised.
+The figures say what to expect, not what is promised: nothing was trained or calibrated for these.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +93,7 @@ CORRUPTIONS: dict[str, Corrupt] = {
 def patch(look: Look, x: Tensor, label: Tensor, *, share: float = STICKER) -> Tensor:
     """A square of any colours on x (N, 3, H, W), bounded by area alone (Brown et al. 2017).
 
-    Of a grid of places those are attacked where a gray square hurts most; the strongest is kept.
+    Attacks the places of a grid where a gray square hurts most; keeps the strongest.
     """
     rank = as_loss(mislead(look, untargeted(label), label), len(x))
     grid = squares(x, share)  # (P, 1, H, W)
@@ -138,7 +138,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Shares of `images` right, and right or rejected, in float and in 8 bits, as the card lists.
 
-    What was found against any victim is put to all.
+    Every victim gets what was found against any.
     """
     clean = to_float(images.image)
     # An attacker may also leave an image as it is.
@@ -169,9 +169,8 @@ def rows(
 def scaling(size: int) -> dict[str, Any]:
     """The image-scaling attack (Quiring et al. 2020, section 3) on the endpoint's resize step.
 
-    A large photograph is changed as little as possible, so that the model sees another one. The
-    figure is how much it had to change, as PSNR in dB: below 20 anybody sees it. Beside it what
-    would do where pixels are picked (nearest neighbour), as many libraries do by default.
+    How much a large photograph must change, as PSNR in dB, until the model sees another one: below
+    20 anybody sees it. Beside it the same where pixels are picked (nearest neighbour).
     """
     large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
     pictures = [square(name, large) for name in PHOTOGRAPHS]

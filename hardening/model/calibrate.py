@@ -1,10 +1,9 @@
 """From scores to p-values: quantile tables on tuning images, split conformal on calibration images.
 
 Each detector's score becomes a surprise, -log of the share of clean tuning images at least as
-suspicious; surprises add up (Fisher 1932). The sum is ranked among those of calibration images
-that nothing else has seen, so that P(p < alpha | clean) <= alpha for exchangeable data (split
-conformal: Vovk et al. 2005; Bates et al. 2023). The tables live beside the graph: recalibrating
-changes neither weights nor engine.
+suspicious; surprises add up (Fisher 1932). The sum is ranked among those of calibration images,
+which nothing else uses, so P(p < alpha | clean) <= alpha for exchangeable data (split conformal:
+Vovk et al. 2005; Bates et al. 2023).
 """
 
 import json
@@ -48,8 +47,8 @@ def calibrate(
 ) -> Calibration:
     """Tables from the tuning split of `held`, ranks from its calibration split.
 
-    One that scores a little differently, as in fp16 or int8, is calibrated through its `engine`.
-    Raises ValueError where `held` is too small for a false-alarm rate of 1%.
+    `engine` runs the graph in fp16 or int8, which scores a little differently. Raises ValueError
+    where `held` is too small for a false-alarm rate of 1%.
     """
     ranked = split(held, "calibration")
     if len(ranked) < 100:
@@ -64,9 +63,7 @@ def calibrate(
 
 
 def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
-    """Write a variant's calibration into a folder of model_store; `data` says what it was made
-    from.
-    """
+    """Write a variant's calibration into a folder of model_store; `data` names its images."""
     file = calibration_file(folder, calibration.variant, precision)
     content = {
         "variant": calibration.variant,

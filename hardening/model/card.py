@@ -17,9 +17,7 @@ FP32 = "fp32"
 
 @dataclass(frozen=True)
 class Subject:
-    """Who was measured: a kind of victim ("classifier", "pipeline", "max_softmax", "undefended"),
-    and of a pipeline its variant and the precision of its graph.
-    """
+    """Who was measured: "classifier", "pipeline", "max_softmax" or "undefended", in what form."""
 
     kind: str
     variant: str = NO_VARIANT
@@ -49,8 +47,8 @@ class Subject:
 class Figure:
     """One figure with its 95% interval over `n` images; of clean images it has no threat.
 
-    `norm` and `eps` are the threat as text, `attack` says what made the images, `rate` is the
-    promised share of false alarms where the figure depends on one that is not the usual.
+    `norm` and `eps` are the threat as text, `attack` made the images, `rate` is the promised share
+    of false alarms where it is not the usual one.
     """
 
     subject: Subject
@@ -104,8 +102,8 @@ def main_figures(card: dict[str, Any]) -> list[Figure]:
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`new` rows, and those `old` ones that no new row replaces (see `Figure.key`): a weaker attack
-    never takes the place of a stronger one.
+    """`new` rows, and the `old` ones with another `Figure.key`: a weaker attack replaces no
+    stronger one.
     """
     replaced = {Figure.of(row).key for row in new}
     return [row for row in old if Figure.of(row).key not in replaced] + new
@@ -114,9 +112,8 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 def robust_in_int8(folder: Path, variant: str) -> float | None:
     """Worst-case robust accuracy, with or without rejection, that int8 costs a variant at most.
 
-    Only validation images decide, and at least LEAST of them: test images must not choose what is
-    served. Both figures are of the same images and attacks, under the card's threat model; of
-    several such pairs that of most images counts. None where it was not measured.
+    Only LEAST or more validation images decide: test images must not choose what is served. Of
+    several pairs of figures the one of most images counts. None where it was not measured.
     """
     float_one, int8 = Subject("pipeline", variant), Subject("pipeline", variant, "int8")
     pairs: dict[tuple[object, ...], dict[Subject, Figure]] = {}

@@ -22,10 +22,7 @@ def save(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (config, state) of a file written by `save`.
-
-    Raises FileNotFoundError, or ValueError where the file is not one of ours.
-    """
+    """(config, state) of a file that `save` wrote. Raises FileNotFoundError or ValueError."""
     config = read_config(path)
     try:
         return config, load_file(path)

@@ -1,7 +1,7 @@
 """Classifiers by name, with normalization inside: torchvision's own definitions, and timm's.
 
 Up to 64 pixels a side a torchvision network gets a stem that keeps the resolution (3x3, no early
-pooling), and VGG and AlexNet a head that fits what is left of so few pixels.
+pooling), and VGG and AlexNet a smaller head.
 """
 
 import copy
@@ -57,11 +57,11 @@ class ClassifierConfig(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Pixels in [0, 1] to logits; the pooled features are what detectors see.
+    """Pixels in [0, 1] to logits; detectors see the pooled features.
 
-    `auxiliary` adds the heads that GoogLeNet has in training only. `head_name` is what the library
-    calls the last layer, here split off as `head`. With `config.rectified` there is a second head,
-    of rectified rejection (Pang et al. 2022). Raises ValueError for what cannot be built.
+    `auxiliary` adds the heads that GoogLeNet has in training only, `config.rectified` the second
+    head of rectified rejection (Pang et al. 2022). `head_name` is the library's name of `head`.
+    Raises ValueError for what cannot be built.
     """
 
     def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:
@@ -94,12 +94,11 @@ class Classifier(nn.Module):
     ) -> "Classifier":
         """A classifier with the weights of `module`, a network of your own that gives logits.
 
-        It takes (N, channels, H, W), or (N, H, W, channels) with `channels_last`; of one channel,
-        it gets the picture in gray. `head` names the layer that makes the logits of features
-        (N, F). `mean` and `std`, a value a channel, normalize pixels in [0, 1] in front of it:
-        leave them out where the module does that itself. `name` stands for the network in
-        checkpoints, which hold weights and no code. Raises ValueError that says what to pass
-        instead.
+        It takes (N, channels, H, W), or (N, H, W, channels) with `channels_last`; one channel is
+        gray. `head` names the layer that makes the logits of features (N, F). `mean` and `std`, a
+        value a channel, normalize pixels in [0, 1]: leave them out where the module does that
+        itself. `name` stands for the network in checkpoints, which hold no code. Raises ValueError
+        with the remedy.
         """
         wrapping.check_normalization(module, mean is not None or std is not None)
         own = copy.deepcopy(module).cpu()
@@ -244,7 +243,7 @@ def fit_small_images(net: Any, config: ClassifierConfig) -> None:
 def split_head(net: nn.Module, config: ClassifierConfig) -> tuple[str, nn.Module, int]:
     """Take the last layer off `net`: (its name there, the layer, features that go into it).
 
-    SqueezeNet has none: it pools logits, which so are its features.
+    SqueezeNet has none: it pools logits, which are its features too.
     """
     if isinstance(net, Adapter):
         size = config.image_size

@@ -1,8 +1,5 @@
 """Scores of suspicion from two views of one image; higher = more suspicious.
 
-A detector is one class: its name, what it needs beside two classifier passes, `fit` where it learns
-from clean images, and `forward`. `register` makes it known to pipelines and to the ablation.
-
 All but classic feature squeezing reuse the two classifier passes (the image as sent and its
 purified view) or look at pixels only. Sources: squeezers, Xu et al. 2018 (section 3);
 reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020; feature distance, Lee et al.
@@ -41,10 +38,9 @@ class Views(NamedTuple):
 def median3x3(x: Tensor) -> Tensor:
     """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected.
 
-    Exact, from minima and maxima alone: each row of three is sorted once for the three windows
-    that it is in, and a window's median is that of the largest of its small, the middle of its
-    middle and the smallest of its large values (Smith 1996, "Implementing median filters in
-    XC4000E FPGAs"). More than ten times faster than a sort in ONNX Runtime.
+    Exact, from minima and maxima alone (Smith 1996, "Implementing median filters in XC4000E
+    FPGAs"): the largest small, the middle middle and the smallest large value of three sorted rows.
+    More than ten times faster than a sort in ONNX Runtime.
     """
     height, width = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
@@ -67,10 +63,10 @@ def median(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def squeezed(x: Tensor) -> tuple[Tensor, ...]:
-    """What feature squeezing compares x (N, 3, H, W) with: 5 bits of colour, and its median.
+    """x (N, 3, H, W) in 5 bits of colour, and its median, for feature squeezing.
 
-    Rounding passes gradients as if it were not there: what an attacker does (BPDA, Athalye et al.
-    2018, section 4.1).
+    Rounding passes gradients straight through, as attackers do (BPDA, Athalye et al. 2018, section
+    4.1).
     """
     rounded = (x * 31).round() / 31
     return x + (rounded - x).detach(), median3x3(x)
@@ -82,7 +78,11 @@ def rms(d: Tensor) -> Tensor:
 
 
 class Detector(nn.Module):
-    """One score of suspicion. Built for `classes` and the size F of the classifier's features."""
+    """One score of suspicion, for `classes` and the size F of the classifier's features.
+
+    A subclass has a name, what it `needs` beside two classifier passes, `forward`, and `fit` where
+    it learns; `register` makes it known to pipelines and to the ablation.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -91,11 +91,7 @@ class Detector(nn.Module):
         super().__init__()
 
     def fit(self, classifier: Classifier, images: Images) -> Self:
-        """Learn from clean `images` (most detectors learn nothing); returns itself.
-
-        These must be no image that the detector is later ranked or measured on: of those it was
-        fitted on, it finds too little.
-        """
+        """Learn from clean `images`, which must not be ranked or measured later; returns itself."""
         return self
 
     def forward(self, views: Views) -> Tensor:
@@ -195,10 +191,8 @@ class FeatureDistance(Detector):
     def fit(self, classifier: Classifier, images: Images) -> Self:
         """Set means and whitening from clean `images`; covariance shrunk towards its diagonal.
 
-        These must be no image that the distance is later ranked or measured on: of those it was
-        fitted on, it is too small.
-
-        Raises ValueError where a class has no image.
+        Of images that it was fitted on the distance is too small. Raises ValueError where a class
+        has none.
         """
         with torch.no_grad():
             # In float64: with more features than images, rounding would make eigenvalues negative.
@@ -246,7 +240,7 @@ DETECTORS: dict[str, type[Detector]] = {}
 
 
 def register(*detectors: type[Detector]) -> None:
-    """Make detectors known by their names, in this order."""
+    """Add detectors by their names, in this order."""
     DETECTORS.update({detector.name: detector for detector in detectors})
 
 
@@ -289,9 +283,9 @@ class Detectors(nn.Module):
         return self
 
     def take(self, other: "Detectors") -> None:
-        """Have what the detectors of `other` have learned, for the same classifier.
+        """Copy what the detectors of `other` have learned, for the same classifier.
 
-        Raises ValueError where one that is looked at has learned nothing there.
+        Raises ValueError where one of ours has learned nothing there.
         """
         missing = self.load_state_dict(other.state_dict(), strict=False).missing_keys
         if lost := sorted({key.partition(".")[0] for key in missing if self.needed(key)}):

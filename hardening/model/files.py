@@ -37,10 +37,7 @@ def load_variant(folder: Path, variant: str, precision: Precision = "fp32") -> C
 
 
 def read_config(weights: Path) -> dict[str, Any]:
-    """The config that rebuilds the model, out of the head of a file of weights.
-
-    Raises FileNotFoundError, or ValueError where the file is not one of ours.
-    """
+    """The config in the head of a file of weights. Raises FileNotFoundError or ValueError."""
     if not weights.is_file():
         raise FileNotFoundError(f"no checkpoint at {weights}: make one with `rampart train`")
     try:

@@ -1,4 +1,4 @@
-"""A folder of model_store: which variants it holds, which are best, of what it was made.
+"""A folder of model_store: its variants, the best of them, its training images.
 
 weights.safetensors, calibration-VARIANT.json and card.json make a model; figures and pictures are
 added as they are measured.
@@ -33,10 +33,7 @@ def variants_in(model: Path) -> list[Variant]:
 
 
 def forms(model: Path) -> list[tuple[Variant, Precision]]:
-    """The variants of a model folder with the precisions that each is calibrated in.
-
-    Raises ValueError that says how to make one.
-    """
+    """The variants of a model folder, each with every precision it is calibrated in."""
     every: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     return [
         (variant, precision)
@@ -54,7 +51,7 @@ def calibrated(model: Path) -> list[Variant]:
 
 
 def best_variant(card: dict[str, Any], variants: Sequence[Variant]) -> Variant:
-    """What is taken of `variants` where none is asked for: what the ablation chose, else `full`."""
+    """The variant to take where you name none: the ablation's choice, else `full`."""
     chosen: Variant = card.get("ablation", {}).get("default", {}).get("variant")
     return chosen if chosen in variants else variants[0]
 
@@ -62,9 +59,9 @@ def best_variant(card: dict[str, Any], variants: Sequence[Variant]) -> Variant:
 def form(
     model: Path, variant: Variant | None, precision: Precision | None
 ) -> tuple[Variant, Precision]:
-    """What is exported of a model folder where less is said.
+    """The variant and precision to export, the best ones for None.
 
-    Raises ValueError where it is not calibrated for `variant`.
+    Raises ValueError where the folder is not calibrated for `variant`.
     """
     variants = calibrated(model)
     if variant and variant not in variants:
@@ -120,8 +117,8 @@ def calibrations(model: Path) -> list[Path]:
 def deliver(model: Path, target: Path) -> bool:
     """Copy a finished model folder; returns whether `target` had that model already.
 
-    If so, the newer of each file stays, and the card keeps what either has. Otherwise what was made
-    of the other model goes, but for the log of evaluations, which only grows.
+    If so, the newer of each file stays, and the card keeps what either has. Otherwise the other
+    model's files go, but for the log of evaluations, which only grows.
     """
     same = _decides(target) == _decides(model)
     if not same:

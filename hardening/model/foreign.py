@@ -1,9 +1,8 @@
 """Weights from elsewhere: torchvision's and timm's state dicts, RobustBench's, MadryLab's layout.
 
-A layout is a prefix before the library's own names, and maybe a normalizer outside the network.
-Neither needs to be told: the prefix is the one under which most of the network's tensors are
-found, and a normalizer is a tensor of three values called mean or std. Files are read without
-unpickling objects, which could run code.
+A layout is a prefix before the library's own names, and maybe a normalizer outside the network. The
+prefix is the one under which most of the network's tensors are found, a normalizer is a tensor of
+three values called mean or std. Nothing is unpickled, which could run code.
 """
 
 import pickle
@@ -35,7 +34,7 @@ def adopt(
 ) -> Classifier:
     """The classifier of `config` with the weights of `path`, frozen.
 
-    A normalizer in the file replaces the config's, and `mean` and `std` replace either. Raises
+    A normalizer in the file replaces the config's, `mean` and `std` replace either. Raises
     FileNotFoundError, or ValueError that names a layer which is missing, unknown or of another
     size.
     """

@@ -1,7 +1,6 @@
 """Labelled images in memory, and the splits of those that are held out.
 
-Small images fit in memory whole (CIFAR-10: 150 MB), so a data set is one uint8 tensor, on the GPU
-where there is one, and a batch is one index operation.
+A data set is one uint8 tensor (CIFAR-10: 150 MB), on the GPU where there is one.
 """
 
 import hashlib
@@ -96,7 +95,7 @@ class Source(Protocol):
 
 
 class Held(NamedTuple):
-    """Images that are kept out of training; `train` are those that are not, where there are any."""
+    """Images kept out of training; `train` are the others, where there are any."""
 
     images: Images
     train: Source | None = None
@@ -120,11 +119,10 @@ class Held(NamedTuple):
 def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Images]:
     """Divide into (training images, held-out images).
 
-    With `held`, its images are left out of training where its `paths` name them (the lossless
-    twins of JPEG training images) or, of images in memory, their pixels are the same. Without it a
-    tenth, at most 5,170, is drawn with `seed`, and other images of the same pixels are left out as
-    well. Raises ValueError where both name classes differently, or where `held` names twins and
-    none is found.
+    `held` images leave training by their `paths` (the lossless twins of JPEG training images) or,
+    in memory, by their pixels. Without `held` a tenth, at most 5,170, is drawn with `seed`, and
+    others with the same pixels leave too. Raises ValueError where both name classes differently, or
+    where `held` names twins and none is found.
     """
     if held is not None:
         if held.classes != images.classes:
@@ -145,10 +143,9 @@ def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Image
 
 
 def split(held: Images, name: str) -> Images:
-    """The images of split `name` ("validation", "tuning" or "calibration") in `held`.
+    """The images of split `name` ("validation", "tuning" or "calibration") in `held`, in order.
 
-    They keep their order, unless that is by class, as in a folder: then each split would have a few
-    classes alone, so they are shuffled first, always in the same way.
+    Images sorted by class, as in a folder, are shuffled first: else a split had few classes.
     """
     rows = torch.arange(len(held))
     present, runs = len(set(held.label.tolist())), 1 + int((held.label.diff() != 0).sum())

@@ -100,9 +100,9 @@ def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> 
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """Rebuild the pipeline of `path` as `variant`, frozen; returns it with the class names.
+    """The pipeline of `path` as `variant`, frozen, and the class names.
 
-    Raises ValueError where `full` is asked of a model that was saved without a purifier.
+    Raises ValueError where you ask for `full` of a model without a purifier.
     """
     whole, classes = load_whole(path, variant)
     if variant == "full" and whole.purifier is None:
@@ -111,7 +111,7 @@ def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tup
 
 
 def load_whole(path: Path, *variants: Variant) -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """All parts that `path` has, frozen, with the class names; `as_variant` chooses among them.
+    """All parts of `path`, frozen, and the class names; `as_variant` chooses among them.
 
     Raises ValueError where it lacks what `variants`, or by default both, look at.
     """
@@ -139,9 +139,7 @@ def as_variant(whole: DefendedClassifier, variant: Variant) -> DefendedClassifie
 
 
 def restore(pipeline: DefendedClassifier, state: dict[str, Tensor], path: Path) -> None:
-    """Load a pipeline's weights; what only detectors that are not looked at lack, or leave over, is
-    passed over. Raises ValueError for anything else.
-    """
+    """Load a pipeline's weights; ValueError where more than unused detectors differ."""
     keys = pipeline.load_state_dict(state, strict=False)
     strange = [
         key
@@ -160,10 +158,10 @@ def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
 
 
 def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = False) -> Classifier:
-    """The classifier of a file that `rampart train` or `rampart calibrate` wrote, frozen.
+    """The classifier of a file of `rampart train` or `rampart calibrate`, frozen.
 
-    GoogLeNet's `auxiliary` heads, which train alone needs, are left out unless asked for. With
-    `rectified` a network that has no head of rectified rejection gets a new one.
+    `auxiliary` keeps GoogLeNet's heads of training, `rectified` adds a head of rectified rejection
+    where there is none.
     """
     config, state = checkpoint.read(path)
     if "classifier" not in config:

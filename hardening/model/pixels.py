@@ -6,8 +6,7 @@ from torch import Tensor
 def to_float(image: Tensor) -> Tensor:
     """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1].
 
-    The cast comes first, as TensorRT wants it of 8-bit inputs; contiguous, or an exported graph has
-    nodes that put strides right again.
+    TensorRT wants 8-bit inputs cast first; a tensor that is not contiguous adds nodes to the graph.
     """
     return image.float().permute(0, 3, 1, 2).contiguous() / 255
 

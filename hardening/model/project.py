@@ -2,12 +2,10 @@
 
     rampart purify picture.png --project
 
-As in Defense-GAN (Samangouei et al. 2018, eq. 3), gradient descent seeks the latent whose image is
-nearest. Ours is an image of a quarter of the pixels, which the generator gets enlarged: what is
-finer finds no place in it. With a part hidden, the generator fills it in from what surrounds it.
-
-This is to look at and to compare with: it takes hundreds of passes, and no attack on it was run;
-attackers got around the original (Athalye et al. 2018, section 5.4.2).
+As in Defense-GAN (Samangouei et al. 2018, eq. 3), by gradient descent. Our latent is an image of a
+quarter of the pixels, which leaves no place for fine detail; the generator fills in hidden parts.
+This is to look at and to compare with: hundreds of passes, and no attack on it was run; attackers
+got around the original (Athalye et al. 2018, section 5.4.2).
 """
 
 from collections.abc import Callable
@@ -29,9 +27,8 @@ def project(
 ) -> Tensor:
     """The generator's image (N, 3, H, W) nearest to x (N, 3, H, W) in [0, 1], H and W even.
 
-    `visible` (H, W) is 1 where x counts and 0 where it is hidden; there a little `smoothness`
-    (mean absolute difference of neighbours) is all that decides. Raises ValueError where all of it
-    is hidden.
+    `visible` (H, W) is 0 where x is hidden; there `smoothness` (mean absolute difference of
+    neighbours) alone decides. Raises ValueError where all of x is hidden.
     """
     weight = x.new_ones(x.shape[-2:]) if visible is None else visible.to(x)
     if not weight.any():

@@ -1,7 +1,7 @@
 """Which images a model was made of, told by their pixels: names of files prove nothing.
 
 Beside the weights stands a sorted array of 8 bytes for each training image, 360 kB for CIFAR-10.
-Two images share their 8 bytes once in 10^19 pairs, so one that is found was trained on.
+Two images share their 8 bytes once in 10^19 pairs.
 """
 
 import hashlib
@@ -45,9 +45,7 @@ def write(folder: Path, prints: Prints) -> None:
 
 
 def read(folder: Path) -> Prints | None:
-    """The fingerprints of the images that the weights in `folder` were made of; None where nothing
-    says so.
-    """
+    """The fingerprints of the images behind the weights in `folder`; None without a record."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -66,9 +64,7 @@ def among(prints: Prints, others: Prints) -> Bools:
 
 
 def trained_on(folder: Path, images: "Images") -> Bools | None:
-    """Which `images` (N,) the model in `folder` was trained on, whatever their file is called; None
-    where the folder does not say: it was made before fingerprints were kept.
-    """
+    """Which `images` (N,) the model in `folder` was trained on; None where it has no record."""
     prints = read(folder)
     return None if prints is None else among(fingerprints(images.image), prints)
 

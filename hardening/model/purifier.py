@@ -1,8 +1,7 @@
 """A purifier: a residual generator in front of the classifier that undoes perturbations.
 
 It works at half resolution on pixel-unshuffled channels (as FFDNet, Zhang et al. 2018, section
-III), which costs a quarter of full-resolution layers. There is no BatchNorm, so the answer for one
-image never depends on its neighbours.
+III), which costs a quarter. Without BatchNorm no image's answer depends on its neighbours.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -20,8 +19,7 @@ class PurifierConfig(NamedTuple):
 class Purifier(nn.Module):
     """Generator: pixels in [0, 1] to pixels in [0, 1]; the identity before training.
 
-    Another one is a subclass with a `name`, a `Config` (a NamedTuple) and layers of its own, which
-    `register` makes known.
+    Another one is a subclass with a `name`, a `Config` (a NamedTuple) and layers, for `register`.
     """
 
     name: ClassVar[str] = "residual"
@@ -64,9 +62,7 @@ def described(purifier: Purifier) -> dict[str, Any]:
 
 
 def build(description: dict[str, Any]) -> Purifier:
-    """The purifier that `described` tells of, with new weights. Raises ValueError for one that is
-    not known.
-    """
+    """The purifier of a description, with new weights. Raises ValueError for an unknown one."""
     values = dict(description)
     name = values.pop("kind", Purifier.name)
     if name not in PURIFIERS:

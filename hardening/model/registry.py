@@ -1,7 +1,7 @@
 """Networks that are not ours, by the name that a checkpoint keeps of them.
 
-A checkpoint imports nothing: it holds a name, and only who runs it says what network that is, by
-`register`, by `Classifier.wrap` or by `--arch package.module:factory`.
+A checkpoint imports nothing: you say what network its name is, by `register`, by `Classifier.wrap`
+or by `--arch package.module:factory`.
 """
 
 import importlib
@@ -37,9 +37,9 @@ def is_factory(arch: str) -> bool:
 
 
 def import_factory(arch: str) -> None:
-    """Import the factory that the user names as package.module:factory, and register it.
+    """Import the factory package.module:factory, in the working folder or installed; register it.
 
-    Modules of the working folder are found too. Raises ValueError that says what is missing.
+    Raises ValueError that says what is missing.
     """
     module, _, function = arch.partition(":")
     here = str(Path.cwd())

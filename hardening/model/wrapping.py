@@ -1,7 +1,4 @@
-"""A network of your own as a classifier of ours: its head split off, its input adapted.
-
-Whatever does not fit is refused in one sentence that says what to do.
-"""
+"""A network of your own as a classifier of ours: its head split off, its input adapted."""
 
 from typing import Any, NamedTuple
 
@@ -100,7 +97,7 @@ def shape(layout: Layout, x: Tensor) -> str:
 def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[nn.Module, int]:
     """Take the layer `head` off: (the layer, features that go into it).
 
-    What is left must give the features (N, F) from which the layer alone makes `logits`. Raises
+    The rest must give the features (N, F) from which the layer alone makes `logits`. Raises
     ValueError that names another layer where one fits.
     """
     names = [name for name, _ in backbone.net.named_modules() if name]

@@ -68,10 +68,7 @@ def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
-    """Append to the log of everything that was ever evaluated: nobody tunes on test unseen.
-
-    The entry gains the time (UTC) and the SHA-256 of the weights.
-    """
+    """Append to the log of all evaluations, with the time (UTC) and the SHA-256 of the weights."""
     with (folder / "weights.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -94,11 +91,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card's main figures under its threat model and at the usual rate of false alarms, one
-    Markdown table for each data set.
+    """The card's main figures at the usual rate, one Markdown table for each data set.
 
-    Where a figure was made by several attacks, the lowest counts; an attack of a later evaluation
-    can leave fewer than the worst case of an earlier one, and then counts there too.
+    Of a figure by several attacks the lowest counts, also in place of an earlier worst case.
     """
     tables: dict[str, Lowest] = {}
     for figure in main_figures(card):
@@ -181,10 +176,7 @@ def counted(figure: Figure) -> str:
 
 
 def fenced(text: str, name: str, content: str) -> str:
-    """`text` with what stands between the two comment lines of `name` replaced by `content`.
-
-    Raises ValueError where it has no such lines.
-    """
+    """`text` with `content` between the two comment lines of `name`; ValueError without those."""
     first = f"<!-- {name}: made by `rampart table`, do not edit -->"
     last = f"<!-- end of {name} -->"
     if text.count(first) != 1 or text.count(last) != 1:

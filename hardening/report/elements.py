@@ -96,8 +96,8 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
 
 
 def attacked(evaluation: Evaluation, pipeline: DefendedClassifier) -> Tensor | None:
-    """The evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, or else PGD-20
-    on it; None where there was neither.
+    """The evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20, or
+    None.
     """
     record = record_of(evaluation, pipeline)
     for name in (JOINT, STATIC):

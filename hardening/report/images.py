@@ -31,10 +31,7 @@ class Pictures(NamedTuple):
 
 
 def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | None:
-    """Evaluated images for the grid, evenly spaced; for this machine only: they may not be shipped.
-
-    None where nothing attacked this pipeline.
-    """
+    """Evaluated images for the grid, evenly spaced, or None; they may not leave this machine."""
     pixels = attacked(evaluation, pipeline)
     if pixels is None:
         return None

@@ -1,7 +1,6 @@
 """The report page: one HTML file that shows what an evaluation found, and needs nothing else.
 
-A section is left out where the evaluation did not see what it is about. No pixel of an evaluated
-image enters a page unless the caller passes it as `pictures`.
+Where the evaluation has nothing on a subject, its section is left out.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def write(
     """Write the page of `evaluation` to `path`; `rows` are its metrics as the card lists them.
 
     `pipeline`, on the device of the images, is the variant whose features and purified images are
-    shown. Only `pictures` puts pixels into the page; without them the grid is left out.
+    shown. Only `pictures` put pixels of images into the page.
     """
     figures = [Figure.of(row) for row in rows]
     sections = [

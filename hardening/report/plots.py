@@ -1,7 +1,7 @@
 """Drawings of an evaluation as SVG images inside a page.
 
 Every look differs in colour (Okabe and Ito 2008), marker and line style at once, so that none needs
-colour to be told apart. A drawing is as wide as a phone shows it without shrinking its text.
+colour. A phone shows a drawing without shrinking its text.
 """
 
 import base64
@@ -138,9 +138,8 @@ def lines(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
 
 
 def over_rate(every: Sequence[Curve], marks: Sequence[Curve], *, y_label: str) -> str:
-    """Shares over the share of clean images flagged, with a logarithmic axis; 1% and 5% are marked.
-
-    A rate of zero stands at the left edge. `marks` are single points.
+    """Shares over the share of clean images flagged (logarithmic; zero at the left edge), with
+    points.
     """
 
     def draw(axes: Axes) -> None:

@@ -1,7 +1,4 @@
-"""What a red team achieved, in a line an attack and as a picture; and the run itself, at one door.
-
-The palette of the picture is Okabe and Ito's (2008).
-"""
+"""What a red team achieved, in a line an attack and as a picture; and the run itself."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -69,8 +66,8 @@ STROKES = ("-", "--", ":", "-.")
 def picture(results: Mapping[str, Sequence[Outcome]], path: Path) -> Path:
     """Draw the share of images fooled against queries, as a PNG 1,000 pixels wide.
 
-    `results` holds the outcomes of each run by the name that the legend gives it: a colour an
-    attack, a stroke a run. Raises ValueError for a run without outcomes, or runs of unlike eps.
+    `results` holds outcomes by the run's name in the legend: a colour an attack, a stroke a run.
+    Raises ValueError for a run without outcomes, or runs of unlike eps.
     """
     require("matplotlib")
     from matplotlib.figure import Figure

@@ -28,9 +28,7 @@ DETECTED = (("caught", JOINT), ("tpr@1%fpr", STATIC), ("tpr@5%fpr", STATIC), ("a
 
 
 def sweep(clean: Floats, wrong: Floats) -> tuple[Floats, Floats]:
-    """Every share of `clean` (N,) that a threshold may flag, and how many of `wrong` (M,) it then
-    flags.
-    """
+    """Shares of `clean` (N,) that each threshold flags, and how many of `wrong` (M,) it flags."""
     if not len(wrong):
         return np.array([0.0, 1.0]), np.zeros(2)
     flagged, caught = roc(clean, wrong)

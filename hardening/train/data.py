@@ -1,8 +1,6 @@
-"""Labelled images from CIFAR-10, an ImageFolder directory or an .npz file.
+"""Labelled images from CIFAR-10, an ImageFolder directory or an .npz file, and their augmentation.
 
-Small images fit in memory whole (CIFAR-10: 150 MB), so a data set is one uint8 tensor, on the GPU
-where there is one, and a batch is one index operation. What does not fit is decoded as training
-goes on. Augmentation is two tensor functions.
+Images that do not fit in memory are decoded as training goes on.
 """
 
 import hashlib
@@ -67,10 +65,7 @@ class Folder:
         return replace(self, files=files, label=self.label[index], paths=paths)
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads.
-
-        Pillow decodes and scales without Python's lock, so threads keep all cores busy.
-        """
+        """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads."""
         pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // distributed.beside()))
         waiting: deque[tuple[Tensor, list[Future[Pixels]]]] = deque()
         try:
@@ -115,8 +110,7 @@ class Folder:
         return torch.ones(len(self), dtype=torch.bool)
 
     def digest(self) -> str:
-        """Stands for the files, without reading them: names and sizes. Not times, which differ
-        between copies of them on several machines."""
+        """Stands for the files by names and sizes; times would differ between copies."""
         sizes = [file.stat().st_size for file in self.files]
         listing = list(zip(self.paths, sizes, strict=True))
         return hashlib.sha256(repr((listing, self.classes, self.size)).encode()).hexdigest()
@@ -125,10 +119,9 @@ class Folder:
 def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
 
-    An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. A folder
-    with (or destined for) `cifar-10-batches-py` is read by torchvision; `train` picks its half.
-    Any other folder has one sub-folder a class; its pictures are brought to `size`.
-    Raises FileNotFoundError or ValueError that name the input and the remedy.
+    An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. `train`
+    picks the half of CIFAR-10. An ImageFolder's pictures are brought to `size`. Raises
+    FileNotFoundError or ValueError that name the input and the remedy.
     """
     if path.suffix == ".npz" and path.is_file():
         images = load_npz(path)
@@ -197,8 +190,8 @@ def load_training(path: Path, *, size: int) -> Images | Folder:
 def find_pictures(path: Path, *, size: int) -> Folder:
     """The pictures of an ImageFolder directory, each class in a folder of its own.
 
-    Raises ValueError where there is none, where one cannot be read as a picture (a device, a pipe,
-    a link to nothing, a huge file), or where the folders are splits.
+    Raises ValueError for no pictures, for what is none (a device, a pipe, a broken link, a huge
+    file), and for folders that are splits.
     """
     found = {
         entry.name: pictures_below(entry)
@@ -231,8 +224,7 @@ def pictures_below(folder: Path) -> list[Path]:
 def read_picture(file: Path, size: int) -> Pixels:
     """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it.
 
-    Raises ValueError that names it. It may be a link, but only to a plain file: a device has no
-    end, and a pipe makes its reader wait for a writer.
+    Raises ValueError for a bad picture and for all but plain files: a device has no end.
     """
     try:
         # A pipe without a writer is opened too, and at once.
@@ -258,8 +250,8 @@ def check_picture(file: Path, found: os.stat_result) -> None:
 def write_digits(folder: Path) -> dict[str, int]:
     """Write scikit-learn's 1,797 handwritten digits as train.npz, held.npz and test.npz.
 
-    A data set that needs no download: 8x8 gray pixels (Alpaydin and Kaynak 1998), scaled to 32x32.
-    Returns how many images each file has.
+    8x8 gray pixels (Alpaydin and Kaynak 1998), scaled to 32x32. Returns each file's number of
+    images.
     """
     from sklearn.datasets import load_digits
 
@@ -320,9 +312,9 @@ def shuffled(
 ) -> Iterator[Batch]:
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
 
-    Order and augmentation follow from `seed`, `epoch` and the image alone. With `mirrored` each
-    image is flipped with probability 1/2: not for signs, letters and digits, which then are others.
-    A short last batch would unbalance BatchNorm's statistics, so it is dropped.
+    Order and augmentation follow from `seed`, `epoch` and the image alone. `mirrored` flips half of
+    the images: not for signs, letters and digits. A short last batch would unbalance BatchNorm's
+    statistics, so it is dropped.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=draws)

@@ -1,9 +1,8 @@
 """Several processes that train one model, as `torchrun` starts them; alone, nothing here acts.
 
-Each process works on its part of every batch, and gradients are averaged once a step. That one
-exchange stands beside the many passes of an attack, so hiding it behind the last of them, as
-DistributedDataParallel does, would gain little; and that wraps one forward of one network, where a
-step here has several, of moved weights and of two networks in turns.
+Each process works on its part of every batch, and gradients are averaged once a step.
+DistributedDataParallel would hide that exchange behind the last of many passes, a small gain, and
+wraps one forward of one network, where a step here has several.
 """
 
 import atexit

@@ -120,10 +120,7 @@ def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, floa
 
 
 class Run:
-    """A resumable run: named parts that have a state, a position, and the figures so far.
-
-    Its state is that of every process, so it goes on with any number of them.
-    """
+    """A resumable run, on any number of processes: named parts with a state, position, figures."""
 
     def __init__(
         self,
@@ -163,8 +160,8 @@ class Run:
     def resume(self) -> None:
         """Continue the run that the folder holds, if any.
 
-        Raises ValueError when it was begun with other settings or images, or when processes differ
-        in theirs.
+        Raises ValueError when it began with other settings or images, or when processes differ in
+        theirs.
         """
         if not distributed.agree(self.settings):
             raise ValueError(
@@ -221,10 +218,10 @@ class Run:
         keep: Callable[[], None],
         best: str = "pgd10",
     ) -> None:
-        """Run all epochs; `keep` is called when one has the best figure `best` so far, on the
-        images `chosen_on`.
+        """Run all epochs; calls `keep` after each with the best figure `best` so far on
+        `chosen_on`.
 
-        A run that was cut off loses at most `save_every` seconds: the same command continues it.
+        An interrupted run loses at most `save_every` seconds: the same command continues it.
         """
         if not len(images):
             raise ValueError("no image is left to train on: all are among the held-out ones")
@@ -354,8 +351,8 @@ def train_classifier(
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
     `earlier` are the histories of the runs that made its weights, `commands` the lines that started
-    those runs and this one; both stay with the weights. Returns the file of the epoch with the best
-    validation accuracy: robust, but for a network that is to be the undefended control.
+    all runs. Returns the file of the epoch with the best validation accuracy: robust, or clean for
+    the undefended control.
     """
     trainer = Trainer(classifier, recipe, folder, teacher=teacher)
     trainer.run.earlier = list(earlier)

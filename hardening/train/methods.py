@@ -41,10 +41,7 @@ class Method(NamedTuple):
 
 
 def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Tensor) -> Tensor:
-    """PGD whose steps are eps/4 where there are ten, in proportion at others, at most eps.
-
-    Raises ValueError below one step.
-    """
+    """PGD by eps/4 at ten steps, in proportion at others, at most eps; ValueError for none."""
     if steps < 1:
         raise ValueError(f"--steps {steps}: an attack takes one step or more")
     size = threat.eps * min(1.0, 2.5 / steps)
@@ -79,9 +76,9 @@ def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int
 def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """One step from noise of half of eps, whatever `steps`.
 
-    Half of the images climb the cross-entropy; the others climb the distance from the clean
-    prediction as well. The paper alternates between batches. So a network that hides the gradient
-    of one loss gains nothing.
+    Half of the images climb the cross-entropy alone, the others the distance from the clean
+    prediction too (the paper alternates between batches), so hiding one loss's gradient gains
+    nothing.
     """
     with torch.no_grad():
         clean = F.softmax(model(batch.x).float(), 1)
@@ -175,8 +172,8 @@ METHODS = {
 def rectification(model: Classifier, features: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy between rectified confidence and the probability of the true label.
 
-    `features` (N, F) come without gradients: the head is trained beside the classifier, which
-    stays what it would be without one (Pang et al. train both, and stop some of the gradients).
+    `features` (N, F) have no gradients, so the classifier stays what it would be without this head
+    (Pang et al. train both, and stop some of the gradients).
     """
     with torch.no_grad():
         logits = model.head(features)
@@ -191,7 +188,7 @@ def adversarial_weights(
 ) -> Iterator[None]:
     """Within, each weight matrix is moved by `gamma` of its norm in the direction that hurts most.
 
-    Gradients taken within are kept by the weights, which are back in place afterwards.
+    Afterwards the weights are back in place, and keep the gradients taken within.
     """
     if not gamma:
         yield

@@ -16,9 +16,7 @@ BATCH = 256
 
 
 def prints_of(images: Images | Folder) -> Prints:
-    """The fingerprints of all images. Those of a folder are decoded for it, once; processes share
-    the work.
-    """
+    """The fingerprints of all images; a folder is decoded for it, once, by all processes."""
     if isinstance(images, Images):
         return provenance.fingerprints(images.image)
     rows = torch.split(distributed.mine(torch.arange(len(images))), BATCH)
@@ -27,8 +25,9 @@ def prints_of(images: Images | Folder) -> Prints:
 
 
 def note(folder: Path, train: Images | Folder, held: Images) -> dict[str, Any]:
-    """Write the fingerprints of `train` beside the weights in `folder`; returns what a checkpoint
-    says of both sets. A run that goes on does not read a folder's pictures again.
+    """Write the fingerprints of `train` beside the weights in `folder`, unless an earlier run did.
+
+    Returns what a checkpoint says of both sets.
     """
     prints = distributed.from_first(provenance.read(folder) if isinstance(train, Folder) else None)
     if prints is None:
@@ -47,12 +46,11 @@ def entry(prints: Prints, held: Images) -> dict[str, Any]:
 def collect(
     model: Path, weights: Sequence[Path], train: Images | Folder, *, fitted: Images, held: Images
 ) -> dict[str, Any]:
-    """Write into a model folder the fingerprints of all that its parts were trained on; returns the
-    card's entry `images`.
+    """Write into a model folder the fingerprints of all training images; returns the card's
+    `images`.
 
-    `weights` are the files of the parts; where nothing beside them says what they were trained on
-    (they may be from elsewhere), it was `train`. `fitted` are the images that detectors were fitted
-    on, which are trained on too, unless they are `held` themselves.
+    `weights` are the files of its parts; one without a record was trained on `train`. `fitted` are
+    the images that detectors were fitted on, training images too unless they are `held`.
     """
     noted = [provenance.read(file.parent) for file in weights]
     parts = [prints if prints is not None else prints_of(train) for prints in noted]

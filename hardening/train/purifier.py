@@ -160,8 +160,8 @@ def train_purifier(
 ) -> Path:
     """Train a purifier for the frozen `classifier`; `images` are (training, validation).
 
-    `commands` are the lines that started the run, which stay with its weights. Returns the file of
-    the epoch with the best robust validation accuracy through both.
+    `commands`, which started the run, stay with its weights. Returns the file of the epoch with the
+    best robust validation accuracy through both.
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)

@@ -13,20 +13,18 @@ from rampart.hardening.train.data import Folder
 
 
 class Stages:
-    """The stages of one job, each in a folder of its own whose name stands for its inputs.
-
-    So a job whose inputs change leaves what it made from the others where it is. `bar` tells the
-    user how far the job is.
+    """The stages of one job, each in a folder whose name stands for its inputs; `bar` shows the
+    stage.
     """
 
     def __init__(self, home: Path, bar: "tqdm[Any]") -> None:
         self.home, self.bar = home, bar
 
     def once(self, name: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Path:
-        """The folder that `make` has filled from `inputs`, now or before.
+        """The folder that `make` has filled from `inputs`, now or before; a file stands for its
+        content.
 
-        A file among `inputs` stands for its content. An interrupted `make` gets the same folder
-        again, and may go on there.
+        An interrupted `make` gets the same folder again, and may go on there.
         """
         title = f"[{self.bar.n + 1}/{self.bar.total}] {name}"
         self.bar.set_description(name)

@@ -19,7 +19,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The state that `save` wrote last, on the CPU; None where there is none.
 
-    Raises ValueError for a state that cannot be read, or that an older version left in pieces.
+    Raises ValueError for an unreadable state, or one that an older version left in pieces.
     """
     file = folder / FILE
     if not file.is_file():

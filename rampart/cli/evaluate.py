@@ -17,7 +17,7 @@ ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean,
 ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
 ROW += "other rows' attacks are not put to it; repeatable"
 TEAM = "square, simba, hopskipjump, boundary or oars; repeatable; default all"
-RUNS, README = Path("runs/redteam"), Path("README.md")
+RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 
 verb, app = o.theme("Evaluate")
 

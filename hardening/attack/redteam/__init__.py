@@ -1,8 +1,7 @@
 """Black-box attacks on a running endpoint: what somebody achieves who sees only its answers.
 
-Sent are 8-bit PNGs, each counts as one query, and an image is fooled by the first one inside the
-Linf ball that comes back accepted under a wrong label. An answer is remembered, so nothing is sent
-twice: ART asks for the same image up to three times in a row.
+Each 8-bit PNG counts as one query. The first one inside the Linf ball that is accepted under a
+wrong label fools. No image is sent twice: ART asks for the same one up to three times in a row.
 """
 
 from rampart.hardening.attack.redteam.endpoint import Answer, Endpoint

@@ -24,8 +24,8 @@ UNNAMED = ("", "")  # a throttled answer tells no model
 class Answer(NamedTuple):
     """What the endpoint says of one image; `label` is None where it flags or rejects it.
 
-    `top` are (class index, confidence) pairs, `model` is (name, version); `similar` where it takes
-    the image for part of a query attack, and shows that.
+    `top` are (class index, confidence) pairs, `model` is (name, version), `similar` marks an image
+    that the endpoint takes for part of a query attack.
     """
 
     label: int | None
@@ -36,10 +36,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to send images, and the `classes` that its labels are to be found in.
+    """Where to send images, and the `classes` of its labels.
 
-    Raises ValueError for a URL that is not of a prediction, and for a host other than loopback
-    unless it is `owned`: attacking somebody else's endpoint is a crime in most places.
+    Raises ValueError for no prediction URL, and for a host other than loopback unless it is
+    `owned`: attacking somebody else's endpoint is a crime in most places.
     """
 
     url: str
@@ -59,8 +59,7 @@ class Endpoint:
     def ask(self, images: Pixels) -> list[Answer]:
         """The answers for uint8 (N, H, W, 3), N up to MAX_IMAGES, sent in one request.
 
-        Raises ConnectionError where nobody answers, and ValueError that quotes any answer but
-        N verdicts under known labels.
+        Raises ConnectionError where nobody answers, ValueError for anything but N known verdicts.
         """
         instances = [{"b64": base64.b64encode(_png(image)).decode()} for image in images]
         status, text = self._post(json.dumps({"instances": instances}))

@@ -19,8 +19,7 @@ MAX_REPEATS = 200
 class Settings:
     """What a run was made with; `eps` is n/255, `budget` the queries an image may cost.
 
-    `said` is what the endpoint said of the first image, class and confidence: another model says
-    something else, whatever it is called.
+    `said` are classes and confidences of the first image, which tell one model from another.
     """
 
     endpoint: str
@@ -34,12 +33,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one attack did to one image.
+    """What one attack did to row `index` of a data set, in `queries`.
 
-    `queries` were sent; number `success` was the first to fool inside the ball, None if none did.
-    `clean_wrong` tells that this was the image itself. `distance` is the smallest Linf distance, in
-    n/255, of any fooling image, inside the ball or not. `index` is the row in the data set.
-    `noticed` is the first query that the endpoint took for part of an attack, where it shows that.
+    `success` is the number of the first query that fooled inside the ball, `clean_wrong` whether
+    that was the image itself, `distance` the smallest Linf distance, in n/255, of any fooling
+    image, `noticed` the first query that the endpoint took for part of an attack.
     """
 
     settings: Settings
@@ -132,10 +130,10 @@ def as_float(image: Pixels) -> Floats:
 
 
 def scores(answer: Answer, label: int, classes: int) -> Floats:
-    """An answer as probabilities (K,) that an attack can follow.
+    """An answer as probabilities (K,): the top classes' own, the rest spread evenly over the
+    others.
 
-    What the top classes leave is spread evenly over the others. Where the endpoint is not fooled
-    because it flags or rejects, all goes to the true `label`: to an attack, a failure.
+    A flagged or rejected image fools nobody, so there the true `label` gets all.
     """
     top = {label: 1.0} if answer.label is None else dict(answer.top)
     rest = max(0.0, 1 - sum(top.values())) / max(1, classes - len(top))

@@ -34,9 +34,9 @@ def redteam(
 ) -> list[Outcome]:
     """Attack `limit` images, evenly spaced over all, each with up to `budget` queries an attack.
 
-    Every finished image is a line of OUT/queries.jsonl, and a second run goes on from there. One
-    request beyond the budget asks for the model's name. Raises ValueError for a run that was made
-    with other settings, and what Endpoint.ask raises.
+    Every finished image is a line of OUT/queries.jsonl, from which a second run goes on. One
+    request beyond the budget asks for the model's name. Raises ValueError for a run with other
+    settings, and what Endpoint.ask raises.
     """
     require("art")
     if not set(attacks) <= set(ATTACKS):
@@ -91,7 +91,7 @@ def _sha256(images: Images, row: int) -> str:
 def read(out: Path) -> list[Outcome]:
     """The outcomes in OUT/queries.jsonl; none where there is no such file.
 
-    A last line that a crash left torn is no outcome. Raises ValueError for other malformed lines.
+    Skips a last line that a crash has torn. Raises ValueError for other malformed lines.
     """
     file = out / FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -129,8 +129,9 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
 
 
 def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bool:
-    """Whether two answers to one image are one model's, which another CPU may compute a little
-    differently; so is whatever was not said."""
+    """Whether two answers to one image may be one model's on two CPUs; an empty one may be
+    anybody's.
+    """
     if not (was and now):
         return True
     one, other = ({int(index): share for index, share in pairs} for pairs in (was, now))

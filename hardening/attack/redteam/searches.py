@@ -18,7 +18,7 @@ STARTS = 100
 def starts(images: Images, label: int, generator: np.random.Generator) -> Iterator[Floats]:
     """Where decision-based attacks may begin: float32 (1, 3, H, W), images of other classes first.
 
-    ART begins in noise only, drawn without a seed, and detectors flag noise.
+    ART begins in unseeded noise alone, and detectors flag noise.
     """
     others = np.flatnonzero(images.label.numpy() != label)
     for row in generator.permutation(others)[:STARTS]:
@@ -55,8 +55,8 @@ def square(probe: Probe, begin: Iterator[Floats]) -> None:
 def simba(probe: Probe, begin: Iterator[Floats]) -> None:
     """SimBA with low frequencies first, which follows confidences; `begin` is unused.
 
-    SimBA knows no Linf ball, so every image is projected onto it before it is sent. One step is a
-    cosine as high as the ball allows: of a unit step (H/2)-fold, since its peak is 2/H.
+    Every image is projected onto the Linf ball, of which SimBA has no notion. One step is a cosine
+    as high as the ball allows: of a unit step (H/2)-fold, since its peak is 2/H.
     """
     from art.attacks.evasion import SimBA
 
@@ -98,11 +98,11 @@ def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
 
 
 def oars(probe: Probe, begin: Iterator[Floats]) -> None:
-    """Random search that looks for the smallest steps which the endpoint still answers.
+    """Random search for the smallest steps that the endpoint still answers (OARS, Feng et al.
+    2023).
 
-    Against detection of query attacks, after OARS (Feng et al., CCS 2023): a step that is not
-    answered makes the next ones larger, one that is makes them smaller. A step sets some blocks of
-    pixels to the ball's edge. Follows confidences; `begin` is unused.
+    An unanswered step makes the next ones larger, an answered one smaller. A step sets some blocks
+    of pixels to the ball's edge. Follows confidences; `begin` is unused.
     """
     eps, side = probe.settings.eps / 255, probe.image.shape[0]
     generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
