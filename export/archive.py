@@ -86,10 +86,7 @@ def archive(
     `plan` is the one of `rampart export --tensorrt` to serve. `version` tells archives of one name
     apart. `settings` override the model YAML's top level, and its entry `rampart` the policy.
     """
-    if out.suffix != ".mar":
-        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
-        raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
+    check_names(out, version)
     if plan and precision == "int8":
         raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
     settings = settings or {}
@@ -107,9 +104,7 @@ def archive(
         )
         if plan:
             policy["device"] = "plan"
-            check_record(plan, work / GRAPH)
-            shutil.copy(plan, work / PLAN)
-            shutil.copy(record_file(plan), record_file(work / PLAN))
+            add_plan(plan, work)
         for name in SOURCES:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PACKAGE.parent / name, work / name)
@@ -123,6 +118,21 @@ def archive(
         (work / "model-config.yaml").write_text(model_yaml)
         pack(work, out, version=version)
     return parity
+
+
+def check_names(out: Path, version: str) -> None:
+    """Raise ValueError for names that TorchServe does not take."""
+    if out.suffix != ".mar":
+        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
+        raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
+
+
+def add_plan(plan: Path, work: Path) -> None:
+    """Copy a plan and its record beside the graph that it must be made of."""
+    check_record(plan, work / GRAPH)
+    shutil.copy(plan, work / PLAN)
+    shutil.copy(record_file(plan), record_file(work / PLAN))
 
 
 def pack(work: Path, out: Path, *, version: str) -> None:

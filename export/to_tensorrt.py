@@ -65,6 +65,13 @@ def trtexec_line(graph: Path, plan: Path, size: int) -> str:
     return " ".join([*fixed, *options, f"--saveEngine={plan}"])
 
 
+def advice(plan: Path, size: int) -> str:
+    """What to try where TensorRT's Python package builds no plan."""
+    graph = plan.with_suffix(".onnx")
+    line = trtexec_line(graph, plan, size)
+    return f"With NVIDIA's own tool, on what `rampart export --out {graph}` writes: {line}"
+
+
 def timing_name(graph: Path, *, gpu: str, tensorrt: str) -> str:
     """The file of tactics that were timed for this very build; no other build may use them."""
     facts = [gpu, tensorrt, str(BATCHES), sha256(graph)]
@@ -160,12 +167,7 @@ def to_tensorrt(
         try:
             version = build(graph, draft, plan.parent)
         except RuntimeError as error:
-            exported = plan.with_suffix(".onnx")
-            line = trtexec_line(exported, plan, images.shape[1])
-            raise RuntimeError(
-                f"{error}. With NVIDIA's own tool, on what `rampart export --out {exported}`"
-                f" writes: {line}"
-            ) from error
+            raise RuntimeError(f"{error}. {advice(plan, images.shape[1])}") from error
         write_record(draft, graph, version=version, parity="running")
         engine = PlanEngine(draft, graph)
         table = load_variant(folder, variant, precision)

@@ -300,7 +300,8 @@ class Model:
         for variant in self.variants:
             engine = self.engine(variant, precision)
             table, pipeline = self.calibration(variant, precision), self.pipeline(variant)
-            arm = partial(victims.lower_victim, pipeline.to(device), table, engine.digest)
+            graph = victims.StraightThrough(pipeline.to(device), engine)
+            arm = partial(victims.pipeline_victim, graph, table, engine.digest)
             out.append(arm(precision=precision, rate=rate, engine=engine))
         return out
 

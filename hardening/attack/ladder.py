@@ -23,7 +23,7 @@ from rampart.hardening.attack.objectives import (
     targeted,
     untargeted,
 )
-from rampart.hardening.attack.pgd import Objective, Threat, apgd, pgd, random_start
+from rampart.hardening.attack.pgd import Objective, Outcome, Threat, apgd, pgd, random_start
 from rampart.hardening.model.pixels import to_float, to_uint8
 
 
@@ -74,12 +74,11 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
     if budget.standard and classes >= 10:
         attack = AutoAttack(Logits(), version="standard", **common)
     else:
-        names = list(parts(budget, classes))
+        names, targets = list(parts(budget, classes)), min(budget.targets, classes - 1)
         attack = AutoAttack(Logits(), version="custom", attacks=names, **common)
         attack.apgd.n_iter = attack.apgd_targeted.n_iter = budget.steps
         attack.apgd.n_restarts = attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
-        attack.apgd_targeted.n_target_classes = min(budget.targets, classes - 1)
-        attack.fab.n_target_classes = min(budget.targets, classes - 1)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         attack.square.n_queries = budget.queries
     attack.verbose = False
     found, _ = attack.run_standard_evaluation(x.contiguous(), label, batch_size=len(x))
@@ -113,13 +112,11 @@ class Hunt:
         self.attacks += 1
         if not len(left):
             return
-        found, won = apgd(
-            lambda x, rows: objective(x, left[rows]),
-            self.x[left],
-            self.threat,
-            steps=self.steps,
-            start=start,
-        )
+
+        def on_left(x: Tensor, rows: Tensor) -> Outcome:
+            return objective(x, left[rows])
+
+        found, won = apgd(on_left, self.x[left], self.threat, steps=self.steps, start=start)
         with torch.no_grad():
             value = self.measure(found, left).value
         closer = won | (value > self.value[left])
@@ -193,11 +190,6 @@ class Attack:
     chosen: Callable[[Budget], bool] = lambda budget: True
 
 
-def standard_effort(budget: Budget, classes: int) -> str:
-    """How figures name AutoAttack; with fewer than four classes it is not the standard one."""
-    return "AutoAttack, standard" if classes >= 4 else short_effort(budget, classes)
-
-
 def short_effort(budget: Budget, classes: int) -> str:
     """How figures name a part of AutoAttack."""
     return f"{' + '.join(parts(budget, classes).values())}, {budget}"
@@ -215,8 +207,8 @@ RUNGS = (
         "pgd20",
         "label",
         pgd20,
-        lambda budget, classes: "PGD, 20 steps of eps/4",
-        lambda budget: 21,
+        lambda *_: "PGD, 20 steps of eps/4",
+        lambda _: 21,
         meaning="label right under PGD-20",
         title="PGD-20",
         shares=SMALL,
@@ -225,7 +217,8 @@ RUNGS = (
         "autoattack",
         "label",
         autoattack,
-        standard_effort,
+        # With fewer than four classes it is not the standard one.
+        lambda b, classes: "AutoAttack, standard" if classes >= 4 else short_effort(b, classes),
         lambda budget: 2 * autoattack_passes(budget),
         meaning="label right under AutoAttack",
         title="AutoAttack",

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import Calibration, combine, p_values
 from rampart.hardening.attack.objectives import Look, View, look_at
 from rampart.hardening.model.arrays import Bools, Floats
-from rampart.hardening.model.calibrate import threshold
-from rampart.hardening.model.card import Subject
+from rampart.hardening.model.calibrate import outputs_of, threshold
+from rampart.hardening.model.card import FP32, Subject
 from rampart.hardening.model.pipeline import Defended, Outputs
 from rampart.hardening.model.pixels import to_float, to_uint8
 
@@ -66,13 +66,13 @@ def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str)
         guess = batched(model, x).argmax(1).cpu().numpy()
         return Answer(guess, np.ones(len(guess), bool), np.zeros(len(guess)))
 
-    def deployed(image: Tensor) -> Answer:
-        return answer(to_float(image))
-
     def look(x: Tensor) -> View:
         return View(model(x))
 
-    return Victim(Subject(kind), fingerprint, False, look, look, fingerprint, answer, deployed)
+    subject, key = Subject(kind), fingerprint
+    return Victim(
+        subject, key, False, look, look, key, answer, lambda image: answer(to_float(image))
+    )
 
 
 class StraightThrough:
@@ -88,8 +88,7 @@ class StraightThrough:
         own = self.graph(x)
         if not wants_gradient(x):
             return own
-        smooth = self.pipeline.defend(x)
-        return Outputs(*(carried(to, value) for to, value in zip(own, smooth, strict=True)))
+        return Outputs(*map(carried, own, self.pipeline.defend(x)))
 
     def label_logits(self, x: Tensor) -> Tensor:
         """The graph's logits (N, K)."""
@@ -113,21 +112,6 @@ def carried(value: Tensor, by: Tensor) -> Tensor:
     return by + (value - by).detach()
 
 
-def lower_victim(
-    pipeline: Defended,
-    calibration: Calibration,
-    fingerprint: str,
-    *,
-    precision: str,
-    rate: float,
-    engine: Engine,
-) -> Victim:
-    """An fp16 or int8 graph, as `engine` runs it, of `pipeline` and calibrated for itself."""
-    straight = StraightThrough(pipeline, engine)
-    victim = pipeline_victim(straight, calibration, fingerprint, rate=rate, engine=engine)
-    return victim._replace(subject=replace(victim.subject, precision=precision))
-
-
 def pipeline_victim(
     pipeline: Defended,
     calibration: Calibration,
@@ -135,6 +119,7 @@ def pipeline_victim(
     *,
     rate: float,
     engine: Engine | None = None,
+    precision: str = FP32,
 ) -> Victim:
     """The pipeline as the endpoint decides: rejected where p < `rate`.
 
@@ -142,9 +127,10 @@ def pipeline_victim(
     where the calibration has too few images for `rate`.
     """
     if math.isinf(threshold(calibration, rate)):
+        n = calibration.images
         raise ValueError(
-            f"{calibration.images} calibration images cannot back a false-alarm rate of {rate:g}:"
-            f" the least is {2 / (calibration.images + 1):.2g}"
+            f"{n} calibration images cannot back a false-alarm rate of {rate:g}: pass a rate of"
+            f" {2 / (n + 1):.2g} or more"
         )
 
     def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:
@@ -152,10 +138,7 @@ def pipeline_victim(
         return Answer(logits.argmax(1), accepted, combine(scores, calibration))
 
     def answer(x: Tensor) -> Answer:
-        with torch.no_grad():
-            out = [pipeline.defend(part) for part in torch.split(x, 128)]
-        logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
-        return judge(logits, scores)
+        return judge(*outputs_of(pipeline.defend, x, 128))
 
     def deployed(image: Tensor) -> Answer:
         if engine is None:
@@ -166,24 +149,19 @@ def pipeline_victim(
     table = hashlib.sha256(calibration.combined.tobytes() + calibration.knots.tobytes())
     own = f"{fingerprint} {calibration.variant}"
     return Victim(
-        Subject("pipeline", calibration.variant),
+        Subject("pipeline", calibration.variant, precision),
         f"{own} {table.hexdigest()[:16]} {rate}",
         True,
         look_at(pipeline, calibration, rate),
         lambda x: View(pipeline.label_logits(x)),
         own,
-        answer=answer,
-        deployed=deployed,
+        answer,
+        deployed,
     )
 
 
-def plain_subject(subject: Subject) -> Subject:
-    """Who `max_softmax_victim` is, of a pipeline."""
-    return replace(subject, kind="max_softmax")
-
-
 def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
-    """Rejects low confidence, as many of `image` uint8 (N, H, W, 3) as `victim`, which favours it."""
+    """Reject low confidence, on as many of `image` uint8 (N, H, W, 3) as `victim` rejects."""
 
     def logits_of(x: Tensor) -> Tensor:
         return victim.label_look(x).logits
@@ -192,22 +170,18 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
     rejected = int((~victim.deployed(image).accepted).sum())
     bar = float(clean.sort().values[rejected])  # exactly that many clean images are below
 
-    def margin_of(logits: Tensor) -> Tensor:
-        return bar - logits.softmax(1).amax(1) - 1e-7
-
-    def look(x: Tensor) -> View:
-        logits = logits_of(x)
-        return View(logits, margin_of(logits))
+    def view(logits: Tensor) -> View:
+        return View(logits, bar - logits.softmax(1).amax(1) - 1e-7)
 
     def answer(x: Tensor) -> Answer:
-        logits = batched(logits_of, x)
-        margin = margin_of(logits).cpu().numpy()
+        logits, margins = view(batched(logits_of, x))
+        margin = cast(Tensor, margins).cpu().numpy()
         return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 
     return victim._replace(
-        subject=plain_subject(victim.subject),
+        subject=replace(victim.subject, kind="max_softmax"),
         fingerprint=f"{victim.label_fingerprint} max-softmax {bar:.6f}",
-        look=look,
+        look=lambda x: view(logits_of(x)),
         answer=answer,
         deployed=lambda image: answer(to_float(image)),
     )

@@ -148,14 +148,9 @@ def arm(
 
 def ladder(every: list[Attacked], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
     """Attacks on the label of what never rejects; joint ones, at each rate, on what does."""
-    return [
-        rung
-        for attacked in every
-        for victim in attacked.victims
-        for rung in rungs_on(
-            victim, "joint" if victim.rejects else "label", threat, budget, classes=classes
-        )
-    ]
+    rungs = partial(rungs_on, threat=threat, budget=budget, classes=classes)
+    victims = [victim for attacked in every for victim in attacked.victims]
+    return [rung for v in victims for rung in rungs(v, "joint" if v.rejects else "label")]
 
 
 def outcome(attacked: Attacked, found: list[Tensor], images: Images, threat: Threat) -> Outcome:
@@ -189,9 +184,12 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     took = timings([outcome.attacked.engine for outcome in outcomes])
     out = []
     for outcome, milliseconds in zip(outcomes, took, strict=True):
-        row: dict[str, Any] = {"name": outcome.attacked.setup.name}
-        row |= {"clean": share(outcome.right), "robust": share(np.isinf(outcome.least))}
-        row |= {"milliseconds": milliseconds}
+        row: dict[str, Any] = {
+            "name": outcome.attacked.setup.name,
+            "clean": share(outcome.right),
+            "robust": share(np.isinf(outcome.least)),
+            "milliseconds": milliseconds,
+        }
         if outcome.attacked.calibration is not None:
             row["at"] = [at(rate, outcome, outcomes[0], plain) for rate in RATES]
         out.append(row)
@@ -235,11 +233,6 @@ def default(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"variant": "full" if low > 0 else "lean", "why": why}
 
 
-def effort(aim: Aim, budget: Budget, classes: int) -> str:
-    """The attacks with one aim, as the card names them."""
-    return ", ".join(attack.effort(budget, classes) for attack in rungs_of(aim, budget))
-
-
 def entry(
     outcomes: list[Outcome],
     threat: Threat,
@@ -251,13 +244,16 @@ def entry(
 ) -> dict[str, Any]:
     """What the card says of an ablation on images that `data` names."""
     aims = ", ".join(f"{rate:.0%}" for rate in AIMS)
-    label, joint = effort("label", budget, classes), effort("joint", budget, classes)
+
+    def effort(aim: Aim) -> str:
+        return ", ".join(attack.effort(budget, classes) for attack in rungs_of(aim, budget))
+
     return {
         "data": data,
         "n": len(outcomes[0].right),
         "threat_model": str(threat),
-        "attack": f"on labels {label}; on what rejects {joint}, which wants to be accepted at"
-        f" {aims} false alarms (other rates are read off what it found)",
+        "attack": f"on labels {effort('label')}; on what rejects {effort('joint')}, which wants to"
+        f" be accepted at {aims} false alarms (other rates are read off what it found)",
         "rows": rows(outcomes),
         "command": command,
     }

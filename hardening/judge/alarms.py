@@ -8,14 +8,12 @@ through the endpoint's own decoder, and on photographs of scenes that the classi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from scipy.stats import betabinom, binomtest
 from skimage.data import data_dir
 from torch import Tensor
@@ -25,12 +23,12 @@ from rampart.handlers.image import decode, fit
 from rampart.handlers.verdict import Calibration, drift, p_values
 from rampart.hardening.judge.metrics import rounded, wilson
 from rampart.hardening.model.arrays import Floats
-from rampart.hardening.model.calibrate import scores_of
+from rampart.hardening.model.calibrate import outputs_of, scores_of
 from rampart.hardening.model.card import cell_text
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import as_file
 
-Pixels = NDArray[np.uint8]
 Send = Callable[[Image.Image], bytes]
 
 # Colour photographs that scikit-image carries, and how many crops of each are sent.
@@ -42,40 +40,15 @@ WORTH_NAMING = 2  # times the promised rate
 TAKEN_FOR = "taken for"
 
 
-def saved(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
-    """The picture as a file."""
-    buffer = BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def scaled(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
-    """The picture with its sides multiplied."""
-    width, height = picture.size
-    return picture.resize((round(width * factor), round(height * factor)), how)
-
-
 def enlarged(picture: Image.Image) -> bytes:
     """As a large JPEG, which the endpoint scales down."""
     factor = min(7.0, 2000 / max(picture.size))
-    return saved(scaled(picture, factor, Image.Resampling.BICUBIC), "JPEG", quality=95)
-
-
-def screenshot(picture: Image.Image) -> bytes:
-    """As a browser shows it at two and a half times its size."""
-    return saved(scaled(picture, 2.5, Image.Resampling.BILINEAR))
-
-
-def blurred(picture: Image.Image) -> bytes:
-    """Slightly out of focus: a Gaussian of half a pixel."""
-    return saved(picture.filter(ImageFilter.GaussianBlur(0.5)))
+    return as_file(ImageOps.scale(picture, factor), "JPEG", quality=95)
 
 
 def cropped(picture: Image.Image) -> bytes:
-    """A tenth of each side cut away; the endpoint scales it up again."""
-    width, height = picture.size
-    left, top = width // 10, height // 10
-    return saved(picture.crop((left, top, width, height)))
+    """Without a tenth at the left and at the top; the endpoint scales it up again."""
+    return as_file(ImageOps.crop(picture, (picture.width // 10, picture.height // 10, 0, 0)))
 
 
 def noisy(picture: Image.Image) -> bytes:
@@ -83,18 +56,18 @@ def noisy(picture: Image.Image) -> bytes:
     pixels = np.asarray(picture)
     draws = np.random.default_rng(int(pixels.sum()))
     grain = (pixels + draws.normal(0, 3, pixels.shape)).round().clip(0, 255)
-    return saved(Image.fromarray(grain.astype(np.uint8)), "JPEG", quality=90)
+    return as_file(Image.fromarray(grain.astype(np.uint8)), "JPEG", quality=90)
 
 
 AS_RANKED = "PNG, as ranked"
 WAYS: dict[str, Send] = {
-    AS_RANKED: saved,
+    AS_RANKED: as_file,
     "enlarged, JPEG": enlarged,
-    "JPEG, quality 95": lambda picture: saved(picture, "JPEG", quality=95),
-    "JPEG, quality 75": lambda picture: saved(picture, "JPEG", quality=75),
-    "JPEG, quality 50": lambda picture: saved(picture, "JPEG", quality=50),
-    "screenshot": screenshot,
-    "slight blur": blurred,
+    "JPEG, quality 95": lambda picture: as_file(picture, "JPEG", quality=95),
+    "JPEG, quality 75": lambda picture: as_file(picture, "JPEG", quality=75),
+    "JPEG, quality 50": lambda picture: as_file(picture, "JPEG", quality=50),
+    "screenshot": lambda picture: as_file(ImageOps.scale(picture, 2.5, Image.Resampling.BILINEAR)),
+    "slight blur": lambda picture: as_file(picture.filter(ImageFilter.GaussianBlur(0.5))),
     "small crop": cropped,
     "phone noise": noisy,
 }
@@ -102,8 +75,7 @@ WAYS: dict[str, Send] = {
 
 def sent(image: Tensor, way: Send) -> Tensor:
     """Images uint8 (N, H, W, 3) as the endpoint decodes them after they came that `way`."""
-    size = image.shape[1]
-    pixels = [decode(way(Image.fromarray(one)), size) for one in image.cpu().numpy()]
+    pixels = [decode(way(Image.fromarray(one)), image.shape[1]) for one in image.cpu().numpy()]
     return torch.from_numpy(np.stack(pixels)).to(image.device)
 
 
@@ -136,16 +108,14 @@ def false_alarms(
     for name, way in tqdm(WAYS.items(), leave=False):
         image = sent(images.image, way)
         for judged in every:
-            p = p_of(judged, image)
-            low, high = wilson((p < rate).mean(), len(p))
-            yield figures(judged, name, p, (low, high), rate)
+            yield figures(judged, name, p_of(judged, image), rate)
     crops = photographs(images.image.shape[1]).to(images.image.device)
     for judged in every:
         p = p_of(judged, crops)
         # Crops of one photograph are no independent images: the range over photographs is given.
         each = (p.reshape(len(PHOTOGRAPHS), CROPS) < rate).mean(1)
         name = f"{len(p)} crops of {len(PHOTOGRAPHS)} photographs, with their range"
-        row = figures(judged, name, p, (each.min(), each.max()), rate)
+        row = figures(judged, name, p, rate, (each.min(), each.max()))
         many = sum(wilson(share, CROPS)[0] > rate for share in each)
         yield row | {"too_many": many > 1 and row["value"] > WORTH_NAMING * rate}
 
@@ -154,25 +124,22 @@ def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterato
     """How many of `images`, which rank nothing, are flagged in each class they are taken for."""
     looks = len(every) * len(images.classes)
     for judged in every:
-        with torch.no_grad():
-            out = [judged.pipeline(part) for part in torch.split(images.image, 256)]
-        logits, scores = (torch.cat([o[i] for o in out]).cpu().numpy() for i in (0, 2))
+        logits, scores = outputs_of(judged.pipeline, images.image)
         ranks, guess = p_values(scores, judged.calibration), logits.argmax(1)
-        for index, name in enumerate(images.classes):
+        for index in np.unique(guess):
             p = ranks[guess == index]
-            if len(p):
-                interval = wilson((p < rate).mean(), len(p))
-                row = figures(judged, f"{TAKEN_FOR} {name}", p, interval, rate)
-                # Of so many looks at few images each some are high by chance (Bonferroni).
-                chance = binomtest(int((p < rate).sum()), len(p), rate, alternative="greater")
-                yield row | {"too_many": row["too_many"] and bool(chance.pvalue < 0.025 / looks)}
+            row = figures(judged, f"{TAKEN_FOR} {images.classes[index]}", p, rate)
+            # Of so many looks at few images each some are high by chance (Bonferroni).
+            chance = binomtest(int((p < rate).sum()), len(p), rate, alternative="greater")
+            yield row | {"too_many": row["too_many"] and bool(chance.pvalue < 0.025 / looks)}
 
 
 def figures(
-    judged: Judged, way: str, p: Floats, interval: tuple[float, float], rate: float
+    judged: Judged, way: str, p: Floats, rate: float, interval: tuple[float, float] | None = None
 ) -> dict[str, Any]:
     """One row of the card, from the p-values (N,) of images that came this way."""
     value = float((p < rate).mean())
+    interval = interval or wilson(value, len(p))
     return {"way": way, "variant": judged.calibration.variant, **rounded(value, interval)} | {
         "n": len(p),
         "drift": round(drift(p), 3),
@@ -238,19 +205,19 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
     head = ["clean images as they come", "images"]
     for variant in variants:
         head += [f"{variant}: flagged", "drift"]
-    body = []
+    body: dict[str, list[str]] = {}
     for way in dict.fromkeys(row["way"] for row in rows):
-        mine = {row["variant"]: row for row in rows if row["way"] == way}
+        same = {row["variant"]: row for row in rows if row["way"] == way}
         # Variants may take different images for one class.
-        cells = [way, ", ".join(dict.fromkeys(str(row["n"]) for row in mine.values()))]
+        body[way] = [", ".join(dict.fromkeys(str(row["n"]) for row in same.values()))]
         for variant in variants:
-            if row := mine.get(variant):
-                flagged = cell_text(row) + (" too many" if row["too_many"] else "")
-                cells += [flagged, f"{row['drift']:.3f}"]
-            else:
-                cells += ["-", "-"]
-        body.append(tuple(cells))
-    return tuple(head), body
+            body[way] += flag_cells(same[variant]) if variant in same else ["-", "-"]
+    return tuple(head), [(way, *cells) for way, cells in body.items()]
+
+
+def flag_cells(row: dict[str, Any]) -> list[str]:
+    """The share flagged and the drift of one row."""
+    return [cell_text(row) + " too many" * row["too_many"], f"{row['drift']:.3f}"]
 
 
 def in_words(point: dict[str, Any]) -> str:

@@ -70,26 +70,9 @@ class Rung(NamedTuple):
         return self.attack.name
 
     @property
-    def aim(self) -> Aim:
-        """That of its attack."""
-        return self.attack.aim
-
-    @property
     def look(self) -> Look:
         """What is attacked: the label alone, which is cheaper, or all of the victim."""
-        return self.victim.label_look if self.aim == "label" else self.victim.look
-
-    @property
-    def fingerprint(self) -> str:
-        """What it depends on beside attack and threat."""
-        label, whole = self.victim.label_fingerprint, self.victim.fingerprint
-        return label if self.aim == "label" else whole
-
-    def craft(self, x: Tensor, label: Tensor) -> Tensor:
-        """Attack x (N, 3, H, W) with the labels (N,)."""
-        craft = partial(self.attack.craft, threat=self.threat, budget=self.budget)
-        attacked: Tensor = craft(self.look, x, label)
-        return attacked
+        return self.victim.label_look if self.attack.aim == "label" else self.victim.look
 
 
 def rungs_on(
@@ -136,11 +119,14 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
     """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
     found = []
     for rung in ladder:
-        bare = rung.victim.name in BARE
-        source = attack_source(LABEL_CODE if bare else PIPELINE_CODE)
-        key = f"{source} {rung.fingerprint} {rung.name} {rung.effort} {rung.threat}"
-        title = f"{rung.victim.name}, {rung.name}, {rung.threat}"
-        found.append(Found(rung, cache.crafted(folder, key, images, rung.craft, title=title)))
+        victim, attack = rung.victim, rung.attack
+        source = attack_source(LABEL_CODE if victim.name in BARE else PIPELINE_CODE)
+        label, whole = victim.label_fingerprint, victim.fingerprint
+        target = label if attack.aim == "label" else whole
+        key = f"{source} {target} {rung.name} {rung.effort} {rung.threat}"
+        title = f"{victim.name}, {rung.name}, {rung.threat}"
+        craft = partial(attack.craft, rung.look, threat=rung.threat, budget=rung.budget)
+        found.append(Found(rung, cache.crafted(folder, key, images, craft, title=title)))
     return found
 
 
@@ -163,7 +149,7 @@ def estimate(
     for victim in victims:
         planned = chosen(ladder([victim], threat, budget, len(images.classes)), threat, only)
         # The max-softmax alternative is attacked with the same budget.
-        planned += [rung for rung in planned if rung.aim == "joint" and not only]
+        planned += [rung for rung in planned if rung.attack.aim == "joint" and not only]
         passes = {victim.label_look: 0.0, victim.look: 0.0}
         for rung in planned:
             passes[rung.look] += rung.attack.passes(budget) / 2 * len(images)
@@ -180,6 +166,13 @@ def estimate(
 def chosen(every: list[Rung], threat: Threat, only: list[str]) -> list[Rung]:
     """The rungs at full eps that `only` names; all, at every eps, where it names none."""
     return [r for r in every if not only or (r.name in only and r.threat == threat)]
+
+
+def check_names(every: list[Rung], only: list[str]) -> None:
+    """Raise ValueError where `only` names an attack that is not among the rungs."""
+    names = sorted({rung.name for rung in every})
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(names)}")
 
 
 class Record(NamedTuple):
@@ -241,7 +234,7 @@ def attack_figures(record: Record) -> Iterator[Metric]:
         rung, after = moved
         how = rung._replace(effort=f"{rung.effort}, made on the undefended twin")
         yield record.metric("transfer", clean.right & after.right, how)
-    for name, aim in {rung.name: rung.aim for rung, _ in record.under}.items():
+    for name, aim in {rung.name: rung.attack.aim for rung, _ in record.under}.items():
         if not (mine := record.attacks(name)):
             continue
         rung, after = mine[-1]
@@ -352,11 +345,8 @@ def evaluate(
     rejecting = [] if only else [v for v in victims if v.rejects]
     plain = {v.name: max_softmax_victim(v, images.image) for v in rejecting}
     whole = ladder([*victims, *plain.values()], threat, budget, len(images.classes))
-    names = sorted({rung.name for rung in whole})
-    if unknown := sorted(set(only) - set(names)):
-        raise ValueError(f"no attack {', '.join(unknown)}: choose among {', '.join(names)}")
-    rungs = chosen(whole, threat, only)
-    if not rungs:
+    check_names(whole, only)
+    if not (rungs := chosen(whole, threat, only)):
         raise ValueError(f"{', '.join(only)} is made on the classifier: leave out --variant")
     found = climb(rungs, images, folder)
     everyone = [*victims, *plain.values()]
@@ -412,7 +402,6 @@ def self_checks(
 
 def outcome_checks(record: Record) -> Iterator[Check]:
     """Checks of what the rungs found: transfer against gradients, ignoring against joint."""
-
     name, clean, static = record.victim.name, record.clean, record.own("pgd20")[1]
     if moved := record.transfer():
         white, blind = (float((clean.right & after.right).mean()) for after in (static, moved[1]))

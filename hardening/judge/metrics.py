@@ -66,12 +66,9 @@ def detection(clean: Floats, attacked: Floats) -> dict[str, tuple[float, tuple[f
 
     Bootstraps both, since the clean ones set the threshold; at least 3 / min(N, M) to either side.
     """
-    generator = np.random.default_rng(0)
+    draw = np.random.default_rng(0).choice
     draws = [
-        detection_rates(
-            generator.choice(clean, len(clean)), generator.choice(attacked, len(attacked))
-        )
-        for _ in range(999)
+        detection_rates(draw(clean, len(clean)), draw(attacked, len(attacked))) for _ in range(999)
     ]
     value, least = detection_rates(clean, attacked), 3 / min(len(clean), len(attacked))
     low, high = np.quantile(draws, (0.025, 0.975), axis=0)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from skimage.data import data_dir
+from skimage.metrics import peak_signal_noise_ratio as psnr
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as change
@@ -27,12 +27,13 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import Look, as_loss, mislead, untargeted
 from rampart.hardening.attack.pgd import Loss, Threat, better, pgd
 from rampart.hardening.attack.victims import Victim
-from rampart.hardening.judge.alarms import PHOTOGRAPHS, saved
+from rampart.hardening.judge.alarms import PHOTOGRAPHS
 from rampart.hardening.judge.evaluate import PIPELINE_CODE, attack_source, replay
 from rampart.hardening.judge.metrics import share
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.card import cell_text
 from rampart.hardening.model.images import Images
-from rampart.hardening.model.pixels import to_float, to_uint8
+from rampart.hardening.model.pixels import as_file, to_float, to_uint8
 
 L2 = Threat("L2", 0.5)
 # A sticker: its share of the side, the places that are tried out, and the steps at each.
@@ -173,32 +174,22 @@ def scaling(size: int) -> dict[str, Any]:
     20 anybody sees it. Beside it the same where pixels are picked (nearest neighbour).
     """
     large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
-    pictures = [square(name, large) for name in PHOTOGRAPHS]
+    pictures = [decode((Path(data_dir) / name).read_bytes(), large) for name in PHOTOGRAPHS]
     found = []
     for shown, hidden in zip(pictures, pictures[1:] + pictures[:1], strict=True):
-        target = decode(saved(Image.fromarray(hidden)), size)
+        target = decode(as_file(Image.fromarray(hidden)), size)
         forged = forge(shown, target, Image.Resampling.BICUBIC)
         picked = forge(shown, target, Image.Resampling.NEAREST)
-        small = decode(saved(Image.fromarray(forged)), size).astype(int)
-        psnrs = [psnr(shown, other) for other in (forged, picked)]
+        small = decode(as_file(Image.fromarray(forged)), size).astype(int)
+        psnrs = [psnr(shown, other) for other in (forged, picked)]  # type: ignore[no-untyped-call]
         found.append([*psnrs, np.abs(small - target).mean()])
     means = np.mean(found, axis=0).round(1).tolist()
     names = ("psnr", "psnr_nearest", "levels_off_target")
-    return {
-        "pictures": len(pictures),
-        "pixels": [large, size],
-        **dict(zip(names, means, strict=True)),
-    }
+    figures = dict(zip(names, means, strict=True))
+    return {"pictures": len(pictures), "pixels": [large, size], **figures}
 
 
-def square(name: str, side: int) -> NDArray[np.uint8]:
-    """One of scikit-image's photographs as uint8 (side, side, 3)."""
-    return decode((Path(data_dir) / name).read_bytes(), side)
-
-
-def forge(
-    shown: NDArray[np.uint8], target: NDArray[np.uint8], how: Image.Resampling
-) -> NDArray[np.uint8]:
+def forge(shown: Pixels, target: Pixels, how: Image.Resampling) -> Pixels:
     """`shown` (S, S, 3) with the least change (in L2) that scales down to `target` (s, s, 3)."""
     eye = Image.fromarray(np.eye(len(shown), dtype=np.float32))
     rows = np.asarray(eye.resize((len(shown), len(target)), how), dtype=np.float64)  # (s, S)
@@ -209,29 +200,18 @@ def forge(
     return forged.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def psnr(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    error = np.square(one.astype(np.float64) - two).mean()
-    return float(10 * np.log10(255**2 / error))
-
-
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of the rows, a column a victim."""
-    who = list(dict.fromkeys((row["subject"], row["variant"]) for row in rows))
     head = ["threat", "images"]
-    for subject, variant in who:
+    for subject, variant in dict.fromkeys((row["subject"], row["variant"]) for row in rows):
         name = subject if variant == "-" else variant
         head += [f"{name}: right"] + ([f"{name}: right or rejected"] if variant != "-" else [])
-    body = []
-    for threat in dict.fromkeys(row["threat"] for row in rows):
-        mine = [row for row in rows if row["threat"] == threat]
-        cells = [threat, str(mine[0]["n"])]
-        for row in mine:
-            cells.append(cell_text(row["right"]))
-            if row["variant"] != "-":
-                cells.append(cell_text(row["right_or_rejected"]))
-        body.append(tuple(cells))
-    return tuple(head), body
+    body: dict[str, list[str]] = {}
+    for row in rows:
+        cells = body.setdefault(row["threat"], [str(row["n"])])
+        shares = ("right", "right_or_rejected") if row["variant"] != "-" else ("right",)
+        cells += [cell_text(row[share]) for share in shares]
+    return tuple(head), [(threat, *cells) for threat, cells in body.items()]
 
 
 def in_words(scaled: dict[str, Any]) -> str:

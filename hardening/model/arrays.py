@@ -5,3 +5,4 @@ from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Pixels = NDArray[np.uint8]

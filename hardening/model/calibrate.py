@@ -8,10 +8,13 @@ Vovk et al. 2005; Bates et al. 2023).
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rampart.handlers.engine import Engine
@@ -21,18 +24,25 @@ from rampart.hardening.model.files import Precision as Precision
 from rampart.hardening.model.files import calibration_file as calibration_file
 from rampart.hardening.model.files import load_variant as load_variant
 from rampart.hardening.model.images import Images, split
-from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.model.pipeline import DefendedClassifier, Outputs, Variant
 
 KNOTS = 33
 
 
+def outputs_of(
+    run: Callable[[Tensor], Outputs], x: Tensor, size: int = 256
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits (N, K) and scores (N, D) that `run` gives x, `size` images at a time."""
+    with torch.no_grad():
+        every = [run(part) for part in torch.split(x, size)]
+    logits, scores = (torch.cat([out[i] for out in every]).cpu().numpy() for i in (0, 2))
+    return logits, scores
+
+
 def scores_of(pipeline: DefendedClassifier, image: Tensor, engine: Engine | None = None) -> Floats:
     """Scores (N, D) of uint8 images (N, H, W, 3), through the pipeline or an exported graph."""
-    if engine is not None:
-        return engine.run(image.cpu().numpy()).scores.astype(np.float64)
-    with torch.no_grad():
-        scores = [pipeline(part).scores for part in torch.split(image, 256)]
-        return torch.cat(scores).double().cpu().numpy()
+    scores = engine.run(image.cpu().numpy()).scores if engine else outputs_of(pipeline, image)[1]
+    return scores.astype(np.float64)
 
 
 def tables(scores: Floats) -> tuple[Floats, Floats]:
@@ -59,22 +69,16 @@ def calibrate(
     knots, surprise = tables(scores_of(pipeline, split(held, "tuning").image, engine))
     unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
     combined = np.sort(combine(scores_of(pipeline, ranked.image, engine), unranked))
-    return Calibration(pipeline.detectors.names, knots, surprise, combined, len(ranked), variant)
+    return replace(unranked, combined=combined, images=len(ranked))
 
 
 def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:
     """Write a variant's calibration into a folder of model_store; `data` names its images."""
     file = calibration_file(folder, calibration.variant, precision)
-    content = {
-        "variant": calibration.variant,
-        "detectors": list(calibration.detectors),
-        "knots": calibration.knots.tolist(),
-        "surprise": calibration.surprise.tolist(),
-        "combined": calibration.combined.tolist(),
-        "images": calibration.images,
-        "data": data,
-    }
-    file.write_text(json.dumps(content) + "\n")
+    content = {"variant": calibration.variant, "detectors": list(calibration.detectors)}
+    for name in ("knots", "surprise", "combined"):
+        content[name] = getattr(calibration, name).tolist()
+    file.write_text(json.dumps(content | {"images": calibration.images, "data": data}) + "\n")
     return file
 
 
@@ -91,15 +95,13 @@ def combined(scores: Tensor, calibration: Calibration) -> Tensor:
     knots = torch.as_tensor(calibration.knots, dtype=scores.dtype, device=scores.device)
     knots = knots.contiguous()  # as searchsorted wants them
     surprise = torch.as_tensor(calibration.surprise, dtype=scores.dtype, device=scores.device)
-    total = torch.zeros_like(scores[:, 0])
+    total, middle = torch.zeros_like(scores[:, 0]), len(surprise) // 2
     for score, knot in zip(scores.unbind(1), knots, strict=True):
-        right = torch.searchsorted(knot, score.detach().contiguous(), right=True).clamp(
-            1, len(knot) - 1
-        )
+        right = torch.searchsorted(knot, score.detach().contiguous(), right=True)
+        right = right.clamp(1, len(knot) - 1)
         low, high = knot[right - 1], knot[right]
         share = (score - low) / (high - low).clamp_min(1e-12)
         inside = surprise[right - 1] + share * (surprise[right] - surprise[right - 1])
-        middle = len(knot) // 2
         slope = (surprise[-1] - surprise[middle]) / (knot[-1] - knot[middle]).clamp_min(1e-6)
         beyond = surprise[-1] + slope * (score - knot[-1])
         total = total + torch.where(score > knot[-1], beyond, inside).clamp_min(0)

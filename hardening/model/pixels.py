@@ -1,6 +1,16 @@
 """Pixels as models take them, and as files carry them."""
 
+from io import BytesIO
+
+from PIL import Image
 from torch import Tensor
+
+
+def as_file(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+    """The picture as the bytes of a file."""
+    buffer = BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The card as it is written, and its figures as tables: for the terminal, and for docs/."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -8,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.judge.metrics import Metric, wilson
 from rampart.hardening.model.card import NO_VARIANT, RATE, Figure, Subject, main_figures
@@ -69,11 +69,10 @@ def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
 
 def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
     """Append to the log of all evaluations, with the time (UTC) and the SHA-256 of the weights."""
-    with (folder / "weights.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    stamp = {"time": now, "weights": sha256(folder / "weights.safetensors")}
     with (folder / "evaluations.jsonl").open("a") as stream:
-        stream.write(json.dumps({"time": now, "weights": weights} | entry) + "\n")
+        stream.write(json.dumps(stamp | entry) + "\n")
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -50,9 +50,9 @@ def write(
         *self_checks(evaluation.checks),
         recipe(card, evaluation),
     ]
+    texts = {"model": card.get("model", path.stem), "data": figures[0].data if figures else ""}
     html = template().render(
-        model=card.get("model", path.stem),
-        data=figures[0].data if figures else "",
+        texts,
         evaluation=evaluation,
         verdict=verdict(figures, evaluation),
         failed=[check for check in evaluation.checks if not check.passed],

@@ -15,23 +15,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-from numpy.typing import NDArray
 from PIL import Image
 
-from rampart.hardening.model.arrays import Floats
+from rampart.hardening.model.arrays import Floats, Pixels
+from rampart.hardening.model.pixels import as_file
+from rampart.hardening.model.style import STYLE
 
-# A class may be called "$": no text is a formula. The salt makes the same figures the same file.
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.parse_math": False,
-    "svg.hashsalt": "rampart",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-}
 WIDTH = 4.4  # inches
 PERCENT = PercentFormatter(1, decimals=0)
 BINS = 30
@@ -100,11 +89,9 @@ def uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png(image: NDArray[np.uint8]) -> str:
+def png(image: Pixels) -> str:
     """An image uint8 (H, W, 3) as a data URI."""
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return uri("png", buffer.getvalue())
+    return uri("png", as_file(Image.fromarray(image)))
 
 
 def svg(draw: Callable[[Axes], None], *, height: float = 3.2) -> str:

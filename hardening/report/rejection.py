@@ -1,10 +1,10 @@
 """The sections on rejecting: what a threshold trades, and how well detectors tell."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from rampart.hardening.attack.victims import plain_subject
 from rampart.hardening.judge.evaluate import Evaluation, Record
 from rampart.hardening.judge.metrics import roc
 from rampart.hardening.model.arrays import Floats
@@ -39,10 +39,10 @@ def rejection(evaluation: Evaluation) -> Iterator[Section]:
     """What a moving threshold trades."""
     figures = []
     for record in pipelines(evaluation):
-        plain = evaluation.records.get(plain_subject(record.victim.subject).name)
-        both_kinds = [r for r in (record, plain) if r and own(r, JOINT)]
-        if both_kinds:
-            figures.append(rejection_figure(both_kinds))
+        plain = replace(record.victim.subject, kind="max_softmax").name
+        kinds = [record, evaluation.records.get(plain)]
+        if every := [kind for kind in kinds if kind and own(kind, JOINT)]:
+            figures.append(rejection_figure(every))
     if figures:
         words = [
             "An image is lost when its label is wrong and it is accepted. A lower threshold rejects"

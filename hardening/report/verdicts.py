@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rampart.handlers.verdict import Calibration, p_values
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.pipeline import DefendedClassifier
 
 
@@ -30,9 +29,7 @@ def describe(
     return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
 
 
-def picture(
-    panels: Sequence[tuple[str, NDArray[np.uint8], str]], path: Path, *, side: int = 288
-) -> Path:
+def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path, *, side: int = 288) -> Path:
     """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
     margin, line = 12, 26
     width = len(panels) * (side + margin) + margin

@@ -9,15 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-}
+from rampart.hardening.model.style import STYLE
+
 # Okabe and Ito's blue and orange; marker and line differ too, so that none needs colour.
 LOOKS: dict[str, dict[str, Any]] = {
     "clean": {"label": "clean", "color": "#0072B2", "marker": "o", "ls": "-"},

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -26,11 +25,10 @@ from tqdm import tqdm
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import decode
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed
-
-Pixels = NDArray[np.uint8]
 
 ARRAYS = ("image", "label", "classes", "jpeg_path")  # of an .npz file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

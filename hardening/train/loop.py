@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from rampart.hardening.train import distributed, provenance
 from rampart.hardening.train import state as states
 from rampart.hardening.train.data import Batch, Folder, shuffled
 from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
+
+if TYPE_CHECKING:
+    from rampart.hardening.train.purifier import PurifierTrainer
 
 Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Batch, float], Tensor]
@@ -87,13 +90,14 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's; BatchNorm's statistics are averaged too."""
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
-    floating = [pair for pair in pairs if pair[0].dtype.is_floating_point]
-    slow, fast = map(list, zip(*floating, strict=True))
+    slow, fast = [], []
+    for average, now in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if average.dtype.is_floating_point:
+            slow.append(average)
+            fast.append(now)
+        else:  # a counter
+            average.copy_(now)
     get_ema_multi_avg_fn(decay)(slow, fast, None)  # type: ignore[no-untyped-call]
-    for counter, now in pairs:
-        if not counter.dtype.is_floating_point:
-            counter.copy_(now)
 
 
 def accuracy(
@@ -165,8 +169,8 @@ class Run:
         """
         if not distributed.agree(self.settings):
             raise ValueError(
-                "the processes do not begin with the same images and weights: give each machine"
-                " the same files"
+                "the processes begin with different images or weights: give each machine the same"
+                " files"
             )
         state = distributed.from_first(states.read(self.folder) if distributed.first() else None)
         if state is None:
@@ -291,8 +295,8 @@ class Trainer:
         sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         weights = self.model.parameters()
         self.optimizer = sgd(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        parts: dict[str, Part] = {"model": self.model, "ema": self.ema}
-        parts |= {"optimizer": self.optimizer}
+        names = ("model", "ema", "optimizer")
+        parts: dict[str, Part] = {name: getattr(self, name) for name in names}
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
         self.run = Run(folder, settings, parts, seed=recipe.seed, mirrored=recipe.mirrored)
 
@@ -356,26 +360,41 @@ def train_classifier(
     """
     trainer = Trainer(classifier, recipe, folder, teacher=teacher)
     trainer.run.earlier = list(earlier)
-    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
-    best = folder / "classifier.safetensors"
-    if best.exists() and states.read(folder) is None:
-        raise ValueError(f"{best} is there, but no state to go on from: choose another --out")
+    file = folder / "classifier.safetensors"
+    if file.exists() and states.read(folder) is None:
+        raise ValueError(f"{file} is there, but no state to go on from: choose another --out")
+    content = {"classifier": classifier.config._asdict()}
+    best = "clean" if recipe.method == "standard" else "pgd10"
+    fit(trainer, trainer.ema, images, file, content, commands=commands, best=best)
+    return file
 
-    content = {"classifier": classifier.config._asdict(), "training": repr(recipe)}
-    content |= {"images": provenance.note(folder, train, validation)}
+
+def fit(
+    trainer: "Trainer | PurifierTrainer",
+    net: nn.Module,
+    images: tuple[Images | Folder, Images],
+    file: Path,
+    content: dict[str, Any],
+    *,
+    commands: Sequence[str],
+    best: str = "pgd10",
+) -> None:
+    """Run all epochs; `file` gets the averaged weights of the one where `net` has the `best`."""
+    recipe, run = trainer.recipe, trainer.run
+    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
+    origin = {"training": repr(recipe), "images": provenance.note(file.parent, train, validation)}
 
     def keep() -> None:
-        origin = {"history": [*earlier, trainer.run.history], "commands": list(commands)}
-        checkpoint.save(best, trainer.ema, content | origin)
+        past = {"history": [*run.earlier, run.history], "commands": list(commands)}
+        checkpoint.save(file, trainer.ema, content | origin | past)
 
-    trainer.run.fit(
+    run.fit(
         train,
         trainer.step,
-        lambda few: validate(trainer.ema, few, recipe.threat),
+        lambda few: validate(net, few, recipe.threat),
         chosen_on=validation,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         keep=keep,
-        best="clean" if recipe.method == "standard" else "pgd10",
+        best=best,
     )
-    return best

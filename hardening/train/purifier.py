@@ -21,7 +21,7 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.purifier import PurifierConfig, described, of_config
-from rampart.hardening.train import distributed, provenance
+from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch, Folder
 from rampart.hardening.train.loop import (
     Part,
@@ -29,11 +29,11 @@ from rampart.hardening.train.loop import (
     Run,
     accuracy,
     autocast,
+    fit,
     one_cycle,
     one_part,
     say,
     update_ema,
-    validate,
 )
 
 
@@ -86,13 +86,8 @@ class PurifierTrainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=recipe.lr)
-        parts: dict[str, Part] = {
-            "model": self.model,
-            "critic": self.critic,
-            "ema": self.ema,
-            "optimizer": self.optimizer,
-            "critic_optimizer": self.critic_optimizer,
-        }
+        names = ("model", "critic", "ema", "optimizer", "critic_optimizer")
+        parts: dict[str, Part] = {name: getattr(self, name) for name in names}
         # A purifier belongs to one classifier: a run must not go on with another.
         settings = repr((config, recipe, checkpoint.digest(classifier)))
         self.run = Run(folder, settings, parts, seed=recipe.seed)
@@ -164,26 +159,8 @@ def train_purifier(
     best robust validation accuracy through both.
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
-    train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
-    alone = accuracy(classifier, validation, threat=recipe.threat)
+    alone = accuracy(classifier, images[1].to(trainer.device), threat=recipe.threat)
     say(f"without the purifier: pgd10 {alone:.4g}")
-    both = nn.Sequential(trainer.ema, classifier)
-    best = folder / "purifier.safetensors"
-
-    content = {"purifier": described(trainer.model), "training": repr(recipe)}
-    content |= {"images": provenance.note(folder, train, validation)}
-
-    def keep() -> None:
-        origin = {"history": [trainer.run.history], "commands": list(commands)}
-        checkpoint.save(best, trainer.ema, content | origin)
-
-    trainer.run.fit(
-        train,
-        trainer.step,
-        lambda few: validate(both, few, recipe.threat),
-        chosen_on=validation,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        keep=keep,
-    )
-    return best
+    both, file = nn.Sequential(trainer.ema, classifier), folder / "purifier.safetensors"
+    fit(trainer, both, images, file, {"purifier": described(trainer.model)}, commands=commands)
+    return file

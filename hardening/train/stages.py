@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rampart.handlers.engine import sha256
 from rampart.hardening.model.images import Images
 from rampart.hardening.train.data import Folder
 
@@ -55,6 +56,5 @@ def digest(value: object) -> str:
     if isinstance(value, Images | Folder):
         return value.digest()
     if isinstance(value, Path):
-        with value.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(value)
     return str(value)

@@ -47,7 +47,7 @@ def test_an_enlarged_picture_and_a_screenshot_are_larger_than_the_model_takes(
     tiny_images: Images,
 ) -> None:
     picture = Image.fromarray(tiny_images.image[0].numpy())
-    for way, side in ((alarms.enlarged, 224), (alarms.screenshot, 80)):
+    for way, side in ((alarms.enlarged, 224), (alarms.WAYS["screenshot"], 80)):
         with Image.open(BytesIO(way(picture))) as file:
             assert file.size == (side, side)
 

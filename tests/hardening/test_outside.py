@@ -5,17 +5,18 @@ import pytest
 import torch
 from blobs import Learned
 from PIL import Image
+from skimage.data import data_dir
 
 from rampart.handlers.image import decode
 from rampart.hardening.attack import victims
 from rampart.hardening.attack.ladder import Budget
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.judge import outside
-from rampart.hardening.judge.alarms import photographs, saved
+from rampart.hardening.judge.alarms import photographs
 from rampart.hardening.model import calibrate, checkpoint
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.images import Images
-from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.pixels import as_file, to_float
 
 BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
 
@@ -86,9 +87,10 @@ def test_our_resize_step_cannot_be_fooled_unseen_where_picking_pixels_can() -> N
 
 
 def test_a_forged_picture_scales_down_to_its_target() -> None:
-    shown, target = outside.square("coffee.png", 128), outside.square("rocket.jpg", 32)
+    sides = {"coffee.png": 128, "rocket.jpg": 32}
+    shown, target = (decode((Path(data_dir) / name).read_bytes(), sides[name]) for name in sides)
     forged = Image.fromarray(outside.forge(shown, target, Image.Resampling.NEAREST))
     picked = np.asarray(forged.resize((32, 32), Image.Resampling.NEAREST))
     np.testing.assert_array_equal(picked, target)
-    honest = decode(saved(forged), 32).astype(int)
+    honest = decode(as_file(forged), 32).astype(int)
     assert np.abs(honest - target).mean() > 20

@@ -80,8 +80,9 @@ def test_the_int8_graph_is_a_victim_of_its_own(
     few = Images(few.image, label, few.classes)
     plain = victims.label_victim("classifier", tiny_pipeline.classifier, "c")
     full = victims.pipeline_victim(tiny_pipeline, tiny_calibration, "f", rate=0.1)
-    int8 = victims.lower_victim(
-        tiny_pipeline, tiny_calibration, "q", precision="int8", rate=0.1, engine=engine
+    graph = victims.StraightThrough(tiny_pipeline, engine)
+    int8 = victims.pipeline_victim(
+        graph, tiny_calibration, "q", precision="int8", rate=0.1, engine=engine
     )
     budget = Budget(steps=2, targets=1, queries=5, standard=False)
     done = evaluation.evaluate(

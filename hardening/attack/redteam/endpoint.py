@@ -6,17 +6,16 @@ import ipaddress
 import json
 import socket
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+from rampart.hardening.model.arrays import Pixels
+from rampart.hardening.model.pixels import as_file
+
 SIMILAR = "similar_query"  # how the endpoint calls what it throttles
 UNNAMED = ("", "")  # a throttled answer tells no model
 
@@ -61,20 +60,19 @@ class Endpoint:
 
         Raises ConnectionError where nobody answers, ValueError for anything but N known verdicts.
         """
-        instances = [{"b64": base64.b64encode(_png(image)).decode()} for image in images]
+        files = [as_file(Image.fromarray(image)) for image in images]
+        instances = [{"b64": base64.b64encode(file).decode()} for file in files]
         status, text = self._post(json.dumps({"instances": instances}))
-        try:
+        body: Any = None
+        with suppress(ValueError):
             body = json.loads(text)
-        except ValueError:
-            body = None
-        throttled = isinstance(body, dict) and body.get("type") == SIMILAR
-        if (status != 200 and not throttled) or not isinstance(body, dict):
-            said = body.get("message", text) if isinstance(body, dict) else text
-            raise ValueError(f"{self.url} answers with status {status}: {_short(said)}")
-        found = body.get("predictions", [body])  # a single image's verdict comes without a list
-        if not isinstance(found, list) or len(found) != len(images):
+        if not isinstance(body, dict) or (status != 200 and body.get("type") != SIMILAR):
+            message = body.get("message", text) if isinstance(body, dict) else text
+            raise ValueError(f"{self.url} answers with status {status}: {_short(message)}")
+        verdicts = body.get("predictions", [body])  # a single image's comes without a list
+        if not isinstance(verdicts, list) or len(verdicts) != len(images):
             raise ValueError(f"{self.url} does not answer {len(images)} images: {_short(text)}")
-        return [self._parse(verdict) for verdict in found]
+        return [self._parse(verdict) for verdict in verdicts]
 
     def _post(self, body: str) -> tuple[int, str]:
         """Status and text. Neither proxies nor redirects, which might lead to another machine."""
@@ -118,16 +116,10 @@ class Endpoint:
 
 def _is_loopback(host: str, port: int | None) -> bool:
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port)}
     except OSError as error:
         raise ValueError(f"no machine is called {host}: {error}") from error
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
-
-
-def _png(image: Pixels) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def _short(text: object) -> str:

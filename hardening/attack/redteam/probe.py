@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rampart.handlers.image import MAX_IMAGES
-from rampart.hardening.attack.redteam.endpoint import UNNAMED, Answer, Endpoint, Pixels
+from rampart.hardening.attack.redteam.endpoint import UNNAMED, Answer, Endpoint
+from rampart.hardening.model.arrays import Pixels
 
 Floats = NDArray[np.floating[Any]]
-# An attack that asks so often in a row for what it has already been told is going in circles.
+# An attack that repeats old queries so often in a row goes in circles.
 MAX_REPEATS = 200
 
 
@@ -70,7 +71,7 @@ class Probe:
         self.distance: int | None = None
         self.noticed: int | None = None
         self.refused = False  # the last image that was sent
-        self._told: dict[bytes, Floats] = {}
+        self._answers: dict[bytes, Floats] = {}
         self._repeats = 0
 
     @property
@@ -81,21 +82,20 @@ class Probe:
     @property
     def one_hot(self) -> Floats:
         """The true label as probabilities (1, K)."""
-        rows: Floats = np.eye(len(self.endpoint.classes))[[self.label]]
-        return rows
+        return np.eye(1, len(self.endpoint.classes), self.label)
 
     def __call__(self, x: Floats) -> Floats:
         """Probabilities (N, K); sends what was not sent before. Raises AttackEnd."""
         images = np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
         keys = [image.tobytes() for image in images]
-        asked = dict(zip(keys, images, strict=True))
-        new = [image for key, image in asked.items() if key not in self._told]
+        by_key = dict(zip(keys, images, strict=True))
+        new = [image for key, image in by_key.items() if key not in self._answers]
         self._repeats = 0 if new else self._repeats + 1
         if self._repeats > MAX_REPEATS:
             raise AttackEnd
         for first in range(0, len(new), MAX_IMAGES):
             self._send(new[first : first + MAX_IMAGES])
-        return np.stack([self._told[key] for key in keys])
+        return np.stack([self._answers[key] for key in keys])
 
     def _send(self, images: Sequence[Pixels]) -> None:
         affordable = images[: self.settings.budget - self.queries]
@@ -115,7 +115,7 @@ class Probe:
         self.refused = answer.label is None
         if answer.similar and self.noticed is None:
             self.noticed = self.queries
-        self._told[image.tobytes()] = scores(answer, self.label, len(self.endpoint.classes))
+        self._answers[image.tobytes()] = scores(answer, self.label, len(self.endpoint.classes))
         if answer.label is None or answer.label == self.label:
             return
         distance = int(np.abs(image.astype(int) - self.image).max())
@@ -138,5 +138,5 @@ def scores(answer: Answer, label: int, classes: int) -> Floats:
     top = {label: 1.0} if answer.label is None else dict(answer.top)
     rest = max(0.0, 1 - sum(top.values())) / max(1, classes - len(top))
     spread = np.array([top.get(index, rest) for index in range(classes)])
-    result: Floats = spread / spread.sum()
-    return result
+    shares: Floats = spread / spread.sum()
+    return shares
