@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,7 @@ def export_variant(
     rate: float = 0.01,
 ) -> Parity:
     """Write the ONNX graph of a model folder's variant to `out`; returns its gate's figures.
-
-    Copies the folder's own graph while that is not stale. Exports one otherwise, or to compare it
-    on `images` uint8 (N, H, W, 3).
+    Exports it where the folder's own is stale, or to compare it on `images` uint8 (N, H, W, 3).
     """
     check_made(folder, variant, precision)
     graph = shipped.find(folder, variant, precision) if images is None else None
@@ -81,10 +80,9 @@ def archive(
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
 ) -> Parity:
-    """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate.
-
-    `plan` is the one of `rampart export --tensorrt` to serve. `version` tells archives of one name
-    apart. `settings` override the model YAML's top level, and its entry `rampart` the policy.
+    """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate. `plan` is
+    one of `rampart export --tensorrt`, `settings` override the model YAML, their `rampart` the
+    policy.
     """
     check_names(out, version)
     if plan and precision == "int8":
@@ -99,9 +97,8 @@ def archive(
     max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        parity = export_variant(
-            folder, variant, work / GRAPH, precision=precision, images=images, rate=rate
-        )
+        export = partial(export_variant, precision=precision, images=images, rate=rate)
+        parity = export(folder, variant, work / GRAPH)
         if plan:
             policy["device"] = "plan"
             add_plan(plan, work)
@@ -140,12 +137,10 @@ def pack(work: Path, out: Path, *, version: str) -> None:
     handler = Path(HANDLER).name
     shutil.copy(work / HANDLER, work / handler)
     model = {"modelName": out.stem, "handler": handler, "modelVersion": version}
-    manifest = {
-        "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
-        "runtime": "python",
-        "model": model | {"configFile": "model-config.yaml"},
-        "archiverVersion": ARCHIVER,
-    }
+    model |= {"configFile": "model-config.yaml"}
+    created = datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S")
+    manifest = {"createdOn": created, "runtime": "python", "model": model}
+    manifest |= {"archiverVersion": ARCHIVER}
     (work / "MAR-INF").mkdir()
     (work / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest, indent=2))
     hashes = hash_tree(work)

@@ -29,10 +29,8 @@ def build(
     images: Tensor | None = None,
     rate: float = 0.01,
 ) -> Parity:
-    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate.
-
-    The gate compares on `images` uint8 (N, H, W, 3), by default on crops of a photograph. A graph
-    in fp16 or int8 follows once the fp32 graph has passed.
+    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate on
+    `images` uint8 (N, H, W, 3), by default crops of a photograph. Then lowers it to `precision`.
     """
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
     if images is None:

@@ -1,7 +1,5 @@
-"""A pipeline that computes in fp16 inside: half the size, for GPUs.
-
-Classifier and purifier are half precision; pixels, the head's logits, softmax and scores stay
-float32, since thresholds are about small differences. A CPU computes it in fp32, and no faster.
+"""A pipeline that computes in fp16 inside: half the size, for GPUs. Pixels, the head's logits,
+softmax and scores stay float32, since thresholds are about small differences.
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""What a built file is, and whether this machine can run it.
-
-rampart inspect model_store/NAME.mar
-"""
+"""What a built file is, and whether this machine can run it: `rampart inspect NAME.mar`."""
 
 import importlib.util
 import json
@@ -36,10 +33,8 @@ def inspect(file: Path) -> Iterator[str]:
         work = Path(scratch)
         hashes = unpack(file, work)
         free = sorted(name for name, digest in hashes.items() if digest is None)
-        yield (
-            f"{len(hashes) - len(free)} files have the hashes that sha256.json lists; not listed:"
-            f" {', '.join(free)}"
-        )
+        count = len(hashes) - len(free)
+        yield f"{count} files have the hashes that sha256.json lists; not listed: {', '.join(free)}"
         yield from card_lines(work)
         yield from trial(work / "graph.onnx")
 
@@ -65,8 +60,9 @@ def plan_lines(file: Path) -> Iterator[str]:
         facts = f"TensorRT {record['tensorrt']}", f"graph SHA-256 {record['graph_sha256']}"
         yield from (*facts, f"gate: {record['parity']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        name = record_file(file).name
         raise ValueError(
-            f"{file} has no readable record {record_file(file).name}: `rampart export --tensorrt`"
+            f"{file} has no readable record {name}: `rampart export --tensorrt`"
         ) from error
     yield f"its record {'has its hash' if same else 'is that of another file: do not load it'}"
     here = importlib.util.find_spec("tensorrt") is not None

@@ -1,8 +1,5 @@
-"""A model folder's variants in a lower precision: fp16 for GPUs, int8 for CPUs.
-
-    rampart quantize model_store/NAME --precision int8 --data cifar10/
-
-Such a graph decides a little differently, so it is calibrated and measured as a graph of its own.
+"""A model folder's variants in a lower precision: fp16 for GPUs, int8 for CPUs. Such a graph
+decides a little differently, so it is calibrated and measured as a graph of its own.
 """
 
 import tempfile
@@ -28,10 +25,7 @@ def lower(
     *,
     fp32: Path | None = None,
 ) -> Path:
-    """Write the graph of `pipeline` to `out`; int8 reads its activation ranges from a file.
-
-    `fp32` is its graph in fp32, if it exists already: an export takes seconds.
-    """
+    """Write the graph of `pipeline` to `out`, from its `fp32` one where there is one."""
     if precision == "int8":
         return quantize(fp32 or to_onnx(pipeline, out), ranges, out)
     return to_onnx(halve(pipeline) if precision == "fp16" else pipeline, out)
@@ -48,9 +42,7 @@ def make(
     rate: float = 0.01,
 ) -> Agreement:
     """Write the calibration of a model folder's variant in `precision`; for int8 its ranges too.
-
-    Ranges come from the tuning split of `held`, the gate's images from validation; `source` names
-    it. Raises RuntimeError, and writes nothing, where the graph fails its gate.
+    Raises RuntimeError, and writes nothing, where the graph fails its gate on images of `held`.
     """
     pipeline, classes = pipelines.load(folder / "weights.safetensors", variant)
     if held.classes != tuple(classes):
@@ -65,17 +57,11 @@ def make(
             lower(pipeline, precision, form, ranges)
         engine = Engine(form)
         table = calibrate.calibrate(pipeline, held, variant, engine)
-        agreement = agree(
-            (Engine(graph), load_variant(folder, variant)),
-            (engine, table),
-            split(held, "validation"),
-            precision=precision,
-            rate=rate,
-        )
+        few, fp32 = split(held, "validation"), (Engine(graph), load_variant(folder, variant))
+        agreement = agree(fp32, (engine, table), few, precision=precision, rate=rate)
         if not agreement.holds:
-            raise RuntimeError(
-                f"{variant} loses too much in {precision}, so nothing was written: {agreement}"
-            )
+            loss = f"{variant} loses too much in {precision}"
+            raise RuntimeError(f"{loss}, so nothing was written: {agreement}")
         calibrate.write(folder, table, f"{source}, calibration split", precision)
         if precision == "int8":
             ranges.chmod(0o644)

@@ -1,9 +1,8 @@
 """The exported graph with its classifier in int8: a third of the size, and less time.
 
 Static quantization (ONNX Runtime's, Q/DQ): weights by channel, activations by tensor, ranges from
-tuning images, since calibration images must have no part in the scores that rank them. For CPUs
-with 8-bit dot products (AVX-512 VNNI and its like). Purifier, head and detectors stay in float32,
-since thresholds are about small differences.
+tuning images. For CPUs with 8-bit dot products (AVX-512 VNNI and its like). Purifier, head and
+detectors stay in float32, since thresholds are about small differences.
 """
 
 import contextlib
@@ -48,10 +47,8 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | None = None) -> Path:
-    """Write `graph` with an int8 classifier to `out`.
-
-    `ranges` is the file of activation ranges: measured on `images` uint8 (N, H, W, 3) and written,
-    or, without images, read. Raises FileNotFoundError where there is none.
+    """Write `graph` with an int8 classifier to `out`. The file `ranges` of activations is measured
+    on `images` uint8 (N, H, W, 3), or read. Raises FileNotFoundError where it is missing.
     """
     inside = classifier_nodes(onnx.load(graph).graph)
     if images is not None:

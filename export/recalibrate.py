@@ -2,9 +2,8 @@
 
     rampart calibrate --archive model_store/NAME.mar --images my_traffic/
 
-Graph and combination of scores stay as they are. Only the ranking is new, which turns a combined
-score into a p-value: on pictures exchangeable with these the promised false-alarm rate holds again
-(split conformal: Vovk et al. 2005).
+Only the ranking of combined scores is new: on pictures exchangeable with these the promised
+false-alarm rate holds again (split conformal: Vovk et al. 2005).
 """
 
 import json
@@ -57,9 +56,8 @@ class Recalibration(NamedTuple):
 
 
 def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibration:
-    """Write `archive` with the ranks of `pictures`, a folder at any depth, as `out`.
-
-    Raises ValueError with the remedy, and writes nothing, where an input is wrong.
+    """Write `archive` with the ranks of `pictures`, a folder at any depth, as `out`. Raises
+    ValueError with the remedy, and writes nothing, where an input is wrong.
     """
     if out.resolve() == archive.resolve() or out.suffix != ".mar":
         raise ValueError(f"--out {out}: name a new file that ends in .mar")
@@ -83,10 +81,8 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
 
 
 def spread_of(rate: float, images: int) -> tuple[float, float]:
-    """Middle 95% of the true false-alarm rate of a calibration on so many images.
-
-    Of images + 1 ranks k flag: a beta distribution with k and images + 1 - k (Vovk 2012, section
-    2).
+    """Middle 95% of the true false-alarm rate of a calibration on so many images. Of images + 1
+    ranks k flag: a beta distribution with k and images + 1 - k (Vovk 2012, section 2).
     """
     ranks = math.ceil(rate * (images + 1) - 1e-9) - 1
     if ranks < 1:

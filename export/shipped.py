@@ -1,7 +1,5 @@
-"""Graphs that a model folder holds ready, so that packing it takes seconds and no torch.
-
-Beside graph-VARIANT.onnx lies graph-VARIANT.json: the hash of the graph, the hashes of its
-ingredients, and the figures of the parity gate. A graph is stale once an ingredient changes.
+"""Graphs that a model folder holds ready, so that packing it takes seconds and no torch. A record
+beside each has its hash, those of its ingredients, and the figures of its gate.
 """
 
 import ast
@@ -57,9 +55,8 @@ class Graph(NamedTuple):
 
 
 def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | None:
-    """The graph of a variant in a model folder; None without one, or where it is stale.
-
-    Raises ValueError where the file is not the one that its record describes.
+    """The graph of a variant in a model folder; None without one, or where it is stale. Raises
+    ValueError where the file is not the one that its record describes.
     """
     file = graph_file(folder, variant, precision)
     if not file.is_file() or not record_file(file).is_file():
@@ -77,12 +74,8 @@ def record(
 ) -> Path:
     """Write the record of a graph in a model folder; `tools` are their versions."""
     file = graph_file(folder, variant, precision)
-    entries = {
-        "sha256": sha256(file),
-        "made_of": ingredients(folder, variant, precision),
-        "made_by": tools,
-        "parity": parity._asdict(),
-    }
+    entries = {"sha256": sha256(file), "made_of": ingredients(folder, variant, precision)}
+    entries |= {"made_by": tools, "parity": parity._asdict()}
     record_file(file).write_text(json.dumps(entries, indent=1) + "\n")
     return file
 
@@ -112,10 +105,8 @@ def check_made(folder: Path, variant: str, precision: Precision) -> None:
     digests = read_card(folder).get(precision, {}).get(variant, {}).get("sha256")
     if digests != parts(folder, variant, precision):
         missing = "was made of other files than these" if digests else "was not made"
-        raise ValueError(
-            f"the {precision} form of {folder.name} {variant} {missing}:"
-            f" `rampart quantize --precision {precision}`"
-        )
+        form = f"the {precision} form of {folder.name} {variant}"
+        raise ValueError(f"{form} {missing}: `rampart quantize --precision {precision}`")
 
 
 def code() -> str:

@@ -13,10 +13,8 @@ OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 
 
 def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
-    """Write `pipeline` to `path` with a dynamic batch and the weights inside.
-
-    Input `image` is uint8 (N, H, W, 3) at model resolution. Raises RuntimeError where the exporter
-    froze the batch, which it does silently for some operators.
+    """Write `pipeline` to `path`, for uint8 (N, H, W, 3), with a dynamic batch and the weights
+    inside. Raises RuntimeError where the exporter froze the batch.
     """
     size = pipeline.classifier.config.image_size
     # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
@@ -60,9 +58,7 @@ def forget_sources(path: Path) -> None:
 
 
 def cast_first(path: Path) -> None:
-    """Read the batch size off the cast input, not off the 8 bits themselves, which TensorRT
-    refuses.
-    """
+    """Read the batch size off the cast input: TensorRT refuses to read it off 8 bits."""
     model = onnx.load(path)
     nodes = list(model.graph.node)
     cast = next(node for node in nodes if node.op_type == "Cast" and "image" in node.input)

@@ -1,11 +1,8 @@
 """A TensorRT plan of an exported graph, held to the parity gate on the GPU that it was built for.
 
-    rampart export model_store/NAME --tensorrt NAME.plan
-
-Works with TensorRT 10 and 11: the graph is strongly typed, so it needs neither flags nor
-calibrators. A plan belongs to one GPU, one TensorRT and one graph, and is code: the handler refuses
-it without NAME.plan.json, which holds its hash and the figures of the gate. int8 is for CPUs:
-TensorRT takes symmetric zero points only.
+Works with TensorRT 10 and 11. A plan belongs to one GPU, one TensorRT and one graph, and is code:
+the handler refuses it without NAME.plan.json, which holds its hash and the figures of the gate.
+int8 is for CPUs: TensorRT takes symmetric zero points only.
 """
 
 import hashlib
@@ -98,10 +95,9 @@ def unsupported(graph: Path) -> dict[str, list[str]]:
 
 
 def build(graph: Path, plan: Path, timings: Path) -> str:
-    """Write the plan of `graph`; returns the version of TensorRT that it needs.
-
-    The folder `timings` keeps measured times for the next build of the same graph. Raises
-    RuntimeError with the parser's own words, or with what to install.
+    """Write the plan of `graph`; returns the version of TensorRT that it needs. The folder
+    `timings` speeds up the next build. Raises RuntimeError with the parser's words, or what to
+    install.
     """
     trt = tensorrt()
     logger = trt.Logger(trt.Logger.WARNING)
@@ -150,10 +146,8 @@ def to_tensorrt(
     rate: float = 0.01,
 ) -> str:
     """Build the plan of a model folder's variant and hold it to the parity gate, batch 1, 2 and 32.
-
-    An fp16 plan is held to the labels of its own graph on the CPU. Writes NAME.plan and
-    NAME.plan.json, or neither, and returns the gate's figures. Raises RuntimeError where TensorRT
-    is missing, cannot take the graph, or decides differently.
+    Writes NAME.plan and NAME.plan.json, and returns the gate's figures. Raises RuntimeError, and
+    writes nothing, where TensorRT is missing, cannot take the graph, or decides differently.
     """
     with tempfile.TemporaryDirectory(dir=plan.parent) as scratch:
         work = Path(scratch)
@@ -184,12 +178,8 @@ def to_tensorrt(
 
 def write_record(plan: Path, graph: Path, *, version: str, parity: str) -> Path:
     """Write what the handler asks for: hashes, TensorRT's version, and the gate's figures."""
-    entries = {
-        "sha256": sha256(plan),
-        "graph_sha256": sha256(graph),
-        "tensorrt": version,
-        "parity": parity,
-    }
+    entries = {"sha256": sha256(plan), "graph_sha256": sha256(graph)}
+    entries |= {"tensorrt": version, "parity": parity}
     file = record_file(plan)
     file.write_text(json.dumps(entries, indent=1) + "\n")
     return file

@@ -1,10 +1,7 @@
 """A model repository for Triton: the graph with its calibration inside, and its config.pbtxt.
 
-    rampart export model_store/NAME --triton models/
-
-Triton does not run our handler: the graph turns scores into the p-value, and the client flags where
-it is below a false-alarm rate. Clients send decoded pixels, so they must refuse and resize pictures
-as `handlers/image.py` does.
+The graph turns scores into the p-value, and the client flags where it is below a false-alarm rate.
+Clients send decoded pixels: they must refuse and resize pictures as `handlers/image.py` does.
 """
 
 import shutil
@@ -81,10 +78,7 @@ class PValue(nn.Module):
 
 
 def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
-    """Write `graph` to `out` with one more output, `p_value` float64 (N, 1).
-
-    Raises RuntimeError where its p-values are not those of `handlers.verdict`.
-    """
+    """Write `graph` to `out` with an output `p_value` float64 (N, 1). RuntimeError if it is off."""
     with tempfile.TemporaryDirectory() as scratch:
         tail = Path(scratch) / "tail.onnx"
         example = torch.zeros(2, len(calibration.detectors))
@@ -93,24 +87,19 @@ def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
         model, end = onnx.load(graph), onnx.load(tail)
     end = compose.add_prefix(end, "rank_", rename_inputs=False, rename_outputs=False)
     end.ir_version = model.ir_version
-    joined = compose.merge_models(
-        model, end, io_map=[("scores", "scores")], outputs=[*OUTPUTS, "p_value"]
-    )
-    onnx.save(joined, out)
+    names = [*OUTPUTS, "p_value"]
+    onnx.save(compose.merge_models(model, end, [("scores", "scores")], outputs=names), out)
     return out
 
 
 def check_p_values(tail: Path, calibration: Calibration) -> None:
-    """Raise RuntimeError where a graph from `scores` to `p_value` is more than a rank off.
-
-    Checks at every knot, between them and beyond, each detector alone and all together.
+    """Raise RuntimeError where a graph from `scores` to `p_value` is more than a rank off. Checks
+    at every knot, between them and beyond, each detector alone and all together.
     """
     knots = calibration.knots.T  # (Q, D)
     span = knots[-1] - knots[0]
     together = np.concatenate([knots, (knots[1:] + knots[:-1]) / 2, knots - span, knots + span])
-    alone = [
-        np.where(np.arange(knots.shape[1]) == d, together, knots[0]) for d in range(knots.shape[1])
-    ]
+    alone = [np.where(one, together, knots[0]) for one in np.eye(knots.shape[1], dtype=bool)]
     scores = np.concatenate([together, *alone]).astype(np.float32)
     session = ort.InferenceSession(tail, providers=["CPUExecutionProvider"])
     (p,) = session.run(["p_value"], {"scores": scores})
@@ -129,9 +118,8 @@ def to_triton(
     version: int = 1,
     images: Tensor | None = None,
 ) -> Path:
-    """Write a model folder's variant as one `version` of a model in a Triton `repository`.
-
-    Returns the model's folder. Raises ValueError for a version that exists: a server may read it.
+    """Write a model folder's variant as one `version` of a model in a Triton `repository`. Returns
+    the model's folder. Raises ValueError for a version that exists: a server may read it.
     """
     home = repository / folder.name
     if (home / str(version)).exists():
@@ -143,16 +131,9 @@ def to_triton(
         export_variant(folder, variant, graph, precision=precision, images=images)
         calibration = load_variant(folder, variant, precision)
         with_p_value(graph, calibration, work / "model.onnx")
-        texts = {
-            "labels.txt": "\n".join(labels) + "\n",
-            "config.pbtxt": CONFIG.format(
-                name=folder.name,
-                batch=MAX_BATCH,
-                size=Engine(graph).image_shape[0],
-                classes=len(labels),
-                detectors=len(calibration.detectors),
-            ),
-        }
+        facts = {"name": folder.name, "batch": MAX_BATCH, "size": Engine(graph).image_shape[0]}
+        facts |= {"classes": len(labels), "detectors": len(calibration.detectors)}
+        texts = {"labels.txt": "\n".join(labels) + "\n", "config.pbtxt": CONFIG.format(**facts)}
         place(home, version, texts, work / "model.onnx")
     return home
 

@@ -1,7 +1,4 @@
-"""Inspects and runs a graph of unknown origin in a process of its own: it may loop or fill memory.
-
-python -m rampart.export.trial GRAPH SECONDS BYTES
-"""
+"""Inspects and runs a graph of unknown origin in its own process: it may loop or fill memory."""
 
 import json
 import resource
@@ -31,9 +28,7 @@ FAILURE = "it does not run as a Rampart graph: "
 
 
 def trial(file: Path) -> Iterator[str]:
-    """Lines on a graph, the last on whether it runs here; ValueError for no graph, or one too
-    large.
-    """
+    """Lines on a graph, the last on whether it runs here; ValueError where it is none."""
     size = file.stat().st_size
     if size > LARGEST:
         raise ValueError(f"{file} is no ONNX graph: it is larger than 2 GB")

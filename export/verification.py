@@ -2,8 +2,8 @@
 
     rampart verify NAME.mar --signature NAME.sig --public-key signer.pem
 
-The hashes inside reveal damage, but an attacker writes them anew. A signature reveals both: OpenSSF
-Model Signing, by a key, over the whole file (sigstore/model-transparency).
+The hashes inside reveal damage, a signature attacks too: OpenSSF Model Signing, by a key, over the
+whole file (sigstore/model-transparency).
 """
 
 import tempfile

@@ -18,9 +18,8 @@ Craft = Callable[[Tensor, Tensor], Tensor]  # (B, 3, H, W), label (B,) -> (B, 3,
 def crafted(
     folder: Path, key: str, images: Images, craft: Craft, *, title: str, batch: int = 50
 ) -> Tensor:
-    """What `craft` makes of `images`, as float32 (N, 3, H, W) in [0, 1], kept in `folder`.
-
-    `key` names all that the result depends on but the images: weights, attack, settings.
+    """What `craft` makes of `images`, as float32 (N, 3, H, W) in [0, 1], kept in `folder`. `key`
+    names all that the result depends on but the images: weights, attack, settings.
     """
     home = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     home.mkdir(parents=True, exist_ok=True)

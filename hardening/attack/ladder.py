@@ -1,7 +1,6 @@
 """The rungs of the evaluation ladder: each turns clean images into the strongest it can find.
-
 Sources: AutoAttack, Croce and Hein 2020, in its packaged official form (`pyautoattack`); joint
-attacks on classifier and detectors, Tramer et al. 2020 and Bryniarski et al. 2022.
+attacks, Tramer et al. 2020 and Bryniarski et al. 2022.
 """
 
 import logging
@@ -81,8 +80,8 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         attack.square.n_queries = budget.queries
     attack.verbose = False
-    found, _ = attack.run_standard_evaluation(x.contiguous(), label, batch_size=len(x))
-    return torch.as_tensor(found).detach()
+    attacked, _ = attack.run_standard_evaluation(x.contiguous(), label, batch_size=len(x))
+    return torch.as_tensor(attacked).detach()
 
 
 def parts(budget: Budget, classes: int) -> dict[str, str]:
@@ -94,9 +93,8 @@ def parts(budget: Budget, classes: int) -> dict[str, str]:
 
 
 class Hunt:
-    """Auto-PGD from several sides, each on the images that still stand.
-
-    What nothing beats keeps its largest `measure`: it may win in 8 bits, or on another victim.
+    """Auto-PGD from several sides, each on the images that still stand. What nothing beats keeps
+    its largest `measure`: it may win in 8 bits, or on another victim.
     """
 
     def __init__(self, measure: Objective, x: Tensor, threat: Threat, *, steps: int) -> None:
@@ -116,11 +114,11 @@ class Hunt:
         def on_left(x: Tensor, rows: Tensor) -> Outcome:
             return objective(x, left[rows])
 
-        found, won = apgd(on_left, self.x[left], self.threat, steps=self.steps, start=start)
+        attacked, won = apgd(on_left, self.x[left], self.threat, steps=self.steps, start=start)
         with torch.no_grad():
-            value = self.measure(found, left).value
+            value = self.measure(attacked, left).value
         closer = won | (value > self.value[left])
-        self.found[left[closer]] = found[closer]
+        self.found[left[closer]] = attacked[closer]
         self.value[left[closer]] = value[closer]
         self.won[left] = won
 
@@ -174,9 +172,9 @@ Aim = Literal["label", "joint", "flood"]
 class Attack:
     """One rung of the ladder: how it attacks, and what tables and the page say of it.
 
-    `effort` is part of what figures are compared by, `passes` estimates forward-backward passes an
-    image, `shares` are the parts of eps at which it also attacks what rejects, `title` is its
-    column in the documents' tables, `chosen` tells whether a budget includes it.
+    Figures are compared by `effort`; `passes` estimates forward-backward passes an image; `shares`
+    are smaller parts of eps; `title` is a column of the documents' tables; `chosen` tells which
+    budgets include it.
     """
 
     name: str
@@ -261,10 +259,7 @@ def rungs_of(aim: Aim, budget: Budget) -> list[Attack]:
 
 
 def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
-    """x (N, 3, H, W) as uint8 (N, H, W, 3), inside the Linf ball of `image`.
-
-    Rounding must not leave the ball where eps lies between two levels. An L2 ball it may leave.
-    """
+    """x (N, 3, H, W) rounded to uint8 (N, H, W, 3), without leaving the Linf ball of `image`."""
     pixels = to_uint8(x)
     if threat.norm != "Linf":
         return pixels
@@ -273,16 +268,13 @@ def in_8_bits(x: Tensor, image: Tensor, threat: Threat) -> Tensor:
 
 
 def fool(look: Look, image: Tensor, threat: Threat, budget: Budget) -> Tensor:
-    """Attack uint8 (N, H, W, 3) away from its present labels by the joint attack and PGD-20.
-
-    Returns 8-bit pixels of the better one: a changed label first, then acceptance.
-    """
+    """Attack uint8 (N, H, W, 3) away from its labels: the best of joint attack and PGD-20."""
     x = to_float(image)
     with torch.no_grad():
         label = look(x).logits.argmax(1)
     best, best_rank = image, torch.full_like(label, -1)
-    for found in (joint_apgd(look, x, label, threat, budget), pgd20(look, x, label, threat)):
-        pixels = in_8_bits(found, image, threat)
+    for attacked in (joint_apgd(look, x, label, threat, budget), pgd20(look, x, label, threat)):
+        pixels = in_8_bits(attacked, image, threat)
         with torch.no_grad():
             view = look(to_float(pixels))
         accepted = 1 if view.margin is None else (view.margin <= 0).long()

@@ -1,7 +1,5 @@
 """Random numbers that belong to a sample: the same in any batch and on any number of processes.
-
-Each is a hash of the sample's key, the number of earlier draws and the element, so a resumed run
-needs no stored state. The hash is SplitMix64's (Steele et al. 2014, figure 14).
+Each is a hash (SplitMix64, Steele et al. 2014, figure 14) of a key, a count and the element.
 """
 
 import math

@@ -1,5 +1,4 @@
 """What an attacker maximizes: class losses, and how they are weighed against the detectors.
-
 Sources: targeted DLR loss, Croce and Hein 2020 (section 4.1 and 5); selective and orthogonal
 gradients, Bryniarski et al. 2022 (sections 4.1 and 4.2).
 """

@@ -1,5 +1,4 @@
 """Gradient attacks: one PGD loop, of which FGSM and N-FGSM are the first step, and Auto-PGD.
-
 Sources: PGD, Madry et al. 2018 (section 2.1); N-FGSM, de Jorge et al. 2022 (algorithm 1); Auto-PGD,
 Croce and Hein 2020 (section 3, algorithm 1).
 """
@@ -78,7 +77,6 @@ def pgd(
     keep_best: bool = True,
 ) -> Tensor:
     """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x; returns x_adv in [0, 1].
-
     `start` is the first perturbation. With `keep_best` each image keeps the best of all steps.
     """
     adversarial = (x + start).clamp(0, 1)
@@ -116,15 +114,14 @@ def checkpoints(steps: int) -> set[int]:
 def apgd(
     objective: Objective, x: Tensor, threat: Threat, *, steps: int, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD over the ball around x (N, 3, H, W) from the perturbation `start`.
-
-    Returns the best images found and which (N,) have won; those leave the batch at once.
+    """Auto-PGD over the ball around x (N, 3, H, W) from the perturbation `start`. Returns the best
+    images found and which (N,) have won; those leave the batch at once.
     """
-    found, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    best, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), threat)
     marks, since = checkpoints(steps), 0
     for step in range(steps + 1):
-        found[state["row"]] = state["best"]
+        best[state["row"]] = state["best"]
         won[state["row"]] = state["won"]
         state = {name: value[~state["won"]] for name, value in state.items()}
         if step == steps or not len(state["row"]):
@@ -134,7 +131,7 @@ def apgd(
         if step + 1 in marks:
             reconsider(state, since)
             since = 0
-    return found, won
+    return best, won
 
 
 def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> dict[str, Tensor]:
@@ -142,22 +139,10 @@ def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> 
     n = len(x)
     row = torch.arange(n, device=x.device)
     value, gradient, won = differentiate(objective, now, row)
-    return {
-        "row": row,
-        "x": x,
-        "now": now,
-        "before": now,
-        "gradient": gradient,
-        "value": value,
-        "best": now,
-        "best_gradient": gradient,
-        "best_value": value,
-        "won": won,
-        "size": x.new_full((n, 1, 1, 1), 2 * threat.eps),
-        "rises": x.new_zeros(n),
-        "best_at_mark": value,
-        "halved": torch.ones(n, dtype=torch.bool, device=x.device),
-    }
+    state = {"row": row, "x": x, "now": now, "before": now, "gradient": gradient, "value": value}
+    state |= {"best": now, "best_gradient": gradient, "best_value": value, "best_at_mark": value}
+    size, halved = x.new_full((n, 1, 1, 1), 2 * threat.eps), torch.ones_like(won)
+    return state | {"won": won, "size": size, "rises": x.new_zeros(n), "halved": halved}
 
 
 def differentiate(objective: Objective, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,9 +76,7 @@ def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str)
 
 
 class StraightThrough:
-    """A graph in lower precision with the gradients of its fp32 pipeline (BPDA, Athalye et al.
-    2018).
-    """
+    """A graph in lower precision with the gradients of its fp32 pipeline (BPDA, Athalye 2018)."""
 
     def __init__(self, pipeline: Defended, engine: Engine) -> None:
         self.pipeline, self.engine = pipeline, engine
@@ -121,10 +119,8 @@ def pipeline_victim(
     engine: Engine | None = None,
     precision: str = FP32,
 ) -> Victim:
-    """The pipeline as the endpoint decides: rejected where p < `rate`.
-
-    `engine` runs its exported graph; without one, 8-bit images go through torch. Raises ValueError
-    where the calibration has too few images for `rate`.
+    """The pipeline as the endpoint decides: rejected where p < `rate`. `engine` runs its 8-bit
+    images, else torch. Raises ValueError where the calibration has too few images for `rate`.
     """
     if math.isinf(threshold(calibration, rate)):
         n = calibration.images

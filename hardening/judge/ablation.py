@@ -1,12 +1,10 @@
 """What each part in front of the classifier costs and brings under one attack that sees all of it.
 
     rampart ablate model_store/NAME --data cifar10/
-    rampart ablate model_store/NAME --data cifar10/ --test TEST.npz
-    rampart ablate model_store/NAME --data cifar10/ --row "+ energy"
 
-Every setup is calibrated like a model of its own, attacked with the same budget, and shown what was
-found against any of them. Of each image the least suspicious wrong answer is kept: it tells for
-every rate of false alarms whether the attacker gets through.
+Every setup is calibrated like a model of its own, and shown what was found against any of them. Of
+each image the least suspicious wrong answer tells whether the attacker gets through, at any rate of
+false alarms.
 """
 
 import math
@@ -28,17 +26,10 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim, label_victim, pipeline_victim
 from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
-from rampart.hardening.model import calibrate, checkpoint
+from rampart.hardening.model import calibrate, checkpoint, detectors
 from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.model.card import Subject, cell_text
-from rampart.hardening.model.detectors import (
-    DETECTORS,
-    FULL,
-    LEAN,
-    PURIFIER,
-    RECTIFIED,
-    RECTIFIER,
-)
+from rampart.hardening.model.detectors import FULL, LEAN, PURIFIER, RECTIFIED, RECTIFIER
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
@@ -97,8 +88,9 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
     """The rows for a model: each part alone, then the variants."""
     head = () if pipeline.classifier.rectifier is None else (RECTIFIED,)
     lacking = set() if head else {RECTIFIER}
-    possible = {name: kind for name, kind in DETECTORS.items() if not kind.needs & lacking}
-    two_views = [name for name, kind in possible.items() if PURIFIER in kind.needs]
+    needs = {name: kind.needs for name, kind in detectors.DETECTORS.items()}
+    possible = [name for name in needs if not needs[name] & lacking]
+    two_views = [name for name in possible if PURIFIER in needs[name]]
     one_view = [name for name in possible if name not in two_views]
     out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
     out.append(Setup("lean", False, (*LEAN, *head)))
@@ -110,9 +102,7 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
 
 
 def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
-    """The baselines and the rows named `only`, those of a test, or all; ValueError for an unknown
-    name.
-    """
+    """The baselines and `only` these rows, those of a test, or all; ValueError for no such row."""
     every = setups(pipeline)
     names = [setup.name for setup in every]
     if unknown := sorted(set(only) - set(names)):
@@ -153,12 +143,12 @@ def ladder(every: list[Attacked], threat: Threat, budget: Budget, classes: int) 
     return [rung for v in victims for rung in rungs(v, "joint" if v.rejects else "label")]
 
 
-def outcome(attacked: Attacked, found: list[Tensor], images: Images, threat: Threat) -> Outcome:
+def outcome(attacked: Attacked, attempts: list[Tensor], images: Images, threat: Threat) -> Outcome:
     """Put everything that was found, each (N, 3, H, W), to one setup: in float and in 8 bits."""
     victim, label = attacked.victims[0], images.label.cpu().numpy()
     clean = victim.deployed(images.image)
     least = np.full(len(images), np.inf)
-    bar = tqdm(found, desc=f"{attacked.setup.name}: all that was found", leave=False)
+    bar = tqdm(attempts, desc=f"{attacked.setup.name}: all that was found", leave=False)
     for x in [to_float(images.image), *bar]:
         for answer in (victim.answer(x), victim.deployed(in_8_bits(x, images.image, threat))):
             wrong = np.where(answer.guess != label, answer.suspicion, np.inf)
@@ -171,19 +161,18 @@ def ablate(
 ) -> list[Outcome]:
     """Attack every setup and put what was found to all; `folder` keeps it."""
     rungs = ladder(every, threat, budget, len(images.classes))
-    found = [item.x for item in climb(rungs, images, folder)]
-    return [outcome(attacked, found, images, threat) for attacked in every]
+    attempts = [item.x for item in climb(rungs, images, folder)]
+    return [outcome(attacked, attempts, images, threat) for attacked in every]
 
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """The figures of every setup as the card lists them.
-
-    Gains are over the first, a classifier alone, and over max-softmax rejection at the same rate.
+    """The figures of every setup as the card lists them. Gains are over the first, a classifier
+    alone, and over max-softmax rejection at the same rate.
     """
     plain = next(outcome for outcome in outcomes if outcome.attacked.setup.name == MAX_SOFTMAX)
-    took = timings([outcome.attacked.engine for outcome in outcomes])
+    durations = timings([outcome.attacked.engine for outcome in outcomes])
     out = []
-    for outcome, milliseconds in zip(outcomes, took, strict=True):
+    for outcome, milliseconds in zip(outcomes, durations, strict=True):
         row: dict[str, Any] = {
             "name": outcome.attacked.setup.name,
             "clean": share(outcome.right),
@@ -212,11 +201,13 @@ def timings(engines: list[Engine | None]) -> list[float | None]:
     """Median milliseconds of one image through each graph, in turns, so that all see the same."""
     seconds: list[list[float]] = [[] for _ in engines]
     for _ in range(ROUNDS):
-        for engine, took in zip(engines, seconds, strict=True):
+        for engine, durations in zip(engines, seconds, strict=True):
             if engine is not None:
                 image = np.zeros((1, *engine.image_shape), np.uint8)
-                took.append(timeit.timeit(partial(engine.run, image), number=1))
-    return [round(1000 * float(np.median(took)), 3) if took else None for took in seconds]
+                durations.append(timeit.timeit(partial(engine.run, image), number=1))
+    return [
+        round(1000 * float(np.median(durations)), 3) if durations else None for durations in seconds
+    ]
 
 
 def default(outcomes: list[Outcome]) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
     rampart alarms model_store/NAME --data cifar10/
 
-The promise covers images exchangeable with the calibration images. Clients send the same scenes
-enlarged, compressed, photographed from a screen. Each way is tried on the calibration images,
-through the endpoint's own decoder, and on photographs of scenes that the classifier never saw.
+The promise covers images exchangeable with the calibration images; here these come enlarged,
+compressed or photographed, through the endpoint's own decoder, and so do other photographs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -154,11 +153,10 @@ def p_of(judged: Judged, image: Tensor) -> Floats:
 
 
 def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
-    """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half.
-
-    k of n + 1 ranks flag, so in theory the count among m images is beta-binomial with parameters k
-    and n + 1 - k (Vovk 2012, section 2). This shows how far the rate scatters with half as many
-    calibration images; it is no test of other images. Rates that so few cannot rank are left out.
+    """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half. In
+    theory, with k of n + 1 ranks that flag, the count among m images is beta-binomial with
+    parameters k and n + 1 - k (Vovk 2012, section 2). Rates that so few images cannot rank are left
+    out.
     """
     draws, half = np.random.default_rng(0), len(suspicion) // 2
     rest = len(suspicion) - half

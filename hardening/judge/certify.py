@@ -1,9 +1,6 @@
-"""A certificate for one image: randomized smoothing over the classifier, in L2.
-
-    rampart certify picture.png
-
-It certifies the smoothed classifier, a vote under Gaussian noise, and not the endpoint. Source:
-Cohen et al. 2019 (section 3.2.2, CERTIFY), with the bound of Clopper and Pearson (1934).
+"""A certificate for one image: randomized smoothing over the classifier, in L2. It certifies a vote
+under Gaussian noise, and not the endpoint. Source: Cohen et al. 2019 (section 3.2.2, CERTIFY), with
+the bound of Clopper and Pearson (1934).
 """
 
 import math
@@ -41,10 +38,9 @@ def certify(
     alpha: float = 0.001,
     seed: int = 0,
 ) -> Certificate:
-    """Certify one image x (1, 3, H, W) in [0, 1] under Gaussian noise of `sigma`, in float32.
-
-    With probability at least 1 - alpha over the noise, no image within the radius has another
-    smoothed label. Raises ValueError for sigma, alpha or counts out of range.
+    """Certify one image x (1, 3, H, W) in [0, 1] under Gaussian noise of `sigma`, in float32: with
+    probability 1 - alpha no image within the radius has another smoothed label. Raises ValueError
+    for sigma, alpha or counts out of range.
     """
     if sigma <= 0 or not 0 < alpha < 0.5 or min(samples, guesses) < 1:
         raise ValueError("sigma and the samples must be above 0, and alpha between 0 and 0.5")

@@ -1,7 +1,6 @@
-"""Distrust of our own evaluation: signs that an attack failed and not that a defence held.
-
-Sources: Athalye et al. 2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of
-AutoAttack (Croce and Hein 2020).
+"""Distrust of our own evaluation: signs that an attack failed and not that a defence held. Sources:
+Athalye et al. 2018 (section 3.1), Carlini et al. 2019 (section 4), the checks of AutoAttack (Croce
+and Hein 2020).
 """
 
 from collections.abc import Sequence
@@ -116,10 +115,8 @@ def black_box(white: float, blind: float, subject: str, name: str) -> Check:
 
 
 def adaptive(static: float, joint: float, subject: str) -> list[Check]:
-    """A joint attack that finds far more than one that ignores detectors, or one that finds less.
-
-    Both are shares right or rejected. In the first case detectors stop the static attack only, in
-    the second the joint attack is broken.
+    """Shares right or rejected: far fewer under a joint attack than under one that ignores
+    detectors (they stop the static attack only), or more (the joint attack is broken).
     """
     finding = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
     return [
@@ -129,10 +126,7 @@ def adaptive(static: float, joint: float, subject: str) -> list[Check]:
 
 
 def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int) -> float:
-    """Share of x that withstands the official Square attack, which has no gradient.
-
-    A victim with detectors is beaten only where it is wrong and accepts.
-    """
+    """Share of x neither wrong nor accepted under the official Square attack, without gradients."""
     from pyautoattack.square import SquareAttack
 
     def margin(x: Tensor, label: Tensor) -> Tensor:
@@ -149,18 +143,12 @@ def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int
 
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        attack = Square(
-            lambda x: look(x).logits,
-            norm=threat.norm,
-            eps=threat.eps,
-            n_queries=queries,
-            n_restarts=1,
-            device=x.device,
-            resc_schedule=False,
-        )
+        options = {"n_queries": queries, "n_restarts": 1, "resc_schedule": False}
+        ball = {"norm": threat.norm, "eps": threat.eps}
+        attack = Square(lambda x: look(x).logits, **ball, **options, device=x.device)
         attack.init_hyperparam(x)
-        _, found = attack.attack_single_run(x, label)
-        return float((margin(found, label) > 0).float().mean())
+        _, attacked = attack.attack_single_run(x, label)
+        return float((margin(attacked, label) > 0).float().mean())
 
 
 def check_look(

@@ -2,9 +2,8 @@
 
     rampart evaluate model_store/NAME --images cifar10-test.npz --quick
 
-Rungs craft images against the classifier, the pipeline's label, the pipeline with its detectors,
-and an undefended twin. Every image they find is put to every victim, in float and in 8 bits through
-the exported graph: an image is robust only if nothing found by any rung beats it.
+Rungs attack the classifier, the pipeline with and without its detectors, and an undefended twin.
+Every victim gets every image found, in float and in 8 bits: robust is what nothing found beats.
 """
 
 import hashlib
@@ -97,7 +96,7 @@ class Replay(NamedTuple):
     fooled: Bools  # (N,) the deployed label is wrong
 
 
-class Found(NamedTuple):
+class Attempt(NamedTuple):
     """The images that a rung made."""
 
     rung: Rung
@@ -115,9 +114,9 @@ def replay(victim: Victim, x: Tensor, images: Images, threat: Threat) -> Replay:
     return Replay(right[0] & right[1], safe[0] & safe[1], rejected, deployed, ~right[1])
 
 
-def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
+def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Attempt]:
     """Run every rung on `images`; what `folder` holds from an earlier run is not made again."""
-    found = []
+    attempts = []
     for rung in ladder:
         victim, attack = rung.victim, rung.attack
         source = attack_source(LABEL_CODE if victim.name in BARE else PIPELINE_CODE)
@@ -126,8 +125,8 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
         key = f"{source} {target} {rung.name} {rung.effort} {rung.threat}"
         title = f"{victim.name}, {rung.name}, {rung.threat}"
         craft = partial(attack.craft, rung.look, threat=rung.threat, budget=rung.budget)
-        found.append(Found(rung, cache.crafted(folder, key, images, craft, title=title)))
-    return found
+        attempts.append(Attempt(rung, cache.crafted(folder, key, images, craft, title=title)))
+    return attempts
 
 
 def attack_source(modules: tuple[str, ...]) -> str:
@@ -140,10 +139,7 @@ def attack_source(modules: tuple[str, ...]) -> str:
 def estimate(
     victims: list[Victim], images: Images, threat: Threat, budget: Budget, *, only: list[str]
 ) -> float:
-    """Seconds that `evaluate` will take, from timed passes through each victim.
-
-    Counts half of all passes: images that fall early are attacked no further.
-    """
+    """Seconds that `evaluate` will take: half of all passes, since images that fall drop out."""
     x, label = next(iter(batches(images, 16)))
     total = 0.0
     for victim in victims:
@@ -217,10 +213,10 @@ class Record(NamedTuple):
         return largest._replace(effort=f"{what} ({short}AutoAttack, {self.budget})")
 
 
-def record_of(victim: Victim, found: list[Found], images: Images, budget: str) -> Record:
+def record_of(victim: Victim, attempts: list[Attempt], images: Images, budget: str) -> Record:
     """Put everything that was found to one victim."""
     clean = replay(victim, to_float(images.image), images, Threat(eps=0.0))
-    under = [(item.rung, replay(victim, item.x, images, item.rung.threat)) for item in found]
+    under = [(item.rung, replay(victim, item.x, images, item.rung.threat)) for item in attempts]
     return Record(victim, clean, under, budget)
 
 
@@ -275,9 +271,8 @@ def stratified(record: Record, safe: Bools) -> Iterator[Metric]:
 
 
 def detection_figures(record: Record) -> Iterator[Metric]:
-    """How well suspicion tells images that an attack on the label made wrong; AUROC last.
-
-    The joint attack stops at the threshold, so only the share caught of its images says anything.
+    """How well suspicion tells images that an attack on the label made wrong; AUROC last. The joint
+    attack stops at the threshold, so only the share caught of its images says anything.
     """
     rung, after = record.own("joint_apgd")
     wrong = record.clean.right & after.fooled
@@ -300,7 +295,7 @@ class Evaluation(NamedTuple):
     metrics: list[Metric]
     checks: list[Check]
     records: dict[str, Record]  # by the victim's name
-    found: list[Found]
+    attempts: list[Attempt]
 
 
 def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
@@ -336,10 +331,10 @@ def evaluate(
     folder: Path,
     only: list[str],
 ) -> Evaluation:
-    """Climb the ladder, or the rungs of it that `only` names; `folder` keeps the images found.
+    """Climb the ladder, or its rungs named `only`; `folder` keeps the images found.
 
-    `victims` hold the classifier first, then pipelines and, as a control, an undefended twin. Worst
-    cases and self-checks need the whole ladder. Raises ValueError where `only` names no rung.
+    `victims` hold the classifier first, then pipelines and, as a control, an undefended twin.
+    Raises ValueError where `only` names no rung.
     """
     # The plain alternative plays a part in worst cases alone.
     rejecting = [] if only else [v for v in victims if v.rejects]
@@ -348,9 +343,9 @@ def evaluate(
     check_names(whole, only)
     if not (rungs := chosen(whole, threat, only)):
         raise ValueError(f"{', '.join(only)} is made on the classifier: leave out --variant")
-    found = climb(rungs, images, folder)
+    attempts = climb(rungs, images, folder)
     everyone = [*victims, *plain.values()]
-    records = {v.name: record_of(v, found, images, str(budget)) for v in everyone}
+    records = {v.name: record_of(v, attempts, images, str(budget)) for v in everyone}
     metrics: list[Metric] = []
     for record in (records[v.name] for v in victims):
         metrics += attack_figures(record)
@@ -360,10 +355,10 @@ def evaluate(
         if record.victim.rejects:
             metrics += rejection_figures(record, records[plain[record.victim.name].name], rate)
     if only:
-        return Evaluation(images, threat, metrics, [], records, found)
+        return Evaluation(images, threat, metrics, [], records, attempts)
     metrics += added(records, [v.name for v in victims])
     checked = self_checks(victims, records, images, threat)
-    return Evaluation(images, threat, metrics, checked, records, found)
+    return Evaluation(images, threat, metrics, checked, records, attempts)
 
 
 def added(records: dict[str, Record], names: list[str]) -> Iterator[Metric]:

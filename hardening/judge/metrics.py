@@ -1,7 +1,6 @@
-"""Figures with their uncertainty: shares of images, differences, and detection rates.
-
-Sources: score intervals, Wilson 1927; robust accuracy with rejection and its stratified cost, Chen
-et al. 2023 (section 3).
+"""Figures with their uncertainty: shares of images, differences, and detection rates. Sources:
+score intervals, Wilson 1927; robust accuracy with rejection and its stratified cost, Chen et al.
+2023 (section 3).
 """
 
 from typing import Any, NamedTuple
@@ -15,9 +14,8 @@ from rampart.hardening.model.card import Subject
 
 
 class Metric(NamedTuple):
-    """One figure in [0, 1] over `n` images; clean figures have no `threat`.
-
-    `interval` is given where the figure is no share of images (a difference, an AUROC).
+    """One figure in [0, 1] over `n` images; clean figures have no `threat`. `interval` is given
+    where the figure is no share of images (a difference, an AUROC).
     """
 
     subject: Subject
@@ -48,9 +46,7 @@ def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
 
 def difference(first: Bools, second: Bools) -> tuple[float, tuple[float, float]]:
     """Share of `first` (N,) minus share of `second` (N,) on the same images; paired bootstrap 95%.
-
-    The interval is at least 3/N to either side: what N images do not show may still be as frequent
-    (the rule of three, Hanley and Lippman-Hand 1983).
+    The interval is at least 3/N to either side (the rule of three, Hanley and Lippman-Hand 1983).
     """
     n, gain, loss = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     shares = (gain / n, (n - gain - loss) / n, loss / n)
@@ -63,7 +59,6 @@ def difference(first: Bools, second: Bools) -> tuple[float, tuple[float, float]]
 
 def detection(clean: Floats, attacked: Floats) -> dict[str, tuple[float, tuple[float, float]]]:
     """TPR@1%FPR, TPR@5%FPR and AUROC of suspicions (N,) and (M,), each with its 95% interval.
-
     Bootstraps both, since the clean ones set the threshold; at least 3 / min(N, M) to either side.
     """
     draw = np.random.default_rng(0).choice
@@ -92,9 +87,7 @@ def tpr_at_fpr(flagged: Floats, caught: Floats, rate: float) -> float:
 
 
 def roc(clean: Floats, attacked: Floats) -> tuple[Floats, Floats]:
-    """Shares of `clean` (N,) and of `attacked` (M,) that each threshold flags; infinite ones may be
-    in.
-    """
+    """Shares of `clean` (N,) and `attacked` (M,) that each threshold flags, infinite ones too."""
     from sklearn.metrics import roc_curve  # training and export do without
 
     rank = rankdata(np.concatenate([clean, attacked]), "dense")

@@ -1,8 +1,5 @@
 """Outside the main threat model, and reported as such: L2, a patch, corruptions, the resize step.
-
-    rampart outside model_store/NAME --images images.npz
-
-The figures say what to expect, not what is promised: nothing was trained or calibrated for these.
+Nothing was trained or calibrated for these: the figures say what to expect, and promise nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,20 +89,17 @@ CORRUPTIONS: dict[str, Corrupt] = {
 
 
 def patch(look: Look, x: Tensor, label: Tensor, *, share: float = STICKER) -> Tensor:
-    """A square of any colours on x (N, 3, H, W), bounded by area alone (Brown et al. 2017).
-
-    Attacks the places of a grid where a gray square hurts most; keeps the strongest.
-    """
+    """A square of any colours on x (N, 3, H, W), where gray hurts most (Brown et al. 2017)."""
     rank = as_loss(mislead(look, untargeted(label), label), len(x))
     grid = squares(x, share)  # (P, 1, H, W)
     with torch.no_grad():
-        hurt = torch.stack([rank(torch.where(mask, 0.5, x)) for mask in grid], 1)  # (N, P)
-    places = hurt.topk(min(PLACES, len(grid)), dim=1).indices
+        damage = torch.stack([rank(torch.where(mask, 0.5, x)) for mask in grid], 1)  # (N, P)
+    places = damage.topk(min(PLACES, len(grid)), dim=1).indices
     best, best_rank = x, torch.full((len(x),), -torch.inf, device=x.device)
     for place in range(places.shape[1]):
-        found = paste(rank, x, grid[places[:, place]], seed=place)
+        pasted = paste(rank, x, grid[places[:, place]], seed=place)
         with torch.no_grad():
-            best, best_rank = better(best, best_rank, found, rank(found))
+            best, best_rank = better(best, best_rank, pasted, rank(pasted))
     return best
 
 
@@ -114,12 +108,12 @@ def paste(rank: Loss, x: Tensor, mask: Tensor, *, seed: int) -> Tensor:
     noise = Noise(torch.arange(len(x), device=x.device), seed=seed)
     start = noise.uniform(*x.shape[1:]) - x
 
-    def stuck(z: Tensor) -> Tensor:
+    def composite(z: Tensor) -> Tensor:
         return torch.where(mask, z, x)
 
     free = Threat("Linf", 1.0)
-    z = pgd(lambda z: rank(stuck(z)), x, free, steps=STEPS, step_size=0.1, start=start)
-    return stuck(z)
+    z = pgd(lambda z: rank(composite(z)), x, free, steps=STEPS, step_size=0.1, start=start)
+    return composite(z)
 
 
 def squares(x: Tensor, share: float) -> Tensor:
@@ -137,10 +131,7 @@ def squares(x: Tensor, share: float) -> Tensor:
 def rows(
     victims: list[Victim], images: Images, budget: Budget, *, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Shares of `images` right, and right or rejected, in float and in 8 bits, as the card lists.
-
-    Every victim gets what was found against any.
-    """
+    """Shares of `images` right, and right or rejected, under all that was found."""
     clean = to_float(images.image)
     # An attacker may also leave an image as it is.
     attempts = {"clean": [clean], str(L2): [clean], "patch": [clean]}
@@ -155,8 +146,8 @@ def rows(
     for name, corrupt in CORRUPTIONS.items():
         attempts[name] = [corrupt(clean, noise).clamp(0, 1)]
     for victim in victims:
-        for name, found in attempts.items():
-            after = [replay(victim, x, images, L2) for x in found]
+        for name, attacked in attempts.items():
+            after = [replay(victim, x, images, L2) for x in attacked]
             yield {
                 "threat": name,
                 "subject": victim.subject.text,
@@ -168,22 +159,21 @@ def rows(
 
 
 def scaling(size: int) -> dict[str, Any]:
-    """The image-scaling attack (Quiring et al. 2020, section 3) on the endpoint's resize step.
-
-    How much a large photograph must change, as PSNR in dB, until the model sees another one: below
-    20 anybody sees it. Beside it the same where pixels are picked (nearest neighbour).
+    """The image-scaling attack (Quiring et al. 2020, section 3) on the endpoint's resize step: the
+    PSNR in dB at which a large photograph shows the model another one, also where pixels are
+    picked.
     """
     large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
     pictures = [decode((Path(data_dir) / name).read_bytes(), large) for name in PHOTOGRAPHS]
-    found = []
+    measures = []
     for shown, hidden in zip(pictures, pictures[1:] + pictures[:1], strict=True):
         target = decode(as_file(Image.fromarray(hidden)), size)
         forged = forge(shown, target, Image.Resampling.BICUBIC)
         picked = forge(shown, target, Image.Resampling.NEAREST)
         small = decode(as_file(Image.fromarray(forged)), size).astype(int)
         psnrs = [psnr(shown, other) for other in (forged, picked)]  # type: ignore[no-untyped-call]
-        found.append([*psnrs, np.abs(small - target).mean()])
-    means = np.mean(found, axis=0).round(1).tolist()
+        measures.append([*psnrs, np.abs(small - target).mean()])
+    means = np.mean(measures, axis=0).round(1).tolist()
     names = ("psnr", "psnr_nearest", "levels_off_target")
     figures = dict(zip(names, means, strict=True))
     return {"pictures": len(pictures), "pixels": [large, size], **figures}

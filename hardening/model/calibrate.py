@@ -1,9 +1,8 @@
 """From scores to p-values: quantile tables on tuning images, split conformal on calibration images.
 
-Each detector's score becomes a surprise, -log of the share of clean tuning images at least as
-suspicious; surprises add up (Fisher 1932). The sum is ranked among those of calibration images,
-which nothing else uses, so P(p < alpha | clean) <= alpha for exchangeable data (split conformal:
-Vovk et al. 2005; Bates et al. 2023).
+Each score becomes a surprise, -log of the share of clean tuning images at least as suspicious;
+surprises add up (Fisher 1932). The sum is ranked among those of calibration images, so that P(p <
+alpha | clean) <= alpha (split conformal: Vovk et al. 2005; Bates et al. 2023).
 """
 
 import json
@@ -55,10 +54,9 @@ def tables(scores: Floats) -> tuple[Floats, Floats]:
 def calibrate(
     pipeline: DefendedClassifier, held: Images, variant: Variant, engine: Engine | None = None
 ) -> Calibration:
-    """Tables from the tuning split of `held`, ranks from its calibration split.
-
-    `engine` runs the graph in fp16 or int8, which scores a little differently. Raises ValueError
-    where `held` is too small for a false-alarm rate of 1%.
+    """Tables from the tuning split of `held`, ranks from its calibration split; through its
+    `engine` for fp16 or int8. Raises ValueError where `held` is too small for a false-alarm rate of
+    1%.
     """
     ranked = split(held, "calibration")
     if len(ranked) < 100:

@@ -45,10 +45,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure with its 95% interval over `n` images; of clean images it has no threat.
-
-    `norm` and `eps` are the threat as text, `attack` made the images, `rate` is the promised share
-    of false alarms where it is not the usual one.
+    """One figure with its 95% interval over `n` images; of clean images it has no threat. `norm`
+    and `eps` are text, `rate` is the promised share of false alarms where it is not the usual one.
     """
 
     subject: Subject
@@ -102,18 +100,15 @@ def main_figures(card: dict[str, Any]) -> list[Figure]:
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`new` rows, and the `old` ones with another `Figure.key`: a weaker attack replaces no
-    stronger one.
-    """
+    """`new` rows, and the `old` ones with other keys: no weak attack replaces a stronger one."""
     replaced = {Figure.of(row).key for row in new}
     return [row for row in old if Figure.of(row).key not in replaced] + new
 
 
 def robust_in_int8(folder: Path, variant: str) -> float | None:
-    """Worst-case robust accuracy, with or without rejection, that int8 costs a variant at most.
-
-    Only LEAST or more validation images decide: test images must not choose what is served. Of
-    several pairs of figures the one of most images counts. None where it was not measured.
+    """Robust accuracy, with or without rejection, that int8 costs a variant at most; None if
+    unknown. Only LEAST or more validation images decide: test images must not choose what is
+    served.
     """
     float_one, int8 = Subject("pipeline", variant), Subject("pipeline", variant, "int8")
     pairs: dict[tuple[object, ...], dict[Subject, Figure]] = {}

@@ -1,7 +1,5 @@
-"""Classifiers by name, with normalization inside: torchvision's own definitions, and timm's.
-
-Up to 64 pixels a side a torchvision network gets a stem that keeps the resolution (3x3, no early
-pooling), and VGG and AlexNet a smaller head.
+"""Classifiers by name, with normalization inside: torchvision's own definitions, and timm's. Up to
+64 pixels a side torchvision's stem keeps the resolution, and VGG and AlexNet have a smaller head.
 """
 
 import copy
@@ -31,7 +29,6 @@ DOUBTS = 64  # hidden units of the rectifier
 
 class ClassifierConfig(NamedTuple):
     """What builds a classifier; saved in every checkpoint. `width` scales the channel counts.
-
     `head`, `channels` and `channels_last` are of a network of your own, which `arch` names.
     """
 
@@ -59,9 +56,8 @@ class ClassifierConfig(NamedTuple):
 class Classifier(nn.Module):
     """Pixels in [0, 1] to logits; detectors see the pooled features.
 
-    `auxiliary` adds the heads that GoogLeNet has in training only, `config.rectified` the second
-    head of rectified rejection (Pang et al. 2022). `head_name` is the library's name of `head`.
-    Raises ValueError for what cannot be built.
+    `auxiliary` adds GoogLeNet's heads of training, `config.rectified` the second head of rectified
+    rejection (Pang et al. 2022). Raises ValueError for what cannot be built.
     """
 
     def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:
@@ -242,7 +238,6 @@ def fit_small_images(net: Any, config: ClassifierConfig) -> None:
 
 def split_head(net: nn.Module, config: ClassifierConfig) -> tuple[str, nn.Module, int]:
     """Take the last layer off `net`: (its name there, the layer, features that go into it).
-
     SqueezeNet has none: it pools logits, which are its features too.
     """
     if isinstance(net, Adapter):

@@ -1,9 +1,8 @@
 """Scores of suspicion from two views of one image; higher = more suspicious.
 
-All but classic feature squeezing reuse the two classifier passes (the image as sent and its
-purified view) or look at pixels only. Sources: squeezers, Xu et al. 2018 (section 3);
-reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020; feature distance, Lee et al.
-2018 (section 2.1); rectified rejection, Pang et al. 2022.
+Sources: squeezers, Xu et al. 2018 (section 3); reconstruction distance, Meng and Chen 2017; energy,
+Liu et al. 2020; feature distance, Lee et al. 2018 (section 2.1); rectified rejection, Pang et al.
+2022.
 """
 
 from collections.abc import Sequence
@@ -36,11 +35,9 @@ class Views(NamedTuple):
 
 
 def median3x3(x: Tensor) -> Tensor:
-    """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected.
-
-    Exact, from minima and maxima alone (Smith 1996, "Implementing median filters in XC4000E
-    FPGAs"): the largest small, the middle middle and the smallest large value of three sorted rows.
-    More than ten times faster than a sort in ONNX Runtime.
+    """Median of each 3x3 neighbourhood of x (N, C, H, W), borders reflected. Exact, from minima and
+    maxima alone (Smith 1996, "Implementing median filters in XC4000E FPGAs"): in ONNX Runtime ten
+    times as fast as a sort.
     """
     height, width = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
@@ -63,10 +60,8 @@ def median(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def squeezed(x: Tensor) -> tuple[Tensor, ...]:
-    """x (N, 3, H, W) in 5 bits of colour, and its median, for feature squeezing.
-
-    Rounding passes gradients straight through, as attackers do (BPDA, Athalye et al. 2018, section
-    4.1).
+    """x (N, 3, H, W) in 5 bits of colour, and its median, for feature squeezing. Rounding passes
+    gradients straight through, as attackers do (BPDA, Athalye et al. 2018, section 4.1).
     """
     rounded = (x * 31).round() / 31
     return x + (rounded - x).detach(), median3x3(x)
@@ -189,10 +184,8 @@ class FeatureDistance(Detector):
         return square.min(dim=1).values.clamp_min(1e-6).sqrt()
 
     def fit(self, classifier: Classifier, images: Images) -> Self:
-        """Set means and whitening from clean `images`; covariance shrunk towards its diagonal.
-
-        Of images that it was fitted on the distance is too small. Raises ValueError where a class
-        has none.
+        """Set means and whitening from clean `images`, covariance shrunk towards its diagonal.
+        Raises ValueError where a class has no image.
         """
         with torch.no_grad():
             # In float64: with more features than images, rounding would make eigenvalues negative.
@@ -283,9 +276,8 @@ class Detectors(nn.Module):
         return self
 
     def take(self, other: "Detectors") -> None:
-        """Copy what the detectors of `other` have learned, for the same classifier.
-
-        Raises ValueError where one of ours has learned nothing there.
+        """Copy what the detectors of `other` have learned. ValueError where one of ours learned
+        nothing.
         """
         missing = self.load_state_dict(other.state_dict(), strict=False).missing_keys
         if lost := sorted({key.partition(".")[0] for key in missing if self.needed(key)}):

@@ -1,8 +1,4 @@
-"""A folder of model_store: its variants, the best of them, its training images.
-
-weights.safetensors, calibration-VARIANT.json and card.json make a model; figures and pictures are
-added as they are measured.
-"""
+"""A folder of model_store: weights.safetensors, calibration-VARIANT.json and card.json."""
 
 from __future__ import annotations
 
@@ -11,9 +7,9 @@ import json
 import shlex
 import shutil
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from zipfile import BadZipFile, ZipFile
 
 from rampart.hardening.model import card as report
@@ -34,19 +30,16 @@ def variants_in(model: Path) -> list[Variant]:
 
 def forms(model: Path) -> list[tuple[Variant, Precision]]:
     """The variants of a model folder, each with every precision it is calibrated in."""
-    every: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    pairs = product(calibrated(model), get_args(Precision))
     return [
-        (variant, precision)
-        for variant in calibrated(model)
-        for precision in every
-        if calibration_file(model, variant, precision).is_file()
+        (v, precision) for v, precision in pairs if calibration_file(model, v, precision).is_file()
     ]
 
 
 def calibrated(model: Path) -> list[Variant]:
     """`variants_in`, at least one. Raises ValueError that says how to make it."""
-    if known := variants_in(model):
-        return known
+    if variants := variants_in(model):
+        return variants
     raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
 
 
@@ -59,10 +52,7 @@ def best_variant(card: dict[str, Any], variants: Sequence[Variant]) -> Variant:
 def form(
     model: Path, variant: Variant | None, precision: Precision | None
 ) -> tuple[Variant, Precision]:
-    """The variant and precision to export, the best ones for None.
-
-    Raises ValueError where the folder is not calibrated for `variant`.
-    """
+    """The variant and precision to export, the best for None. ValueError for no such variant."""
     variants = calibrated(model)
     if variant and variant not in variants:
         raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
@@ -84,13 +74,13 @@ def sibling(model: Path) -> Path | None:
 
 def trained_on(card: dict[str, Any], data: Path) -> bool:
     """Whether the card names `data` as the images of training, by itself or in a command."""
-    return data.name in (card.get("data"), *(known.get("--data") for known in commands(card)))
+    return data.name in (card.get("data"), *(options.get("--data") for options in commands(card)))
 
 
 def held_beside(card: dict[str, Any], data: Path) -> list[str]:
     """What the card's commands on `data` named as held-out images."""
-    named = (known.get("--held") for known in commands(card) if known.get("--data") == data.name)
-    return [held for held in named if held]
+    same = (options for options in commands(card) if options.get("--data") == data.name)
+    return [options["--held"] for options in same if options.get("--held")]
 
 
 def commands(card: dict[str, Any]) -> list[dict[str, str]]:
@@ -115,10 +105,8 @@ def calibrations(model: Path) -> list[Path]:
 
 
 def deliver(model: Path, target: Path) -> bool:
-    """Copy a finished model folder; returns whether `target` had that model already.
-
-    If so, the newer of each file stays, and the card keeps what either has. Otherwise the other
-    model's files go, but for the log of evaluations, which only grows.
+    """Copy a finished model folder; returns whether `target` had that model already. If so, the
+    newer of each file and all of both cards stay. If not, only the log of evaluations does.
     """
     same = _decides(target) == _decides(model)
     if not same:
@@ -160,8 +148,8 @@ def is_of(archive: Path, model: Path) -> bool:
     """Whether an archive was packed from the weights in a model folder."""
     try:
         with ZipFile(archive) as packed:
-            known = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
+            digest = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
     except (OSError, BadZipFile, ValueError, KeyError, TypeError):
         return False
     with (model / "weights.safetensors").open("rb") as weights:
-        return bool(known == hashlib.file_digest(weights, "sha256").hexdigest())
+        return bool(digest == hashlib.file_digest(weights, "sha256").hexdigest())

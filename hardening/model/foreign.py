@@ -1,8 +1,7 @@
 """Weights from elsewhere: torchvision's and timm's state dicts, RobustBench's, MadryLab's layout.
 
-A layout is a prefix before the library's own names, and maybe a normalizer outside the network. The
-prefix is the one under which most of the network's tensors are found, a normalizer is a tensor of
-three values called mean or std. Nothing is unpickled, which could run code.
+A layout is a prefix, under which most of the network's tensors are found, and maybe a normalizer:
+tensors of three values called mean and std. Nothing is unpickled, which could run code.
 """
 
 import pickle
@@ -23,6 +22,8 @@ State = dict[str, Tensor]
 # What training scripts call the entry that holds the weights.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 MEANS, STDS = ("mean", "new_mean", "mu"), ("std", "new_std", "sigma")
+NORMALIZERS = (*MEANS, *STDS)
+UNUSED = ("aux", "attacker.")  # parts that only train
 CONVERT = (
     "torch.save(torch.load('{name}', weights_only=False)['state_dict'], 'weights.pth')"
     " in the environment that made it"
@@ -35,15 +36,14 @@ def adopt(
     """The classifier of `config` with the weights of `path`, frozen.
 
     A normalizer in the file replaces the config's, `mean` and `std` replace either. Raises
-    FileNotFoundError, or ValueError that names a layer which is missing, unknown or of another
-    size.
+    FileNotFoundError, or ValueError that names a layer which does not fit.
     """
-    found = read(path)
-    config = normalized(config, found)
+    weights = read(path)
+    config = normalized(config, weights)
     config = config._replace(mean=mean or config.mean, std=std or config.std)
     net = Classifier(config)
     own = library_names(net)
-    state = without_prefix(found, own, path)
+    state = without_prefix(weights, own, path)
     wrong = [name for name, tensor in own.items() if state[name].shape != tensor.shape]
     if wrong:
         name = wrong[0]
@@ -51,10 +51,8 @@ def adopt(
         # A last layer of another size, and nothing else, is another number of classes.
         heads = all(own[n].shape[:1] == (config.classes,) for n in wrong)
         check = "--classes" if heads else "--arch, --width and --image-size"
-        raise ValueError(
-            f"{path}: {name} does not fit {config.arch}: expected {expected}, found {size}."
-            f" Check {check}"
-        )
+        misfit = f"{name} does not fit {config.arch}: expected {expected}, found {size}"
+        raise ValueError(f"{path}: {misfit}. Check {check}")
     for name, tensor in own.items():
         tensor.copy_(state[name])
     return net.eval().requires_grad_(False)
@@ -83,21 +81,21 @@ def read(path: Path) -> State:
 def tensors(content: Any, path: Path) -> State:
     """The state dict in what a training script saved."""
     while isinstance(content, Mapping):
-        found = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+        state = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
         inner = [name for name in ENTRIES if isinstance(content.get(name), Mapping)]
-        if found and not inner:
-            return found
+        if state and not inner:
+            return state
         if not inner:
             raise ValueError(f"{path} holds no weights under {', '.join(ENTRIES)}: {list(content)}")
         content = content[inner[0]]
     raise ValueError(f"{path} holds a {type(content).__name__}: save model.state_dict() instead")
 
 
-def normalized(config: ClassifierConfig, found: State) -> ClassifierConfig:
+def normalized(config: ClassifierConfig, weights: State) -> ClassifierConfig:
     """`config` with the mean and std that the file carries beside the network."""
 
     def values(names: tuple[str, ...]) -> Colour | None:
-        fitting = [t for n, t in found.items() if n.split(".")[-1] in names and t.numel() == 3]
+        fitting = [t for n, t in weights.items() if n.split(".")[-1] in names and t.numel() == 3]
         if not fitting:
             return None
         red, green, blue = (round(float(value), 6) for value in fitting[0].flatten())
@@ -119,29 +117,21 @@ def library_names(net: Classifier) -> State:
     return {library_name(name): tensor for name, tensor in net.state_dict().items()}
 
 
-def without_prefix(found: State, own: State, path: Path) -> State:
-    """The tensors of `found` under the names of `own`; what counts batches may be missing."""
-    ends = [(n, n[: -len(w)]) for w in own for n in found if n == w or n.endswith(f".{w}")]
+def without_prefix(weights: State, own: State, path: Path) -> State:
+    """The tensors of `weights` under the names of `own`; what counts batches may be missing."""
+    ends = [(n, n[: -len(w)]) for w in own for n in weights if n == w or n.endswith(f".{w}")]
     if not ends:
-        raise ValueError(
-            f"{path} holds none of the network's layers, but {', '.join(list(found)[:3])}"
-        )
+        layers = ", ".join(list(weights)[:3])
+        raise ValueError(f"{path} holds none of the network's layers, but {layers}")
     # MadryLab keeps the network twice, as the model and inside its attacker: take the shorter name.
     counts = Counter(prefix for _, prefix in ends)
     prefix = min(counts, key=lambda p: (-counts[p], len(p)))
-    state = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
-    counters = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")}
-    state = counters | state
+    state = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")}
+    state |= {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     if missing := [name for name in own if name not in state]:
         raise ValueError(f"{path} lacks {len(missing)} of the network's tensors, as {missing[0]}")
-    normalizers = (*MEANS, *STDS)
-    unknown = [
-        name
-        for name, tensor in state.items()
-        if name not in own
-        and not (name.split(".")[-1] in normalizers and tensor.numel() == 3)
-        and not name.startswith(("aux", "attacker."))
-    ]
+    rest = {n: t for n, t in state.items() if n not in own and not n.startswith(UNUSED)}
+    unknown = [n for n, t in rest.items() if n.split(".")[-1] not in NORMALIZERS or t.numel() != 3]
     if unknown:
         raise ValueError(
             f"{path} holds {len(unknown)} tensors that the network has no place for, as"

@@ -1,7 +1,4 @@
-"""Labelled images in memory, and the splits of those that are held out.
-
-A data set is one uint8 tensor (CIFAR-10: 150 MB), on the GPU where there is one.
-"""
+"""Labelled images in memory, one uint8 tensor, and the splits of those that are held out."""
 
 import hashlib
 import math
@@ -25,7 +22,6 @@ SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500,
 @dataclass(frozen=True)
 class Images:
     """Labelled images: `image` uint8 (N, H, W, 3) RGB, `label` int64 (N,), `classes` by index.
-
     `paths` names each image within its source ("" where the source has no names).
     """
 
@@ -119,10 +115,9 @@ class Held(NamedTuple):
 def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Images]:
     """Divide into (training images, held-out images).
 
-    `held` images leave training by their `paths` (the lossless twins of JPEG training images) or,
-    in memory, by their pixels. Without `held` a tenth, at most 5,170, is drawn with `seed`, and
-    others with the same pixels leave too. Raises ValueError where both name classes differently, or
-    where `held` names twins and none is found.
+    `held` images leave training by `paths` (the lossless twins of JPEG images) or pixels. Without
+    them a tenth, at most 5,170, is drawn with `seed`, and other images of the same pixels leave
+    too. Raises ValueError where classes differ, or no twin is found.
     """
     if held is not None:
         if held.classes != images.classes:
@@ -143,10 +138,7 @@ def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Image
 
 
 def split(held: Images, name: str) -> Images:
-    """The images of split `name` ("validation", "tuning" or "calibration") in `held`, in order.
-
-    Images sorted by class, as in a folder, are shuffled first: else a split had few classes.
-    """
+    """The images of a split of `held`, in order; images sorted by class are shuffled first."""
     rows = torch.arange(len(held))
     present, runs = len(set(held.label.tolist())), 1 + int((held.label.diff() != 0).sum())
     if 1 < present == runs:

@@ -46,7 +46,6 @@ class Defended(Protocol):
 
 class DefendedClassifier(nn.Module):
     """Purifier, classifier and detectors as one module without branches on data or randomness.
-
     Without a purifier the purified view is the image itself and there is one classifier pass.
     """
 
@@ -100,10 +99,7 @@ def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> 
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """The pipeline of `path` as `variant`, frozen, and the class names.
-
-    Raises ValueError where you ask for `full` of a model without a purifier.
-    """
+    """The frozen pipeline of `path` as `variant`, and its classes; ValueError where it has none."""
     whole, classes = load_whole(path, variant)
     if variant == "full" and whole.purifier is None:
         raise ValueError(f"{path} has no purifier: its only variant is lean (--variant lean)")
@@ -111,10 +107,7 @@ def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tup
 
 
 def load_whole(path: Path, *variants: Variant) -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """All parts of `path`, frozen, and the class names; `as_variant` chooses among them.
-
-    Raises ValueError where it lacks what `variants`, or by default both, look at.
-    """
+    """All parts of `path`, frozen, and its classes. ValueError where `variants` lack a part."""
     config, state = checkpoint.read(path)
     if "classes" not in config:
         raise ValueError(f"{path} holds no defended model: `rampart calibrate` makes one")
@@ -158,10 +151,8 @@ def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
 
 
 def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = False) -> Classifier:
-    """The classifier of a file of `rampart train` or `rampart calibrate`, frozen.
-
-    `auxiliary` keeps GoogLeNet's heads of training, `rectified` adds a head of rectified rejection
-    where there is none.
+    """The classifier of a file of `rampart train` or `rampart calibrate`, frozen. `auxiliary` keeps
+    GoogLeNet's heads of training, `rectified` adds a missing head of rectified rejection.
     """
     config, state = checkpoint.read(path)
     if "classifier" not in config:

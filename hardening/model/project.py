@@ -1,11 +1,8 @@
 """The image nearest to a picture among those that the purifier's generator makes of a small latent.
 
-    rampart purify picture.png --project
-
-As in Defense-GAN (Samangouei et al. 2018, eq. 3), by gradient descent. Our latent is an image of a
-quarter of the pixels, which leaves no place for fine detail; the generator fills in hidden parts.
-This is to look at and to compare with: hundreds of passes, and no attack on it was run; attackers
-got around the original (Athalye et al. 2018, section 5.4.2).
+As in Defense-GAN (Samangouei et al. 2018, eq. 3), by gradient descent; the latent is an image of a
+quarter of the pixels. It is to look at and to compare with: no attack on it was run, and the
+original fell (Athalye et al. 2018, section 5.4.2).
 """
 
 from collections.abc import Callable
@@ -25,10 +22,8 @@ def project(
     lr: float = 0.02,
     smoothness: float = 0.02,
 ) -> Tensor:
-    """The generator's image (N, 3, H, W) nearest to x (N, 3, H, W) in [0, 1], H and W even.
-
-    `visible` (H, W) is 0 where x is hidden; there `smoothness` (mean absolute difference of
-    neighbours) alone decides. Raises ValueError where all of x is hidden.
+    """The generator's image (N, 3, H, W) nearest to x (N, 3, H, W) in [0, 1], H and W even. Where
+    `visible` (H, W) is 0, `smoothness` alone decides. Raises ValueError where all of x is hidden.
     """
     weight = x.new_ones(x.shape[-2:]) if visible is None else visible.to(x)
     if not weight.any():

@@ -1,7 +1,5 @@
-"""Which images a model was made of, told by their pixels: names of files prove nothing.
-
-Beside the weights stands a sorted array of 8 bytes for each training image, 360 kB for CIFAR-10.
-Two images share their 8 bytes once in 10^19 pairs.
+"""Which images a model was made of, told by their pixels: names of files prove nothing. Beside the
+weights stand 8 bytes for each training image, which two images share once in 10^19 pairs.
 """
 
 import hashlib
@@ -71,9 +69,9 @@ def trained_on(folder: Path, images: "Images") -> Bools | None:
 
 def check_unseen(folder: Path, images: "Images") -> None:
     """Raise ValueError where a model was trained on any of `images` that pass as held out."""
-    found = trained_on(folder, images)
-    if found is not None and found.any():
+    overlap = trained_on(folder, images)
+    if overlap is not None and overlap.any():
         raise ValueError(
-            f"{folder} was trained on {found.sum()} of these {len(images)} images, by their pixels:"
-            " pass --data and --held as for `rampart train`, or images of a test set"
+            f"{folder} was trained on {overlap.sum()} of these {len(images)} images, by their"
+            " pixels: pass --data and --held as for `rampart train`, or images of a test set"
         )

@@ -1,7 +1,6 @@
-"""A purifier: a residual generator in front of the classifier that undoes perturbations.
-
-It works at half resolution on pixel-unshuffled channels (as FFDNet, Zhang et al. 2018, section
-III), which costs a quarter. Without BatchNorm no image's answer depends on its neighbours.
+"""A purifier: a residual generator in front of the classifier that undoes perturbations. Half
+resolution on pixel-unshuffled channels (as FFDNet, Zhang et al. 2018, section III) costs a quarter;
+without BatchNorm no image's answer depends on its neighbours.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -17,9 +16,8 @@ class PurifierConfig(NamedTuple):
 
 
 class Purifier(nn.Module):
-    """Generator: pixels in [0, 1] to pixels in [0, 1]; the identity before training.
-
-    Another one is a subclass with a `name`, a `Config` (a NamedTuple) and layers, for `register`.
+    """Generator: pixels in [0, 1] to pixels in [0, 1]; the identity before training. Another one is
+    a subclass with a `name`, a `Config` (a NamedTuple) and layers, for `register`.
     """
 
     name: ClassVar[str] = "residual"

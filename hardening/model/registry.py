@@ -1,7 +1,5 @@
-"""Networks that are not ours, by the name that a checkpoint keeps of them.
-
-A checkpoint imports nothing: you say what network its name is, by `register`, by `Classifier.wrap`
-or by `--arch package.module:factory`.
+"""Networks that are not ours, by the name that a checkpoint keeps of them. A checkpoint imports
+nothing: `register`, `Classifier.wrap` or `--arch package.module:factory` says what a name is.
 """
 
 import importlib
@@ -37,10 +35,7 @@ def is_factory(arch: str) -> bool:
 
 
 def import_factory(arch: str) -> None:
-    """Import the factory package.module:factory, in the working folder or installed; register it.
-
-    Raises ValueError that says what is missing.
-    """
+    """Register package.module:factory, of the working folder or installed. ValueError without."""
     module, _, function = arch.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:

@@ -95,14 +95,13 @@ def shape(layout: Layout, x: Tensor) -> str:
 
 
 def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[nn.Module, int]:
-    """Take the layer `head` off: (the layer, features that go into it).
-
-    The rest must give the features (N, F) from which the layer alone makes `logits`. Raises
-    ValueError that names another layer where one fits.
+    """Take the layer `head` off: (the layer, features that go into it). The layer alone must make
+    `logits` of features (N, F), or a ValueError names one that does.
     """
     names = [name for name, _ in backbone.net.named_modules() if name]
     if head not in names:
-        raise ValueError(f"the module has no layer {head!r}: its last ones are {last(names)}")
+        last = ", ".join(names[-4:]) or "none, it is one layer"
+        raise ValueError(f"the module has no layer {head!r}: its last ones are {last}")
     layer = backbone.net.get_submodule(head)
     features = features_before(backbone, head, logits, size)
     if features:
@@ -142,19 +141,10 @@ def features_before(backbone: Adapter, head: str, logits: Tensor, size: int) -> 
         setattr(owner, name, layer.train(training))
 
 
-def last(names: list[str]) -> str:
-    """The last few names."""
-    return ", ".join(names[-4:]) or "none, it is one layer"
-
-
 def check_normalization(net: nn.Module, normalized: bool) -> None:
     """Raise ValueError where the network normalizes by itself and would be given it again."""
-    own = [
-        name
-        for name, tensor in net.named_buffers()
-        if name.split(".")[-1] in NORMALIZERS and tensor.numel() in (1, 3)
-    ]
-    if normalized and own:
-        raise ValueError(
-            f"the module normalizes by itself (its buffer {own[0]!r}): leave out mean and std"
-        )
+    for name, tensor in net.named_buffers():
+        if normalized and name.split(".")[-1] in NORMALIZERS and tensor.numel() in (1, 3):
+            raise ValueError(
+                f"the module normalizes by itself (its buffer {name!r}): leave out mean and std"
+            )

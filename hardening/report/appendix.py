@@ -21,10 +21,8 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
     if not checks:
         return
     words = ["These look for signs that an attack failed rather than that a defence held."]
-    body = [
-        ("passed" if check.passed else "FAILED", check.name, check.subject, check.seen)
-        for check in checks
-    ]
+    result = {True: "passed", False: "FAILED"}
+    body = [(result[c.passed], c.name, c.subject, c.seen) for c in checks]
     head = ("result", "check", "victim", "what it saw")
     yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
 
@@ -37,9 +35,8 @@ def parts(card: dict[str, Any]) -> Iterator[Section]:
         yield ablated("What each part adds", card["ablation"], chosen)
     if "test_ablation" in card:
         part = card["test_ablation"]
-        section = ablated(
-            "What rejection adds on test images", part, "Nothing was chosen by these."
-        )
+        title = "What rejection adds on test images"
+        section = ablated(title, part, "Nothing was chosen by these.")
         curve = Table("Over the rate of rejection", *ablation.curve_table(part["rows"]))
         yield section._replace(tables=[*section.tables, curve])
 
@@ -53,17 +50,15 @@ def ablated(name: str, part: dict[str, Any], more: str) -> Section:
         " to all.",
         more,
     ]
+    dots = plots.svg(partial(plots.setup_labels, rows=rows), height=1.2 + 0.25 * len(rows))
+    lines = plots.svg(partial(plots.setup_rejection, rows=rows))
+    alts = (
+        "Dot plot of clean and robust label accuracy of every setup, as in the table.",
+        "Line plot of images right or rejected under attack over clean images rejected.",
+    )
     figures = [
-        Drawing(
-            plots.svg(partial(plots.setup_labels, rows=rows), height=1.2 + 0.25 * len(rows)),
-            "Dot plot of clean and robust label accuracy of every setup, as in the table.",
-            "Label accuracy of every setup.",
-        ),
-        Drawing(
-            plots.svg(partial(plots.setup_rejection, rows=rows)),
-            "Line plot of images right or rejected under attack over clean images rejected.",
-            "What rejecting adds, over what it costs.",
-        ),
+        Drawing(dots, alts[0], "Label accuracy of every setup."),
+        Drawing(lines, alts[1], "What rejecting adds, over what it costs."),
     ]
     return Section(name, words, figures, [Table(name, *ablation.table(rows))])
 
@@ -121,9 +116,8 @@ def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
     body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
     commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))
     body += [("measured by", command) for command in commands]
-    return Section(
-        "Threat model and recipe", words, tables=[Table("Card", ("what", "value"), body)]
-    )
+    table = Table("Card", ("what", "value"), body)
+    return Section("Threat model and recipe", words, tables=[table])
 
 
 def flat(part: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -57,10 +57,7 @@ def check_card(card: dict[str, Any]) -> None:
 
 
 def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
-    """Put `entries` in place of the card's own of the same names; returns the card.
-
-    Raises ValueError, and writes nothing, where the card would break the schema.
-    """
+    """Replace entries of the card; returns it. ValueError, and no write, for a broken schema."""
     card = read_card(folder) | entries
     check_card(card)
     write_card(folder, card)
@@ -83,16 +80,12 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         who = (figure.subject.text, figure.subject.variant, figure.name, figure.threat or "-")
         lines.append((*who, f"{figure.value:.1%}", f"{low:.1%} to {high:.1%}", str(figure.n)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card's main figures at the usual rate, one Markdown table for each data set.
-
-    Of a figure by several attacks the lowest counts, also in place of an earlier worst case.
+    """The card's main figures at the usual rate, one Markdown table for each data set. Of a figure
+    by several attacks the lowest counts, also in place of an earlier worst case.
     """
     tables: dict[str, Lowest] = {}
     for figure in main_figures(card):
@@ -132,9 +125,9 @@ def one_table(lowest: Lowest) -> str:
     shown = {title: name for title, name in columns().items() if name in names}
     body = []
     for subject, title in SUBJECTS.items():
-        found = [lowest.get((subject, name)) for name in shown.values()]
-        if any(found):
-            body.append([title, *(figure.cell if figure else "-" for figure in found)])
+        figures = [lowest.get((subject, name)) for name in shown.values()]
+        if any(figures):
+            body.append([title, *(figure.cell if figure else "-" for figure in figures)])
     return piped(["", *shown], body) if body else ""
 
 
@@ -158,20 +151,14 @@ def model_cells(folder: Path, card: dict[str, Any]) -> list[str]:
     training = f"{epochs} epochs, {minutes / 60:.1f} h" if runs else "-"
     out = [f"`{folder.name}`", net["arch"] + width, f"{size:.1f} MB", training]
     for wanted in (("clean", None), ("autoattack", "AutoAttack, standard")):
-        same = [
-            figure
-            for figure in main_figures(card)
-            if figure.subject.kind == "classifier" and (figure.name, figure.attack) == wanted
-        ]
-        best = max(same, key=lambda figure: figure.n, default=None)
-        out.append(counted(best) if best else "-")
+        own = [f for f in main_figures(card) if f.subject.kind == "classifier"]
+        same = [f for f in own if (f.name, f.attack) == wanted]
+        if best := max(same, key=lambda figure: figure.n, default=None):
+            threat = f", {best.threat}" if best.threat else ""
+            out.append(f"{best.cell}, n = {best.n}{threat}")
+        else:
+            out.append("-")
     return out
-
-
-def counted(figure: Figure) -> str:
-    """A figure with its interval, its images and its threat."""
-    threat = f", {figure.threat}" if figure.threat else ""
-    return f"{figure.cell}, n = {figure.n}{threat}"
 
 
 def fenced(text: str, name: str, content: str) -> str:

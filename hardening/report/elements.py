@@ -96,13 +96,11 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
 
 
 def attacked(evaluation: Evaluation, pipeline: DefendedClassifier) -> Tensor | None:
-    """The evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20, or
-    None.
-    """
+    """Evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20."""
     record = record_of(evaluation, pipeline)
     for name in (JOINT, STATIC):
         if record and (mine := own(record, name)):
-            x = next(item.x for item in evaluation.found if item.rung is mine[0])
+            x = next(item.x for item in evaluation.attempts if item.rung is mine[0])
             return in_8_bits(x, evaluation.images.image, mine[0].threat)
     return None
 

@@ -84,9 +84,8 @@ def grid(
     record, names = record_of(evaluation, pipeline), evaluation.images.classes
     if pictures is None or record is None:
         return
-    clean, pixels = (
-        image.to(evaluation.images.image.device) for image in (pictures.clean, pictures.attacked)
-    )
+    device = evaluation.images.image.device
+    clean, pixels = pictures.clean.to(device), pictures.attacked.to(device)
     change = pixels.int() - clean.int()
     largest = [f"at most {levels}/255" for levels in change.abs().flatten(1).amax(1).tolist()]
     columns = [
@@ -100,7 +99,7 @@ def grid(
         columns.append(("purified", purified, ["what the classifier sees"] * len(pixels)))
     rows = []
     for i, truth in enumerate(pictures.truth):
-        words = [f"{title}: {said[i]}" for title, _, said in columns]
+        words = [f"{title}: {captions[i]}" for title, _, captions in columns]
         sources = [plots.png(image[i].cpu().numpy()) for _, image, _ in columns]
         alts = [f"{truth}, {text}" for text in words]
         words[0] = f"{truth}, {words[0]}"
@@ -115,10 +114,9 @@ def verdicts(
     with torch.no_grad():
         confidence, index = pipeline(image).logits.softmax(1).max(1)
     accepted = record.victim.deployed(image).accepted
-    return [
-        f"{names[i]} {share:.0%}, {'accepted' if fine else 'rejected'}"
-        for share, i, fine in zip(confidence.tolist(), index.tolist(), accepted, strict=True)
-    ]
+    verdicts = zip(index.tolist(), confidence.tolist(), accepted, strict=True)
+    decision = {True: "accepted", False: "rejected"}
+    return [f"{names[i]} {share:.0%}, {decision[bool(fine)]}" for i, share, fine in verdicts]
 
 
 def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
@@ -128,8 +126,8 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
         return
     label = evaluation.images.label.cpu().numpy()
     worst = record.worst("right")
-    there = sorted(np.unique(label).tolist(), key=lambda index: worst[label == index].mean())
-    shown = there[:MOST_CLASSES]
+    present = sorted(np.unique(label).tolist(), key=lambda index: worst[label == index].mean())
+    shown = present[:MOST_CLASSES]
     names = [evaluation.images.classes[index] for index in shown]
     every = [
         counted(name, range(len(shown)), [held[label == index] for index in shown])
@@ -144,7 +142,7 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
     attack = record.everything().effort
     fewest = min(int((label == index).sum()) for index in shown)
     words = [
-        f"{len(shown)} of {len(there)} classes, the weakest first; the smallest has {fewest}"
+        f"{len(shown)} of {len(present)} classes, the weakest first; the smallest has {fewest}"
         f" images. {attack[0].upper()}{attack[1:]}."
     ]
     yield Section("Classes", words, [drawing])

@@ -6,21 +6,8 @@ from rampart.hardening.attack import ladder as rungs
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.evaluate import Evaluation, Record
 from rampart.hardening.model.card import Figure
-from rampart.hardening.report import plots
-from rampart.hardening.report.elements import (
-    STATIC,
-    Drawing,
-    Section,
-    Table,
-    both,
-    counted,
-    in_words,
-    listed,
-    meaning,
-    own,
-    pick,
-    pipelines,
-)
+from rampart.hardening.report import elements, plots
+from rampart.hardening.report.elements import STATIC, Drawing, Section, Table, both, pick
 from rampart.hardening.report.plots import Shares
 
 # Figures of the main drawing, beside those of the main rungs.
@@ -29,7 +16,7 @@ MAIN = ("clean", "transfer", "robust", "robust_with_rejection")
 
 def verdict(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[str]:
     """What the figures say, in sentences."""
-    for record in pipelines(evaluation):
+    for record in elements.pipelines(evaluation):
         yield from verdict_on(rows, record.victim.name, evaluation.threat)
     control, clean = (pick(rows, name, "undefended") for name in ("robust", "clean"))
     if control:
@@ -74,19 +61,16 @@ def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Table | None:
     columns = ("robust", "robust_with_rejection", "clean", "clean_rejection")
     body = []
     for who in evaluation.records:
-        found = [pick(rows, name, who) for name in columns]
-        if worst := next((row for row in found[:2] if row), None):
+        figures = [pick(rows, name, who) for name in columns]
+        if worst := next((row for row in figures[:2] if row), None):
             note = " (control)" if who == "undefended" else ""
-            body.append((f"{who}{note}", *(both(row, between="\n") for row in found), str(worst.n)))
+            body.append(
+                (f"{who}{note}", *(both(row, between="\n") for row in figures), str(worst.n))
+            )
     rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
-    head = (
-        "victim",
-        "robust: label right in the worst case",
-        f"robust_with_rejection@{rate}: right or rejected in the worst case",
-        "clean accuracy",
-        "clean rejection",
-        "images",
-    )
+    right = "robust: label right in the worst case"
+    safe = f"robust_with_rejection@{rate}: right or rejected in the worst case"
+    head = ("victim", right, safe, "clean accuracy", "clean rejection", "images")
     caption = f"Share and 95% interval, {evaluation.threat}; the attacker knows every part"
     return Table(caption, head, body) if body else None
 
@@ -100,8 +84,8 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
     for who in dict.fromkeys(row.subject.name for row in rows):
         body = []
         for row in (row for row in rows if row.subject.name == who):
-            what = f"{meaning(row.name)}\n{row.attack or ''}"
-            body.append((row.name, *in_words(row), row.threat or "-", str(row.n), what))
+            what = f"{elements.meaning(row.name)}\n{row.attack or ''}"
+            body.append((row.name, *elements.in_words(row), row.threat or "-", str(row.n), what))
         tables.append(Table(f"All figures of {who}", head, body))
     words = [
         "Each attack looks for images that beat its victim, and every image that any of them finds"
@@ -119,30 +103,30 @@ def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
     every = []
     for who in evaluation.records:
         if mine := [row for row in shown if row.subject.name == who]:
-            every.append(listed(who, [labels.index(row.name) for row in mine], mine))
-    return Drawing(
-        plots.dots(labels, every, x_label="share of images"),
+            every.append(elements.listed(who, [labels.index(row.name) for row in mine], mine))
+    alt = (
         "Dot plot of the main figures of every victim with their intervals; the tables of this"
-        " section hold the same numbers.",
-        "Main figures with 95% intervals.",
+        " section hold the same numbers."
     )
+    source = plots.dots(labels, every, x_label="share of images")
+    return Drawing(source, alt, "Main figures with 95% intervals.")
 
 
 def over_eps(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
     """How figures fall with the size of the perturbation."""
-    labels = [pgd_over_eps(record, evaluation.threat) for record in pipelines(evaluation)]
-    strict = [stratified(rows, record.victim.name) for record in pipelines(evaluation)]
+    labels = [pgd_over_eps(record, evaluation.threat) for record in elements.pipelines(evaluation)]
+    strict = [stratified(rows, record.victim.name) for record in elements.pipelines(evaluation)]
     figures = []
     if several := [s for s in labels if len(s.place) > 1]:
         caption = "Label right under PGD-20 of this size, rejected or not."
         figures.append(curves(several, "label right", "size of the attack, parts of eps", caption))
-    if given := [s for s in strict if s]:
+    if strata := [s for s in strict if s]:
         caption = (
             "Right or rejected in the worst case up to eps, where rejecting an image that was moved"
             " by at most this part of eps counts as an error."
         )
         x_label = "rejecting is an error up to, parts of eps"
-        figures.append(curves(given, "right or rejected", x_label, caption))
+        figures.append(curves(strata, "right or rejected", x_label, caption))
     if figures:
         words = [f"eps is that of {evaluation.threat}. Bars are 95% intervals."]
         yield Section("Robust accuracy over eps", words, figures)
@@ -150,11 +134,10 @@ def over_eps(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section
 
 def curves(every: Sequence[Shares], y_label: str, x_label: str, caption: str) -> Drawing:
     """A few lines, with all their points in the text."""
-    points = (
-        f"{s.name}: "
-        + ", ".join(f"{y:.1%} at {x:g}" for x, y in zip(s.place, s.value, strict=True))
-        for s in every
-    )
+    points = []
+    for s in every:
+        values = (f"{y:.1%} at {x:g}" for x, y in zip(s.place, s.value, strict=True))
+        points.append(f"{s.name}: {', '.join(values)}")
     source = plots.lines(every, x_label=x_label, y_label=y_label)
     return Drawing(source, f"Line plot of {y_label} by {x_label}. {'; '.join(points)}.", caption)
 
@@ -164,14 +147,14 @@ def pgd_over_eps(record: Record, threat: Threat) -> Shares:
     places, held = [0.0], [record.clean.right]
     for eps in sorted({rung.threat.eps for rung, _ in record.under}):
         same = record._replace(under=[pair for pair in record.under if pair[0].threat.eps == eps])
-        if mine := own(same, STATIC):
+        if mine := elements.own(same, STATIC):
             places.append(eps / threat.eps)
             held.append(record.clean.right & mine[1].right)
-    return counted(record.victim.name, places, held)
+    return elements.counted(record.victim.name, places, held)
 
 
 def stratified(rows: Sequence[Figure], who: str) -> Shares | None:
     """The stratified figures of one victim."""
     mine = [r for r in rows if r.subject.name == who and r.name.startswith("stratified@")]
     places = [float(r.name.removeprefix("stratified@").removesuffix("eps")) for r in mine]
-    return listed(who, places, mine) if mine else None
+    return elements.listed(who, places, mine) if mine else None

@@ -1,7 +1,4 @@
-"""The report page: one HTML file that shows what an evaluation found, and needs nothing else.
-
-Where the evaluation has nothing on a subject, its section is left out.
-"""
+"""The report page: one HTML file that shows what an evaluation found, and needs nothing else."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +26,8 @@ def write(
     *,
     pictures: Pictures | None,
 ) -> Path:
-    """Write the page of `evaluation` to `path`; `rows` are its metrics as the card lists them.
-
-    `pipeline`, on the device of the images, is the variant whose features and purified images are
-    shown. Only `pictures` put pixels of images into the page.
+    """Write the page of `evaluation` to `path`; `rows` are its metrics as the card lists them. It
+    shows features and purified images of `pipeline`, on the device of the images.
     """
     figures = [Figure.of(row) for row in rows]
     sections = [

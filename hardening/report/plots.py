@@ -1,7 +1,5 @@
-"""Drawings of an evaluation as SVG images inside a page.
-
-Every look differs in colour (Okabe and Ito 2008), marker and line style at once, so that none needs
-colour. A phone shows a drawing without shrinking its text.
+"""Drawings of an evaluation as SVG images inside a page. Every look differs in colour (Okabe and
+Ito 2008), marker and line style at once, so that none needs colour.
 """
 
 import base64
@@ -125,9 +123,7 @@ def lines(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
 
 
 def over_rate(every: Sequence[Curve], marks: Sequence[Curve], *, y_label: str) -> str:
-    """Shares over the share of clean images flagged (logarithmic; zero at the left edge), with
-    points.
-    """
+    """Shares over the share of clean images flagged, logarithmic, with single points as `marks`."""
 
     def draw(axes: Axes) -> None:
         left = min(0.005, *(s.x[s.x > 0].min() / 2 for s in every))

@@ -1,9 +1,9 @@
 """What a red team achieved, in a line an attack and as a picture; and the run itself."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,25 +34,20 @@ def _line(name: str, outcomes: Sequence[Outcome]) -> str:
     low, high = wilson(share, n)
     noticed = [o.noticed for o in outcomes if o.noticed is not None]
     distances = [o.distance for o in outcomes if o.distance is not None and not o.clean_wrong]
-    return (
+    line = (
         f"{name:12} {share:.1%} of {n} images fooled ({low:.1%} to {high:.1%}): {clean} wrong when"
         f" clean, {len(needed)} by the attack"
-        + (f" after {statistics.median(needed):g} queries (median)" if needed else "")
-        + (
-            f"; nearest at {min(distances)}/255, median {statistics.median(distances):g}/255"
-            if distances
-            else ""
-        )
-        + (
-            f"; noticed on {len(noticed)}, at query {statistics.median(noticed):g} (median)"
-            if noticed
-            else ""
-        )
     )
+    if needed:
+        line += f" after {median(needed):g} queries (median)"
+    if distances:
+        line += f"; nearest at {min(distances)}/255, median {median(distances):g}/255"
+    if noticed:
+        line += f"; noticed on {len(noticed)}, at query {median(noticed):g} (median)"
+    return line
 
 
-# Okabe and Ito's blue, vermilion, green, purple and orange, and a mark for each, for print without
-# colour.
+# Colours of Okabe and Ito (2008), and a mark for each, for print without colour.
 LOOKS = {
     "square": ("#0072B2", "o"),
     "simba": ("#D55E00", "s"),
@@ -64,10 +59,8 @@ STROKES = ("-", "--", ":", "-.")
 
 
 def picture(results: Mapping[str, Sequence[Outcome]], path: Path) -> Path:
-    """Draw the share of images fooled against queries, as a PNG 1,000 pixels wide.
-
-    `results` holds outcomes by the run's name in the legend: a colour an attack, a stroke a run.
-    Raises ValueError for a run without outcomes, or runs of unlike eps.
+    """Draw the share of images fooled against queries, as a PNG 1,000 pixels wide, a colour an
+    attack, a stroke a run. Raises ValueError for a run without outcomes, or runs of unlike eps.
     """
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -83,8 +76,9 @@ def picture(results: Mapping[str, Sequence[Outcome]], path: Path) -> Path:
     for (run, outcomes), stroke in zip(results.items(), cycle(STROKES), strict=False):
         for name, group in by_attack(outcomes).items():
             _draw(axes, name, group, stroke=stroke, label=f"{name}, {run}")
-    sizes = sorted({len(g) for outcomes in results.values() for g in by_attack(outcomes).values()})
-    axes.set_title(f"Black-box attacks within Linf {eps.pop()}/255, n = {_span(sizes)} images")
+    sizes = {len(g) for outcomes in results.values() for g in by_attack(outcomes).values()}
+    span = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+    axes.set_title(f"Black-box attacks within Linf {eps.pop()}/255, n = {span} images")
     axes.set(xlabel="queries per image (1: the image itself, unattacked)", xscale="log")
     axes.set(ylabel="images accepted under a wrong label", ylim=(-0.02, 1.02))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -109,7 +103,3 @@ def curve(outcomes: Sequence[Outcome]) -> tuple[Floats, Floats]:
     queries = np.unique(np.geomspace(1, budget, 400).round())
     solved = np.sort([o.success for o in outcomes if o.success is not None])
     return queries, np.searchsorted(solved, queries, side="right") / len(outcomes)
-
-
-def _span(sizes: Sequence[int]) -> str:
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -9,18 +9,8 @@ from rampart.hardening.judge.evaluate import Evaluation, Record
 from rampart.hardening.judge.metrics import roc
 from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.card import Figure
-from rampart.hardening.report import plots
-from rampart.hardening.report.elements import (
-    JOINT,
-    STATIC,
-    Drawing,
-    Section,
-    Table,
-    both,
-    own,
-    pick,
-    pipelines,
-)
+from rampart.hardening.report import elements, plots
+from rampart.hardening.report.elements import JOINT, STATIC, Drawing, Section, Table, both, pick
 from rampart.hardening.report.plots import Curve
 
 # Columns of the table of detection: figure and attack.
@@ -38,10 +28,10 @@ def sweep(clean: Floats, wrong: Floats) -> tuple[Floats, Floats]:
 def rejection(evaluation: Evaluation) -> Iterator[Section]:
     """What a moving threshold trades."""
     figures = []
-    for record in pipelines(evaluation):
+    for record in elements.pipelines(evaluation):
         plain = replace(record.victim.subject, kind="max_softmax").name
         kinds = [record, evaluation.records.get(plain)]
-        if every := [kind for kind in kinds if kind and own(kind, JOINT)]:
+        if every := [kind for kind in kinds if kind and elements.own(kind, JOINT)]:
             figures.append(rejection_figure(every))
     if figures:
         words = [
@@ -80,8 +70,8 @@ def rejection_figure(every: Sequence[Record]) -> Drawing:
 def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
     """How well suspicion alone tells wrong images from clean ones."""
     figures, body = [], []
-    for record in pipelines(evaluation):
-        who, mine = record.victim.name, own(record, STATIC)
+    for record in elements.pipelines(evaluation):
+        who, mine = record.victim.name, elements.own(record, STATIC)
         if not mine or not (wrong := record.clean.right & mine[1].fooled).any():
             continue
         clean, score = record.clean.deployed.suspicion, mine[1].deployed.suspicion[wrong]
@@ -89,8 +79,8 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
         source = plots.over_rate([curve], [], y_label="wrong images flagged")
         alt = f"ROC curve of {who}; the table below holds its main points."
         figures.append(Drawing(source, alt, f"{who}: receiver operating curve."))
-        found = [pick(rows, f"{name}:{attack}", who) for name, attack in DETECTED]
-        body.append((who, str(len(score)), *map(both, found)))
+        cells = [pick(rows, f"{name}:{attack}", who) for name, attack in DETECTED]
+        body.append((who, str(len(score)), *map(both, cells)))
     if figures:
         head = ("victim", "wrong images", "caught jointly", "TPR at 1%", "TPR at 5%", "AUROC")
         words = [
@@ -106,10 +96,10 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
 def suspicion(evaluation: Evaluation) -> Iterator[Section]:
     """Where the scores of clean and attacked images lie."""
     figures = []
-    for record in pipelines(evaluation):
+    for record in elements.pipelines(evaluation):
         scores = {"clean": record.clean.deployed.suspicion}
         for name in (STATIC, JOINT):
-            if mine := own(record, name):
+            if mine := elements.own(record, name):
                 scores[name] = mine[1].deployed.suspicion
         medians = ", ".join(f"{name} {np.median(score):.2f}" for name, score in scores.items())
         source = plots.histogram(scores, threshold(record))

@@ -29,9 +29,9 @@ def describe(
     return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
 
 
-def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path, *, side: int = 288) -> Path:
+def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path) -> Path:
     """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
-    margin, line = 12, 26
+    side, margin, line = 288, 12, 26
     width = len(panels) * (side + margin) + margin
     sheet = Image.new("RGB", (width, side + 2 * line + 2 * margin), "white")
     draw = ImageDraw.Draw(sheet)

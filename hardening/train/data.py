@@ -1,7 +1,4 @@
-"""Labelled images from CIFAR-10, an ImageFolder directory or an .npz file, and their augmentation.
-
-Images that do not fit in memory are decoded as training goes on.
-"""
+"""Labelled images from CIFAR-10, an ImageFolder or an .npz file, and their augmentation."""
 
 import hashlib
 import os
@@ -57,9 +54,8 @@ class Folder:
         return replace(self, device=device)
 
     def __getitem__(self, index: Tensor) -> "Folder":
-        files, paths = (
-            tuple(names[i] for i in index.tolist()) for names in (self.files, self.paths)
-        )
+        rows = index.tolist()
+        files, paths = tuple(self.files[i] for i in rows), tuple(self.paths[i] for i in rows)
         return replace(self, files=files, label=self.label[index], paths=paths)
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,8 +114,7 @@ def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
 
     An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. `train`
-    picks the half of CIFAR-10. An ImageFolder's pictures are brought to `size`. Raises
-    FileNotFoundError or ValueError that name the input and the remedy.
+    picks the half of CIFAR-10. Raises FileNotFoundError or ValueError with the remedy.
     """
     if path.suffix == ".npz" and path.is_file():
         images = load_npz(path)
@@ -133,8 +128,8 @@ def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
             " holds cifar-10-batches-py (`rampart download PATH` fetches it)"
         )
     if images.image.shape[1:3] != (size, size):
-        found = "x".join(map(str, images.image.shape[1:3]))
-        raise ValueError(f"{path} holds {found} images where the model takes {size}x{size}")
+        sides = "x".join(map(str, images.image.shape[1:3]))
+        raise ValueError(f"{path} holds {sides} images where the model takes {size}x{size}")
     return images
 
 
@@ -186,18 +181,14 @@ def load_training(path: Path, *, size: int) -> Images | Folder:
 
 
 def find_pictures(path: Path, *, size: int) -> Folder:
-    """The pictures of an ImageFolder directory, each class in a folder of its own.
-
-    Raises ValueError for no pictures, for what is none (a device, a pipe, a broken link, a huge
-    file), and for folders that are splits.
+    """The pictures of an ImageFolder directory, each class in a folder of its own. Raises
+    ValueError for no pictures, for what is none (a device, a pipe, a broken link), and for folders
+    of splits.
     """
-    found = {
-        entry.name: pictures_below(entry)
-        for entry in sorted(path.iterdir())
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
-    classes = tuple(name for name, pictures in found.items() if pictures)
-    files = tuple(file for name in classes for file in found[name])
+    folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    pictures = {folder.name: pictures_below(folder) for folder in folders}
+    classes = tuple(name for name, files in pictures.items() if files)
+    files = tuple(file for name in classes for file in pictures[name])
     for file in files:  # now, and not hours into a training
         try:
             check_picture(file, file.stat())
@@ -207,7 +198,7 @@ def find_pictures(path: Path, *, size: int) -> Folder:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     if set(classes) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(f"{path} holds splits and not classes: pass one, as {path / classes[0]}")
-    label = torch.tensor([index for index, name in enumerate(classes) for _ in found[name]])
+    label = torch.tensor([index for index, name in enumerate(classes) for _ in pictures[name]])
     root = path.resolve().name
     names = tuple(f"{root}/{file.relative_to(path)}" for file in files)
     return Folder(files, label, classes, names, size, torch.device("cpu"))
@@ -215,14 +206,13 @@ def find_pictures(path: Path, *, size: int) -> Folder:
 
 def pictures_below(folder: Path) -> list[Path]:
     """What is named as a picture at any depth, sorted. Folders that are links are not entered."""
-    found = (Path(home) / name for home, _, names in os.walk(folder) for name in names)
-    return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+    files = (Path(home) / name for home, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
 
 
 def read_picture(file: Path, size: int) -> Pixels:
-    """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it.
-
-    Raises ValueError for a bad picture and for all but plain files: a device has no end.
+    """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it. Raises ValueError
+    for a bad picture and for all but plain files: a device has no end.
     """
     try:
         # A pipe without a writer is opened too, and at once.
@@ -235,21 +225,19 @@ def read_picture(file: Path, size: int) -> Pixels:
         raise ValueError(f"{file}: {error.strerror}") from error
 
 
-def check_picture(file: Path, found: os.stat_result) -> None:
+def check_picture(file: Path, status: os.stat_result) -> None:
     """Raise ValueError for what is no plain file, or far larger than any picture."""
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{file} is no plain file: remove it")
-    if found.st_size > LARGEST:
+    if status.st_size > LARGEST:
         raise ValueError(
-            f"{file} has {found.st_size / 1e6:.0f} MB, too many for a picture: remove it"
+            f"{file} has {status.st_size / 1e6:.0f} MB, too many for a picture: remove it"
         )
 
 
 def write_digits(folder: Path) -> dict[str, int]:
-    """Write scikit-learn's 1,797 handwritten digits as train.npz, held.npz and test.npz.
-
-    8x8 gray pixels (Alpaydin and Kaynak 1998), scaled to 32x32. Returns each file's number of
-    images.
+    """Write scikit-learn's 1,797 handwritten digits as train.npz, held.npz and test.npz. 8x8 gray
+    pixels (Alpaydin and Kaynak 1998), scaled to 32x32. Returns each file's number of images.
     """
     from sklearn.datasets import load_digits
 
@@ -311,8 +299,7 @@ def shuffled(
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
 
     Order and augmentation follow from `seed`, `epoch` and the image alone. `mirrored` flips half of
-    the images: not for signs, letters and digits. A short last batch would unbalance BatchNorm's
-    statistics, so it is dropped.
+    the images: not for signs, letters and digits.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=draws)

@@ -1,8 +1,7 @@
 """Several processes that train one model, as `torchrun` starts them; alone, nothing here acts.
 
-Each process works on its part of every batch, and gradients are averaged once a step.
-DistributedDataParallel would hide that exchange behind the last of many passes, a small gain, and
-wraps one forward of one network, where a step here has several.
+Gradients are averaged once a step. DistributedDataParallel would gain little and wraps one forward
+of one network, where a step here has several.
 """
 
 import atexit

@@ -1,6 +1,5 @@
 """Adversarial training: SGD on perturbed images, one-cycle schedule, EMA, resumable.
 
-    rampart train --data cifar10/ --arch resnet18 --width 0.5 --epochs 12 --out runs/half
     torchrun --nproc-per-node 8 --no-python rampart train --data imagenet/train ...
 
 Sources: N-FGSM, de Jorge et al. 2022; one-cycle, Smith 2018; weight averaging against robust
@@ -41,6 +40,7 @@ Part = nn.Module | torch.optim.Optimizer
 Step = Callable[[Batch, float], Tensor]
 Precision = Literal["bf16", "fp32"]
 History = list[dict[str, float]]  # a row an epoch
+WARMUP = 0.2  # part of a run
 # What a run's state holds beside its parts.
 POSITION = ("settings", "history", "loss", "epoch", "done", "steps", "minutes")
 
@@ -67,9 +67,9 @@ class Recipe(NamedTuple):
     after: str = ""
 
 
-def one_cycle(progress: float, *, warmup: float = 0.2) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: linear up to 1 at `warmup`, then to 0."""
-    return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+def one_cycle(progress: float) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear up to 1 at WARMUP, then to 0."""
+    return progress / WARMUP if progress < WARMUP else (1 - progress) / (1 - WARMUP)
 
 
 def ramp(progress: float, length: float) -> float:
@@ -100,19 +100,14 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     get_ema_multi_avg_fn(decay)(slow, fast, None)  # type: ignore[no-untyped-call]
 
 
-def accuracy(
-    model: nn.Module, images: Images, *, threat: Threat | None = None, seed: int = 0
-) -> float:
-    """Share of `images` that `model` labels right, under PGD-10 where there is a `threat`.
-
-    Several processes share the images; each returns the figure of all.
-    """
+def accuracy(model: nn.Module, images: Images, *, threat: Threat | None = None) -> float:
+    """Share of `images` that all processes label right, under PGD-10 where there is a `threat`."""
     every = distributed.mine(torch.arange(len(images), device=images.label.device))
     right = torch.zeros((), dtype=torch.int64, device=every.device)
     for index in torch.split(every, 128):
         x, label = to_float(images.image[index]), images.label[index]
         if threat:
-            x = pgd10(cross_entropy(model, label), x, threat, noise=Noise(index, seed=seed))
+            x = pgd10(cross_entropy(model, label), x, threat, noise=Noise(index))
         with torch.no_grad():
             right += (model(x).argmax(1) == label).sum()
     return int(distributed.total(right)) / len(images)
@@ -162,11 +157,7 @@ class Run:
             states.save(self.folder, state | {name: getattr(self, name) for name in POSITION})
 
     def resume(self) -> None:
-        """Continue the run that the folder holds, if any.
-
-        Raises ValueError when it began with other settings or images, or when processes differ in
-        theirs.
-        """
+        """Continue the folder's run, if any. ValueError for other settings, or unlike processes."""
         if not distributed.agree(self.settings):
             raise ValueError(
                 "the processes begin with different images or weights: give each machine the same"
@@ -223,9 +214,8 @@ class Run:
         best: str = "pgd10",
     ) -> None:
         """Run all epochs; calls `keep` after each with the best figure `best` so far on
-        `chosen_on`.
-
-        An interrupted run loses at most `save_every` seconds: the same command continues it.
+        `chosen_on`. The same command continues an interrupted run, which loses at most `save_every`
+        seconds.
         """
         if not len(images):
             raise ValueError("no image is left to train on: all are among the held-out ones")
@@ -278,13 +268,11 @@ class Trainer:
         classifier: Classifier,
         recipe: Recipe,
         folder: Path,
-        *,
         teacher: Classifier | None = None,
     ) -> None:
         if recipe.method not in METHODS:
-            raise ValueError(
-                f"unknown method {recipe.method!r}: choose one of {', '.join(METHODS)}"
-            )
+            methods = ", ".join(METHODS)
+            raise ValueError(f"unknown method {recipe.method!r}: choose one of {methods}")
         if recipe.method == "rslad" and recipe.smoothing:
             raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
         one_part(recipe.batch_size)
@@ -354,11 +342,10 @@ def train_classifier(
 ) -> Path:
     """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
 
-    `earlier` are the histories of the runs that made its weights, `commands` the lines that started
-    all runs. Returns the file of the epoch with the best validation accuracy: robust, or clean for
-    the undefended control.
+    `earlier` are the histories of the runs that made its weights. Returns the file of the epoch
+    with the best validation accuracy: robust, or clean for the undefended control.
     """
-    trainer = Trainer(classifier, recipe, folder, teacher=teacher)
+    trainer = Trainer(classifier, recipe, folder, teacher)
     trainer.run.earlier = list(earlier)
     file = folder / "classifier.safetensors"
     if file.exists() and states.read(folder) is None:

@@ -1,6 +1,6 @@
 """How a training step makes a batch hard, and the loss that it descends.
 
-Sources: N-FGSM, de Jorge et al. 2022; PGD training, Madry et al. 2018; TRADES, Zhang et al. 2019
+Sources: PGD training, Madry et al. 2018; N-FGSM, de Jorge et al. 2022; TRADES, Zhang et al. 2019
 (equation 5); MART, Wang et al. 2020 (equation 10); RSLAD, Zi et al. 2021 (equation 4); adversarial
 weights, Wu et al. 2020 (section 4); rectified rejection, Pang et al. 2022 (section 4); GAT (guided
 adversarial training), Sriramanan et al. 2020 (section 3.2).
@@ -74,11 +74,8 @@ def away_from_itself(model: Classifier, batch: Batch, threat: Threat, steps: int
 
 
 def guided(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
-    """One step from noise of half of eps, whatever `steps`.
-
-    Half of the images climb the cross-entropy alone, the others the distance from the clean
-    prediction too (the paper alternates between batches), so hiding one loss's gradient gains
-    nothing.
+    """One step from noise of half of eps: half of the images climb the cross-entropy alone, the
+    others the distance from the clean prediction too (the paper alternates between batches).
     """
     with torch.no_grad():
         clean = F.softmax(model(batch.x).float(), 1)
@@ -170,10 +167,8 @@ METHODS = {
 
 
 def rectification(model: Classifier, features: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy between rectified confidence and the probability of the true label.
-
-    `features` (N, F) have no gradients, so the classifier stays what it would be without this head
-    (Pang et al. train both, and stop some of the gradients).
+    """Cross-entropy between rectified confidence and the probability of the true label. `features`
+    (N, F) without gradients train this head alone (Pang et al. train both).
     """
     with torch.no_grad():
         logits = model.head(features)
@@ -187,7 +182,6 @@ def adversarial_weights(
     model: nn.Module, loss: Callable[[], Tensor], gamma: float
 ) -> Iterator[None]:
     """Within, each weight matrix is moved by `gamma` of its norm in the direction that hurts most.
-
     Afterwards the weights are back in place, and keep the gradients taken within.
     """
     if not gamma:

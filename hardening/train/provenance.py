@@ -25,10 +25,7 @@ def prints_of(images: Images | Folder) -> Prints:
 
 
 def note(folder: Path, train: Images | Folder, held: Images) -> dict[str, Any]:
-    """Write the fingerprints of `train` beside the weights in `folder`, unless an earlier run did.
-
-    Returns what a checkpoint says of both sets.
-    """
+    """Write the fingerprints of `train` into `folder`, once; returns a checkpoint's entry."""
     prints = distributed.from_first(provenance.read(folder) if isinstance(train, Folder) else None)
     if prints is None:
         prints = prints_of(train)
@@ -49,11 +46,11 @@ def collect(
     """Write into a model folder the fingerprints of all training images; returns the card's
     `images`.
 
-    `weights` are the files of its parts; one without a record was trained on `train`. `fitted` are
-    the images that detectors were fitted on, training images too unless they are `held`.
+    Of `weights` a file without a record was trained on `train`. `fitted` are the detectors' images,
+    training images too unless they are `held`.
     """
-    noted = [provenance.read(file.parent) for file in weights]
-    parts = [prints if prints is not None else prints_of(train) for prints in noted]
+    records = [provenance.read(file.parent) for file in weights]
+    parts = [prints if prints is not None else prints_of(train) for prints in records]
     own = provenance.fingerprints(held.image)
     more = provenance.fingerprints(fitted.image)
     prints = provenance.union([*parts, more[~provenance.among(more, own)]])

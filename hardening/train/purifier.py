@@ -1,13 +1,11 @@
-"""Training of a purifier, against a critic and the frozen classifier behind it.
-
-    rampart purifier --data cifar10/ --classifier runs/half/classifier.safetensors --out runs/gan
-
-As APE-GAN (Shen et al. 2017) towards the clean image, with AToP's task loss (Lin et al. 2024,
-section 3.3) on perturbations crafted through generator and classifier together.
+"""Training of a purifier, against a critic and the frozen classifier behind it. As APE-GAN (Shen et
+al. 2017) towards the clean image, with AToP's task loss (Lin et al. 2024, section 3.3) on
+perturbations crafted through generator and classifier together.
 """
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +19,9 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.purifier import PurifierConfig, described, of_config
-from rampart.hardening.train import distributed
+from rampart.hardening.train import distributed, loop
 from rampart.hardening.train.data import Batch, Folder
-from rampart.hardening.train.loop import (
-    Part,
-    Precision,
-    Run,
-    accuracy,
-    autocast,
-    fit,
-    one_cycle,
-    one_part,
-    say,
-    update_ema,
-)
+from rampart.hardening.train.loop import Part, Precision, Run, autocast
 
 
 class Critic(nn.Module):
@@ -78,7 +65,7 @@ class PurifierTrainer:
     def __init__(
         self, classifier: Classifier, config: PurifierConfig, recipe: PurifierRecipe, folder: Path
     ) -> None:
-        one_part(recipe.batch_size)
+        loop.one_part(recipe.batch_size)
         torch.manual_seed(recipe.seed)
         self.classifier, self.recipe = classifier.eval().requires_grad_(False), recipe
         self.device = classifier.mean.device
@@ -95,15 +82,11 @@ class PurifierTrainer:
     def craft(self, batch: Batch) -> Tensor:
         """Perturb images against the purified prediction, gradients through both networks."""
         recipe = self.recipe
-        return pgd(
-            cross_entropy(lambda x: self.classifier(self.model(x)), batch.label),
-            batch.x,
-            recipe.threat,
-            steps=recipe.steps,
-            step_size=recipe.threat.eps * 1.25 / recipe.steps,
-            start=random_start(batch.x, recipe.threat, batch.noise),
-            keep_best=False,
-        )
+        loss = cross_entropy(lambda x: self.classifier(self.model(x)), batch.label)
+        size = recipe.threat.eps * 1.25 / recipe.steps
+        start = random_start(batch.x, recipe.threat, batch.noise)
+        attack = partial(pgd, steps=recipe.steps, step_size=size, start=start, keep_best=False)
+        return attack(loss, batch.x, recipe.threat)
 
     def critic_step(self, real: Tensor, fake: Tensor) -> None:
         """Hinge loss (Lim and Ye 2017): clean images up, purified ones down."""
@@ -119,7 +102,7 @@ class PurifierTrainer:
         """One batch for the critic and the generator; returns the task loss."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * one_cycle(progress)
+            group["lr"] = recipe.lr * loop.one_cycle(progress)
         batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
         x, label = batch.x, batch.label
         with autocast(self.device, recipe.precision):
@@ -140,7 +123,8 @@ class PurifierTrainer:
         distributed.average([*gradients, task])
         self.optimizer.step()
         self.run.steps += 1
-        update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
+        decay = min(recipe.ema, self.run.steps / (10 + self.run.steps))
+        loop.update_ema(self.ema, self.model, decay)
         return task
 
 
@@ -153,14 +137,12 @@ def train_purifier(
     *,
     commands: Sequence[str] = (),
 ) -> Path:
-    """Train a purifier for the frozen `classifier`; `images` are (training, validation).
-
-    `commands`, which started the run, stay with its weights. Returns the file of the epoch with the
-    best robust validation accuracy through both.
+    """Train a purifier for the frozen `classifier` on `images` (training, validation). Returns the
+    file of the epoch with the best robust validation accuracy through both.
     """
     trainer = PurifierTrainer(classifier, config, recipe, folder)
-    alone = accuracy(classifier, images[1].to(trainer.device), threat=recipe.threat)
-    say(f"without the purifier: pgd10 {alone:.4g}")
+    alone = loop.accuracy(classifier, images[1].to(trainer.device), threat=recipe.threat)
+    loop.say(f"without the purifier: pgd10 {alone:.4g}")
     both, file = nn.Sequential(trainer.ema, classifier), folder / "purifier.safetensors"
-    fit(trainer, both, images, file, {"purifier": described(trainer.model)}, commands=commands)
+    loop.fit(trainer, both, images, file, {"purifier": described(trainer.model)}, commands=commands)
     return file

@@ -14,18 +14,14 @@ from rampart.hardening.train.data import Folder
 
 
 class Stages:
-    """The stages of one job, each in a folder whose name stands for its inputs; `bar` shows the
-    stage.
-    """
+    """The stages of one job, each in a folder whose name stands for its inputs."""
 
     def __init__(self, home: Path, bar: "tqdm[Any]") -> None:
         self.home, self.bar = home, bar
 
     def once(self, name: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Path:
         """The folder that `make` has filled from `inputs`, now or before; a file stands for its
-        content.
-
-        An interrupted `make` gets the same folder again, and may go on there.
+        content. An interrupted `make` gets the same folder again, and may go on there.
         """
         title = f"[{self.bar.n + 1}/{self.bar.total}] {name}"
         self.bar.set_description(name)

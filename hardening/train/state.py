@@ -17,10 +17,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The state that `save` wrote last, on the CPU; None where there is none.
-
-    Raises ValueError for an unreadable state, or one that an older version left in pieces.
-    """
+    """What `save` wrote last, on the CPU, or None. ValueError for an unreadable or older state."""
     file = folder / FILE
     if not file.is_file():
         if pieces := sorted(folder.glob("state-*")):

@@ -95,7 +95,7 @@ def test_lean_shares_the_label_and_so_the_figures_of_the_classifier(whole: Evalu
     alone, lean = figures(whole, "classifier", "-"), figures(whole, "pipeline", "lean")
     for name in ("clean", "pgd20", "autoattack_short", "transfer"):
         assert lean[name] == alone[name]
-    crafted = {(found.rung.victim.name, found.rung.name) for found in whole.found}
+    crafted = {(found.rung.victim.name, found.rung.name) for found in whole.attempts}
     assert ("pipeline lean", "autoattack_short") not in crafted
 
 
@@ -135,7 +135,7 @@ def test_one_attack_alone_is_reported_at_full_eps(
 ) -> None:
     done = run(attacked[2:3], few, tmp_path, "joint_apgd")
     assert [m.name for m in done.metrics] == ["clean", "clean_rejection", "joint_apgd"]
-    assert {(f.rung.victim.subject.kind, f.rung.threat) for f in done.found} == {
+    assert {(f.rung.victim.subject.kind, f.rung.threat) for f in done.attempts} == {
         ("pipeline", THREAT)
     }
 

@@ -17,7 +17,7 @@ from rampart.hardening.attack.ladder import QUICK
 from rampart.hardening.attack.pgd import Threat, cross_entropy, pgd
 from rampart.hardening.judge import evaluate
 from rampart.hardening.judge.checks import Check
-from rampart.hardening.judge.evaluate import Evaluation, Found, Rung
+from rampart.hardening.judge.evaluate import Attempt, Evaluation, Rung
 from rampart.hardening.judge.metrics import roc, tpr_at_fpr
 from rampart.hardening.model import pipeline
 from rampart.hardening.model.calibrate import load_variant
@@ -34,7 +34,7 @@ FAILED = Check("more_steps", "classifier", False, "robust 1.0% after 5, 9.0% aft
 CHECKS = [Check("logits", "classifier", True, "outputs are not probabilities"), FAILED]
 
 
-def one_step(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
+def one_step(ladder: list[Rung], images: Images, folder: Path) -> list[Attempt]:
     """As `evaluate.climb`, with one step on the label for every attack."""
     found = []
     for rung in ladder:
@@ -42,7 +42,7 @@ def one_step(ladder: list[Rung], images: Images, folder: Path) -> list[Found]:
         loss = cross_entropy(lambda x, look=look: look(x).logits, images.label)  # type: ignore[misc]
         x, eps = to_float(images.image), rung.threat.eps
         x = pgd(loss, x, rung.threat, steps=1, step_size=eps, start=torch.zeros_like(x))
-        found.append(Found(rung, x))
+        found.append(Attempt(rung, x))
     return found
 
 

@@ -1,7 +1,6 @@
-"""Black-box attacks on a running endpoint: what somebody achieves who sees only its answers.
-
-Each 8-bit PNG counts as one query. The first one inside the Linf ball that is accepted under a
-wrong label fools. No image is sent twice: ART asks for the same one up to three times in a row.
+"""Black-box attacks on a running endpoint, which show an attacker its answers alone. A query is an
+8-bit PNG, and no image is sent twice. One inside the Linf ball, accepted under a wrong label,
+fools.
 """
 
 from rampart.hardening.attack.redteam.endpoint import Answer, Endpoint

@@ -21,10 +21,8 @@ UNNAMED = ("", "")  # a throttled answer tells no model
 
 
 class Answer(NamedTuple):
-    """What the endpoint says of one image; `label` is None where it flags or rejects it.
-
-    `top` are (class index, confidence) pairs, `model` is (name, version), `similar` marks an image
-    that the endpoint takes for part of a query attack.
+    """What the endpoint says of one image; `label` is None where it flags or rejects it. `top` are
+    (class index, confidence) pairs, `model` is (name, version).
     """
 
     label: int | None
@@ -35,10 +33,8 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to send images, and the `classes` of its labels.
-
-    Raises ValueError for no prediction URL, and for a host other than loopback unless it is
-    `owned`: attacking somebody else's endpoint is a crime in most places.
+    """Where to send images, and the `classes` of its labels. Raises ValueError for no prediction
+    URL, and for a foreign host unless it is `owned`: attacking it is a crime in most places.
     """
 
     url: str
@@ -56,9 +52,8 @@ class Endpoint:
             )
 
     def ask(self, images: Pixels) -> list[Answer]:
-        """The answers for uint8 (N, H, W, 3), N up to MAX_IMAGES, sent in one request.
-
-        Raises ConnectionError where nobody answers, ValueError for anything but N known verdicts.
+        """The answers for uint8 (N, H, W, 3), N up to MAX_IMAGES, sent in one request. Raises
+        ConnectionError where nobody answers, ValueError for anything but N known verdicts.
         """
         files = [as_file(Image.fromarray(image)) for image in images]
         instances = [{"b64": base64.b64encode(file).decode()} for file in files]

@@ -18,9 +18,8 @@ MAX_REPEATS = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was made with; `eps` is n/255, `budget` the queries an image may cost.
-
-    `said` are classes and confidences of the first image, which tell one model from another.
+    """What a run was made with; `eps` is n/255, `budget` the queries an image may cost. `said` are
+    classes and confidences of the first image, which tell one model from another.
     """
 
     endpoint: str
@@ -34,11 +33,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one attack did to row `index` of a data set, in `queries`.
+    """What one attack did to row `index` of a data set.
 
-    `success` is the number of the first query that fooled inside the ball, `clean_wrong` whether
-    that was the image itself, `distance` the smallest Linf distance, in n/255, of any fooling
-    image, `noticed` the first query that the endpoint took for part of an attack.
+    `success` is the number of the first query that fooled inside the ball, `clean_wrong` tells that
+    it was the image itself, `distance` is the least Linf distance, in n/255, of any image that
+    fooled, `noticed` the first query that the endpoint took for part of an attack.
     """
 
     settings: Settings
@@ -58,10 +57,9 @@ class AttackEnd(Exception):
 
 
 class Probe:
-    """One image under attack: answers what the attack asks, counts, and ends it with AttackEnd.
-
-    `image` uint8 (H, W, 3) has the true `label`. Called with float (N, 3, H, W) in [0, 1] it gives
-    probabilities (N, K), as ART's black-box classifier wants them.
+    """One image uint8 (H, W, 3) with its true `label` under attack; AttackEnd ends it. Called with
+    float (N, 3, H, W) in [0, 1] it gives probabilities (N, K), as ART's black-box classifier wants
+    them.
     """
 
     def __init__(self, endpoint: Endpoint, image: Pixels, label: int, settings: Settings) -> None:
@@ -130,11 +128,7 @@ def as_float(image: Pixels) -> Floats:
 
 
 def scores(answer: Answer, label: int, classes: int) -> Floats:
-    """An answer as probabilities (K,): the top classes' own, the rest spread evenly over the
-    others.
-
-    A flagged or rejected image fools nobody, so there the true `label` gets all.
-    """
+    """An answer as probabilities (K,): the top's own, the rest spread; a refusal is all `label`."""
     top = {label: 1.0} if answer.label is None else dict(answer.top)
     rest = max(0.0, 1 - sum(top.values())) / max(1, classes - len(top))
     spread = np.array([top.get(index, rest) for index in range(classes)])

@@ -34,18 +34,16 @@ def redteam(
 ) -> list[Outcome]:
     """Attack `limit` images, evenly spaced over all, each with up to `budget` queries an attack.
 
-    Every finished image is a line of OUT/queries.jsonl, from which a second run goes on. One
-    request beyond the budget asks for the model's name. Raises ValueError for a run with other
-    settings, and what Endpoint.ask raises.
+    Every finished image is a line of OUT/queries.jsonl, from which a second run goes on. Raises
+    ValueError for a run with other settings, and what Endpoint.ask raises.
     """
     require("art")
     if not set(attacks) <= set(ATTACKS):
         raise ValueError(f"no such attack: choose of {', '.join(ATTACKS)}")
     if min(eps, budget, limit) < 1:
         raise ValueError("eps, queries and limit must be at least 1")
-    (hello,) = endpoint.ask(images.image[:1].numpy())
-    source, said = (endpoint.url, *hello.model), [list(pair) for pair in hello.top]
-    settings = Settings(*source, eps=eps, budget=budget, seed=seed, said=said)
+    (first,) = endpoint.ask(images.image[:1].numpy())
+    settings = Settings(endpoint.url, *first.model, eps, budget, seed, list(map(list, first.top)))
     done = {(outcome.attack, outcome.index): outcome for outcome in _resume(out, settings)}
     count = min(limit, len(images))
     rows = [number * len(images) // count for number in range(count)]
@@ -70,18 +68,8 @@ def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: S
     with suppress(AttackEnd):
         probe(probe.x)
         ATTACKS[name](probe, starts(images, label, np.random.default_rng(source)))
-    return Outcome(
-        settings,
-        name,
-        row,
-        _sha256(images, row),
-        images.classes[label],
-        probe.queries,
-        probe.success,
-        clean_wrong=probe.success == 1,
-        distance=probe.distance,
-        noticed=probe.noticed,
-    )
+    counts = (probe.queries, probe.success, probe.success == 1, probe.distance, probe.noticed)
+    return Outcome(settings, name, row, _sha256(images, row), images.classes[label], *counts)
 
 
 def _sha256(images: Images, row: int) -> str:
@@ -89,9 +77,8 @@ def _sha256(images: Images, row: int) -> str:
 
 
 def read(out: Path) -> list[Outcome]:
-    """The outcomes in OUT/queries.jsonl; none where there is no such file.
-
-    Skips a last line that a crash has torn. Raises ValueError for other malformed lines.
+    """The outcomes in OUT/queries.jsonl; none where there is no such file. Skips a last line that a
+    crash has torn. Raises ValueError for other malformed lines.
     """
     file = out / FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -112,15 +99,11 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
     outcomes = read(out)
     for outcome in outcomes:
         if replace(outcome.settings, said=settings.said) != settings:
-            raise ValueError(
-                f"{out / FILE} was made with {_differences(outcome.settings, settings)}: choose"
-                " another --out"
-            )
+            made_with = f"was made with {_differences(outcome.settings, settings)}"
+            raise ValueError(f"{out / FILE} {made_with}: choose another --out")
         if not _alike(outcome.settings.said, settings.said):
-            raise ValueError(
-                f"{out / FILE} is of another model, of the same name and version: choose another"
-                " --out"
-            )
+            another = "is of another model, of the same name and version"
+            raise ValueError(f"{out / FILE} {another}: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with (out / FILE).open("ab+") as file:
         file.seek(0)
@@ -129,9 +112,7 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
 
 
 def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bool:
-    """Whether two answers to one image may be one model's on two CPUs; an empty one may be
-    anybody's.
-    """
+    """Whether two answers to one image may be one model's on two CPUs; an empty one may be."""
     if not (was and now):
         return True
     one, other = ({int(index): share for index, share in pairs} for pairs in (was, now))

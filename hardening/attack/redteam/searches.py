@@ -1,7 +1,6 @@
-"""Black-box searches for an image that fools: all but `oars` are ART's (1.20.1).
-
-Sources: Square, Andriushchenko et al. 2020; SimBA, Guo et al. 2019; HopSkipJump, Chen et al. 2020;
-Boundary, Brendel et al. 2018; OARS, Feng et al. 2023.
+"""Black-box searches for an image that fools: all but `oars` are ART's (1.20.1). Sources: Square,
+Andriushchenko et al. 2020; SimBA, Guo et al. 2019; HopSkipJump, Chen et al. 2020; Boundary, Brendel
+et al. 2018; OARS, Feng et al. 2023.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ STARTS = 100
 
 def starts(images: Images, label: int, generator: np.random.Generator) -> Iterator[Floats]:
     """Where decision-based attacks may begin: float32 (1, 3, H, W), images of other classes first.
-
     ART begins in unseeded noise alone, and detectors flag noise.
     """
     others = np.flatnonzero(images.label.numpy() != label)
@@ -53,10 +51,8 @@ def square(probe: Probe, begin: Iterator[Floats]) -> None:
 
 
 def simba(probe: Probe, begin: Iterator[Floats]) -> None:
-    """SimBA with low frequencies first, which follows confidences; `begin` is unused.
-
-    Every image is projected onto the Linf ball, of which SimBA has no notion. One step is a cosine
-    as high as the ball allows: of a unit step (H/2)-fold, since its peak is 2/H.
+    """SimBA with low frequencies first, projected onto the Linf ball; follows confidences. One step
+    is a cosine as high as the ball allows: of a unit step (H/2)-fold, since its peak is 2/H.
     """
     from art.attacks.evasion import SimBA
 
@@ -99,10 +95,8 @@ def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
 
 def oars(probe: Probe, begin: Iterator[Floats]) -> None:
     """Random search for the smallest steps that the endpoint still answers (OARS, Feng et al.
-    2023).
-
-    An unanswered step makes the next ones larger, an answered one smaller. A step sets some blocks
-    of pixels to the ball's edge. Follows confidences; `begin` is unused.
+    2023). A step sets some blocks of pixels to the ball's edge. Follows confidences; `begin` is
+    unused.
     """
     eps, side = probe.settings.eps / 255, probe.image.shape[0]
     generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
@@ -122,9 +116,5 @@ def oars(probe: Probe, begin: Iterator[Floats]) -> None:
 
 
 ATTACKS: dict[str, Callable[[Probe, Iterator[Floats]], None]] = {
-    "square": square,
-    "simba": simba,
-    "hopskipjump": hopskipjump,
-    "boundary": boundary,
-    "oars": oars,
+    attack.__name__: attack for attack in (square, simba, hopskipjump, boundary, oars)
 }
