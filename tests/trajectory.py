@@ -1,19 +1,21 @@
-"""A run of training that prints each step's loss; tests kill it, share it out and compare.
+"""A run of training that sends each step's loss; tests kill it, share it out and compare.
 
-    python trajectory.py FOLDER ARCH METHOD
-
-It saves after every step, in fp32, and continues what FOLDER holds.
+It saves after every step, in fp32, and continues what its folder holds. Its processes are told
+what torchrun tells, but are forked from one that has torch loaded, since each would take seconds.
 """
 
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import torch
 from blobs import blobs
+from servers import free_port
 from torch import Tensor
 
 from rampart.hardening.attack.pgd import Threat
@@ -22,63 +24,80 @@ from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch
 from rampart.hardening.train.loop import Recipe, Trainer, validate
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 STEPS = 12
+forks = get_context("forkserver")
+forks.set_forkserver_preload(
+    ["timm", "rampart.hardening.train.loop", "rampart.hardening.train.curve"]
+)
 
 
 def trajectory(
     folder: Path, arch: str, method: str, *, processes: int = 1, kill_at: int | None = None
 ) -> dict[int, float]:
-    """The loss by step of this script, run as so many processes, killed as it says `kill_at`."""
-    start = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    log = folder.with_suffix(".log")
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [*start, __file__, str(folder), arch, method],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        ) as run,
-    ):
-        assert run.stdout is not None
-        losses, workers = {}, [run.pid]
-        for line in run.stdout:
-            match line.split():
-                case ["worker", pid]:
-                    workers.append(int(pid))
-                case ["step", step, loss]:
-                    losses[int(step)] = float(loss)
-                    if int(step) == kill_at:
-                        for pid in workers:
-                            with suppress(ProcessLookupError):
-                                os.kill(pid, signal.SIGKILL)
-                        return losses
-    assert run.returncode == 0, log.read_text()
-    return losses
+    """The loss by step of a run of so many processes, all killed after the step `kill_at`."""
+    log, (losses, sender) = folder.with_suffix(".log"), forks.Pipe(duplex=False)
+    workers = start(processes, log, train, sender, folder, arch, method)
+    sender.close()
+    by_step: dict[int, float] = {}
+    with losses, suppress(EOFError):
+        while kill_at not in by_step:
+            step, loss = losses.recv()
+            by_step[step] = loss
+    if kill_at is not None:
+        for worker in workers:
+            worker.kill()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == (0 if kill_at is None else -signal.SIGKILL), log.read_text()
+    return by_step
 
 
-def main(folder: str, arch: str, method: str) -> None:
-    """Two epochs of six steps of 16 images."""
+def start(count: int, log: Path, task: Callable[..., None], *arguments: object) -> list[Process]:
+    """So many processes that join as torchrun's do, then do `task`; what they say goes to `log`."""
+    places: list[dict[str, str]] = [{}]
+    if count > 1:
+        meet = {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{free_port()}",
+        }
+        places = [meet | {"RANK": str(rank)} for rank in range(count)]
+    workers: list[Process] = []
+    for place in places:
+        workers.append(forks.Process(target=work, args=(place, log, task, *arguments)))
+        workers[-1].start()
+    return workers
+
+
+def work(place: dict[str, str], log: Path, task: Callable[..., None], *arguments: object) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= place
+    torch.set_num_threads(1)
     distributed.join(torch.device("cpu"))
-    print(f"worker {os.getpid()}", flush=True)
+    task(*arguments)
+
+
+def train(losses: Connection, folder: Path, arch: str, method: str) -> None:
+    """Two epochs of six steps of 16 images."""
     torch.manual_seed(0)
     threat = Threat("Linf", 4 / 255)
     options = {"method": method, "epochs": 2, "batch_size": 16, "precision": "fp32", "steps": 3}
     recipe = Recipe(threat=threat, lr=0.05, awp=0.005, smoothing=0.1, ramp=0.5, **options)
     width = 0.125 if arch in (*RESNETS, *VGGS) else 1.0
-    classifier = Classifier(ClassifierConfig(arch, 10, width=width))
-    trainer = Trainer(classifier, recipe, Path(folder))
+    size = 16 if arch in (*RESNETS, "squeezenet1_1") else 32  # others pool 16 pixels away
+    classifier = Classifier(ClassifierConfig(arch, 10, width=width, image_size=size))
+    trainer = Trainer(classifier, recipe, folder)
     trainer.run.save_every = 0
 
     def step(batch: Batch, progress: float) -> Tensor:
         loss = trainer.step(batch, progress)
         if distributed.first():
-            print(f"step {6 * trainer.run.epoch + trainer.run.done} {float(loss):.9f}", flush=True)
+            losses.send((6 * trainer.run.epoch + trainer.run.done, float(loss)))
         return loss
 
-    images, held = blobs(96), blobs(32, seed=1)
+    images, held = blobs(96, size=size), blobs(32, size=size, seed=1)
     trainer.run.fit(
         images,
         step,
@@ -88,7 +107,3 @@ def main(folder: str, arch: str, method: str) -> None:
         batch_size=16,
         keep=lambda: None,
     )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Real processes that torchrun starts, beside one process.
+"""Real processes that share one run, beside one process; torchrun itself starts the commands.
 
 The networks are without batch statistics. TRADES is left out: it starts so close to the image that
 its first slopes are of the order of rounding, which differs between batches of 8 and of 16.
@@ -11,17 +11,20 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 import torch
 from blobs import blobs
-from trajectory import STEPS, TORCHRUN, trajectory
+from trajectory import STEPS, start, trajectory
 
 from rampart.hardening.model import checkpoint
 from rampart.hardening.train import distributed
 from rampart.hardening.train import state as states
+from rampart.hardening.train.loop import Run, one_part
 
 pytestmark = pytest.mark.training
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 Losses = dict[int, float]  # by step
 Alone = Callable[[str, str], tuple[Path, Losses]]
@@ -40,7 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 
 @pytest.mark.parametrize(
-    ("arch", "method"), [("vgg11", "nfgsm"), ("timm:convnext_atto", "pgd")], ids=str
+    ("arch", "method"), [("vgg11", "nfgsm"), ("timm:test_convnext", "pgd")], ids=str
 )
 def test_two_processes_train_as_one_does(
     arch: str, method: str, alone: Alone, tmp_path: Path
@@ -74,64 +77,58 @@ def test_a_killed_run_with_batch_statistics_takes_up_its_trajectory(tmp_path: Pa
     assert cut | rest == pytest.approx(whole, abs=1e-6)
 
 
+def begin_with_other_images(folder: Path) -> None:
+    images = blobs(8 + distributed.place()[0])
+    sizes = {"epochs": 1, "batch_size": 4}
+    Run(folder, "settings", {}).fit(images, print, dict, chosen_on=images, keep=print, **sizes)
+
+
 def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> None:
-    script = tmp_path / "differ.py"
-    script.write_text(
-        "import torch\nfrom pathlib import Path\nfrom blobs import blobs\n"
-        "from rampart.hardening.train import distributed\n"
-        "from rampart.hardening.train.loop import Run\n"
-        "distributed.join(torch.device('cpu'))\n"
-        "images = blobs(8 + distributed.place()[0])\n"
-        f"run = Run(Path({str(tmp_path)!r}), 'settings', {{}})\n"
-        "sizes = {'epochs': 1, 'batch_size': 4}\n"
-        "run.fit(images, print, dict, chosen_on=images, keep=print, **sizes)\n"
-    )
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [*TORCHRUN, "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode != 0
-    assert "do not begin with the same images and weights" in done.stderr
+    log = tmp_path / "log"
+    workers = start(2, log, begin_with_other_images, tmp_path)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 1
+    assert log.read_text().count("do not begin with the same images and weights") == 2
 
 
-def rampart(*arguments: object, processes: int) -> str:
-    """What `rampart` prints as so many processes."""
-    command = [str(Path(sys.executable).with_name("rampart")), *map(str, arguments)]
-    start = [*TORCHRUN, str(processes), "--no-python"] if processes > 1 else []
+def rampart(*arguments: object) -> str:
+    """What `rampart` prints as two processes of torchrun."""
+    program = str(Path(sys.executable).with_name("rampart"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*start, *command], capture_output=True, text=True, env=environment, check=False
+        [*TORCHRUN, "2", "--no-python", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_command_line_under_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:
-    for name, images in (("images", blobs(640)), ("held", blobs(200, seed=1))):
+    for name, images in (("images", blobs(256, size=16)), ("held", blobs(200, size=16, seed=1))):
         np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())
     small = ["--data", tmp_path / "images.npz", "--held", tmp_path / "held.npz"]
     small += ["--epochs", 1, "--batch-size", 64]
     small += ["--validate-on", 20, "--device", "cpu"]
-    net = ["--arch", "vgg11", "--width", 0.125, "--lr", 0.01]
-    said = rampart("train", *small, *net, "--out", tmp_path / "c", processes=2)
+    net = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--lr", 0.01]
+    said = rampart("train", *small, *net, "--out", tmp_path / "c")
     assert said.count("training images") == said.count("best classifier") == 1
-    classifier = tmp_path / "c" / "classifier.safetensors"
+    small += ["--classifier", tmp_path / "c" / "classifier.safetensors", "--out"]
     losses = []
-    for processes in (1, 2):
-        out = tmp_path / f"p{processes}"
-        said = rampart(
-            *("purifier", *small, "--classifier", classifier, "--out", out), processes=processes
-        )
-        assert said.count("best purifier") == 1
+    for run, out in ((command.run, tmp_path / "one"), (rampart, tmp_path / "two")):
+        assert run("purifier", *small, out).count("best purifier") == 1
         losses.append(checkpoint.read(out / "purifier.safetensors")[0]["history"][0][0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # in bfloat16
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="16 does not divide among 3 processes"):
-        trajectory(tmp_path, "vgg11", "nfgsm", processes=3)
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "place", lambda: (0, 3))
+    one_part(15)
+    with pytest.raises(ValueError, match="16 does not divide among 3 processes"):
+        one_part(16)
 
 
 def test_alone_nothing_is_shared() -> None:
