@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from blobs import blobs
 from command import run
+from in_torch import InTorch
 
 from rampart.hardening.report import card as report
 from rampart.model import Model
@@ -87,8 +88,9 @@ def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) 
 
 @pytest.mark.training
 def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
-    tmp_path: Path, lean_only: Path
+    tmp_path: Path, lean_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rampart.studies.to_engine", InTorch)
     model, held = lean_only, lean_only.with_name("held.npz")
     data = ["--data", held, "--held", held]
     output = run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found")
@@ -103,8 +105,9 @@ def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
 
 @pytest.mark.training
 def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
-    tmp_path: Path, lean_only: Path
+    tmp_path: Path, lean_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rampart.studies.to_engine", InTorch)
     model, held = lean_only, lean_only.with_name("held.npz")
     images = blobs(6, seed=77)
     parts = {"image": images.image, "label": images.label}

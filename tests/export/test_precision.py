@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from test_parity import Altered
 
 from rampart.export import parity
@@ -14,9 +14,7 @@ from rampart.export.archive import archive
 from rampart.export.build import sample_crops
 from rampart.export.precision import lower, make
 from rampart.export.shipped import parts
-from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
-from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision, calibration_file, load_variant
 from rampart.hardening.model.card import read_card, write_card
 from rampart.hardening.model.images import Images, split
@@ -76,13 +74,14 @@ def test_the_gate_asks_for_equal_labels_and_the_promised_rate(
 def test_a_graph_of_another_net_is_not_taken_for_a_form_of_this_one(
     graph: Path, fp16: Path, tiny_folder: Path, tiny_images: Images
 ) -> None:
-    other, _ = pipelines.load(tiny_folder / "weights.safetensors")
-    with torch.no_grad():
-        other.classifier.head.weight.neg_()
-        other.classifier.head.bias.neg_()
+    other = onnx.load(graph)
+    for value in other.graph.initializer:
+        if value.name.startswith("classifier.head."):
+            value.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(value), value.name))
+    onnx.save(other, graph.with_name("turned.onnx"))
     table, crops = load_variant(tiny_folder, "full"), sample_crops(32)
     before, half = (Engine(graph), table), Engine(fp16)
-    turned = Engine(to_onnx(other, graph.with_name("turned.onnx")))
+    turned = Engine(graph.with_name("turned.onnx"))
     assert "on 100% of 32" in parity.check_close(before, (half, table), crops)
     with pytest.raises(RuntimeError, match="only has the labels of the fp32 one on 0%"):
         parity.check_close(before, (turned, table), crops)
@@ -97,7 +96,7 @@ def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answ
     precision: Precision,
     size: float,
     tiny_folder: Path,
-    tiny_archive: Path,
+    tiny_shipped: Path,
     tiny_images: Images,
     tmp_path: Path,
 ) -> None:
@@ -105,28 +104,29 @@ def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answ
     with pytest.raises(
         ValueError, match=f"was not made: `rampart quantize --precision {precision}"
     ):
-        archive(folder, tmp_path / "early.mar", precision=precision)
-    found = make(folder, "full", precision, tiny_images, source="blobs", rate=0.05)
+        archive(folder, tmp_path / "early.mar", variant="lean", precision=precision)
+    found = make(folder, "lean", precision, tiny_images, source="blobs", rate=0.05)
     assert found.equal >= parity.GATES[precision][0]
-    made = {"full": {"sha256": parts(folder, "full", precision)}}
+    made = {"lean": {"sha256": parts(folder, "lean", precision)}}
     write_card(folder, read_card(folder) | {precision: made})
-    archive(folder, tmp_path / f"{precision}.mar", precision=precision)
+    archive(folder, tmp_path / f"{precision}.mar", variant="lean", precision=precision)
+    archive(tiny_shipped, tmp_path / "fp32.mar", variant="lean")
     content = []
-    for name, file in (("fp32", tiny_archive), (precision, tmp_path / f"{precision}.mar")):
-        with zipfile.ZipFile(file) as packed:
+    for name in ("fp32", precision):
+        with zipfile.ZipFile(tmp_path / f"{name}.mar") as packed:
             packed.extractall(tmp_path / name)
         card = json.loads((tmp_path / name / "card.json").read_text())
         assert card["precision"] == name
         weight = (tmp_path / name / "graph.onnx").stat().st_size
         content.append((weight, (tmp_path / name / "calibration.json").read_bytes()))
     assert content[1][0] < size * content[0][0]
-    assert calibration_file(folder, "full", precision).read_bytes() == content[1][1]
+    assert calibration_file(folder, "lean", precision).read_bytes() == content[1][1]
     assert content[0][1] != content[1][1]
     out = Engine(tmp_path / precision / "graph.onnx").run(tiny_images.image[:4].numpy())
     assert out.logits.shape == (4, 10) and out.purified.shape == (4, 32, 32, 3)
-    calibration_file(folder, "full", precision).write_text("{}")
+    calibration_file(folder, "lean", precision).write_text("{}")
     with pytest.raises(ValueError, match="was made of other files than these"):
-        archive(folder, tmp_path / "late.mar", precision=precision)
+        archive(folder, tmp_path / "late.mar", variant="lean", precision=precision)
 
 
 def test_a_form_that_fails_its_gate_leaves_nothing_behind(

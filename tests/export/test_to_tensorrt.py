@@ -17,7 +17,7 @@ from rampart.export.to_tensorrt import (
     unsupported,
     write_record,
 )
-from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.files import graph_file
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import Variant, load
 
@@ -51,13 +51,13 @@ def test_trtexec_is_told_the_same() -> None:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("variant", ["full", "lean"])
 def test_every_node_of_our_graphs_is_one_that_tensorrt_takes(
-    variant: Variant, precision: Precision, tiny_folder: Path, tmp_path: Path
+    variant: Variant, tiny_shipped: Path, tmp_path: Path
 ) -> None:
-    pipeline, _ = load(tiny_folder / "weights.safetensors", variant)
-    assert unsupported(lower(pipeline, precision, tmp_path / "g.onnx", Path())) == {}
+    assert unsupported(graph_file(tiny_shipped, variant)) == {}
+    pipeline, _ = load(tiny_shipped / "weights.safetensors", variant)
+    assert unsupported(lower(pipeline, "fp16", tmp_path / "g.onnx", Path())) == {}
 
 
 def test_what_tensorrt_would_not_take_is_found(tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_what_tensorrt_would_not_take_is_found(tmp_path: Path) -> None:
 
 @missing
 def test_without_tensorrt_it_says_what_to_install_and_what_trtexec_would_do(
-    tiny_folder: Path, tmp_path: Path
+    tiny_shipped: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match=r"pip install .*tensorrt-cu13.*trtexec --onnx="):
-        to_tensorrt(tiny_folder, tmp_path / "tiny.plan", variant="lean")
+        to_tensorrt(tiny_shipped, tmp_path / "tiny.plan", variant="lean")
     assert not list(tmp_path.iterdir())
 
 

@@ -17,8 +17,8 @@ from rampart.hardening.model.images import Images
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    return to_triton(tiny_folder, tmp_path_factory.mktemp("repository"), variant="full")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_shipped: Path) -> Path:
+    return to_triton(tiny_shipped, tmp_path_factory.mktemp("repository"), variant="full")
 
 
 def test_the_config_is_one_that_triton_reads_and_names_what_the_graph_has(model: Path) -> None:
@@ -85,15 +85,15 @@ def test_p_values_of_another_calibration_are_found_out(
 
 
 def test_a_version_that_a_server_may_be_reading_is_not_replaced(
-    model: Path, tiny_folder: Path
+    model: Path, tiny_shipped: Path
 ) -> None:
     before = (model / "1" / "model.onnx").read_bytes()
     with pytest.raises(ValueError, match=r"tiny/1 exists: name another --model-version"):
-        to_triton(tiny_folder, model.parent, variant="full")
-    to_triton(tiny_folder, model.parent, variant="full", version=2)
+        to_triton(tiny_shipped, model.parent, variant="full")
+    to_triton(tiny_shipped, model.parent, variant="full", version=2)
     assert (model / "2" / "model.onnx").is_file()
     assert (model / "1" / "model.onnx").read_bytes() == before
     assert {path.name for path in model.iterdir()} == {"1", "2", "config.pbtxt", "labels.txt"}
     with pytest.raises(ValueError, match=r"config\.pbtxt is of a model with other .* outputs"):
-        to_triton(tiny_folder, model.parent, variant="lean", version=3)
+        to_triton(tiny_shipped, model.parent, variant="lean", version=3)
     assert not (model / "3").exists()

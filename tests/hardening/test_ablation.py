@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_torch import InTorch
 
-from rampart.export.to_onnx import to_onnx
-from rampart.handlers.engine import Engine
 from rampart.hardening.attack.ladder import Budget
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import ablation
@@ -22,8 +21,8 @@ BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
 
 @pytest.fixture(scope="module")
 def labelled(tiny_images: Images, tiny_pipeline: DefendedClassifier) -> Images:
-    """Sixteen images under the classifier's own labels, so that there is something to lose."""
-    few = tiny_images[slice(16)]
+    """Eight images under the classifier's own labels, so that there is something to lose."""
+    few = tiny_images[slice(8)]
     label = tiny_pipeline.classifier(to_float(few.image)).argmax(1)
     return Images(few.image, label, few.classes)
 
@@ -36,11 +35,7 @@ def outcomes(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Outcome]:
     folder = tmp_path_factory.mktemp("ablation")
-
-    def to_engine(pipeline: DefendedClassifier) -> Engine:
-        return Engine(to_onnx(pipeline, folder / "graph.onnx"), threads=1)
-
-    arm = partial(ablation.arm, tiny_pipeline, held=tiny_images, to_engine=to_engine)
+    arm = partial(ablation.arm, tiny_pipeline, held=tiny_images, to_engine=InTorch)
     arm = partial(arm, device=torch.device("cpu"))
     chosen = ablation.chosen(tiny_pipeline, NAMES, test=False)
     return ablation.ablate(
