@@ -1,4 +1,4 @@
-"""Real processes that share one run, beside one process; torchrun itself starts the commands.
+"""Real processes that share one run, beside one process; torchrun itself starts a command.
 
 The networks are without batch statistics. TRADES is left out: it starts so close to the image that
 its first slopes are of the order of rounding, which differs between batches of 8 and of 16.
@@ -92,34 +92,34 @@ def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> N
     assert log.read_text().count("do not begin with the same images and weights") == 2
 
 
-def rampart(*arguments: object) -> str:
-    """What `rampart` prints as two processes of torchrun."""
-    program = str(Path(sys.executable).with_name("rampart"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*TORCHRUN, "2", "--no-python", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def show(*arguments: object) -> None:
+    """What a command prints."""
+    print(command.run(*arguments))
 
 
-def test_the_command_line_under_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:
+def test_the_command_line_speaks_and_writes_once(tmp_path: Path) -> None:
     for name, images in (("images", blobs(256, size=16)), ("held", blobs(200, size=16, seed=1))):
         np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())
     small = ["--data", tmp_path / "images.npz", "--held", tmp_path / "held.npz"]
     small += ["--epochs", 1, "--batch-size", 64]
     small += ["--validate-on", 20, "--device", "cpu"]
     net = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--lr", 0.01]
-    said = rampart("train", *small, *net, "--out", tmp_path / "c")
-    assert said.count("training images") == said.count("best classifier") == 1
-    small += ["--classifier", tmp_path / "c" / "classifier.safetensors", "--out"]
+    train = ["train", *small, *net, "--out", tmp_path / "c"]
+    program = [*TORCHRUN, "2", "--no-python", Path(sys.executable).with_name("rampart"), *train]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, program)), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training images") == done.stdout.count("best classifier") == 1
+    purifier = ["purifier", *small, "--classifier", tmp_path / "c" / "classifier.safetensors"]
     losses = []
-    for run, out in ((command.run, tmp_path / "one"), (rampart, tmp_path / "two")):
-        assert run("purifier", *small, out).count("best purifier") == 1
+    for processes in (1, 2):
+        out, log = tmp_path / f"p{processes}", tmp_path / f"{processes}.log"
+        for worker in start(processes, log, show, *purifier, "--out", out):
+            worker.join()
+            assert worker.exitcode == 0, log.read_text()
+        assert log.read_text().count("best purifier") == 1
         losses.append(checkpoint.read(out / "purifier.safetensors")[0]["history"][0][0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # in bfloat16
 
