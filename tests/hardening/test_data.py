@@ -373,12 +373,17 @@ def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None
 
 @pytest.mark.training
 def test_no_image_is_in_two_splits(rampart_data: Path, tmp_path: Path) -> None:
+    test = data.load(rampart_data / "cifar10-test-lossless.npz")
     with tarfile.open(rampart_data / "cifar10-jpeg.tar.xz") as packed:
-        packed.extractall(tmp_path, filter="data")
+        for member in packed:  # `extractall` takes twice as long
+            if member.isfile() and (member.name.startswith("train/") or member.name in test.paths):
+                content, file = packed.extractfile(member), tmp_path / member.name
+                assert content is not None
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content.read())
     every = data.find_pictures(tmp_path / "train", size=32)
     held = data.load(rampart_data / "cifar10-train-lossless.npz")
     train, held = data.hold_out(every, held)
-    test = data.load(rampart_data / "cifar10-test-lossless.npz")
     parts = {name: split(held, name) for name in SPLITS} | {"test": test}
     assert [len(part) for part in parts.values()] == [1500, 1000, 2670, 617]
     # Training images are JPEGs: as files they differ from the others' JPEG twins, and as pixels
@@ -390,7 +395,9 @@ def test_no_image_is_in_two_splits(rampart_data: Path, tmp_path: Path) -> None:
     }
     assert isinstance(train, data.Folder)
     hashes["training"] = {digest(file.read_bytes()) for file in train.files}
-    hashes["training"] |= {digest(image.tobytes()) for image in train.whole().image.numpy()}
+    for file in train.files:
+        with Image.open(file) as picture:
+            hashes["training"].add(digest(picture.convert("RGB").tobytes()))
     for one, two in combinations(hashes, 2):
         assert not hashes[one] & hashes[two], (one, two)
 
