@@ -27,6 +27,7 @@ from rampart.handlers.errors import (
 )
 from rampart.handlers.image import MAX_IMAGES, Picture, pictures_of, pixels_of
 from rampart.handlers.protocols.choice import plain, read, reading_cost
+from rampart.handlers.protocols.content_encoding import unpacked, unpacking_cost
 from rampart.handlers.quarantine import Quarantine
 from rampart.handlers.queries.lookup import Lookup, open_watch
 from rampart.handlers.queries.watch import Response
@@ -135,10 +136,20 @@ class Service:
 
     def _read(self, batch: Sequence[Incoming]) -> list[Request]:
         """The requests of a batch; one that takes long to read may have to come again."""
+        batch = self._unpack(batch)
         costs = [(index, reading_cost(incoming)) for index, incoming in enumerate(batch)]
         return [
             Request([request], plain) if isinstance(request, ImageError) else request
             for request in self._budget.spend(costs, lambda index: self._read_one(batch[index]))
+        ]
+
+    def _unpack(self, batch: Sequence[Incoming]) -> list[Incoming]:
+        """The requests of a batch without compression, a refusal where that fails."""
+        costs = [(index, unpacking_cost(incoming)) for index, incoming in enumerate(batch)]
+        bodies = self._budget.spend(costs, lambda index: outcome(unpacked, batch[index]))
+        return [
+            incoming._replace(parts=[], refusal=body) if isinstance(body, ImageError) else body
+            for incoming, body in zip(batch, bodies, strict=True)
         ]
 
     def _read_one(self, incoming: Incoming) -> Request | ImageError:

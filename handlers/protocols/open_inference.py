@@ -50,13 +50,9 @@ def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | 
     raw = "data" not in tensor
     if tensor.get("datatype") == "UINT8":
         return list(pixels(shape, binary if raw else flat(tensor["data"])))
-    if tensor.get("datatype") == "BYTES" and len(shape) == 1:
-        if raw:
-            return elements(binary, shape[0])
-        if len(listed(tensor["data"])) != shape[0]:
-            raise wrong("its data has another length than its shape")
-        return [from_base64(text) for text in tensor["data"]]
-    raise wrong("it is neither UINT8 nor a row of BYTES")
+    if tensor.get("datatype") == "BYTES" and shape[1:] in ([], [1]) and shape:
+        return elements(binary, shape[0]) if raw else texts(tensor["data"], shape[0])
+    raise wrong("it is neither UINT8 nor BYTES of shape [N] or [N, 1]")
 
 
 def pixels(shape: Sequence[int], data: bytes) -> Pixels:
@@ -90,6 +86,14 @@ def listed(data: object) -> list[object]:
     if not isinstance(data, list):
         raise wrong("its data is no list, or ragged")
     return data
+
+
+def texts(data: object, count: int) -> list[bytes | ImageError]:
+    """`count` images in base64, in a list or each in a list of its own."""
+    row = [part[0] if isinstance(part, list) and len(part) == 1 else part for part in listed(data)]
+    if len(row) != count:
+        raise wrong("its data has another length than its shape")
+    return [from_base64(text) for text in row]
 
 
 def elements(data: bytes, count: int) -> list[bytes]:

@@ -163,7 +163,7 @@ def scaling(size: int) -> dict[str, Any]:
     PSNR in dB at which a large photograph shows the model another one, also where pixels are
     picked.
     """
-    large = size * max(2, min(8, 2000 // size))  # the endpoint takes 16 megapixels
+    large = size * max(2, min(8, 2000 // size))  # the endpoint takes 2**24 pixels
     pictures = [decode((Path(data_dir) / name).read_bytes(), large) for name in PHOTOGRAPHS]
     measures = []
     for shown, hidden in zip(pictures, pictures[1:] + pictures[:1], strict=True):

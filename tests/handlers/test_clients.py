@@ -1,6 +1,7 @@
 """Clients that people have, against one real server: each gets the verdict that curl gets."""
 
 import base64
+import gzip
 import importlib
 import json
 import subprocess
@@ -128,6 +129,27 @@ def test_tritons_http_client(
     with pytest.raises(InferenceServerException, match=r"its shape is not \[N, height, width, 3\]"):
         client.infer("tiny", [flat])
     client.close()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_tritons_http_client_may_compress(
+    server: Server, body: bytes, own: dict[str, Any], encoding: str
+) -> None:
+    image = triton.InferInput("image", [1, 1], "BYTES")
+    image.set_data_from_numpy(np.array([[body]], dtype=object), binary_data=True)
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    answer = client.infer("tiny", [image], request_compression_algorithm=encoding)
+    np.testing.assert_allclose(answer.as_numpy("p_value"), [own["detail"]["p_value"]], rtol=1e-5)
+    client.close()
+
+
+def test_curl_may_send_a_compressed_body(
+    server: Server, body: bytes, own: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png.gz").write_bytes(gzip.compress(body))
+    command = ["curl", "-s", "-T", "a.png.gz", "-H", "Content-Encoding: gzip", server.url]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == own
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -199,6 +199,28 @@ def test_of_a_camera_file_with_previews_the_primary_picture_is_taken(
     np.testing.assert_array_equal(decode(encode(pixels, "JPEG") + film), alone)
 
 
+def test_what_a_phone_appends_to_a_picture_is_not_looked_at(
+    encode: Encode, pixels: np.ndarray
+) -> None:
+    """A motion photo's film, a gain map, a depth map: bytes that look like frames and scans."""
+    own = encode(pixels, "JPEG")
+    alone = decode(own)
+    progressive = encode(Image.fromarray(255 - pixels).resize((64, 64)), "JPEG", progressive=True)
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    film = b"\0\0\0\x18ftypmp42" + scan * 2 * MAX_JPEG_SCANS
+    for more in (film, progressive, bytes(999) + progressive + film, b"\xff\xd8\xff\xc0cut"):
+        np.testing.assert_array_equal(decode(own + more), alone)
+
+
+def test_a_preview_inside_the_metadata_is_no_second_frame(
+    encode: Encode, pixels: np.ndarray
+) -> None:
+    own, preview = encode(pixels, "JPEG"), encode(255 - pixels, "JPEG")
+    length = struct.pack(">H", 2 + 4 + len(preview))
+    data = own[:2] + b"\xff\xe2" + length + b"MPF\0" + preview + own[2:]
+    np.testing.assert_array_equal(decode(data), decode(own))
+
+
 def test_endless_jpeg_scans_are_422(encode: Encode, pixels: np.ndarray) -> None:
     data = encode(pixels, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]

@@ -49,6 +49,16 @@ def test_bytes_are_encoded_images_in_base64_or_binary() -> None:
     assert second == PICTURES[1]
 
 
+def test_bytes_may_be_a_column() -> None:
+    """As clients send them that put a dimension of batches before each shape."""
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [3, 1]}
+    text = [base64.b64encode(picture).decode() for picture in PICTURES]
+    for data in (text, [[one] for one in text]):
+        assert images({"inputs": [tensor | {"data": data}]}, b"") == PICTURES
+    binary = b"".join(len(p).to_bytes(4, "little") + p for p in PICTURES)
+    assert images({"inputs": [tensor]}, binary) == PICTURES
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -57,7 +67,10 @@ def test_bytes_are_encoded_images_in_base64_or_binary() -> None:
         {"inputs": [{}, {}]},
         {"inputs": [None]},
         {"inputs": [{"datatype": "FP32", "shape": [1], "data": [0.5]}]},
-        {"inputs": [{"datatype": "BYTES", "shape": [1, 1], "data": [""]}]},
+        {"inputs": [{"datatype": "BYTES", "shape": [], "data": []}]},
+        {"inputs": [{"datatype": "BYTES", "shape": [1, 2], "data": [""]}]},
+        {"inputs": [{"datatype": "BYTES", "shape": [1, 1, 1], "data": [""]}]},
+        {"inputs": [{"datatype": "BYTES", "shape": [2, 1], "data": ["", "", ""]}]},
         {"inputs": [{"datatype": "BYTES", "shape": [2], "data": [""]}]},
         {"inputs": [{"datatype": "BYTES", "shape": [1], "data": ""}]},
         uint8([1, 2, 3]),
