@@ -16,7 +16,7 @@ import yaml
 
 from rampart.export import shipped
 from rampart.export.shipped import PACKAGE, Parity, check_made
-from rampart.handlers.contents import GRAPH, HASHES, PLAN, SOURCES
+from rampart.handlers.contents import GRAPH, HANDLER, HASHES, PLAN, SOURCES
 from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from rampart.hardening.model.pipeline import Variant
 
-HANDLER = "rampart/handlers/defended.py"
 ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
     "minWorkers": 1,

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from rampart.export.archive import HANDLER
-from rampart.handlers.contents import verify
+from rampart.handlers.contents import HANDLER, verify
 from rampart.hardening.model.card import read_card
 
 LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked

@@ -13,15 +13,17 @@ HASHES = "sha256.json"
 GRAPH, PLAN = "graph.onnx", "graph.plan"  # a plan of TensorRT may lie beside the graph
 PARTS = (GRAPH, "calibration.json", "card.json", "labels.json")
 HANDLERS = Path(__file__).parent
-# A worker runs this folder: an archive holds all of it, and no other code.
+HANDLER = "rampart/handlers/defended.py"
+# A worker of TorchServe runs this folder: an archive holds it, without `http`, and no other code.
 SOURCES = (
     "rampart/__init__.py",
     *sorted(
         f"rampart/handlers/{file.relative_to(HANDLERS).as_posix()}"
         for file in HANDLERS.rglob("*.py")
+        if file.parent.name != "http"
     ),
 )
-NEEDED = PARTS + SOURCES
+NEEDED = (*PARTS, HANDLER)
 
 
 def verify(folder: Path) -> dict[str, str]:
@@ -38,7 +40,9 @@ def verify(folder: Path) -> dict[str, str]:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if missing := sorted(hashes.keys() - files):
         raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
-    needed = {*NEEDED, *({PLAN} & files)}  # a plan is code too
+    # The archive's own code, which may be of another Rampart than this; a plan is code too.
+    code = {name for name in files if name.startswith("rampart/") and name.endswith(".py")}
+    needed = {*NEEDED, *code, *({PLAN} & files)}
     if unlisted := sorted(needed - hashes.keys()):
         raise ValueError(f"{unlisted[0]} is not listed in {HASHES}: build the archive anew")
     for name, digest in hashes.items():

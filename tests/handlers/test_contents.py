@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from rampart.handlers.contents import NEEDED, SOURCES, verify
+from rampart.handlers.contents import PARTS, SOURCES, verify
 
 
 def test_an_archive_carries_every_needed_file_with_its_hash(unpacked: Path) -> None:
     listed = json.loads((unpacked / "sha256.json").read_text())
-    assert set(NEEDED) <= set(listed)
+    assert {*PARTS, *SOURCES} <= set(listed)
     assert {"rampart/__init__.py", "rampart/handlers/queries/watch.py"} <= set(SOURCES)
     verify(unpacked)
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", [*PARTS, *SOURCES])
 def test_a_changed_file_is_named(unpacked: Path, name: str) -> None:
     path = unpacked / name
     original = path.read_bytes()
@@ -43,3 +43,13 @@ def test_an_unlisted_needed_file_is_named(unpacked: Path) -> None:
             verify(unpacked)
     finally:
         path.write_text(original)
+
+
+def test_code_of_an_archive_without_a_hash_is_named(unpacked: Path) -> None:
+    added = unpacked / "rampart" / "handlers" / "added.py"
+    added.write_text("")
+    try:
+        with pytest.raises(ValueError, match=r"handlers/added\.py is not listed in sha256\.json"):
+            verify(unpacked)
+    finally:
+        added.unlink()

@@ -1,0 +1,218 @@
+"""HTTP of our own: an ASGI application that translates between HTTP and lanes of requests."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route as At
+
+from rampart.handlers.errors import INTERNAL, ImageError
+from rampart.handlers.http.bodies import Bodies, parts
+from rampart.handlers.http.exposition import Exposition
+from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.tokens import Tokens
+from rampart.handlers.protocols.open_inference import INPUTS, OUTPUTS
+from rampart.handlers.types import Incoming, Reply, Route
+
+ANSWER_SECONDS = 30.0  # for which a request may wait and be at work
+TIMEOUT = "x-request-timeout-ms"  # a client's own
+NOT_FOUND = ImageError(404, "not_found", "there is nothing at this address: / lists what there is")
+NO_MODEL = ImageError(404, "no_such_model", "no such model or version is served here")
+NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another method: see /")
+NOT_READY = ImageError(503, "not_ready", "the model does not answer: try again later")
+NO_TOKEN = ImageError(
+    401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
+)
+OPEN = {"/ping", "/v2/health/live", "/v2/health/ready"}  # need no token: a kubelet has none
+Models = Mapping[tuple[str, str], Lane]  # by name and version; a name's first is its default
+Respond = Callable[[HTTPRequest], Awaitable[Response]]
+
+
+def application(models: Models, exposition: Exposition, tokens: Tokens | None = None) -> Starlette:
+    """The ASGI application of several models; with `tokens` it answers those who have one."""
+    front = Front(models, exposition)
+    model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+    posts = {
+        "/predictions/{model}": front.predict("predictions"),
+        "/predictions/{model}/{version}": front.predict("predictions"),
+        "/v1/models/{model}:predict": front.predict("v1"),
+        f"{model}/infer": front.predict("v2"),
+        f"{version}/infer": front.predict("v2"),
+    }
+    gets = {
+        "/": front.overview,
+        "/ping": front.health,
+        "/metrics": front.metrics,
+        "/v1/models": front.names,
+        "/v1/models/{model}": front.ready,
+        "/v2": front.server,
+        "/v2/health/live": front.health,
+        "/v2/health/ready": front.health,
+        model: front.metadata,
+        version: front.metadata,
+        f"{model}/ready": front.ready,
+        f"{version}/ready": front.ready,
+    }
+    app = Starlette(
+        routes=[
+            *(At(path, respond, methods=["POST", "PUT"]) for path, respond in posts.items()),
+            *(At(path, respond, methods=["GET"]) for path, respond in gets.items()),
+        ],
+        exception_handlers={
+            ImageError: _refusal,
+            HTTPException: _refusal,
+            Exception: _refusal,
+            ClientDisconnect: _refusal,
+        },
+    )
+    if tokens:
+        app.add_middleware(Gate, tokens=tokens)
+    app.add_middleware(Unread)
+    return app
+
+
+class Gate:
+    """Lets those in who have a token."""
+
+    def __init__(self, app: Any, tokens: Tokens) -> None:
+        self._app, self._tokens = app, tokens
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI 3 calls it."""
+        if scope["type"] != "http" or scope["path"] in OPEN or self._is_known(scope["headers"]):
+            await self._app(scope, receive, send)
+        else:
+            await _error(NO_TOKEN, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _is_known(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        return self._tokens.holder(dict(headers).get(b"authorization", b"")) is not None
+
+
+class Unread:
+    """Closes the connection of a request that is answered before its body has come."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI 3 calls it."""
+        headers = dict(scope.get("headers", ()))
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+        async def take() -> Any:
+            nonlocal unread
+            message = await receive()
+            unread = unread and bool(message.get("more_body"))
+            return message
+
+        async def give(message: Any) -> None:
+            if unread and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, take, give)
+
+
+class Front:
+    """What answers at each address."""
+
+    def __init__(self, models: Models, exposition: Exposition) -> None:
+        self._models, self._exposition = models, exposition
+        self._bodies = Bodies()
+
+    def predict(self, route: Route) -> Respond:
+        """What answers predictions of one protocol's route."""
+
+        async def respond(request: HTTPRequest) -> Response:
+            lane, headers = self._lane(request), dict(request.headers)
+            try:
+                body = await self._bodies.read(headers, request.stream())
+                incoming = Incoming(headers, parts(headers, body), route)
+            except ImageError as error:
+                return _response(lane.service.refuse(Incoming(headers, ()), error))
+            return _response(await lane.answer(incoming, seconds=_patience(headers)))
+
+        return respond
+
+    def _lane(self, request: HTTPRequest) -> Lane:
+        name, version = request.path_params["model"], request.path_params.get("version")
+        for served, lane in self._models.items():
+            if served[0] == name and version in (None, served[1]):
+                return lane
+        raise NO_MODEL.bare()
+
+    async def overview(self, _: HTTPRequest) -> Response:
+        """What there is, for people."""
+        lines = [f"{name} {version}: POST /predictions/{name}" for name, version in self._models]
+        return PlainTextResponse("\n".join(["Rampart serves", *lines]) + "\n")
+
+    async def health(self, _: HTTPRequest) -> Response:
+        """Whether every model's thread is alive."""
+        if not all(lane.alive() for lane in self._models.values()):
+            raise NOT_READY.bare()
+        return JSONResponse({"status": "Healthy", "live": True, "ready": True})
+
+    async def metrics(self, _: HTTPRequest) -> Response:
+        """Every figure of all workers, as Prometheus reads them."""
+        return PlainTextResponse(self._exposition.text(), media_type=self._exposition.KIND)
+
+    async def names(self, _: HTTPRequest) -> Response:
+        """KServe v1's list of models."""
+        return JSONResponse({"models": list(dict.fromkeys(name for name, _ in self._models))})
+
+    async def ready(self, request: HTTPRequest) -> Response:
+        """Whether one model answers."""
+        if not self._lane(request).alive():
+            raise NOT_READY.bare()
+        return JSONResponse({"name": request.path_params["model"], "ready": True})
+
+    async def server(self, _: HTTPRequest) -> Response:
+        """Open Inference Protocol: the server."""
+        extensions = ["binary_tensor_data"]
+        return JSONResponse({"name": "rampart", "version": "2", "extensions": extensions})
+
+    async def metadata(self, request: HTTPRequest) -> Response:
+        """Open Inference Protocol: a model, its tensors, and what its card says in short."""
+        lane, name = self._lane(request), request.path_params["model"]
+        public = lane.service.detail == "public"
+        outputs = [
+            {"name": output, "datatype": kind, "shape": [-1]}
+            for output, (kind, _) in OUTPUTS.items()
+            if not (public and output == "p_value")
+        ]
+        content = {
+            "name": name,
+            "versions": [version for served, version in self._models if served == name],
+            "platform": "rampart",
+            "inputs": INPUTS,
+            "outputs": outputs,
+            "card": lane.service.summary,
+        }
+        return JSONResponse(content)
+
+
+def _patience(headers: Mapping[str, str]) -> float:
+    """Seconds for which a client waits, where it says so; no more than we have."""
+    text = headers.get(TIMEOUT, "")
+    return min(ANSWER_SECONDS, int(text) / 1000) if text.isdigit() else ANSWER_SECONDS
+
+
+def _response(reply: Reply) -> Response:
+    return Response(reply.body, reply.status, dict(reply.headers))
+
+
+def _error(error: ImageError, headers: Mapping[str, str] | None = None) -> Response:
+    body = json.dumps(error.to_dict()).encode() + b"\n"
+    return Response(body, error.code, {"content-type": "application/json", **(headers or {})})
+
+
+async def _refusal(_: HTTPRequest, error: Exception) -> Response:
+    """A fault without a word of the request, of our code or of the libraries."""
+    if isinstance(error, HTTPException):
+        error = {404: NOT_FOUND, 405: NO_METHOD}.get(error.status_code, NOT_FOUND)
+    return _error(error if isinstance(error, ImageError) else INTERNAL)

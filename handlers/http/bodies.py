@@ -1,0 +1,128 @@
+"""Bodies of HTTP requests: read within bounds, decompressed, and forms taken apart."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Mapping
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from rampart.handlers.errors import BUSY, ImageError
+
+MAX_BODY = 6_553_500  # bytes of one, which is also what we let TorchServe take
+MAX_BUFFERED = 64 << 20  # bytes of all that are on their way
+MAX_PARTS = 64  # of a form
+BODY_SECONDS = 30.0  # in which all of one must come
+
+TOO_LARGE = ImageError(
+    413, "body_too_large", f"a body may have {MAX_BODY} bytes: send fewer or smaller images"
+)
+TOO_SLOW = ImageError(
+    408, "body_too_slow", f"a body must come within {BODY_SECONDS:.0f} s: send it faster"
+)
+UNKNOWN_CODING = ImageError(
+    415, "unknown_coding", "a body may be coded as gzip or deflate: send it so, or as it is"
+)
+BROKEN_CODING = ImageError(
+    400, "broken_coding", "the body is not what its Content-Encoding says: send it as it is"
+)
+BROKEN_FORM = ImageError(400, "broken_form", "the form cannot be read: send the file itself")
+TOO_MANY_PARTS = ImageError(413, "too_many_parts", f"a form may have {MAX_PARTS} parts: send fewer")
+FIELDS = ImageError(
+    415, "form_fields", "fields of a form hold no image: send -F image=@FILE, or the file itself"
+)
+
+
+class Bodies:
+    """All bodies that are on their way, and the memory that they take together."""
+
+    def __init__(self) -> None:
+        self._buffered = 0
+
+    async def read(self, headers: Mapping[str, str], pieces: AsyncIterator[bytes]) -> bytes:
+        """One body, decompressed. Raises ImageError, as early as it can be known."""
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("identity", "gzip", "deflate"):
+            raise UNKNOWN_CODING.bare()
+        if int(headers.get("content-length", 0)) > MAX_BODY:  # the server has checked the number
+            raise TOO_LARGE.bare()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                data = await self._gather(pieces)
+        except TimeoutError:
+            raise TOO_SLOW.bare() from None
+        return data if coding == "identity" else inflate(data)
+
+    async def _gather(self, pieces: AsyncIterator[bytes]) -> bytes:
+        data = bytearray()
+        try:
+            async for piece in pieces:
+                data += piece
+                self._buffered += len(piece)
+                if len(data) > MAX_BODY:
+                    raise TOO_LARGE.bare()
+                if self._buffered > MAX_BUFFERED:
+                    raise BUSY.bare()
+        finally:
+            self._buffered -= len(data)
+        return bytes(data)
+
+
+def inflate(data: bytes) -> bytes:
+    """What gzip or zlib made small, no larger than a body may be. Raises ImageError."""
+    reader = zlib.decompressobj(wbits=47)  # tells the two apart
+    try:
+        out = reader.decompress(data, MAX_BODY + 1)
+    except zlib.error:
+        raise BROKEN_CODING.bare() from None
+    if len(out) > MAX_BODY:
+        raise TOO_LARGE.bare()
+    if not reader.eof:
+        raise BROKEN_CODING.bare()
+    return out
+
+
+def parts(headers: Mapping[str, str], body: bytes) -> list[bytes]:
+    """The body, or the files of a form. Raises ImageError."""
+    kind, options = parse_options_header(headers.get("content-type"))
+    if kind == b"multipart/form-data":
+        return files(body, options.get(b"boundary", b""))
+    # curl -d @FILE says that it sends a form, whatever the file is.
+    if kind == b"application/x-www-form-urlencoded" and b"=" in body[:100] and body[:1].isalnum():
+        raise FIELDS.bare()
+    return [body] if body else []
+
+
+def files(form: bytes, boundary: bytes) -> list[bytes]:
+    """The parts that have a content type, as browsers and curl give one to files, in order.
+
+    Raises ImageError.
+    """
+    found: list[tuple[list[bytes], list[bytes]]] = []  # names of headers, pieces of the content
+    ends: list[bool] = []
+
+    def begin() -> None:
+        if len(found) == MAX_PARTS:
+            raise TOO_MANY_PARTS.bare()
+        found.append(([], []))
+
+    parser = MultipartParser(
+        boundary,
+        {
+            "on_part_begin": begin,
+            "on_header_field": lambda data, start, end: found[-1][0].append(data[start:end]),
+            "on_end": lambda: ends.append(True),
+            "on_part_data": lambda data, start, end: found[-1][1].append(data[start:end]),
+        },
+    )
+    try:
+        parser.write(form)
+    except MultipartParseError:
+        ends.clear()
+    if not ends:
+        raise BROKEN_FORM.bare()
+    return [
+        b"".join(pieces)
+        for names, pieces in found
+        if b"content-type" in {name.lower() for name in names}
+    ]

@@ -1,0 +1,111 @@
+"""The requests of one model in the order they came, and the thread that answers them."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from typing import NamedTuple
+
+from rampart.handlers.errors import BUSY, INTERNAL, TOO_LATE
+from rampart.handlers.service import Service
+from rampart.handlers.telemetry import Pulse
+from rampart.handlers.types import Incoming, Reply
+
+logger = logging.getLogger(__name__)
+
+CAPACITY = 100  # requests that wait; more are refused: better at once than too late
+HELD = 64 << 20  # bytes of the bodies that wait
+LARGEST = 32  # requests of one batch
+
+
+class Waiting(NamedTuple):
+    """A request, where its reply goes, and until when somebody waits for it."""
+
+    incoming: Incoming
+    reply: "asyncio.Future[Reply]"
+    deadline: float  # of time.monotonic
+
+
+class Lane:
+    """What has come while a batch ran is the next batch, so nothing waits while the graph idles.
+
+    With `delay` a batch waits so many seconds for company: where a GPU is, that may pay.
+    """
+
+    def __init__(self, service: Service, *, delay: float = 0.0) -> None:
+        self.service, self._pulse = service, Pulse()
+        self._delay = delay
+        self._waiting: deque[Waiting] = deque()
+        self._news = threading.Condition()
+        self._held = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
+        self._thread.start()
+
+    async def answer(self, incoming: Incoming, *, seconds: float) -> Reply:
+        """The reply to one request, for which its client waits `seconds`."""
+        size = sum(map(len, incoming.parts))
+        if len(self._waiting) >= CAPACITY or self._held + size > HELD:
+            return self.service.refuse(incoming, BUSY)
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        with self._news:
+            self._waiting.append(Waiting(incoming, reply, time.monotonic() + seconds))
+            self._news.notify()
+        self._held += size
+        try:
+            return await reply
+        finally:
+            self._held -= size
+
+    def alive(self) -> bool:
+        """Whether its thread runs and its batch does not hang."""
+        return self._thread.is_alive() and self._pulse.alive()
+
+    def close(self) -> None:
+        """Answer what waits, take no more, and return when all is answered."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            with self._pulse.busy():
+                replies = self._replies(batch)
+            loop = batch[0].reply.get_loop()
+            loop.call_soon_threadsafe(_give, batch, replies)
+
+    def _next(self) -> list[Waiting]:
+        """The next batch; none when the lane is closed and empty."""
+        with self._news:
+            self._news.wait_for(lambda: self._waiting or self._closed)
+            if self._delay and len(self._waiting) < LARGEST:
+                self._news.wait_for(lambda: len(self._waiting) >= LARGEST, self._delay)
+            return [self._waiting.popleft() for _ in range(min(LARGEST, len(self._waiting)))]
+
+    def _replies(self, batch: list[Waiting]) -> list[Reply]:
+        now = time.monotonic()
+        inside = [one for one in batch if one.deadline > now and not one.reply.cancelled()]
+        replies = iter(self._answers([one.incoming for one in inside]))
+        within = set(map(id, inside))
+        return [
+            next(replies) if id(one) in within else self.service.refuse(one.incoming, TOO_LATE)
+            for one in batch
+        ]
+
+    def _answers(self, batch: list[Incoming]) -> list[Reply]:
+        """Replies to all, also where the service fails: this thread must not end."""
+        if not batch:
+            return []
+        try:
+            return self.service.answer(batch)
+        except Exception as error:
+            logger.error("A batch failed: %s", type(error).__name__)
+            return [self.service.refuse(incoming, INTERNAL) for incoming in batch]
+
+
+def _give(batch: list[Waiting], replies: list[Reply]) -> None:
+    for one, reply in zip(batch, replies, strict=True):
+        if not one.reply.done():  # its client may have gone
+            one.reply.set_result(reply)

@@ -1,0 +1,108 @@
+"""One HTTP connection, which may not be slow, nor send a head without end.
+
+uvicorn bounds neither the time nor the size of a request's head.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rampart.handlers.errors import ImageError
+
+HEAD_SECONDS = 10.0  # in which a head must be complete
+HEAD_BYTES = 64 << 10
+LINGER = 2.0  # seconds for which a client that still sends may read its answer
+NO_HTTP = ImageError(400, "no_http", "this is not HTTP/1.1 as its standard has it")
+
+
+class Closing:
+    """A transport that closes once the client has had its answer.
+
+    To close a socket that holds unread data resets it, and the client may lose the answer.
+    """
+
+    def __init__(self, transport: Any, connection: "Connection") -> None:
+        self._transport, self._connection = transport, connection
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """As of any transport."""
+        return self.lingers or bool(self._transport.is_closing())
+
+    def close(self) -> None:
+        """Close, at once unless a body is still on its way."""
+        cycle = self._connection.cycle
+        if self.is_closing() or not (cycle and cycle.more_body and cycle.response_complete):
+            self._transport.close()
+            return
+        self.lingers = True
+        self._connection.linger()
+
+
+class Connection(HttpToolsProtocol):
+    """As uvicorn's, with a deadline and a limit for the head of each request."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of the head that is under way
+
+    def connection_made(self, transport: Any) -> None:
+        """The deadline of the first request begins."""
+        super().connection_made(Closing(transport, self))  # type: ignore[arg-type]
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._end_deadline()
+        self._head = 0
+        self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _end_deadline(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def linger(self) -> None:
+        """Say that no more is read, and let what comes fall, for a while."""
+        self._end_deadline()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._deadline = self.loop.call_later(LINGER, self.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Close where the head is too long."""
+        if self.transport.lingers:  # type: ignore[attr-defined]
+            return
+        if not self._deadline and (not self.cycle or self.cycle.response_complete):
+            self._await_head()  # the next request begins
+        start = data[:HEAD_BYTES]
+        self._head += len(start)
+        super().data_received(start)
+        if self._deadline and self._head > HEAD_BYTES:
+            self.transport.abort()
+        elif len(data) > HEAD_BYTES and not self.transport.is_closing():
+            super().data_received(data[HEAD_BYTES:])
+
+    def on_headers_complete(self) -> None:
+        """The head is here."""
+        self._end_deadline()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Tell in our form that this is no HTTP."""
+        body = json.dumps(NO_HTTP.to_dict()).encode() + b"\n"
+        head = (
+            f"HTTP/1.1 {NO_HTTP.code} Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        self._end_deadline()
+        super().connection_lost(exc)

@@ -1,0 +1,259 @@
+"""Start Rampart's own HTTP server: workers that share a port; a new archive brings new workers."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from rampart.handlers.http.tokens import read_tokens
+from rampart.launch.addresses import is_loopback
+from rampart.launch.connection import Connection
+from rampart.launch.worker import Job
+
+SAMPLE = Path(__file__).parents[1] / "data" / "sample.png"
+GRACE = 30  # seconds that a worker that stops may take for what it has begun
+HUNG = 60  # seconds after which a worker that does not answer the launcher is replaced
+IDLE = 75  # seconds for which a connection is kept: longer than gateways keep theirs
+BACKLOG = 1024
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s | %(process)d | %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    # uvicorn's warnings are about what clients send, and could fill a disk.
+    "loggers": {"uvicorn": {"level": "ERROR"}, "rampart": {"level": "INFO"}},
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+}
+
+
+class LaunchError(RuntimeError):
+    """Why the server cannot run; the message names the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """What is served, where, and to whom.
+
+    `tokens` is a file of lines `NAME TOKEN`, and a must beyond loopback; `tls` are files of a
+    certificate chain and its key, PEM. A batch waits `delay` seconds for company.
+    """
+
+    archives: tuple[Path, ...]
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    device: str = "auto"
+    tokens: Path | None = None
+    tls: tuple[Path, Path] | None = None
+    delay: float = 0.0
+    query_store: str | None = None
+    quarantine: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+
+def serve(front: Front) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread.
+
+    Prints `Rampart is ready` when a real prediction has come back, with lines to try it. An archive
+    that is replaced is served by new workers; the old ones finish what they have begun.
+    """
+    try:
+        models = [_check_archive(archive) for archive in front.archives]
+        _check(front, models)
+        listener = _listen(front)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    with listener, tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        job = Job(
+            archives=[str(archive.resolve()) for archive in front.archives],
+            folder=folder,
+            workers=front.workers,
+            tokens=str(front.tokens.resolve()) if front.tokens else None,
+            delay=front.delay,
+        )
+        os.environ.update(job.environment() | _settings(front))
+        supervisor = Multiprocess(_config(front), [listener])
+        # The end of the terminal is the end; uvicorn would begin anew.
+        signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
+        ready = threading.Event()
+        for task in (_announce, _watch):
+            args = (front, [name for name, _ in models], supervisor, ready)
+            threading.Thread(target=task, args=args, daemon=True).start()
+        supervisor.run()
+    return 0 if ready.is_set() else 1
+
+
+def _settings(front: Front) -> dict[str, str]:
+    """What overrides an archive's settings, as variables of the environment."""
+    store, folder = front.query_store, front.quarantine
+    settings = {
+        "RAMPART_DEVICE": front.device,
+        "RAMPART_QUERY_STORE": store if not store or "://" in store else str(Path(store).resolve()),
+        "RAMPART_QUARANTINE": str(folder.resolve()) if folder else None,
+    }
+    return {name: value for name, value in settings.items() if value}
+
+
+def _config(front: Front) -> uvicorn.Config:
+    chain, key = front.tls or (None, None)
+    return uvicorn.Config(
+        "rampart.launch.worker:open_application",
+        factory=True,
+        workers=front.workers,
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=LOGGING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=GRACE,
+        timeout_worker_healthcheck=HUNG,
+        ssl_certfile=chain,
+        ssl_keyfile=key,
+    )
+
+
+def _check_archive(archive: Path) -> tuple[str, str]:
+    """Name and version of an archive's model. Raises LaunchError."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            model = json.loads(packed.read("MAR-INF/MANIFEST.json"))["model"]
+            return str(model["modelName"]), str(model["modelVersion"])
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"there is no archive at {archive}: build it with `rampart archive"
+            f" model_store/{archive.stem} --out {archive}`"
+        ) from error
+    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+        raise LaunchError(f"{archive} is not an archive of Rampart: build it anew") from error
+
+
+def _check(front: Front, models: list[tuple[str, str]]) -> None:
+    if doubled := [model for model in models if models.count(model) > 1]:
+        name, version = doubled[0]
+        raise LaunchError(
+            f"two archives are of {name} {version}: give one another name, or another --version"
+        )
+    if not is_loopback(front.host) and not front.tokens:
+        raise LaunchError(
+            f"{front.host} is open to other machines: name a file of tokens (--tokens), or serve on"
+            " 127.0.0.1 behind a gateway"
+        )
+    if front.workers < 1:
+        raise LaunchError("at least one worker is needed")
+    try:
+        if front.tokens:
+            read_tokens(front.tokens)
+        if front.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*front.tls, password="")  # or it would ask for one
+    except (OSError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+
+
+def _listen(front: Front) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in front.host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((front.host, front.port))
+    except OSError as error:
+        raise LaunchError(
+            f"port {front.port} on {front.host} cannot be used: {error.strerror}. Stop what listens"
+            " there, or choose another --port"
+        ) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _announce(
+    front: Front, names: list[str], supervisor: Multiprocess, ready: threading.Event
+) -> None:
+    """Say when each model has answered."""
+    waiting = list(names)
+    while waiting and not supervisor.should_exit.is_set():
+        waiting = [name for name in waiting if _predict(front, name) != 200]
+        time.sleep(0.1)
+    if waiting:
+        return
+    ready.set()
+    token = '-H "Authorization: Bearer $TOKEN" ' if front.tokens else ""
+    trust = f"--cacert {shlex.quote(str(front.tls[0]))} " if front.tls else ""
+    lines = [f"  curl {trust}{token}-T {SAMPLE} {front.url}/predictions/{name}" for name in names]
+    print("\n".join(["Rampart is ready", *lines]), flush=True)
+
+
+def _predict(front: Front, name: str) -> int:
+    """Status of one prediction; 0 without an answer."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if front.tls:
+        trust = ssl.create_default_context(cafile=str(front.tls[0]))
+        trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        handlers.append(urllib.request.HTTPSHandler(context=trust))
+    headers = {}
+    with contextlib.suppress(OSError, ValueError):
+        if front.tokens:
+            token = next(iter(read_tokens(front.tokens))).decode()
+            headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(
+        f"{front.url}/predictions/{name}", SAMPLE.read_bytes(), headers
+    )
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0
+
+
+def _watch(front: Front, _: list[str], supervisor: Multiprocess, ready: threading.Event) -> None:
+    """Have workers replaced one after the other when an archive is, and is whole."""
+    before = list(_stamps(front.archives))
+    while not supervisor.should_exit.wait(1.0):
+        now = list(_stamps(front.archives))
+        if now == before or not ready.is_set():
+            continue
+        time.sleep(1.0)
+        if now == list(_stamps(front.archives)) and None not in now:
+            before = now
+            print("An archive has changed: new workers take over", flush=True)
+            supervisor.signal_queue.append(signal.SIGHUP)
+
+
+def _stamps(archives: tuple[Path, ...]) -> Iterator[tuple[int, int] | None]:
+    for archive in archives:
+        try:
+            status = archive.stat()
+            yield status.st_mtime_ns, status.st_size
+        except OSError:
+            yield None

@@ -1,0 +1,113 @@
+"""One process of the HTTP server, of which the launcher starts several."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from starlette.applications import Starlette
+
+from rampart.handlers.http.application import application
+from rampart.handlers.http.exposition import Exposition
+from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.tokens import Tokens
+from rampart.handlers.service import Service
+from rampart.handlers.settings import override
+from rampart.handlers.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "RAMPART_WORKER"  # variable of the environment with a Job in JSON
+FAILED = 3  # the exit code of a worker that need not be started again, as uvicorn has it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker serves."""
+
+    archives: list[str]  # paths
+    folder: str  # of all workers, for their figures
+    workers: int
+    tokens: str | None = None  # a file
+    delay: float = 0.0  # seconds that a batch waits for company
+
+    def environment(self) -> dict[str, str]:
+        """How a worker is told."""
+        return {CONFIG: json.dumps(asdict(self))}
+
+
+def open_application() -> Starlette:
+    """What uvicorn serves in this process. Ends it with one line where that cannot be opened."""
+    job = Job(**json.loads(os.environ[CONFIG]))
+    try:
+        return _application(job)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+
+
+def _application(job: Job) -> Starlette:
+    lanes: dict[tuple[str, str], Lane] = {}
+    figures: list[tuple[str, Metrics]] = []
+    for archive in map(Path, job.archives):
+        metrics = Metrics()
+        with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+            lane, name, version = _open(archive, Path(folder), job, metrics)
+        lanes[name, version] = lane
+        figures.append((name, metrics))
+    exposition = Exposition(figures, Path(job.folder))
+    tokens = Tokens(Path(job.tokens)) if job.tokens else None
+    app = application(lanes, exposition, tokens)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        watch = asyncio.create_task(_watch(lanes, figures, exposition))
+        yield
+        watch.cancel()
+        for lane in lanes.values():
+            await asyncio.to_thread(lane.close)
+        exposition.save()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+def _open(archive: Path, folder: Path, job: Job, metrics: Metrics) -> tuple[Lane, str, str]:
+    """An archive's lane, its model's name and version."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+        model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+        config: dict[str, Any] = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
+        name, version = str(model["modelName"]), str(model["modelVersion"])
+    except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError) as error:
+        raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
+    settings = override(config.get("rampart") or {}, os.environ)
+    service = Service.open(
+        folder, settings, metrics, name=name, version=version, workers=job.workers
+    )
+    return Lane(service, delay=job.delay), name, version
+
+
+async def _watch(
+    lanes: dict[tuple[str, str], Lane], figures: list[tuple[str, Metrics]], exposition: Exposition
+) -> None:
+    """Once a second: leave the figures for the others, and end the process where a batch hangs."""
+    while True:
+        for lane, (_, metrics) in zip(lanes.values(), figures, strict=True):
+            if not lane.alive():
+                logger.error("A batch has hung: this worker ends, and another begins")
+                os._exit(1)
+            metrics.set("rampart_heartbeat_seconds", int(time.time()))
+        exposition.save()
+        await asyncio.sleep(1)

@@ -1,0 +1,150 @@
+"""Bodies of requests: bounded in size, time and memory, decompressed, taken out of forms."""
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.http import bodies
+from rampart.handlers.http.bodies import MAX_BODY, MAX_BUFFERED, Bodies, files, inflate, parts
+
+
+async def pieces(*data: bytes) -> AsyncIterator[bytes]:
+    for piece in data:
+        yield piece
+
+
+def read(*data: bytes, **headers: str) -> bytes:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return asyncio.run(Bodies().read(named, pieces(*data)))
+
+
+def form(*contents: bytes, kind: bytes = b"image/png") -> bytes:
+    lines = [
+        b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n'
+        b"Content-Type: %s\r\n\r\n%s\r\n" % (kind, content)
+        for content in contents
+    ]
+    return b"".join(lines) + b"--x--\r\n"
+
+
+def test_a_body_is_joined_and_decompressed() -> None:
+    assert read(b"ab", b"c") == b"abc"
+    assert read(gzip.compress(b"abc"), content_encoding="gzip") == b"abc"
+    assert read(zlib.compress(b"abc"), content_encoding=" Deflate ") == b"abc"
+
+
+@pytest.mark.parametrize("size", [MAX_BODY, MAX_BODY + 1])
+def test_a_body_has_a_largest_size_however_it_comes(size: int) -> None:
+    data = bytes(size)
+    ways = [
+        lambda: read(data),
+        lambda: read(data[:9], data[9:]),
+        lambda: read(gzip.compress(data), content_encoding="gzip"),
+    ]
+    for way in ways:
+        if size > MAX_BODY:
+            with pytest.raises(ImageError, match="send fewer or smaller images"):
+                way()
+        else:
+            assert way() == data
+
+
+def test_a_body_that_says_that_it_is_too_large_is_not_read() -> None:
+    async def unread() -> AsyncIterator[bytes]:
+        raise AssertionError("was read")
+        yield b""
+
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(Bodies().read({"content-length": str(MAX_BODY + 1)}, unread()))
+    assert caught.value.code == 413
+
+
+@pytest.mark.parametrize(
+    "data", [b"plain", gzip.compress(b"abc")[:-9], zlib.compress(bytes(99))[:-5]]
+)
+def test_a_broken_coding_is_told(data: bytes) -> None:
+    with pytest.raises(ImageError) as caught:
+        inflate(data)
+    assert caught.value.type == "broken_coding"
+
+
+def test_an_unknown_coding_is_told() -> None:
+    with pytest.raises(ImageError) as caught:
+        read(b"abc", content_encoding="br")
+    assert (caught.value.code, caught.value.type) == (415, "unknown_coding")
+
+
+def test_all_bodies_together_take_bounded_memory_and_give_it_back() -> None:
+    async def run() -> list[bytes | BaseException]:
+        shared, go_on = Bodies(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield bytes(MAX_BODY)
+            await go_on.wait()
+
+        tasks = [
+            asyncio.create_task(shared.read({}, slow()))
+            for _ in range(MAX_BUFFERED // MAX_BODY + 1)
+        ]
+        await asyncio.sleep(0.1)
+        refused = [task for task in tasks if task.done()]
+        assert len(refused) == 1 and isinstance(refused[0].exception(), ImageError)
+        go_on.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [await shared.read({}, pieces(bytes(MAX_BODY))) for _ in range(20)]
+
+    assert len(asyncio.run(run())) == 20
+
+
+def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"x"
+
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(Bodies().read({}, endless()))
+    assert caught.value.code == 408
+
+
+def test_files_of_a_form_come_in_order_and_fields_do_not_count() -> None:
+    data = form(b"one", b"two\r\n--y")
+    field = b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n5\r\n'
+    assert files(field + data, b"x") == [b"one", b"two\r\n--y"]
+    assert parts({"content-type": "multipart/form-data; boundary=x"}, data) == files(data, b"x")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (form(b"a")[:-20], "broken_form"),
+        (b"", "broken_form"),
+        (b"no form", "broken_form"),
+        (form(*[b"a"] * 65), "too_many_parts"),
+        (b"--x\r\n" + b"A: b\r\n" * 100 + b"\r\n\r\n--x--", "broken_form"),
+        (b"--x\r\nA: " + b"b" * 5_000_000 + b"\r\n\r\n\r\n--x--", "broken_form"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_told(data: bytes, kind: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        parts({"content-type": "multipart/form-data; boundary=x"}, data)
+    assert caught.value.type == kind
+
+
+def test_a_form_without_a_boundary_is_told() -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        parts({"content-type": "multipart/form-data"}, form(b"a"))
+
+
+def test_curl_d_may_call_a_picture_a_form_and_fields_are_told() -> None:
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    assert parts(kind, b"\x89PNG=") == [b"\x89PNG="]
+    assert parts(kind, b'{"instances": "="}') == [b'{"instances": "="}']
+    with pytest.raises(ImageError) as caught:
+        parts(kind, b"image=abc")
+    assert caught.value.type == "form_fields"

@@ -1,0 +1,381 @@
+"""The whole HTTP server as its users, operators and attackers meet it."""
+
+import base64
+import gzip
+import hashlib
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import requests
+import tritonclient.http as triton
+from prometheus_client.parser import text_string_to_metric_families as parse
+from servers import Server
+
+Start = Callable[..., Server]
+Encode = Callable[..., bytes]
+
+
+@pytest.fixture
+def picture(encode: Encode, pixels: np.ndarray) -> bytes:
+    return encode(pixels)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"team {'a' * 20}\n")
+    return path
+
+
+def verdict(answer: requests.Response) -> dict[str, Any]:
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    """The processes that answer: the launcher has helpers of multiprocessing beside them."""
+    launcher = psutil.Process(server.process.pid)
+    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def repack(archive: Path, target: Path, name: str, old: str, new: str) -> None:
+    """The same archive with other words in one of its files, and the hash of that."""
+    with zipfile.ZipFile(archive) as packed:
+        files = {entry: packed.read(entry) for entry in packed.namelist()}
+    assert old in files[name].decode()
+    files[name] = files[name].replace(old.encode(), new.encode())
+    hashes = json.loads(files["sha256.json"]) | {name: hashlib.sha256(files[name]).hexdigest()}
+    files["sha256.json"] = json.dumps(hashes).encode()
+    with zipfile.ZipFile(target, "w") as packed:
+        for entry, data in files.items():
+            packed.writestr(entry, data)
+
+
+def answered(server: Server) -> float:
+    """Requests with status 200 by the metrics of all workers."""
+    text = requests.get(f"{server.root}/metrics", timeout=10).text
+    return sum(
+        sample.value
+        for family in parse(text)
+        for sample in family.samples
+        if sample.name == "rampart_requests_total" and sample.labels["status"] == "200"
+    )
+
+
+def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_every_path_gives_the_same_verdict(front: Server, picture: bytes) -> None:
+    text = base64.b64encode(picture).decode()
+    expected = verdict(requests.post(front.url, picture, timeout=10))
+    assert expected["decision"] in ("accept", "flag") and expected["model"]["name"] == "tiny"
+    assert verdict(requests.put(front.url, picture, timeout=10)) == expected
+    assert verdict(requests.post(f"{front.url}/1.0", picture, timeout=10)) == expected
+    named = {"image": ("a.png", picture, "image/png")}
+    assert verdict(requests.post(front.url, files=named, timeout=10)) == expected
+    packed = {"Content-Encoding": "gzip"}
+    sent = requests.post(front.url, gzip.compress(picture), headers=packed, timeout=10)
+    assert verdict(sent) == expected
+    instances = {"instances": [{"b64": text}]}
+    v1 = requests.post(f"{front.root}/v1/models/tiny:predict", json=instances, timeout=10)
+    assert verdict(v1) == {"predictions": [expected]}
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+    for path in ("/v2/models/tiny/infer", "/v2/models/tiny/versions/1.0/infer"):
+        v2 = requests.post(f"{front.root}{path}", json={"inputs": [tensor]}, timeout=10).json()
+        labels = {output["name"]: output["data"] for output in v2["outputs"]}
+        assert labels["label"] == [expected["label"]]
+
+
+def test_tritons_client_finds_its_way(front: Server, picture: bytes) -> None:
+    client = triton.InferenceServerClient(f"127.0.0.1:{front.port}")
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
+    assert not client.is_model_ready("none")
+    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    metadata = client.get_model_metadata("tiny")
+    assert metadata["versions"] == ["1.0"]
+    image = triton.InferInput(metadata["inputs"][0]["name"], [2], "BYTES")
+    image.set_data_from_numpy(np.array([picture, picture], dtype=object))
+    result = client.infer("tiny", [image])
+    for output in metadata["outputs"]:
+        assert result.as_numpy(output["name"]).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code", "kind"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("GET", "/predictions/tiny", 405, "method_not_allowed"),
+        ("POST", "/predictions/none", 404, "no_such_model"),
+        ("POST", "/predictions/tiny/9", 404, "no_such_model"),
+        ("GET", "/v2/models/tiny/versions/9/ready", 404, "no_such_model"),
+        ("GET", "/v1/models/%ff%00", 404, "no_such_model"),
+        ("POST", "/predictions/tiny", 415, "no_image"),
+        ("DELETE", "/", 405, "method_not_allowed"),
+    ],
+)
+def test_what_is_not_there_is_told_in_our_form(
+    front: Server, method: str, path: str, code: int, kind: str
+) -> None:
+    answer = requests.request(method, front.root + path, timeout=10)
+    assert (answer.status_code, answer.json()["type"]) == (code, kind)
+    assert set(answer.headers) <= {
+        "Content-Type",
+        "Content-Length",
+        "Connection",
+        "content-type",
+        "content-length",
+        "Allow",
+    }
+
+
+def test_a_clients_own_deadline_counts(front: Server, picture: bytes) -> None:
+    late = requests.post(front.url, picture, headers={"X-Request-Timeout-Ms": "0"}, timeout=10)
+    assert (late.status_code, late.json()["type"]) == (504, "too_late")
+
+
+def connected(server: Server, count: int, data: bytes, stack: ExitStack) -> list[socket.socket]:
+    out = []
+    for _ in range(count):
+        one = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        out.append(stack.enter_context(one))
+        one.sendall(data)
+    return out
+
+
+def test_a_thousand_slow_clients_hold_up_nobody_and_are_closed(
+    front: Server, picture: bytes
+) -> None:
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\n"
+    with ExitStack() as stack:
+        idle = connected(front, 300, b"", stack)
+        heads = connected(front, 400, head + b"X: y", stack)
+        connected(front, 300, head + b"Content-Length: 5000\r\n\r\nabc", stack)
+        for _ in range(5):
+            assert requests.post(front.url, picture, timeout=5).status_code == 200
+        for one in (idle[0], idle[-1], heads[0], heads[-1]):
+            with suppress(ConnectionResetError):
+                assert one.recv(1) == b""  # 10 s later
+
+
+def test_a_head_without_end_is_cut_off(front: Server) -> None:
+    with ExitStack() as stack:
+        (one,) = connected(front, 1, b"GET /ping HTTP/1.1\r\nX: ", stack)
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                one.sendall(b"x" * 10_000)
+
+
+def test_a_refused_body_gets_its_answer_though_its_client_still_sends(front: Server) -> None:
+    head = b"POST /predictions/%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    for name, size, status in ((b"tiny", 9_000_000, b"413"), (b"none", 3_000_000, b"404")):
+        with ExitStack() as stack:
+            (one,) = connected(front, 1, head % (name, size) + bytes(size), stack)
+            got = b""
+            while piece := one.recv(65536):  # to the end: the server closes
+                got += piece
+            assert got.startswith(b"HTTP/1.1 " + status)
+            assert b"connection: close" in got and got.endswith(b"}\n")
+
+
+def test_what_is_not_http_is_told_in_our_form(front: Server) -> None:
+    with ExitStack() as stack:
+        (one,) = connected(front, 1, b"nonsense\r\n\r\n", stack)
+        got = one.recv(65536)
+        assert got.startswith(b"HTTP/1.1 400 ") and b'"type": "no_http"' in got
+
+
+def test_a_connection_is_kept_between_requests(front: Server, picture: bytes) -> None:
+    with requests.Session() as session:
+        for _ in range(3):
+            answer = session.post(front.url, picture, timeout=10)
+            assert answer.status_code == 200 and "connection" not in answer.headers
+        time.sleep(11)  # longer than a head may take
+        (pool,) = session.adapters["http://"].poolmanager.pools._container.values()
+        assert session.post(front.url, picture, timeout=10).status_code == 200
+        assert pool.num_connections == 1
+
+
+def test_large_bodies_in_one_piece_and_a_head_of_some_size_are_taken(
+    front: Server, encode: Encode
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    body, tail = encode(noise), {"X-Long": "y" * 30_000}
+    assert len(body) > 1_000_000
+    assert requests.post(front.url, body, headers=tail, timeout=20).status_code == 200
+
+
+def test_pipelined_requests_are_answered_in_order(front: Server) -> None:
+    paths = (b"/v2", b"/nothing", b"/ping")
+    data = b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths)
+    with ExitStack() as stack:
+        (one,) = connected(front, 1, data, stack)
+        got = b""
+        while b"Healthy" not in got:
+            piece = one.recv(65536)
+            assert piece
+            got += piece
+    assert got.index(b"binary_tensor_data") < got.index(b"not_found") < got.index(b"Healthy")
+
+
+def settled(server: Server) -> float:
+    """Answered requests, once both workers know of each other's."""
+    counts = {-1.0, answered(server)}
+    while len(counts) > 1:
+        time.sleep(1.5)  # a worker leaves its figures once a second
+        counts = {answered(server) for _ in range(8)}
+    return counts.pop()
+
+
+def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
+    before = settled(front)
+    for _ in range(20):  # each by a connection of its own
+        assert requests.post(front.url, picture, timeout=10).status_code == 200
+    wait(lambda: answered(front) == before + 20)
+
+
+def test_a_killed_worker_is_replaced_and_its_counters_stay(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, workers=2)
+    server.read()
+    for _ in range(10):
+        assert requests.post(server.url, picture, timeout=10).status_code == 200
+    before = settled(server)
+    assert before >= 11  # ten, and the launcher's own
+    victim, other = workers(server)
+    victim.kill()
+    victim.wait(10)
+    wait(lambda: len(workers(server)) == 2 and other in workers(server))
+    wait(lambda: requests.post(server.url, picture, timeout=10).status_code == 200)
+    assert answered(server) > before
+    assert server.end() == 0
+
+
+def test_a_replaced_archive_is_served_without_a_failed_request(
+    start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
+) -> None:
+    archive, news = tmp_path / "tiny.mar", tmp_path / "news.mar"
+    shutil.copy(tiny_archive, archive)
+    repack(
+        tiny_archive, news, "model-config.yaml", "false_alarm_rate: 0.01", "false_alarm_rate: 0.07"
+    )
+    server = start(archive)
+    server.read()
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            statuses.append(requests.post(server.url, picture, timeout=10).status_code)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        news.replace(archive)
+        rate = 'rampart_false_alarm_rate{model="tiny"} 0.07'
+        wait(lambda: rate in requests.get(f"{server.root}/metrics", timeout=10).text)
+        archive.write_bytes(b"broken")  # the old one is served on
+        time.sleep(4)
+    finally:
+        stop.set()
+        client.join()
+    assert set(statuses) == {200} and len(statuses) > 20
+    assert requests.post(server.url, picture, timeout=10).status_code == 200
+    assert server.end() == 0
+
+
+def test_a_request_that_has_come_is_answered_before_the_end(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive)
+    server.read()
+    head = f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: {len(picture)}\r\n\r\n"
+    with ExitStack() as stack:
+        (one,) = connected(server, 1, head.encode() + picture[:-1], stack)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        one.sendall(picture[-1:])
+        assert one.recv(12) == b"HTTP/1.1 200"
+    assert server.end() == 0
+
+
+def test_tokens_are_wanted_and_may_change(
+    start: Start, tiny_archive: Path, picture: bytes, tokens: Path
+) -> None:
+    server = start(tiny_archive, tokens=str(tokens), host="0.0.0.0")
+    assert "Rampart is ready" in server.read(until="  curl")
+    assert "aaaa" not in "".join(server.lines)
+    good, new = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
+    assert requests.post(server.url, picture, timeout=10).status_code == 401
+    assert requests.get(f"{server.root}/metrics", timeout=10).json()["type"] == "no_token"
+    assert requests.get(f"{server.root}/v2/health/ready", timeout=10).status_code == 200
+    assert requests.post(server.url, picture, headers=good, timeout=10).status_code == 200
+    assert requests.post(server.url, picture, headers=new, timeout=10).status_code == 401
+    tokens.write_text(f"other {'b' * 20}\n")
+    wait(lambda: requests.post(server.url, picture, headers=new, timeout=10).status_code == 200)
+    assert requests.post(server.url, picture, headers=good, timeout=10).status_code == 401
+    assert server.end() == 0
+
+
+def refused(start: Start, *archives: Path, **options: object) -> str:
+    """The one line that a server which cannot start prints."""
+    server = start(*archives, **options)
+    assert server.finish() == 1
+    (line,) = [line for line in server.lines if line.startswith("error: ")]
+    return line
+
+
+def test_what_cannot_be_served_is_told_in_a_line(
+    start: Start, front: Server, tiny_archive: Path, tmp_path: Path
+) -> None:
+    assert "name a file of tokens" in refused(start, tiny_archive, host="0.0.0.0")
+    assert "there is no archive" in refused(start, tmp_path / "none.mar")
+    assert "cannot be used" in refused(start, tiny_archive, port=front.port)
+    (tmp_path / "text.mar").write_text("text")
+    assert "build it anew" in refused(start, tmp_path / "text.mar")
+    changed = tmp_path / "changed.mar"
+    with zipfile.ZipFile(tiny_archive) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"[]" if name == "labels.json" else old.read(name))
+    assert "labels.json is not the file that was packed" in refused(start, changed)
+
+
+def test_several_models_and_versions_are_served_together(
+    start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
+) -> None:
+    second = tmp_path / "second.mar"
+    repack(tiny_archive, second, "MAR-INF/MANIFEST.json", '"1.0"', '"2.0"')
+    server = start(tiny_archive, second)
+    server.read()
+    for path, version in (("", "1.0"), ("/1.0", "1.0"), ("/2.0", "2.0")):
+        answer = requests.post(server.url + path, picture, timeout=10)
+        assert answer.json()["model"] == {"name": "tiny", "version": version}
+    assert requests.get(f"{server.root}/v1/models", timeout=10).json() == {"models": ["tiny"]}
+    versions = requests.get(f"{server.root}/v2/models/tiny", timeout=10).json()["versions"]
+    assert versions == ["1.0", "2.0"]
+    assert server.end() == 0
+
+
+def test_launcher_and_workers_take_little_memory(start: Start, tiny_archive: Path) -> None:
+    server = start(tiny_archive)
+    server.read()
+    held = sum(process.memory_info().rss for process in server.family())
+    assert held < 300e6
+    assert server.end() == 0

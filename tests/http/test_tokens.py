@@ -1,0 +1,55 @@
+"""Tokens: who holds them, and that a changed file counts at once."""
+
+from pathlib import Path
+
+import pytest
+
+from rampart.handlers.http import tokens
+from rampart.handlers.http.tokens import Tokens, read_tokens
+
+ONE, TWO = "a" * 16, "b" * 20
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tokens, "AGE", 0.0)
+    path = tmp_path / "tokens"
+    path.write_text(f"# of our teams\nvision {ONE}\n\nweb-2  {TWO}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "holder"),
+    [
+        (f"Bearer {ONE}", "vision"),
+        (f"bearer  {TWO} ", "web-2"),
+        (f"Basic {ONE}", None),
+        (f"Bearer {ONE}a", None),
+        (f"Bearer {ONE[:-1]}", None),
+        (f"Bearer é{ONE}", None),
+        ("Bearer ", None),
+        (ONE, None),
+        ("", None),
+    ],
+)
+def test_a_header_has_a_holder(file: Path, header: str, holder: str | None) -> None:
+    assert Tokens(file).holder(header.encode()) == holder
+
+
+def test_a_changed_file_counts_and_a_broken_one_changes_nothing(file: Path) -> None:
+    known = Tokens(file)
+    file.write_text(f"new {'c' * 16}\n")
+    assert known.holder(f"Bearer {ONE}".encode()) is None
+    assert known.holder(b"Bearer " + b"c" * 16) == "new"
+    file.write_text("nonsense\n")
+    assert known.holder(b"Bearer " + b"c" * 16) == "new"
+    file.unlink()
+    assert known.holder(b"Bearer " + b"c" * 16) == "new"
+
+
+@pytest.mark.parametrize("text", ["", "# none\n", "name short\n", f"{ONE}\n", f"a b {ONE}\n"])
+def test_a_file_without_good_tokens_is_refused_and_not_quoted(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ValueError, match="token") as caught:
+        read_tokens(file)
+    assert "short" not in str(caught.value) and ONE not in str(caught.value)
