@@ -99,7 +99,7 @@ graphs: .venv/dev
 # index.
 LOCK := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-header --upgrade
-SERVING := --group pyproject.toml:build --extra torchserve --extra redis
+SERVING := --group pyproject.toml:build --extra torchserve --extra http --extra redis
 lock:
 	$(LOCK) pyproject.toml $(SERVING) -o requirements/serve.txt
 	$(LOCK) pyproject.toml --extra dev --extra benchmark -c requirements/serve.txt -o requirements/dev.txt
