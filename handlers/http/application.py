@@ -8,13 +8,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route as At
 
 from rampart.handlers.errors import INTERNAL, ImageError
+from rampart.handlers.http import pages
 from rampart.handlers.http.bodies import Bodies, parts
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.pages import Api
 from rampart.handlers.http.tokens import Tokens
 from rampart.handlers.protocols.open_inference import INPUTS, OUTPUTS
 from rampart.handlers.types import Incoming, Reply, Route
@@ -33,19 +35,28 @@ Models = Mapping[tuple[str, str], Lane]  # by name and version; a name's first i
 Respond = Callable[[HTTPRequest], Awaitable[Response]]
 
 
-def application(models: Models, exposition: Exposition, tokens: Tokens | None = None) -> Starlette:
-    """The ASGI application of several models; with `tokens` it answers those who have one."""
-    front = Front(models, exposition)
+def application(
+    models: Models, exposition: Exposition, api: Api, tokens: Tokens | None = None
+) -> Starlette:
+    """The ASGI application of several models; with `tokens` it answers those who have one.
+
+    `api` is the OpenAPI document that it shows.
+    """
+    front = Front(models, exposition, api)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
-    posts = {
+    uploads = {  # curl -T sends PUT
         "/predictions/{model}": front.predict("predictions"),
         "/predictions/{model}/{version}": front.predict("predictions"),
+    }
+    posts = {
         "/v1/models/{model}:predict": front.predict("v1"),
         f"{model}/infer": front.predict("v2"),
         f"{version}/infer": front.predict("v2"),
     }
     gets = {
         "/": front.overview,
+        "/docs": front.manual,
+        "/openapi.json": front.api,
         "/ping": front.health,
         "/metrics": front.metrics,
         "/v1/models": front.names,
@@ -60,7 +71,8 @@ def application(models: Models, exposition: Exposition, tokens: Tokens | None = 
     }
     app = Starlette(
         routes=[
-            *(At(path, respond, methods=["POST", "PUT"]) for path, respond in posts.items()),
+            *(At(path, respond, methods=["POST", "PUT"]) for path, respond in uploads.items()),
+            *(At(path, respond, methods=["POST"]) for path, respond in posts.items()),
             *(At(path, respond, methods=["GET"]) for path, respond in gets.items()),
         ],
         exception_handlers={
@@ -70,6 +82,7 @@ def application(models: Models, exposition: Exposition, tokens: Tokens | None = 
             ClientDisconnect: _refusal,
         },
     )
+    app.router.redirect_slashes = False
     if tokens:
         app.add_middleware(Gate, tokens=tokens)
     app.add_middleware(Unread)
@@ -121,8 +134,8 @@ class Unread:
 class Front:
     """What answers at each address."""
 
-    def __init__(self, models: Models, exposition: Exposition) -> None:
-        self._models, self._exposition = models, exposition
+    def __init__(self, models: Models, exposition: Exposition, api: Api) -> None:
+        self._models, self._exposition, self._api = models, exposition, api
         self._bodies = Bodies()
 
     def predict(self, route: Route) -> Respond:
@@ -148,8 +161,15 @@ class Front:
 
     async def overview(self, _: HTTPRequest) -> Response:
         """What there is, for people."""
-        lines = [f"{name} {version}: POST /predictions/{name}" for name, version in self._models]
-        return PlainTextResponse("\n".join(["Rampart serves", *lines]) + "\n")
+        return HTMLResponse(pages.overview(list(self._models)), headers=pages.HEADERS)
+
+    async def manual(self, _: HTTPRequest) -> Response:
+        """What can be asked, for people."""
+        return HTMLResponse(pages.manual(self._api), headers=pages.HEADERS)
+
+    async def api(self, _: HTTPRequest) -> Response:
+        """What can be asked, for programs."""
+        return JSONResponse(self._api)
 
     async def health(self, _: HTTPRequest) -> Response:
         """Whether every model's thread is alive."""
@@ -214,5 +234,6 @@ def _error(error: ImageError, headers: Mapping[str, str] | None = None) -> Respo
 async def _refusal(_: HTTPRequest, error: Exception) -> Response:
     """A fault without a word of the request, of our code or of the libraries."""
     if isinstance(error, HTTPException):
-        error = {404: NOT_FOUND, 405: NO_METHOD}.get(error.status_code, NOT_FOUND)
+        known = NO_METHOD if error.status_code == NO_METHOD.code else NOT_FOUND
+        return _error(known, error.headers)
     return _error(error if isinstance(error, ImageError) else INTERNAL)

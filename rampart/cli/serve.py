@@ -8,56 +8,136 @@ from typer import Option
 
 from rampart.cli import options as o
 
-DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
-TOKENS = "Require TorchServe's tokens; a must beyond loopback"
-CHAIN = "Serve predictions by https: certificate chain, PEM"
-API = "Let this machine register and remove models"
-QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
-JAVA = "MB of Java's heap, and as many beside it for bodies under way"
-LOGS = "Keep logs in this folder"
-WHERE = "~/.local/state/rampart/..."
 SHIPPED = Path("model_store/cifar10.mar")
+ARCHIVE = "The .mar to serve; http serves several, of other names or versions"
+SERVER = "http is Rampart's own"
+DEFAULT = "torchserve on loopback, else http"
+DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
+GRPC = "gRPC as well, on this port: Open Inference Protocol of http, TorchServe's own"
+CHAIN = "Serve predictions by https: certificate chain, PEM"
+QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
+OWN = "http: lines NAME TOKEN of who may ask; a must beyond loopback"
+DELAY = "http: microseconds that a batch waits for company; may pay on a GPU"
+TOKENS = "torchserve: require its tokens; a must beyond loopback"
+LIFE = "torchserve: that a token lives"
+API = "torchserve: let this machine register and remove models"
+JAVA = "torchserve: MB of Java's heap, and as many beside it for bodies under way"
+LOGS = "torchserve: keep logs in this folder"
+WHERE = "~/.local/state/rampart/..."
 METRICS = "http://127.0.0.1:8082/metrics"
 Device = Literal["cpu", "cuda", "tensorrt", "plan", "auto"]
+Name = Literal["http", "torchserve"]
+# Options that one server alone has, by parameter, and what the other offers in their place.
+ONLY: dict[Name, dict[str, str]] = {
+    "http": {"tokens": ", or take its tokens with --token-authorization", "delay": ""},
+    "torchserve": {
+        "token_authorization": ", or name a file of tokens with --tokens",
+        "token_minutes": ", or change the file of --tokens when you like",
+        "model_api": ", or replace the archive's file: http takes up the new one",
+        "java_memory": "",
+        "log_folder": ", or redirect what http writes",
+    },
+}
 
 verb, app = o.theme("Serve")
 
 
-class Settings(NamedTuple):
-    """What an Endpoint is served with, by the names of its fields, but for the certificate."""
+class Shared(NamedTuple):
+    """What both servers take, by the names of their fields."""
 
-    archive: Annotated[Path, Option("--archive", "--model", help="The .mar to serve")] = SHIPPED
     host: Annotated[str, Option(help="Address to listen on")] = "127.0.0.1"
-    port: Annotated[int, Option(help="Of predictions; management is the next one")] = 8080
+    port: Annotated[int, Option(help="TorchServe's management is the next one")] = 8080
     workers: Annotated[int, Option(help="Processes that share the cores")] = 1
     device: Annotated[Device, Option(help=DEVICE)] = "auto"
-    token_authorization: Annotated[bool, Option(help=TOKENS)] = False
-    grpc_port: Annotated[int, Option(help="TorchServe's gRPC as well, on this port")] = 0
-    token_minutes: Annotated[int, Option(help="That a token lives")] = 60
-    model_api: Annotated[bool, Option("--model-api", help=API)] = False
+    grpc_port: Annotated[int, Option(help=GRPC)] = 0
     query_store: o.QueryStore = None
     quarantine: Annotated[Path | None, Option(help=QUARANTINE)] = None
+
+
+class Tls(NamedTuple):
+    """Files of a certificate chain and its key."""
+
+    certificate: Annotated[Path | None, Option(help=CHAIN)] = None
+    certificate_key: Annotated[Path | None, Option(help="Its private key, PEM")] = None
+
+    def pair(self) -> tuple[Path, Path] | None:
+        """Both, or neither; ValueError for one alone."""
+        if (self.certificate is None) != (self.certificate_key is None):
+            raise ValueError("--certificate and --certificate-key go together")
+        chain, key = self
+        return (chain, key) if chain and key else None
+
+
+class Http(NamedTuple):
+    """What Rampart's own server takes."""
+
+    tokens: Annotated[Path | None, Option(help=OWN)] = None
+    delay: Annotated[int, Option(min=0, max=1_000_000, help=DELAY)] = 0
+
+
+class TorchServe(NamedTuple):
+    """What TorchServe takes, by the names of an Endpoint's fields."""
+
+    token_authorization: Annotated[bool, Option(help=TOKENS)] = False
+    token_minutes: Annotated[int, Option(help=LIFE)] = 60
+    model_api: Annotated[bool, Option("--model-api", help=API)] = False
     java_memory: Annotated[int, Option(help=JAVA)] = 300
     log_folder: Annotated[Path | None, Option("--logs", help=LOGS, show_default=WHERE)] = None
 
 
+Archives = Annotated[
+    list[Path] | None, Option("--archive", "--model", help=ARCHIVE, show_default=str(SHIPPED))
+]
+Server = Annotated[Name | None, Option(help=SERVER, show_default=DEFAULT)]
+
+
 @verb(
     "serve --archive model_store/mine.mar",
-    "serve --archive mine.mar --host 0.0.0.0 --token-authorization",
+    "serve --archive mine.mar --server http --workers 2 --grpc-port 8081",
+    "serve --archive mine.mar --host 0.0.0.0 --tokens tokens.txt",
 )
 def serve(
-    settings: Settings,
-    certificate: Annotated[Path | None, Option(help=CHAIN)] = None,
-    certificate_key: Annotated[Path | None, Option(help="Its private key, PEM")] = None,
+    context: typer.Context,
+    shared: Shared,
+    tls: Tls,
+    http: Http,
+    torchserve: TorchServe,
+    *,
+    archive: Archives = None,
+    server: Server = None,
 ) -> None:
-    """Serve an archive with TorchServe; the Java runtime comes along. Ctrl-C stops it."""
+    """Serve an archive with TorchServe, whose Java comes along, or Rampart's own server.
+
+    Ctrl-C stops it.
+    """
+    from rampart.launch.addresses import is_loopback
     from rampart.launch.endpoint import Endpoint
+
+    name = server or ("torchserve" if is_loopback(shared.host) else "http")
+    _check_options(context, name)
+    archives, common = archive or [SHIPPED], shared._asdict() | {"tls": tls.pair()}
+    if name == "http":
+        from rampart.launch import http as own
+
+        front = own.Front(tuple(archives), tokens=http.tokens, delay=http.delay / 1e6, **common)
+        raise typer.Exit(own.serve(front))
     from rampart.launch.torchserve import serve as launch
 
-    if (certificate is None) != (certificate_key is None):
-        raise ValueError("--certificate and --certificate-key go together")
-    tls = (certificate, certificate_key) if certificate and certificate_key else None
-    raise typer.Exit(launch(Endpoint(**settings._asdict(), tls=tls)))
+    if len(archives) > 1:
+        raise ValueError("TorchServe starts with one --archive: add --server http for several")
+    raise typer.Exit(launch(Endpoint(archives[0], **torchserve._asdict(), **common)))
+
+
+def _check_options(context: typer.Context, server: Name) -> None:
+    """Raise ValueError for an option that was given and that the other server alone has."""
+    other: Name = "torchserve" if server == "http" else "http"
+    for name, instead in ONLY[other].items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--logs" if name == "log_folder" else f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"this would start {server}, which has no {option}: add --server {other}{instead}"
+            )
 
 
 @verb("probe --within 30")

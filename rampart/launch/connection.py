@@ -5,7 +5,7 @@ uvicorn bounds neither the time nor the size of a request's head.
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -13,6 +13,7 @@ from rampart.handlers.errors import ImageError
 
 HEAD_SECONDS = 10.0  # in which a head must be complete
 HEAD_BYTES = 64 << 10
+DRAIN = 2.0  # seconds for which a worker that ends still takes a connection's next request
 LINGER = 2.0  # seconds for which a client that still sends may read its answer
 NO_HTTP = ImageError(400, "no_http", "this is not HTTP/1.1 as its standard has it")
 
@@ -49,11 +50,15 @@ class Connection(HttpToolsProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _head = 0  # bytes of the head that is under way
+    ends: ClassVar[bool] = False  # the worker, and each connection after its next answer
 
     def connection_made(self, transport: Any) -> None:
         """The deadline of the first request begins."""
         super().connection_made(Closing(transport, self))  # type: ignore[arg-type]
-        self._await_head()
+        if self.ends:
+            self._drain()
+        else:
+            self._await_head()
 
     def _await_head(self) -> None:
         self._end_deadline()
@@ -91,6 +96,20 @@ class Connection(HttpToolsProtocol):
         """The head is here."""
         self._end_deadline()
         super().on_headers_complete()
+        if self.ends:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """The worker ends. A request may be on its way: uvicorn would reset it."""
+        type(self).ends = True
+        if self.cycle and not self.cycle.response_complete:
+            super().shutdown()
+        elif not self._head or not self._deadline:
+            self._drain()
+
+    def _drain(self) -> None:
+        self._end_deadline()
+        self._deadline = self.loop.call_later(DRAIN, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """Tell in our form that this is no HTTP."""

@@ -24,6 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from rampart.handlers.http.tokens import read_tokens
 from rampart.launch.addresses import is_loopback
 from rampart.launch.connection import Connection
+from rampart.launch.endpoint import LaunchError
 from rampart.launch.worker import Job
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.png"
@@ -42,16 +43,13 @@ LOGGING = {
 }
 
 
-class LaunchError(RuntimeError):
-    """Why the server cannot run; the message names the remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Front:
     """What is served, where, and to whom.
 
-    `tokens` is a file of lines `NAME TOKEN`, and a must beyond loopback; `tls` are files of a
-    certificate chain and its key, PEM. A batch waits `delay` seconds for company.
+    With `grpc_port` it speaks gRPC too. `tokens` is a file of lines `NAME TOKEN`, and a must beyond
+    loopback; `tls` are files of a certificate chain and its key, PEM. A batch waits `delay` seconds
+    for company.
     """
 
     archives: tuple[Path, ...]
@@ -59,6 +57,7 @@ class Front:
     port: int = 8080
     workers: int = 1
     device: str = "auto"
+    grpc_port: int = 0
     tokens: Path | None = None
     tls: tuple[Path, Path] | None = None
     delay: float = 0.0

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from rampart.handlers.http.application import application
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.pages import Api
 from rampart.handlers.http.tokens import Tokens
 from rampart.handlers.service import Service
 from rampart.handlers.settings import override
@@ -27,6 +28,7 @@ from rampart.handlers.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
+API = Path(__file__).parents[1] / "data" / "openapi.yaml"
 CONFIG = "RAMPART_WORKER"  # variable of the environment with a Job in JSON
 FAILED = 3  # the exit code of a worker that need not be started again, as uvicorn has it
 
@@ -67,7 +69,7 @@ def _application(job: Job) -> Starlette:
         figures.append((name, metrics))
     exposition = Exposition(figures, Path(job.folder))
     tokens = Tokens(Path(job.tokens)) if job.tokens else None
-    app = application(lanes, exposition, tokens)
+    app = application(lanes, exposition, _api(lanes), tokens)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -80,6 +82,20 @@ def _application(job: Job) -> Starlette:
 
     app.router.lifespan_context = lifespan
     return app
+
+
+def _api(lanes: Mapping[tuple[str, str], Lane]) -> Api:
+    """The OpenAPI document, with the names of what is served."""
+    api: dict[str, Any] = yaml.safe_load(API.read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(name for name, _ in lanes))
+    api["components"]["parameters"]["model"]["schema"]["enum"] = names
+    versions = list(dict.fromkeys(version for _, version in lanes))
+    api["components"]["parameters"]["version"]["schema"]["enum"] = versions
+    for path, operations in api["paths"].items():
+        if path.startswith("/predictions/"):  # curl -T sends PUT
+            name = f"{operations['post']['operationId']}ByPut"
+            operations["put"] = operations["post"] | {"operationId": name}
+    return api | {"servers": [{"url": "/"}]}
 
 
 def _open(archive: Path, folder: Path, job: Job, metrics: Metrics) -> tuple[Lane, str, str]:

@@ -12,7 +12,7 @@ import json, sys
 from pathlib import Path
 from rampart.launch.http import Front, serve
 options = json.loads(sys.argv[2])
-for name in ("tokens", "tls"):
+for name in ("tokens", "tls", "quarantine"):
     if options.get(name):
         value = options[name]
         options[name] = Path(value) if isinstance(value, str) else tuple(map(Path, value))

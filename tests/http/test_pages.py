@@ -1,0 +1,58 @@
+"""What people and programs read about the server, on the server itself."""
+
+import re
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+import requests
+from servers import Server
+
+from rampart.handlers.http import pages
+
+# How a body that the description forbids may be refused; by itself schemathesis knows no 413.
+STATUSES = "[checks.negative_data_rejection]\nexpected-statuses = [400, 404, 413, 415, 422]\n"
+
+
+def test_the_page_at_the_root_names_the_model_and_its_links_lead_somewhere(front: Server) -> None:
+    text = requests.get(front.root, timeout=10).text
+    assert "<b>tiny</b> 1.0" in text and "/predictions/tiny/1.0" in text
+    links = re.findall(r'href="([^"]+)"', text)
+    assert "/docs" in links
+    for link in links:
+        assert requests.get(front.root + link, timeout=10).status_code == 200, link
+
+
+def test_the_manual_shows_every_operation_and_loads_nothing_from_elsewhere(front: Server) -> None:
+    answer = requests.get(f"{front.root}/docs", timeout=10)
+    paths = requests.get(f"{front.root}/openapi.json", timeout=10).json()["paths"]
+    assert {"/predictions/{model}", "/v2/models/{model}/infer", "/v2/health/ready"} <= set(paths)
+    text = unescape(answer.text)
+    assert all(path in text for path in paths)
+    assert '"enum": [\n   "tiny"\n  ]' in text
+    assert not re.search(r"<script|src=|href=|@import|url\(", text)
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_a_models_name_is_text_and_no_html() -> None:
+    assert "<i>" not in pages.overview([("<i>", "<i>")])
+
+
+@pytest.mark.server
+def test_schemathesis_finds_no_answer_that_the_own_description_does_not_allow(
+    front: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "openapi.json").write_text(requests.get(f"{front.root}/openapi.json").text)
+    (tmp_path / "schemathesis.toml").write_text(STATUSES)
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", "openapi.json"]
+    command += ["--url", front.root, "--max-examples", "30", "--no-color"]
+    command += ["--generation-deterministic"]
+    # A body of the right shape need not hold a picture, so it may be refused.
+    excluded = "positive_data_acceptance"
+    done = subprocess.run(
+        [*command, "--exclude-checks", excluded], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "Tested: 17" in done.stdout
