@@ -76,13 +76,7 @@ def captioned(
 
 
 def purify(
-    model: Model,
-    image: Path | None,
-    out: Path,
-    *,
-    projected: bool = False,
-    hide: Box | None = None,
-    rate: float = 0.01,
+    model: Model, image: Path | None, out: Path, *, projected: bool, hide: Box | None, rate: float
 ) -> list[str]:
     """What the purifier makes of a picture, drawn into `out`, and how the verdict changes."""
     pipeline = model.pipeline("full")

@@ -1,9 +1,5 @@
 """A defended classifier as one object: what training made, what attacks measure, what is served.
 
-    model = Model.calibrate(net, held)
-    print(model.evaluate(images, QUICK).table())
-    model.archive("mine.mar", policy=Policy(on_detection="reject"))
-
 Here the rooms meet: weights and figures come from `hardening`, files from `export`, verdicts from
 `handlers`.
 """
@@ -58,7 +54,8 @@ CPU = torch.device("cpu")
 FOUND = Path("runs/found")  # where what attacks found is kept
 
 Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
-Picture = Path | str | bytes
+Pictures = Images | Pixels | Sequence[Path | str | bytes]
+Gate = Images | Folder | None  # 64 of them for the parity gate, else crops of a photograph
 T = TypeVar("T")
 
 
@@ -232,11 +229,7 @@ class Model:
             report.log_evaluation(self.folder, entry)
 
     def predict(
-        self,
-        images: Images | Pixels | Sequence[Picture],
-        *,
-        policy: Policy | None = None,
-        variant: Variant | None = None,
+        self, images: Pictures, *, policy: Policy | None = None, variant: Variant | None = None
     ) -> list[Verdict]:
         """The verdicts of the endpoint on images: pictures (files or bytes) or pixels (N, H, W, 3).
 
@@ -251,7 +244,7 @@ class Model:
         bench = Judge(self.classes, self.calibration(chosen), policy or Policy(), name)
         return bench.verdicts(*outputs)
 
-    def pixels(self, images: Images | Pixels | Sequence[Picture]) -> Tensor:
+    def pixels(self, images: Pictures) -> Tensor:
         """Images as uint8 (N, H, W, 3) at the model's size, decoded as the endpoint decodes."""
         if isinstance(images, Images):
             return images.image.cpu()
@@ -321,9 +314,8 @@ class Model:
     ) -> Figures:
         """Attack classifier and variants with full knowledge, within `budget` for an image.
 
-        `only` names attacks, all where it is empty; `targets` stand in place of `victims`. What
-        attacks found stays in `cache`. Raises ValueError where classes differ or an attack has no
-        such name.
+        `only` names attacks, all where it is empty; `targets` stand in place of `victims`; `cache`
+        keeps what attacks found. Raises ValueError for other classes or an unknown attack.
         """
         import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
@@ -342,23 +334,15 @@ class Model:
             if (classes := some.classes) != self.classes:
                 raise ValueError(f"the images have the classes {classes}, the model {self.classes}")
 
-    def export(
-        self, path: Path | str, *, form: Form | None = None, images: Images | Folder | None = None
-    ) -> Parity:
+    def export(self, path: Path | str, *, form: Form | None = None, images: Gate = None) -> Parity:
         """Write one ONNX graph and prove that it decides as the torch pipeline does.
 
-        The proof compares on 64 of `images`, or on crops of a photograph. Raises RuntimeError where
-        it fails.
+        It compares on 64 of `images`, or on crops of a photograph. Raises RuntimeError if it fails.
         """
         return self._write(partial(archives.export_variant, out=Path(path)), form, images)
 
     def to_triton(
-        self,
-        repository: Path,
-        *,
-        form: Form | None = None,
-        version: int = 1,
-        images: Images | Folder | None = None,
+        self, repository: Path, *, form: Form | None = None, version: int = 1, images: Gate = None
     ) -> Path:
         """Write the model into a Triton model repository; returns its folder there."""
         from rampart.export.to_triton import to_triton
@@ -366,9 +350,7 @@ class Model:
         write = partial(to_triton, repository=repository, version=version)
         return self._write(write, form, images)
 
-    def to_tensorrt(
-        self, plan: Path, *, form: Form | None = None, images: Images | Folder | None = None
-    ) -> str:
+    def to_tensorrt(self, plan: Path, *, form: Form | None = None, images: Gate = None) -> str:
         """Build a TensorRT plan on its GPU; returns what the parity gate saw."""
         from rampart.export.to_tensorrt import to_tensorrt
 
@@ -383,7 +365,7 @@ class Model:
         *,
         policy: Policy | None = None,
         form: Form | None = None,
-        images: Images | Folder | None = None,
+        images: Gate = None,
         plan: Path | None = None,
         version: str = "1.0",
         settings: Mapping[str, object] | None = None,
@@ -397,9 +379,7 @@ class Model:
         write = partial(archives.archive, out=Path(path), plan=plan)
         return self._write(partial(write, version=version, settings=terms), form, images)
 
-    def _write(
-        self, write: Callable[..., T], form: Form | None, images: Images | Folder | None
-    ) -> T:
+    def _write(self, write: Callable[..., T], form: Form | None, images: Gate) -> T:
         """What `write` makes of the model's folder, held to the gate on 64 of the images."""
         variant, precision = form or self.form()
         pixels = None if images is None else spread(images, 64).image  # (64, H, W, 3)

@@ -21,9 +21,8 @@ LEAST = 200  # held-out images that a calibration needs
 def load_images(path: Path | str, *, size: int, train: bool = True) -> Images | Folder:
     """The labelled images under `path`: an .npz file, CIFAR-10's batches or one folder a class.
 
-    They are brought to `size` pixels a side; `train` picks the half of CIFAR-10. A folder whose
-    pictures would fill memory stays on disk. Raises FileNotFoundError or ValueError that name the
-    input and the remedy.
+    They are brought to `size` pixels a side; `train` picks the half of CIFAR-10. A folder too large
+    for memory stays on disk. Raises FileNotFoundError or ValueError that name the remedy.
     """
     where = Path(path)
     return load_training(where, size=size) if train else load(where, train=False, size=size)

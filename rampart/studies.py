@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from rampart.export.precision import make as make_form
 from rampart.export.shipped import parts as parts_of
@@ -23,7 +21,7 @@ from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.images import split
-from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
 from rampart.looks import picture
@@ -31,11 +29,6 @@ from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, not_trained_on
 from rampart.training import pick_device
-
-if TYPE_CHECKING:
-    from rampart.hardening.report.page import Pictures
-
-Notice = Callable[[str], object]
 
 
 class ChecksFailed(ValueError):
@@ -76,7 +69,7 @@ def evaluate(
     variant: Variant | None = None,
     forms: Sequence[Precision] = (),
     gallery: Path | None = None,
-    notice: Notice = str,
+    notice: Callable[[str], object] = str,
 ) -> Outcome:
     """Attack classifier and pipeline with full knowledge; write card.json and report.html.
 
@@ -87,9 +80,8 @@ def evaluate(
     if variant and not rungs:
         raise ValueError("--variant goes with --rung: worst cases take the attacks on all variants")
     model.chosen_variant(variant)
-    where = pick_device(study.device)
-    images = sample.images.to(where)
-    targets = targets_of(model, study, where, variant=variant, forms=forms)
+    images = sample.images.to(pick_device(study.device))
+    targets = targets_of(model, study, variant=variant, forms=forms)
     measure = partial(evaluation.estimate, targets, images, study.threat, study.budget)
     seconds = measure(only=list(rungs))
     notice(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
@@ -112,15 +104,10 @@ def forms(*, int8: bool, fp16: bool) -> list[Precision]:
 
 
 def targets_of(
-    model: Model,
-    study: Study,
-    device: torch.device,
-    *,
-    variant: Variant | None,
-    forms: Sequence[Precision],
+    model: Model, study: Study, *, variant: Variant | None, forms: Sequence[Precision]
 ) -> list[Victim]:
     """What an evaluation attacks; with `variant` this alone, in the form that is asked for."""
-    twin = twin_of(model, study.twin)
+    twin, device = twin_of(model, study.twin), pick_device(study.device)
     targets = model.victims(rate=study.rate, device=device, twin=twin)
     attacked = partial(model.lower_victims, rate=study.rate, device=device)
     lower = [victim for form in forms for victim in attacked(form)]
@@ -151,7 +138,11 @@ def write_pages(
     from rampart.hardening.report import page
 
     found, lines = figures.evaluation, list[str]()
-    pipeline, pictures = cat(model, study.threat, rate=study.rate)
+    pixels, pipeline = picture(None, model.image_size), model.pipeline()
+    look = look_at(pipeline, model.calibration(model.best_variant), study.rate)
+    source = f"scikit-image's CC0 cat (chelsea), decoded to {model.image_size}x{model.image_size}"
+    attacked = fool(look, pixels, study.threat, QUICK)
+    pictures = page.Pictures(pixels, attacked, ["cat"], source)
     pipeline = pipeline.to(pick_device(study.device))
     write = partial(page.write, card=model.card, rows=figures.rows, evaluation=found)
     if own and model.folder:
@@ -163,17 +154,6 @@ def write_pages(
     if gallery:
         lines.append(str(write(gallery, pipeline=pipeline, pictures=page.gallery(found, pipeline))))
     return lines
-
-
-def cat(model: Model, threat: Threat, *, rate: float) -> "tuple[DefendedClassifier, Pictures]":
-    """The pipeline of a model, and pictures that a page may carry: scikit-image's cat."""
-    from rampart.hardening.report.page import Pictures
-
-    variant, size = model.best_variant, model.image_size
-    pipeline, pixels = model.pipeline(variant), picture(None, size)
-    look = look_at(pipeline, model.calibration(variant), rate)
-    source = f"scikit-image's CC0 cat (chelsea), decoded to {size}x{size}"
-    return pipeline, Pictures(pixels, fool(look, pixels, threat, QUICK), ["cat"], source)
 
 
 def insist(card: Mapping[str, Any]) -> None:
@@ -284,26 +264,20 @@ def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
 
 
 def quantize(
-    folder: Path,
-    source: Source,
-    precision: Precision = "int8",
-    *,
-    limit: int = 512,
-    rate: float = 0.01,
-    command: str = PYTHON,
+    folder: Path, source: Source, study: Study, precision: Precision = "int8", *, limit: int = 512
 ) -> Outcome:
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
     held, card = not_trained_on(model, source), model.card
     for variant in model.variants:
         form = partial(make_form, folder, variant, precision, held)
-        found = form(source=source.name, limit=limit, rate=rate)
+        found = form(source=source.name, limit=limit, rate=study.rate)
         lines.append(f"{variant}: {found}")
         digests = parts_of(folder, variant, precision)
         origin = {"data": f"validation split of {source.name}", "sha256": digests}
         # Figures of an earlier graph are not this one's.
         rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
-        entry = {variant: found._asdict() | origin, "command": command}
+        entry = {variant: found._asdict() | origin, "command": study.command}
         entry = card.get(precision, {}) | entry
         card = model.add_to_card({"metrics": rows, precision: entry})
     return Outcome(card, lines)

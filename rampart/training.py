@@ -63,8 +63,7 @@ def train(
 ) -> Classifier:
     """Train `classifier` by a recipe, in the folder `out`; returns the epoch that validates best.
 
-    A run that was cut off goes on when it is called again. Raises ValueError where `out` holds
-    another run.
+    Called again, it goes on where it was cut off. Raises ValueError where `out` holds another run.
     """
     where = distributed.join(pick_device(device))
     learn = partial(train_classifier, teacher=teacher, commands=[PYTHON])

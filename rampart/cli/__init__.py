@@ -1,6 +1,5 @@
 """The command line: it parses, calls the library once, and prints. One file a theme."""
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -73,7 +72,3 @@ def main() -> Any:
         # It may quote a name out of a file that others made.
         typer.echo(f"rampart: {visible(' '.join(str(error).splitlines()))}", err=True)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

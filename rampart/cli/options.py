@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Verb = Callable[..., None]
 
-# Images.
 DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
 Data = Annotated[Path, Option(help=DATA)]
 Held = Annotated[Path | None, Option(help="Held-out images; without it a tenth of --data is drawn")]
@@ -28,7 +27,6 @@ GATED = "Images that the parity gate compares on, 64 of them; default crops of a
 Gated = Annotated[Path | None, Option("--images", help=GATED)]
 TITLE = "What the card calls these images; default the name of their file or folder"
 PART = "Only this split of the images that training held out of --images"
-Part = Literal["validation", "tuning", "calibration"]
 BESIDE = "The --held of training, where --part is a split of it"
 LIMIT = "Only so many images, evenly spaced"
 Limit = Annotated[int, Option(min=1, help=LIMIT)]
@@ -53,7 +51,7 @@ class Sample(NamedTuple):
     images: Annotated[Path, Option(help=MEASURED)]
     data_name: Annotated[str, Option(help=TITLE)] = ""
     held: Annotated[Path | None, Option(help=BESIDE)] = None
-    part: Annotated[Part | None, Option(help=PART)] = None
+    part: Annotated[Literal["validation", "tuning", "calibration"] | None, Option(help=PART)] = None
 
     def read(self, model: "rp.Model", limit: int | None) -> "sources.Sample":
         """At most `limit` of them; what makes their figures doubtful is printed."""
@@ -65,9 +63,6 @@ class Sample(NamedTuple):
         if sample.warning:
             typer.echo(sample.warning, err=True)
         return sample
-
-
-# Networks.
 
 
 def take_factory(arch: str | None) -> str | None:
@@ -128,7 +123,6 @@ class Training(NamedTuple):
         return Run(self.out, self.device, self.dtype, self.validate_on, command=command_line())
 
 
-# Threat and policy.
 EPS = "Radius of the threat: n/255 for Linf (default 8), plain for L2 (default 0.5)"
 RATE = "Share of clean images that may be flagged"
 Rate = Annotated[float, Option("--rate", min=0, max=0.99, help=RATE)]
@@ -147,7 +141,6 @@ class Threat(NamedTuple):
         return rp.Threat(self.norm, 0.5 if self.eps is None else self.eps)
 
 
-# Models.
 Model = Annotated[Path, Argument(help="Folder of the model, as model_store/NAME")]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
@@ -173,7 +166,6 @@ class Look(NamedTuple):
     arch: Own = None
 
 
-# Measuring.
 Cache = Annotated[Path, Option(help="Folder for what attacks found")]
 FOUND = Path("runs/found")
 TWIN = "Folder of the undefended twin, a control; default NAME-undefended beside the model"

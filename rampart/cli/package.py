@@ -115,10 +115,11 @@ def quantize(
     rate: o.Rate = 0.01,
 ) -> None:
     """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
+    from rampart.studies import Study
     from rampart.studies import quantize as lower
 
-    lower = partial(lower, limit=limit, rate=rate, command=command_line())
-    say(*lower(subject.model, source.open(), precision).lines)
+    study = Study(rate=rate, command=command_line())
+    say(*lower(subject.model, source.open(), study, precision, limit=limit).lines)
 
 
 @verb("export model_store/mine --out mine.onnx")

@@ -1,14 +1,17 @@
 """Calls on TorchServe from the machine that it runs on, with the tokens that its key file holds."""
 
-import http.client
 import json
 import secrets
 import ssl
+from collections.abc import Callable
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 from rampart.launch import logs, management
 from rampart.launch.endpoint import Endpoint
 
+Connect = Callable[[], HTTPConnection]
 SOCKET, KEYS = "management.sock", "key_file.json"
 
 
@@ -37,43 +40,40 @@ class Client:
         self, query: str = "", *, method: str = "GET", timeout: float = 60
     ) -> tuple[int, bytes]:
         """Status and body of one call on the model's management; 0 without an answer."""
-        try:
-            target = f"/models/{self.endpoint.name}{query}"
-            status, body = self._ask(target, "management", method=method, timeout=timeout)
-            renewable = self.endpoint.token_authorization and status == 400
-            if renewable and b"InvalidKeyException" in body:
-                # The token's time is up, also for those who read it in the file: make the next.
-                self._ask("/token?type=management", "API", timeout=timeout)
-            return status, body
-        except (OSError, ValueError, http.client.HTTPException):
-            return 0, b""
-
-    def _ask(
-        self, target: str, use: str, *, method: str = "GET", timeout: float
-    ) -> tuple[int, bytes]:
-        connection = management.UnixConnection(self.socket, timeout)
-        headers = {"Authorization": f"Bearer {self.keys()[use]}"}
-        status, _, body = management.ask(connection, target, method=method, headers=headers)
+        behind = partial(management.UnixConnection, self.socket, timeout)
+        target = f"/models/{self.endpoint.name}{query}"
+        status, body = self._ask(behind, target, "management", method=method)
+        renewable = self.endpoint.token_authorization and status == 400
+        if renewable and b"InvalidKeyException" in body:
+            # The token's time is up, also for those who read it in the file: make the next.
+            self._ask(behind, "/token?type=management", "API")
         return status, body
 
     def predict(self, picture: bytes) -> int:
         """Status of one prediction on a PNG; 0 without an answer."""
-        try:
-            headers = {"Content-Type": "image/png"}
-            if self.endpoint.token_authorization:
-                headers["Authorization"] = f"Bearer {self.keys()['inference']}"
-            target = f"/predictions/{self.endpoint.name}"
-            connection, post = self._connection(), "POST"
-            return management.ask(connection, target, method=post, body=picture, headers=headers)[0]
-        except (OSError, ValueError, http.client.HTTPException):
-            return 0
+        use = "inference" if self.endpoint.token_authorization else ""
+        target = f"/predictions/{self.endpoint.name}"
+        return self._ask(self._connection, target, use, method="POST", body=picture)[0]
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _ask(
+        self, connect: Connect, target: str, use: str, *, method: str = "GET", body: bytes = b""
+    ) -> tuple[int, bytes]:
+        headers = {"Content-Type": "image/png"} if body else {}
+        try:
+            if use:
+                headers["Authorization"] = f"Bearer {self.keys()[use]}"
+            send = partial(management.ask, connect(), target, method=method, headers=headers)
+            status, _, answer = send(body=body)
+            return status, answer
+        except (OSError, ValueError, HTTPException):
+            return 0, b""
+
+    def _connection(self) -> HTTPConnection:
         """To the predictions. A certificate is trusted for what it is, whatever name it gives."""
         host, port = self.endpoint.local_host, self.endpoint.port
         if not self.endpoint.tls:
-            return http.client.HTTPConnection(host, port, timeout=60)
+            return HTTPConnection(host, port, timeout=60)
         trust = ssl.create_default_context(cafile=str(self.endpoint.tls[0]))
         trust.check_hostname = False
         trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
-        return http.client.HTTPSConnection(host, port, timeout=60, context=trust)
+        return HTTPSConnection(host, port, timeout=60, context=trust)

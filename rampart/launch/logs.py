@@ -1,8 +1,7 @@
 """TorchServe's logs: where they are kept, what never enters them, and what they said last.
 
-They outlive the server, so no log may hold a piece of a request. TorchServe's HTTP and gRPC classes
-and Netty below them log exceptions whose messages quote bodies and addresses; data/log4j2.xml turns
-all of these off.
+They outlive the server, so no log may hold a piece of a request: data/log4j2.xml turns off Netty
+and TorchServe's HTTP and gRPC classes, which log exceptions that quote bodies and addresses.
 """
 
 import contextlib

@@ -13,6 +13,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -31,7 +32,7 @@ MESSAGES = {
 }
 
 
-class UnixConnection(http.client.HTTPConnection):
+class UnixConnection(HTTPConnection):
     """To TorchServe at the unix socket `path`."""
 
     def __init__(self, path: Path, timeout: float = ANSWER_SECONDS) -> None:
@@ -46,12 +47,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def ask(
-    connection: http.client.HTTPConnection,
-    target: str,
-    *,
-    method: str = "GET",
-    body: bytes | None = None,
-    headers: Mapping[str, str],
+    connection: HTTPConnection, target: str, *, method: str, body: bytes, headers: Mapping[str, str]
 ) -> tuple[int, str, bytes]:
     """Status, content type and body of a connection's answer. Raises OSError, HTTPException."""
     try:
@@ -68,6 +64,7 @@ class _Bounded:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._left = stream, HEAD_BYTES
+        self.read, self.close = stream.read, stream.close
 
     def readline(self, limit: int) -> bytes:
         line = self._stream.readline(min(limit, self._left + 1))
@@ -75,12 +72,6 @@ class _Bounded:
         if self._left < 0:
             raise http.client.LineTooLong("head")
         return line
-
-    def read(self, count: int) -> bytes:
-        return self._stream.read(count)
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(*ask(behind, self.path, method=verb, body=body, headers=headers))
         except ValueError:  # what http.client does not send on
             self.send_error(400)
-        except (OSError, http.client.HTTPException):
+        except (OSError, HTTPException):
             self.send_error(503)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = _forward
