@@ -17,9 +17,9 @@ from rampart.hardening.train.loop import Precision, Recipe
 from rampart.hardening.train.provenance import collect
 from rampart.hardening.train.purifier import PurifierRecipe
 from rampart.hardening.train.stages import Stages, stages
-from rampart.model import Model, fitted_on
+from rampart.model import Model, images_to_fit
 from rampart.provenance import PYTHON
-from rampart.sources import Source, measured
+from rampart.sources import Source, sample_of
 from rampart.studies import Outcome, Study, evaluate
 from rampart.training import Run, adopt, train_from, train_purifier_from
 
@@ -55,7 +55,7 @@ def assemble(
         card=past(files, command),
     )
     model.save(folder)
-    images = collect(folder, list(files.values()), train, fitted=fitted_on(held), held=out)
+    images = collect(folder, list(files.values()), train, fitted=images_to_fit(held), held=out)
     model.add_to_card({"images": images})
     return model
 
@@ -117,7 +117,7 @@ def harden(
         parts = way.parts()
         model = way.model(out.stem, parts)
         if plan.evaluate_on:
-            model = way.evaluated(model)
+            model = way.model_with_figures(model)
 
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name)
@@ -145,7 +145,7 @@ class Way(NamedTuple):
         images, held = self.source.read(self.plan.net.image_size)
         return {"images": images, "held": held, **others}
 
-    def attacking(self, **others: object) -> dict[str, object]:
+    def attack_inputs(self, **others: object) -> dict[str, object]:
         """What a stage that attacks depends on, and `others`."""
         return self.inputs(threat=self.plan.recipe.threat, device=self.plan.device, **others)
 
@@ -157,31 +157,31 @@ class Way(NamedTuple):
         """The files of classifier and purifier."""
         plan, parts = self.plan, dict[str, Path]()
         if plan.weights:
-            parts["classifier"] = self.adopted(plan.weights)
+            parts["classifier"] = self.foreign_classifier(plan.weights)
         if plan.recipe.epochs:
-            parts["classifier"] = self.trained(parts.get("classifier"))
+            parts["classifier"] = self.classifier(parts.get("classifier"))
         if plan.purifier_epochs:
             parts["purifier"] = self.purifier(parts["classifier"])
         return parts
 
-    def adopted(self, weights: Path) -> Path:
+    def foreign_classifier(self, weights: Path) -> Path:
         """Your weights as a classifier of ours."""
         images, _ = self.source.read(self.plan.net.image_size)
         net = self.plan.net._replace(classes=len(images.classes))
         take, inputs = partial(adopt, weights, config=net), {"net": net, "weights": weights}
         return self.job.once("adopt", inputs, lambda to: take(to / CLASSIFIER)) / CLASSIFIER
 
-    def trained(self, init: Path | None) -> Path:
+    def classifier(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""
         net, recipe, dtype = self.plan.net, self.plan.recipe, self.plan.dtype
-        inputs = self.attacking(net=net, dtype=dtype, recipe=recipe, init=init)
+        inputs = self.attack_inputs(net=net, dtype=dtype, recipe=recipe, init=init)
         train = partial(train_from, self.source, net, recipe, init=init)
         return self.job.once("train", inputs, lambda to: train(run=self.run(to))) / CLASSIFIER
 
     def purifier(self, classifier: Path) -> Path:
         """The purifier in front of a classifier."""
         recipe = PurifierRecipe(self.plan.recipe.threat, self.plan.purifier_epochs)
-        inputs = self.attacking(classifier=classifier, recipe=recipe, dtype=self.plan.dtype)
+        inputs = self.attack_inputs(classifier=classifier, recipe=recipe, dtype=self.plan.dtype)
         train = partial(train_purifier_from, self.source, classifier, recipe)
         return self.job.once("purifier", inputs, lambda to: train(self.run(to))) / PURIFIER
 
@@ -194,15 +194,15 @@ class Way(NamedTuple):
 
         return self.job.once("calibrate", self.inputs(name=name, **parts), make) / name
 
-    def evaluated(self, folder: Path) -> Path:
+    def model_with_figures(self, folder: Path) -> Path:
         """A copy of the model folder with figures."""
-        inputs = self.attacking(n=self.plan.evaluate_on) | folders.contents(folder)
+        inputs = self.attack_inputs(n=self.plan.evaluate_on) | folders.contents(folder)
         return self.job.once("evaluate", inputs, partial(self.judge, folder)) / folder.name
 
     def judge(self, folder: Path, work: Path) -> None:
         """Attack validation images, shortly."""
         home = Path(shutil.copytree(folder, work / folder.name, dirs_exist_ok=True))
         model, plan = Model.load(home), self.plan
-        few = measured(model, self.source, part="validation", limit=plan.evaluate_on)
+        few = sample_of(model, self.source, part="validation", limit=plan.evaluate_on)
         study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
         evaluate(model, few, study)

@@ -55,7 +55,7 @@ def attack(
     pipeline, pixels = model.pipeline(chosen), picture(image, model.image_size)
     attacked = fool(look_at(pipeline, model.calibration(chosen), rate), pixels, threat, QUICK)
     views = {"clean": pixels, "attacked": attacked}
-    panels = captioned(model, chosen, views, rate=rate)
+    panels = verdict_panels(model, chosen, views, rate=rate)
     out.mkdir(parents=True, exist_ok=True)
     for name, view, _ in panels:
         Image.fromarray(view).save(out / f"{name}.png")
@@ -64,7 +64,7 @@ def attack(
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
 
-def captioned(
+def verdict_panels(
     model: Model, variant: Variant, views: Mapping[str, Tensor], *, rate: float
 ) -> list[Panel]:
     """Pictures uint8 (1, H, W, 3), each with its verdict."""
@@ -87,7 +87,7 @@ def purify(
         visible = window(hide, pixels.shape[1])
         nearest = project(pipeline.purifier, to_float(pixels), visible=visible)
         views["projected"] = to_uint8(nearest)
-    panels = captioned(model, "full", views, rate=rate)
+    panels = verdict_panels(model, "full", views, rate=rate)
     lines = [f"{name}: {caption}" for name, _, caption in panels]
     return [*lines, str(verdicts.picture(panels, out))]
 

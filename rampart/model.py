@@ -135,7 +135,7 @@ class Model:
         """
         source = held if isinstance(held, Held) else Held(held)
         check_count(source.images, classifier)
-        whole = joined(classifier, purifier, source)
+        whole = one_module(classifier, purifier, source)
         tables = {
             Form(v): ranks.calibrate(pipelines.as_variant(whole, v), source.images, v)
             for v in (folders.VARIANTS if purifier else folders.VARIANTS[1:])
@@ -387,15 +387,15 @@ class Model:
             return write(folder, variant=variant, precision=precision, images=pixels)
 
 
-def joined(classifier: Classifier, purifier: Purifier | None, source: Held) -> DefendedClassifier:
+def one_module(classifier: Classifier, purifier: Purifier | None, held: Held) -> DefendedClassifier:
     """The parts as one module, frozen, its feature distance fitted on training images if any."""
     whole = DefendedClassifier(classifier.cpu(), purifier and purifier.cpu(), FULL)
     whole = whole.eval().requires_grad_(False)
-    whole.detectors.fit(classifier, fitted_on(source))
+    whole.detectors.fit(classifier, images_to_fit(held))
     return whole
 
 
-def fitted_on(source: Held) -> Images:
+def images_to_fit(source: Held) -> Images:
     """The images that detectors are fitted on: of training, else of validation."""
     if source.train is not None and len(source.train):
         return spread(source.train, FITTED)

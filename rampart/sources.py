@@ -72,7 +72,7 @@ class Sample(NamedTuple):
     warning: str = ""  # what makes its figures doubtful
 
 
-def measured(
+def sample_of(
     model: "Model",
     source: Source,
     *,
@@ -91,13 +91,13 @@ def measured(
     familiar = folders.trained_on(model.card, data)
     title, warning = name or source.name, ""
     if part and (held or familiar or data.suffix != ".npz"):
-        every = not_trained_on(model, source)
+        every = held_images(model, source)
     else:
         every = load(data, train=False, size=model.image_size)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
             warning = f"{data} has the name of the training data: on images that were trained on,"
             warning += " every figure is too high"
-        warning = seen_in_training(model, every, held_out=part is not None) or warning
+        warning = training_warning(model, every, held_out=part is not None) or warning
     if part:
         every, title = split(every, part), f"{part} split of {title}"
     images = spread(every, limit)
@@ -105,7 +105,7 @@ def measured(
     return Sample(images, title if whole else f"{len(images)} of {title}", warning)
 
 
-def seen_in_training(model: "Model", images: Images, *, held_out: bool) -> str:
+def training_warning(model: "Model", images: Images, *, held_out: bool) -> str:
     """A warning where a model was trained on some of `images`, by their pixels; else "".
 
     Raises ValueError where they pass as `held_out`.
@@ -121,7 +121,7 @@ def seen_in_training(model: "Model", images: Images, *, held_out: bool) -> str:
     return f"{model} was trained on {seen}: every figure is too high"
 
 
-def not_trained_on(model: "Model", source: Source) -> Images:
+def held_images(model: "Model", source: Source) -> Images:
     """The held-out images of a source, for a model that is made.
 
     Raises ValueError where it was made with a --held and none is given now: a tenth of the data

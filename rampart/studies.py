@@ -27,7 +27,7 @@ from rampart.hardening.train.data import load, spread
 from rampart.looks import picture
 from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
-from rampart.sources import Sample, Source, not_trained_on
+from rampart.sources import Sample, Source, held_images
 from rampart.training import pick_device
 
 
@@ -185,7 +185,7 @@ def ablate(
     if rows and (test or study.twin):
         raise ValueError("--row goes without --test and --twin, which have rows of their own")
     where = pick_device(study.device)
-    held = not_trained_on(model, source)
+    held = held_images(model, source)
     attacked = load(test, train=False, size=model.image_size) if test else split(held, "validation")
     model.check_classes(held, attacked)
     few = spread(attacked, limit).to(where)
@@ -228,7 +228,7 @@ def enter_ablation(
 def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> Outcome:
     """How often clean images are flagged, by the way they come and by the class they get."""
     where = pick_device(study.device)
-    held, tables = not_trained_on(model, source), {v: model.calibration(v) for v in model.variants}
+    held, tables = held_images(model, source), {v: model.calibration(v) for v in model.variants}
     every = [false.Judged(model.pipeline(v).to(where), table) for v, table in tables.items()]
     sample = spread(split(held, "calibration"), limit).to(where)
     unranked = split(held, "validation").to(where)
@@ -268,7 +268,7 @@ def quantize(
 ) -> Outcome:
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
-    held, card = not_trained_on(model, source), model.card
+    held, card = held_images(model, source), model.card
     for variant in model.variants:
         form = partial(make_form, folder, variant, precision, held)
         found = form(source=source.name, limit=limit, rate=study.rate)

@@ -10,7 +10,7 @@ from rampart.hardening.model import provenance
 from rampart.hardening.model.images import hold_out
 from rampart.hardening.report import card as report
 from rampart.model import Model
-from rampart.sources import Source, measured
+from rampart.sources import Source, sample_of
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_split_to_measure_on_has_no_image_of_training(
     report.write_card(lean_only, card)
     data = lean_only.with_name("mine.npz")
     beside = lean_only.with_name(held) if held else None
-    seen, name, _ = measured(Model.load(lean_only), Source(data, beside), part="validation")
+    seen, name, _ = sample_of(Model.load(lean_only), Source(data, beside), part="validation")
     trained = hold_out(every["mine"], every["held"] if held else None)[0]
     assert name == f"validation split of {held or 'mine.npz'}"
     assert len(seen) >= 50
@@ -50,7 +50,7 @@ def test_a_model_that_was_made_with_held_out_images_wants_them_again(lean_only: 
     report.write_card(lean_only, card | made)
     wants = "was made with --held held.npz: pass it here as well"
     with pytest.raises(ValueError, match=wants):
-        measured(Model.load(lean_only), Source(data), part="validation")
+        sample_of(Model.load(lean_only), Source(data), part="validation")
     for command in ("ablate", "alarms", "quantize"):
         with pytest.raises(ValueError, match=wants):
             run(command, lean_only, "--data", data)
@@ -77,13 +77,13 @@ def test_a_file_of_training_images_is_known_by_its_pixels_whatever_its_name(
         file = lean_only.with_name(f"{name}.npz")
         np.savez(file, image=images.image.numpy(), label=images.label.numpy())
     renamed, unseen = (Source(lean_only.with_name(f"{name}.npz")) for name in files)
-    assert "was trained on 300 of these 300 images" in measured(model, renamed).warning
-    assert measured(model, unseen).warning == ""
+    assert "was trained on 300 of these 300 images" in sample_of(model, renamed).warning
+    assert sample_of(model, unseen).warning == ""
     with pytest.raises(ValueError, match="was trained on 300 of these 300 images"):
-        measured(model, renamed, part="validation")
+        sample_of(model, renamed, part="validation")
     held = Source(lean_only.with_name("mine.npz"), renamed.data)
     np.savez(
         held.data, image=blobs(50, seed=2).image.numpy(), label=blobs(50, seed=2).label.numpy()
     )
     with pytest.raises(ValueError, match="was trained on"):
-        measured(model, held, part="validation")
+        sample_of(model, held, part="validation")

@@ -56,10 +56,10 @@ class Sample(NamedTuple):
     def read(self, model: "rp.Model", limit: int | None) -> "sources.Sample":
         """At most `limit` of them; what makes their figures doubtful is printed."""
         from rampart.sources import Source as Images
-        from rampart.sources import measured
+        from rampart.sources import sample_of
 
         source = Images(self.images, self.held)
-        sample = measured(model, source, name=self.data_name, part=self.part, limit=limit)
+        sample = sample_of(model, source, name=self.data_name, part=self.part, limit=limit)
         if sample.warning:
             typer.echo(sample.warning, err=True)
         return sample
