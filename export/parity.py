@@ -158,9 +158,7 @@ def check_close(
     """
     before, after = (engine.run(image.numpy()) for engine, _ in (fp32, lower))
     if not (np.isfinite(after.logits).all() and np.isfinite(after.scores).all()):
-        raise RuntimeError(
-            "the graph in lower precision gives logits or scores that are no numbers"
-        )
+        raise RuntimeError("the graph in lower precision has logits or scores that are no numbers")
     equal = float((before.logits.argmax(1) == after.logits.argmax(1)).mean())
     p_gaps = np.abs(p_values(before.scores, fp32[1]) - p_values(after.scores, lower[1]))
     gap = float(np.median(p_gaps))

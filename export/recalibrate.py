@@ -117,9 +117,8 @@ def write(work: Path, calibration: Calibration, *, data: str, command: str) -> N
     card = json.loads((work / "card.json").read_text())
     # Figures of the old thresholds would pass for those of the new; the classifier's stay true.
     card = {name: entry for name, entry in card.items() if name not in OUTDATED}
-    card["metrics"] = [
-        row for row in card.get("metrics", []) if row["subject"] in ("classifier", "undefended")
-    ]
+    rows = card.get("metrics", [])
+    card["metrics"] = [row for row in rows if row["subject"] in ("classifier", "undefended")]
     card |= {"calibration_images": calibration.images, "recalibrated_on": data}
     card["commands"] = [*card.get("commands", []), command]
     card["sha256"] = card.get("sha256", {}) | {"calibration.json": sha256(file)}

@@ -153,9 +153,7 @@ def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -
     return max(wins, key=lambda weight: wins[weight])
 
 
-def forced_rejection(
-    look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget
-) -> Tensor:
+def forced_rejection(look: Look, x: Tensor, _: Tensor, threat: Threat, budget: Budget) -> Tensor:
     """Denial of service: clean images made suspicious. The label plays no part."""
     hunt = Hunt(flood(look), x, threat, steps=budget.steps)
     hunt.try_all(flood(look))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from rampart.hardening.attack.noise import Noise
 
 Loss = Callable[[Tensor], Tensor]
+State = dict[str, Tensor]  # of Auto-PGD, by name, a row an image
 
 
 class Outcome(NamedTuple):
@@ -134,7 +135,7 @@ def apgd(
     return best, won
 
 
-def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> dict[str, Tensor]:
+def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> State:
     """The state of Auto-PGD, one row an image: where it is, its best so far, its step size."""
     n = len(x)
     row = torch.arange(n, device=x.device)
@@ -153,9 +154,7 @@ def differentiate(objective: Objective, x: Tensor, row: Tensor) -> tuple[Tensor,
     return out.value.detach(), gradient, out.won.detach()
 
 
-def advance(
-    objective: Objective, state: dict[str, Tensor], threat: Threat, *, momentum: float
-) -> None:
+def advance(objective: Objective, state: State, threat: Threat, *, momentum: float) -> None:
     """One step with momentum; the best image of each row is kept, a winning one above all."""
     x, now = state["x"], state["now"]
     step = state["size"] * ascent_direction(state["gradient"], threat.norm)
@@ -172,7 +171,7 @@ def advance(
     state |= {"before": now, "now": moved, "gradient": gradient, "value": value, "won": won}
 
 
-def reconsider(state: dict[str, Tensor], since: int) -> None:
+def reconsider(state: State, since: int) -> None:
     """Halve the step of rows that oscillate or stand still, and send them back to their best."""
     stuck = ~state["halved"] & (state["best_at_mark"] >= state["best_value"])
     halve = (state["rises"] <= 0.75 * since) | stuck

@@ -70,9 +70,7 @@ def label_victim(kind: str, model: Callable[[Tensor], Tensor], fingerprint: str)
         return View(model(x))
 
     subject, key = Subject(kind), fingerprint
-    return Victim(
-        subject, key, False, look, look, key, answer, lambda image: answer(to_float(image))
-    )
+    return Victim(subject, key, False, look, look, key, answer, lambda i: answer(to_float(i)))
 
 
 class StraightThrough:

@@ -12,7 +12,7 @@ import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.model import calibrate, checkpoint, detectors
 from rampart.hardening.model.arrays import Bools, Floats
-from rampart.hardening.model.card import Subject, cell_text
+from rampart.hardening.model.card import Row, Subject, cell_text
 from rampart.hardening.model.detectors import FULL, LEAN, PURIFIER, RECTIFIED, RECTIFIER
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
@@ -165,7 +165,7 @@ def ablate(
     return [outcome(attacked, attempts, images, threat) for attacked in every]
 
 
-def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+def rows(outcomes: list[Outcome]) -> list[Row]:
     """The figures of every setup as the card lists them. Gains are over the first, a classifier
     alone, and over max-softmax rejection at the same rate.
     """
@@ -173,7 +173,7 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     durations = timings([outcome.attacked.engine for outcome in outcomes])
     out = []
     for outcome, milliseconds in zip(outcomes, durations, strict=True):
-        row: dict[str, Any] = {
+        row: Row = {
             "name": outcome.attacked.setup.name,
             "clean": share(outcome.right),
             "robust": share(np.isinf(outcome.least)),
@@ -185,7 +185,7 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return out
 
 
-def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> dict[str, Any]:
+def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> Row:
     """Figures at one rate, beside the `bare` classifier and `plain` max-softmax rejection."""
     safe = outcome.safe(rate)
     return {
@@ -205,12 +205,10 @@ def timings(engines: list[Engine | None]) -> list[float | None]:
             if engine is not None:
                 image = np.zeros((1, *engine.image_shape), np.uint8)
                 durations.append(timeit.timeit(partial(engine.run, image), number=1))
-    return [
-        round(1000 * float(np.median(durations)), 3) if durations else None for durations in seconds
-    ]
+    return [round(1000 * float(np.median(times)), 3) if times else None for times in seconds]
 
 
-def default(outcomes: list[Outcome]) -> dict[str, Any]:
+def default(outcomes: list[Outcome]) -> Row:
     """The variant to serve, and why: `full` costs more, so what it adds has to be beyond chance."""
     held = {outcome.attacked.setup.name: outcome.safe(DECIDING) for outcome in outcomes}
     if "full" not in held:
@@ -232,7 +230,7 @@ def entry(
     *,
     data: str,
     command: str,
-) -> dict[str, Any]:
+) -> Row:
     """What the card says of an ablation on images that `data` names."""
     aims = ", ".join(f"{rate:.0%}" for rate in AIMS)
 
@@ -250,7 +248,7 @@ def entry(
     }
 
 
-def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of the rows, with rejection at 2% and 5% false alarms."""
     head = ["in front of the classifier", "clean", "robust"]
     for rate in SHOWN:
@@ -266,19 +264,19 @@ def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, 
     return (*head, "ms, 1 image, 1 thread"), body
 
 
-def at_cells(point: dict[str, Any]) -> list[str]:
+def at_cells(point: Row) -> list[str]:
     """Rejection at one rate: its clean cost, what holds, and what that adds."""
     held = (point["clean_rejection"], point["robust_with_rejection"])
     return [*map(cell_text, held), in_points(point["gain"])]
 
 
-def in_points(gain: dict[str, Any]) -> str:
+def in_points(gain: Row) -> str:
     """A difference of shares and its interval, in percentage points."""
     low, high = (100 * bound for bound in gain["interval"])
     return f"{100 * gain['value']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def curve_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def curve_table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of what rejects, at every rate of RATES."""
     front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
     head = (*front, "over the classifier, points", "over max-softmax, points")

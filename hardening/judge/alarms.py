@@ -8,7 +8,7 @@ compressed or photographed, through the endpoint's own decoder, and so do other 
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rampart.handlers.verdict import Calibration, drift, p_values
 from rampart.hardening.judge.metrics import rounded, wilson
 from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.calibrate import outputs_of, scores_of
-from rampart.hardening.model.card import cell_text
+from rampart.hardening.model.card import Row, cell_text
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import as_file
@@ -100,9 +100,7 @@ class Judged(NamedTuple):
     calibration: Calibration
 
 
-def false_alarms(
-    every: Sequence[Judged], images: Images, *, rate: float
-) -> Iterator[dict[str, Any]]:
+def false_alarms(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[Row]:
     """How many of `images` are flagged at `rate`, by the way they came, as the card lists it."""
     for name, way in tqdm(WAYS.items(), leave=False):
         image = sent(images.image, way)
@@ -119,7 +117,7 @@ def false_alarms(
         yield row | {"too_many": many > 1 and row["value"] > WORTH_NAMING * rate}
 
 
-def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[dict[str, Any]]:
+def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterator[Row]:
     """How many of `images`, which rank nothing, are flagged in each class they are taken for."""
     looks = len(every) * len(images.classes)
     for judged in every:
@@ -135,7 +133,7 @@ def by_class(every: Sequence[Judged], images: Images, *, rate: float) -> Iterato
 
 def figures(
     judged: Judged, way: str, p: Floats, rate: float, interval: tuple[float, float] | None = None
-) -> dict[str, Any]:
+) -> Row:
     """One row of the card, from the p-values (N,) of images that came this way."""
     value = float((p < rate).mean())
     interval = interval or wilson(value, len(p))
@@ -152,7 +150,7 @@ def p_of(judged: Judged, image: Tensor) -> Floats:
     return p_values(scores_of(judged.pipeline, image), judged.calibration)
 
 
-def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
+def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[Row]:
     """Share of clean images flagged when a random half of `suspicion` (N,) ranks the other half. In
     theory, with k of n + 1 ranks that flag, the count among m images is beta-binomial with
     parameters k and n + 1 - k (Vovk 2012, section 2). Rates that so few images cannot rank are left
@@ -182,7 +180,7 @@ def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[dict[str, A
         }
 
 
-def remedies(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remedies(rows: Sequence[Row]) -> list[str]:
     """A line for each way that flags too many, and each class."""
     of_way = (
         "if your clients send such pictures, collect a hundred or more clean ones and run"
@@ -197,7 +195,7 @@ def remedies(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of the rows, two columns a variant."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     head = ["clean images as they come", "images"]
@@ -213,12 +211,12 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
     return tuple(head), [(way, *cells) for way, cells in body.items()]
 
 
-def flag_cells(row: dict[str, Any]) -> list[str]:
+def flag_cells(row: Row) -> list[str]:
     """The share flagged and the drift of one row."""
     return [cell_text(row) + " too many" * row["too_many"], f"{row['drift']:.3f}"]
 
 
-def in_words(point: dict[str, Any]) -> str:
+def in_words(point: Row) -> str:
     """What `coverage` found at one rate, beside the theory."""
     (low, high), (least, most) = point["middle_95%"], point["theory_95%"]
     return (

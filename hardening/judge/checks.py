@@ -62,7 +62,7 @@ def randomness(look: Look, x: Tensor, subject: str) -> Check:
         first, second = look(x).logits, look(x).logits
     gap = float((F.normalize(first) - F.normalize(second)).norm(dim=1).max())
     finding = (
-        f"logits of one image differ by {gap:.2g} between two looks (at most {MOST_RANDOMNESS})"
+        f"logits of one image differ by {gap:.2g} at a second look (at most {MOST_RANDOMNESS})"
     )
     return Check("randomness", subject, gap <= MOST_RANDOMNESS, finding)
 

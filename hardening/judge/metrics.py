@@ -3,14 +3,14 @@ score intervals, Wilson 1927; robust accuracy with rejection and its stratified 
 2023 (section 3).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, rankdata
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.arrays import Bools, Floats
-from rampart.hardening.model.card import Subject
+from rampart.hardening.model.card import Row, Subject
 
 
 class Metric(NamedTuple):
@@ -33,13 +33,13 @@ def wilson(value: float, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def share(held: Bools) -> dict[str, Any]:
+def share(held: Bools) -> Row:
     """A share of images with its 95% interval, as cards have it."""
     value = float(held.mean())
     return rounded(value, wilson(value, len(held)))
 
 
-def rounded(value: float, interval: tuple[float, float]) -> dict[str, Any]:
+def rounded(value: float, interval: tuple[float, float]) -> Row:
     """A figure with its interval, as cards have it."""
     return {"value": round(value, 4), "interval": [round(bound, 4) for bound in interval]}
 
@@ -62,9 +62,7 @@ def detection(clean: Floats, attacked: Floats) -> dict[str, tuple[float, tuple[f
     Bootstraps both, since the clean ones set the threshold; at least 3 / min(N, M) to either side.
     """
     draw = np.random.default_rng(0).choice
-    draws = [
-        detection_rates(draw(clean, len(clean)), draw(attacked, len(attacked))) for _ in range(999)
-    ]
+    draws = [detection_rates(*(draw(s, len(s)) for s in (clean, attacked))) for _ in range(999)]
     value, least = detection_rates(clean, attacked), 3 / min(len(clean), len(attacked))
     low, high = np.quantile(draws, (0.025, 0.975), axis=0)
     low = np.minimum(low, value - least).clip(0)

@@ -5,7 +5,6 @@ Nothing was trained or calibrated for these: the figures say what to expect, and
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from rampart.hardening.judge.alarms import PHOTOGRAPHS
 from rampart.hardening.judge.evaluate import PIPELINE_CODE, attack_source, replay
 from rampart.hardening.judge.metrics import share
 from rampart.hardening.model.arrays import Pixels
-from rampart.hardening.model.card import cell_text
+from rampart.hardening.model.card import Row, cell_text
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import as_file, to_float, to_uint8
 
@@ -59,11 +58,6 @@ def shaken(x: Tensor, noise: Noise) -> Tensor:
     return F.avg_pool2d(F.pad(x, (reach, reach, 0, 0), "replicate"), (1, 2 * reach + 1), 1)
 
 
-def pixelated(x: Tensor, noise: Noise) -> Tensor:
-    """Sixteen pixels a side."""
-    return F.interpolate(F.adaptive_avg_pool2d(x, 16), size=x.shape[2:])
-
-
 def compressed(x: Tensor, noise: Noise) -> Tensor:
     """JPEG at quality 25."""
     pixels = to_uint8(x).permute(0, 3, 1, 2).cpu()
@@ -83,7 +77,7 @@ CORRUPTIONS: dict[str, Corrupt] = {
     "darkness": lambda x, noise: change.adjust_brightness(x, 0.5),
     "contrast": lambda x, noise: change.adjust_contrast(x, 0.4),
     "saturation": lambda x, noise: change.adjust_saturation(x, 2.5),
-    "pixelate": pixelated,
+    "pixelate": lambda x, _: F.interpolate(F.adaptive_avg_pool2d(x, 16), size=x.shape[2:]),
     "JPEG, quality 25": compressed,
 }
 
@@ -128,9 +122,7 @@ def squares(x: Tensor, share: float) -> Tensor:
     return masks.flatten(0, 1).to(x.device)
 
 
-def rows(
-    victims: list[Victim], images: Images, budget: Budget, *, folder: Path
-) -> Iterator[dict[str, Any]]:
+def rows(victims: list[Victim], images: Images, budget: Budget, *, folder: Path) -> Iterator[Row]:
     """Shares of `images` right, and right or rejected, under all that was found."""
     clean = to_float(images.image)
     # An attacker may also leave an image as it is.
@@ -148,17 +140,14 @@ def rows(
     for victim in victims:
         for name, attacked in attempts.items():
             after = [replay(victim, x, images, L2) for x in attacked]
-            yield {
-                "threat": name,
-                "subject": victim.subject.text,
-                "variant": victim.variant,
-                "right": share(np.logical_and.reduce([each.right for each in after])),
-                "right_or_rejected": share(np.logical_and.reduce([each.safe for each in after])),
-                "n": len(images),
-            }
+            right, safe = ([getattr(a, of) for a in after] for of in ("right", "safe"))
+            row: Row = {"threat": name, "subject": victim.subject.text, "variant": victim.variant}
+            row |= {"right": share(np.logical_and.reduce(right))}
+            row |= {"right_or_rejected": share(np.logical_and.reduce(safe)), "n": len(images)}
+            yield row
 
 
-def scaling(size: int) -> dict[str, Any]:
+def scaling(size: int) -> Row:
     """The image-scaling attack (Quiring et al. 2020, section 3) on the endpoint's resize step: the
     PSNR in dB at which a large photograph shows the model another one, also where pixels are
     picked.
@@ -190,7 +179,7 @@ def forge(shown: Pixels, target: Pixels, how: Image.Resampling) -> Pixels:
     return forged.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of the rows, a column a victim."""
     head = ["threat", "images"]
     for subject, variant in dict.fromkeys((row["subject"], row["variant"]) for row in rows):
@@ -204,7 +193,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
     return tuple(head), [(threat, *cells) for threat, cells in body.items()]
 
 
-def in_words(scaled: dict[str, Any]) -> str:
+def in_words(scaled: Row) -> str:
     """What `scaling` found."""
     large, small = scaled["pixels"]
     return (

@@ -11,6 +11,7 @@ from rampart.handlers.verdict import Policy
 RATE = Policy.false_alarm_rate
 LEAST = 100  # images, fewer of which choose no precision
 FILE = "card.json"
+Row = dict[str, Any]  # of card.json
 NO_VARIANT = "-"  # of what nothing stands in front of
 FP32 = "fp32"
 
@@ -62,13 +63,13 @@ class Figure:
     rate: float | None = None
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> "Figure":
+    def of(cls, row: Row) -> "Figure":
         """A row of card.json."""
         values = {name: row[name] for name in row if name not in ("subject", "variant")}
         values["interval"] = tuple(row["interval"])
         return cls(Subject.parse(row["subject"], row["variant"]), **values)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """As card.json lists it."""
         who = {"subject": self.subject.text, "variant": self.subject.variant}
         values = {name: value for name, value in vars(self).items() if value is not None}
@@ -92,14 +93,14 @@ class Figure:
         return percent(self.value, self.interval)
 
 
-def main_figures(card: dict[str, Any]) -> list[Figure]:
+def main_figures(card: Row) -> list[Figure]:
     """The figures under the card's threat model or of clean images, at the usual rate."""
     figures = map(Figure.of, card.get("metrics", []))
     threats = (None, card.get("threat_model"))
     return [figure for figure in figures if figure.rate is None and figure.threat in threats]
 
 
-def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge(old: list[Row], new: list[Row]) -> list[Row]:
     """`new` rows, and the `old` ones with other keys: no weak attack replaces a stronger one."""
     replaced = {Figure.of(row).key for row in new}
     return [row for row in old if Figure.of(row).key not in replaced] + new
@@ -127,14 +128,14 @@ def decides(figure: Figure) -> bool:
     return worst and figure.n >= LEAST and "validation split" in figure.data
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> Row:
     """The JSON of a model folder's card; empty where none was written yet."""
     file = folder / FILE
-    card: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    card: Row = json.loads(file.read_text()) if file.is_file() else {}
     return card
 
 
-def write_card(folder: Path, card: dict[str, Any]) -> Path:
+def write_card(folder: Path, card: Row) -> Path:
     """Write card.json in a model folder."""
     file = folder / FILE
     file.write_text(json.dumps(card, indent=1) + "\n")
@@ -147,6 +148,6 @@ def percent(value: float, interval: Sequence[float]) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
-def cell_text(share: dict[str, Any]) -> str:
+def cell_text(share: Row) -> str:
     """A share of a card with its interval."""
     return percent(share["value"], share["interval"])

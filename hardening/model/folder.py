@@ -31,9 +31,7 @@ def variants_in(model: Path) -> list[Variant]:
 def forms(model: Path) -> list[tuple[Variant, Precision]]:
     """The variants of a model folder, each with every precision it is calibrated in."""
     pairs = product(calibrated(model), get_args(Precision))
-    return [
-        (v, precision) for v, precision in pairs if calibration_file(model, v, precision).is_file()
-    ]
+    return [(v, p) for v, p in pairs if calibration_file(model, v, p).is_file()]
 
 
 def calibrated(model: Path) -> list[Variant]:

@@ -48,9 +48,8 @@ def check_logits(net: nn.Module, layout: Layout, size: int, classes: int) -> Ten
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(advice(net, layout, x, error)) from error
     if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the module returns a {type(logits).__name__}: let it return the logits (N, K) alone"
-        )
+        kind = type(logits).__name__
+        raise ValueError(f"the module returns a {kind}: let it return the logits (N, K) alone")
     if logits.shape != (2, classes):
         raise ValueError(
             f"the module returns {tuple(logits.shape)} for two images where {classes} classes make"

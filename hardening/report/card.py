@@ -5,12 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.judge.metrics import Metric, wilson
-from rampart.hardening.model.card import NO_VARIANT, RATE, Figure, Subject, main_figures
+from rampart.hardening.model.card import NO_VARIANT, RATE, Figure, Row, Subject, main_figures
 from rampart.hardening.model.card import merge as merge
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
@@ -33,7 +32,7 @@ MODELS = ("model", "network", "weights", "training", "clean accuracy", "standard
 Lowest = dict[tuple[Subject, str], Figure]  # the lowest figure of a subject under a name
 
 
-def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> dict[str, Any]:
+def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> Row:
     """A metric as card.json lists it, with the `rate` it depends on if that is no usual one."""
     threat = metric.threat
     low, high = metric.interval or wilson(metric.value, metric.n)
@@ -46,7 +45,7 @@ def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> dict[
     return replace(figure, norm=norm, eps=eps, attack=metric.attack or None, rate=unusual).row()
 
 
-def check_card(card: dict[str, Any]) -> None:
+def check_card(card: Row) -> None:
     """Raise ValueError where a card breaks the schema that stands beside this file."""
     from jsonschema import Draft202012Validator
 
@@ -56,7 +55,7 @@ def check_card(card: dict[str, Any]) -> None:
         raise ValueError("; ".join(f"card.json {e.json_path}: {e.message}" for e in errors[:3]))
 
 
-def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+def add_to_card(folder: Path, entries: Row) -> Row:
     """Replace entries of the card; returns it. ValueError, and no write, for a broken schema."""
     card = read_card(folder) | entries
     check_card(card)
@@ -64,7 +63,7 @@ def add_to_card(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
     return card
 
 
-def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
+def log_evaluation(folder: Path, entry: Row) -> None:
     """Append to the log of all evaluations, with the time (UTC) and the SHA-256 of the weights."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stamp = {"time": now, "weights": sha256(folder / "weights.safetensors")}
@@ -72,7 +71,7 @@ def log_evaluation(folder: Path, entry: dict[str, Any]) -> None:
         stream.write(json.dumps(stamp | entry) + "\n")
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """The metrics of a card as an aligned text table."""
     lines = [("subject", "variant", "figure", "threat", "value", "95% interval", "n")]
     for figure in map(Figure.of, rows):
@@ -83,7 +82,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
 
 
-def markdown(card: dict[str, Any]) -> str:
+def markdown(card: Row) -> str:
     """The card's main figures at the usual rate, one Markdown table for each data set. Of a figure
     by several attacks the lowest counts, also in place of an earlier worst case.
     """
@@ -142,7 +141,7 @@ def model_table(folders: Sequence[Path]) -> str:
     return piped(MODELS, [model_cells(folder, read_card(folder)) for folder in folders])
 
 
-def model_cells(folder: Path, card: dict[str, Any]) -> list[str]:
+def model_cells(folder: Path, card: Row) -> list[str]:
     """One line of `model_table`; of several figures that of most images."""
     net, runs = card["classifier"], card.get("history", [])
     width = f" x {net['width']:g}" if net["width"] != 1 else ""

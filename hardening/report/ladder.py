@@ -64,9 +64,8 @@ def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Table | None:
         figures = [pick(rows, name, who) for name in columns]
         if worst := next((row for row in figures[:2] if row), None):
             note = " (control)" if who == "undefended" else ""
-            body.append(
-                (f"{who}{note}", *(both(row, between="\n") for row in figures), str(worst.n))
-            )
+            cells = (both(row, between="\n") for row in figures)
+            body.append((f"{who}{note}", *cells, str(worst.n)))
     rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
     right = "robust: label right in the worst case"
     safe = f"robust_with_rejection@{rate}: right or rejected in the worst case"

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rampart.hardening.judge.evaluate import Evaluation
-from rampart.hardening.model.card import Figure
+from rampart.hardening.model.card import Figure, Row
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.report.appendix import alarms, outside_threat, parts, recipe, self_checks
 from rampart.hardening.report.images import Pictures, classes, features, gallery, grid
@@ -19,8 +18,8 @@ __all__ = ["Pictures", "gallery", "template", "write"]
 
 def write(
     path: Path,
-    card: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
+    card: Row,
+    rows: Sequence[Row],
     evaluation: Evaluation,
     pipeline: DefendedClassifier,
     *,

@@ -106,9 +106,7 @@ def suspicion(evaluation: Evaluation) -> Iterator[Section]:
         caption = f"{record.victim.name}: suspicion of all images. Medians: {medians}."
         figures.append(Drawing(source, f"Histogram. {caption}", caption))
     if figures:
-        words = [
-            "Suspicion is what the detectors add up to; what lies right of the line is rejected."
-        ]
+        words = ["Suspicion adds up all detectors; what lies right of the line is rejected."]
         yield Section("Suspicion", words, figures)
 
 

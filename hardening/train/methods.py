@@ -48,11 +48,6 @@ def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Ten
     return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 
 
-def as_they_are(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
-    """No attack: the control that robustness is measured against."""
-    return batch.x
-
-
 def in_one_step(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """N-FGSM, whatever `steps`."""
     return n_fgsm(cross_entropy(model, batch.label), batch.x, threat, noise=batch.noise)
@@ -156,7 +151,7 @@ def rslad(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -
 
 
 METHODS = {
-    "standard": Method(as_they_are, on_attacked),
+    "standard": Method(lambda model, batch, threat, steps: batch.x, on_attacked),  # the control
     "nfgsm": Method(in_one_step, on_attacked),
     "gat": Method(guided, gat),
     "pgd": Method(away_from_the_label, on_attacked),

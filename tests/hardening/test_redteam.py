@@ -28,7 +28,6 @@ from rampart.handlers.verdict import Calibration, Judge, Policy
 from rampart.hardening.attack import redteam
 from rampart.hardening.attack.redteam import (
     ATTACKS,
-    FILE,
     Answer,
     Endpoint,
     Outcome,
@@ -36,7 +35,7 @@ from rampart.hardening.attack.redteam import (
     Settings,
 )
 from rampart.hardening.attack.redteam.probe import MAX_REPEATS, AttackEnd, as_float, scores
-from rampart.hardening.attack.redteam.run import _alike
+from rampart.hardening.attack.redteam.run import FILE, _alike
 from rampart.hardening.model.images import Images
 from rampart.hardening.report import redteam as report
 

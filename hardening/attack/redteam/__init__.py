@@ -5,17 +5,7 @@ fools.
 
 from rampart.hardening.attack.redteam.endpoint import Answer, Endpoint
 from rampart.hardening.attack.redteam.probe import Outcome, Probe, Settings
-from rampart.hardening.attack.redteam.run import FILE, read, redteam
+from rampart.hardening.attack.redteam.run import read, redteam
 from rampart.hardening.attack.redteam.searches import ATTACKS
 
-__all__ = [
-    "ATTACKS",
-    "FILE",
-    "Answer",
-    "Endpoint",
-    "Outcome",
-    "Probe",
-    "Settings",
-    "read",
-    "redteam",
-]
+__all__ = ["ATTACKS", "Answer", "Endpoint", "Outcome", "Probe", "Settings", "read", "redteam"]

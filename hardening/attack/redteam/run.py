@@ -52,7 +52,8 @@ def redteam(
             old = done.get((name, row))
             if old is None:
                 done[name, row] = _attack(name, row, endpoint, images, settings)
-                _append(out, done[name, row])
+                with (out / FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(done[name, row])) + "\n")
             elif old.sha256 != _sha256(images, row):
                 raise ValueError(f"{out / FILE} is of other images: choose another --out")
     return [done[name, row] for name in attacks for row in rows]
@@ -124,11 +125,6 @@ def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bo
 def _differences(old: Settings, new: Settings) -> str:
     now = asdict(replace(new, said=old.said))
     return ", ".join(f"{k} {was} (now {now[k]})" for k, was in asdict(old).items() if was != now[k])
-
-
-def _append(out: Path, outcome: Outcome) -> None:
-    with (out / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
 
 
 def require(module: str) -> None:
