@@ -50,9 +50,7 @@ def export_variant(
     images: "Tensor | None" = None,
     rate: float = 0.01,
 ) -> Parity:
-    """Write the ONNX graph of a model folder's variant to `out`; returns its gate's figures.
-    Exports it where the folder's own is stale, or to compare it on `images` uint8 (N, H, W, 3).
-    """
+    """Write a variant's ONNX graph, or copy a fresh one; returns the figures of its gate."""
     check_made(folder, variant, precision)
     graph = shipped.find(folder, variant, precision) if images is None else None
     if graph:

@@ -153,9 +153,7 @@ def agree(
 def check_close(
     fp32: tuple[Runner, Calibration], lower: tuple[Runner, Calibration], image: Tensor
 ) -> str:
-    """Raise RuntimeError where a graph in `lower` precision is plainly not made from the `fp32`
-    one. Each comes with its own calibration. Returns the comparison in words.
-    """
+    """Compare a rebuilt graph with the `fp32` one, in words; RuntimeError where they differ."""
     before, after = (engine.run(image.numpy()) for engine, _ in (fp32, lower))
     if not (np.isfinite(after.logits).all() and np.isfinite(after.scores).all()):
         raise RuntimeError("the graph in lower precision has logits or scores that are no numbers")

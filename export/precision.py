@@ -1,6 +1,4 @@
-"""A model folder's variants in a lower precision: fp16 for GPUs, int8 for CPUs. Such a graph
-decides a little differently, so it is calibrated and measured as a graph of its own.
-"""
+"""A model folder's variants in fp16 for GPUs, and in int8 for CPUs, each with its calibration."""
 
 import tempfile
 from pathlib import Path

@@ -47,9 +47,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | None = None) -> Path:
-    """Write `graph` with an int8 classifier to `out`. The file `ranges` of activations is measured
-    on `images` uint8 (N, H, W, 3), or read. Raises FileNotFoundError where it is missing.
-    """
+    """Write `graph` with an int8 classifier; its `ranges` are measured on `images`, else read."""
     inside = classifier_nodes(onnx.load(graph).graph)
     if images is not None:
         ranges.unlink(missing_ok=True)

@@ -56,9 +56,7 @@ class Recalibration(NamedTuple):
 
 
 def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibration:
-    """Write `archive` with the ranks of `pictures`, a folder at any depth, as `out`. Raises
-    ValueError with the remedy, and writes nothing, where an input is wrong.
-    """
+    """Write `archive` as `out` with the ranks of `pictures`, a folder. Raises ValueError."""
     if out.resolve() == archive.resolve() or out.suffix != ".mar":
         raise ValueError(f"--out {out}: name a new file that ends in .mar")
     with tempfile.TemporaryDirectory() as scratch:

@@ -55,9 +55,7 @@ class Graph(NamedTuple):
 
 
 def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | None:
-    """The graph of a variant in a model folder; None without one, or where it is stale. Raises
-    ValueError where the file is not the one that its record describes.
-    """
+    """The graph of a variant in a model folder; None if stale, ValueError if damaged."""
     file = graph_file(folder, variant, precision)
     if not file.is_file() or not record_file(file).is_file():
         return None

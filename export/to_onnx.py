@@ -13,9 +13,7 @@ OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 
 
 def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
-    """Write `pipeline` to `path`, for uint8 (N, H, W, 3), with a dynamic batch and the weights
-    inside. Raises RuntimeError where the exporter froze the batch.
-    """
+    """Write `pipeline` for any batch of uint8 (N, H, W, 3); RuntimeError if the batch is fixed."""
     size = pipeline.classifier.config.image_size
     # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)

@@ -93,9 +93,7 @@ def with_p_value(graph: Path, calibration: Calibration, out: Path) -> Path:
 
 
 def check_p_values(tail: Path, calibration: Calibration) -> None:
-    """Raise RuntimeError where a graph from `scores` to `p_value` is more than a rank off. Checks
-    at every knot, between them and beyond, each detector alone and all together.
-    """
+    """RuntimeError where a graph from `scores` to `p_value` is more than a rank off, anywhere."""
     knots = calibration.knots.T  # (Q, D)
     span = knots[-1] - knots[0]
     together = np.concatenate([knots, (knots[1:] + knots[:-1]) / 2, knots - span, knots + span])
@@ -118,9 +116,7 @@ def to_triton(
     version: int = 1,
     images: Tensor | None = None,
 ) -> Path:
-    """Write a model folder's variant as one `version` of a model in a Triton `repository`. Returns
-    the model's folder. Raises ValueError for a version that exists: a server may read it.
-    """
+    """Write a variant as a new `version` in a Triton `repository`; returns the model's folder."""
     home = repository / folder.name
     if (home / str(version)).exists():
         raise ValueError(f"{home / str(version)} exists: name another --model-version")

@@ -16,9 +16,7 @@ SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow
 
 
 def unpack(archive: Path, work: Path) -> dict[str, str | None]:
-    """Unpack an archive into `work` and check it. Returns the SHA-256 that it lists for each of its
-    files, in order; None for one without.
-    """
+    """Unpack an archive into `work`, checked; returns the SHA-256 that it lists of each file."""
     if not archive.is_file():
         raise FileNotFoundError(f"no archive at {archive}: build one with `rampart archive`")
     try:
@@ -65,9 +63,7 @@ def card_of(work: Path) -> dict[str, Any]:
 
 
 def settings_of(work: Path) -> dict[str, Any]:
-    """Our settings in an unpacked archive's model-config.yaml. Raises ValueError where it is not
-    YAML, or refers to itself: to print that would never end.
-    """
+    """Our settings in an unpacked archive. ValueError for no YAML, or one that refers to itself."""
     text = (work / "model-config.yaml").read_text(errors="replace")
     if len(text) > SETTINGS:
         raise ValueError("model-config.yaml is too long for settings: build the archive anew")

@@ -18,9 +18,7 @@ Craft = Callable[[Tensor, Tensor], Tensor]  # (B, 3, H, W), label (B,) -> (B, 3,
 def crafted(
     folder: Path, key: str, images: Images, craft: Craft, *, title: str, batch: int = 50
 ) -> Tensor:
-    """What `craft` makes of `images`, as float32 (N, 3, H, W) in [0, 1], kept in `folder`. `key`
-    names all that the result depends on but the images: weights, attack, settings.
-    """
+    """What `craft` makes of `images`, float32 (N, 3, H, W); `folder` keeps it under `key`."""
     home = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     home.mkdir(parents=True, exist_ok=True)
     files = [home / f"{name(images[slice(i, i + 1)])}.npy" for i in range(len(images))]

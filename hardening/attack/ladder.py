@@ -93,9 +93,7 @@ def parts(budget: Budget, classes: int) -> dict[str, str]:
 
 
 class Hunt:
-    """Auto-PGD from several sides, each on the images that still stand. What nothing beats keeps
-    its largest `measure`: it may win in 8 bits, or on another victim.
-    """
+    """Auto-PGD from several sides on what still stands; keeps what comes closest by `measure`."""
 
     def __init__(self, measure: Objective, x: Tensor, threat: Threat, *, steps: int) -> None:
         self.measure, self.x, self.threat, self.steps = measure, x, threat, steps

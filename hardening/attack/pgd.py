@@ -77,9 +77,7 @@ def pgd(
     start: Tensor,
     keep_best: bool = True,
 ) -> Tensor:
-    """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x; returns x_adv in [0, 1].
-    `start` is the first perturbation. With `keep_best` each image keeps the best of all steps.
-    """
+    """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x from x + `start`."""
     adversarial = (x + start).clamp(0, 1)
     best, best_loss = adversarial, x.new_full((len(x),), -torch.inf)
     for _ in range(steps):
@@ -115,9 +113,7 @@ def checkpoints(steps: int) -> set[int]:
 def apgd(
     objective: Objective, x: Tensor, threat: Threat, *, steps: int, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD over the ball around x (N, 3, H, W) from the perturbation `start`. Returns the best
-    images found and which (N,) have won; those leave the batch at once.
-    """
+    """Auto-PGD around x (N, 3, H, W) from x + `start`: the best images, and which (N,) have won."""
     best, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), threat)
     marks, since = checkpoints(steps), 0

@@ -166,9 +166,7 @@ def ablate(
 
 
 def rows(outcomes: list[Outcome]) -> list[Row]:
-    """The figures of every setup as the card lists them. Gains are over the first, a classifier
-    alone, and over max-softmax rejection at the same rate.
-    """
+    """The figures of every setup as the card lists them; the first is a classifier alone."""
     plain = next(outcome for outcome in outcomes if outcome.attacked.setup.name == MAX_SOFTMAX)
     durations = timings([outcome.attacked.engine for outcome in outcomes])
     out = []

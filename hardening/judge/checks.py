@@ -115,9 +115,7 @@ def black_box(white: float, blind: float, subject: str, name: str) -> Check:
 
 
 def adaptive(static: float, joint: float, subject: str) -> list[Check]:
-    """Shares right or rejected: far fewer under a joint attack than under one that ignores
-    detectors (they stop the static attack only), or more (the joint attack is broken).
-    """
+    """A joint attack finds far more than one that ignores detectors, or fewer: both are signs."""
     finding = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
     return [
         Check("adaptive", subject, static <= joint + 2 * TOLERANCE, finding),
@@ -157,14 +155,10 @@ def check_look(
     """All checks of a victim without detectors on images x (N, 3, H, W) that it gets right."""
     white = robust_at(look, x, label, threat, steps=STEPS[1])
     blind = square(look, x, label, threat, queries=queries)
-    return [
-        *gradients(look, x, label, subject),
-        randomness(look, x, subject),
-        logits_are_logits(look, x, subject),
-        more_steps(look, x, label, threat, subject),
-        larger_eps(look, x, label, threat, subject),
-        black_box(white, blind, subject, f"{queries} queries of Square"),
-    ]
+    outputs = [randomness(look, x, subject), logits_are_logits(look, x, subject)]
+    attacks = [check(look, x, label, threat, subject) for check in (more_steps, larger_eps)]
+    last = black_box(white, blind, subject, f"{queries} queries of Square")
+    return [*gradients(look, x, label, subject), *outputs, *attacks, last]
 
 
 def check_detectors(

@@ -34,22 +34,10 @@ from rampart.hardening.model.pixels import to_float
 # Images that the self-checks look at, and queries of theirs to Square.
 CHECKED, QUERIES = 40, 200
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
-LABEL_CODE = (
-    "attack/pgd",
-    "attack/ladder",
-    "attack/noise",
-    "attack/objectives",
-    "model/classifier",
-    "model/pixels",
-)
-PIPELINE_CODE = (
-    *LABEL_CODE,
-    "attack/victims",
-    "model/calibrate",
-    "model/detectors",
-    "model/pipeline",
-    "model/purifier",
-)
+ATTACK_CODE = ("attack/pgd", "attack/ladder", "attack/noise", "attack/objectives")
+DEFENCE_CODE = ("model/calibrate", "model/detectors", "model/pipeline", "model/purifier")
+LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels")
+PIPELINE_CODE = (*LABEL_CODE, "attack/victims", *DEFENCE_CODE)
 AIMS: tuple[Aim, ...] = ("label", "joint", "flood")
 BARE = ("classifier", "undefended")  # victims that nothing stands in front of
 
@@ -271,9 +259,7 @@ def stratified(record: Record, safe: Bools) -> Iterator[Metric]:
 
 
 def detection_figures(record: Record) -> Iterator[Metric]:
-    """How well suspicion tells images that an attack on the label made wrong; AUROC last. The joint
-    attack stops at the threshold, so only the share caught of its images says anything.
-    """
+    """How well suspicion tells wrong images; the joint attack stops at the threshold."""
     rung, after = record.own("joint_apgd")
     wrong = record.clean.right & after.fooled
     if wrong.any():

@@ -14,9 +14,7 @@ from rampart.hardening.model.card import Row, Subject
 
 
 class Metric(NamedTuple):
-    """One figure in [0, 1] over `n` images; clean figures have no `threat`. `interval` is given
-    where the figure is no share of images (a difference, an AUROC).
-    """
+    """One figure over `n` images, with an `interval` where it is a difference or an AUROC."""
 
     subject: Subject
     name: str

@@ -237,9 +237,7 @@ def fit_small_images(net: Any, config: ClassifierConfig) -> None:
 
 
 def split_head(net: nn.Module, config: ClassifierConfig) -> tuple[str, nn.Module, int]:
-    """Take the last layer off `net`: (its name there, the layer, features that go into it).
-    SqueezeNet has none: it pools logits, which are its features too.
-    """
+    """Take the last layer off `net`: (its name there, the layer, features that go into it)."""
     if isinstance(net, Adapter):
         size = config.image_size
         logits = wrapping.check_logits(net.net, net.layout, size, config.classes)

@@ -184,9 +184,7 @@ class FeatureDistance(Detector):
         return square.min(dim=1).values.clamp_min(1e-6).sqrt()
 
     def fit(self, classifier: Classifier, images: Images) -> Self:
-        """Set means and whitening from clean `images`, covariance shrunk towards its diagonal.
-        Raises ValueError where a class has no image.
-        """
+        """Set means and whitening from clean `images`; ValueError where a class has no image."""
         with torch.no_grad():
             # In float64: with more features than images, rounding would make eigenvalues negative.
             features = torch.cat([classifier.embed(x) for x, _ in batches(images, 256)]).double()

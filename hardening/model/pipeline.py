@@ -151,9 +151,7 @@ def classifier_config(config: dict[str, Any]) -> ClassifierConfig:
 
 
 def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = False) -> Classifier:
-    """The classifier of a file of `rampart train` or `rampart calibrate`, frozen. `auxiliary` keeps
-    GoogLeNet's heads of training, `rectified` adds a missing head of rectified rejection.
-    """
+    """The classifier of a file of `rampart train` or `rampart calibrate`, frozen."""
     config, state = checkpoint.read(path)
     if "classifier" not in config:
         raise ValueError(f"{path} holds no classifier: pass the file of `rampart train`")

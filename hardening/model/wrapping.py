@@ -94,8 +94,8 @@ def shape(layout: Layout, x: Tensor) -> str:
 
 
 def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[nn.Module, int]:
-    """Take the layer `head` off: (the layer, features that go into it). The layer alone must make
-    `logits` of features (N, F), or a ValueError names one that does.
+    """Take the layer `head` off: (the layer, its features F). ValueError where it makes no
+    `logits`.
     """
     names = [name for name, _ in backbone.net.named_modules() if name]
     if head not in names:

@@ -74,16 +74,11 @@ def alarms(card: dict[str, Any]) -> Iterator[Section]:
         " Drift is the Kolmogorov-Smirnov distance of p-values from uniform.",
         *part["remedies"],
     ]
-    spread = "; ".join(
-        f"{variant}, promised {point['alpha']:.0%}: {in_words(point)}"
-        for variant, points in part["coverage"].items()
-        for point in points
-    )
-    picture = Drawing(
-        plots.coverage(part["coverage"]),
-        f"Share of clean images flagged over random splits. {spread}.",
-        f"A random half of the calibration images ranks the other half, again and again. {spread}.",
-    )
+    pairs = [(variant, point) for variant, every in part["coverage"].items() for point in every]
+    spread = "; ".join(f"{v}, promised {p['alpha']:.0%}: {in_words(p)}" for v, p in pairs)
+    alt = f"Share of clean images flagged over random splits. {spread}."
+    caption = "A random half of the calibration images ranks the other half, again and again."
+    picture = Drawing(plots.coverage(part["coverage"]), alt, f"{caption} {spread}.")
     tables = [Table("False alarms", *alarm_table(part["rows"]))]
     yield Section("False alarms", words, [picture], tables)
 

@@ -83,9 +83,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def markdown(card: Row) -> str:
-    """The card's main figures at the usual rate, one Markdown table for each data set. Of a figure
-    by several attacks the lowest counts, also in place of an earlier worst case.
-    """
+    """The card's main figures, the lowest of each, as one Markdown table for each data set."""
     tables: dict[str, Lowest] = {}
     for figure in main_figures(card):
         title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"

@@ -133,10 +133,8 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
         counted(name, range(len(shown)), [held[label == index] for index in shown])
         for name, held in (("clean", record.clean.right), ("worst case", worst))
     ]
-    alt = " ".join(
-        f"{name}: {before:.0%} clean, {after:.0%} worst case."
-        for name, before, after in zip(names, every[0].value, every[1].value, strict=True)
-    )
+    shares = zip(names, every[0].value, every[1].value, strict=True)
+    alt = " ".join(f"{name}: {one:.0%} clean, {two:.0%} worst case." for name, one, two in shares)
     caption = f"{record.victim.name}: label right by class, with 95% intervals."
     drawing = Drawing(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
     attack = record.everything().effort

@@ -57,11 +57,7 @@ INKS = {
 
 
 # The setups of an ablation whose rejection is drawn.
-CURVES = {
-    "+ confidence": INKS["max_softmax full"],
-    "lean": INKS["pipeline lean"],
-    "full": INKS["pipeline full"],
-}
+CURVES = {"+ confidence": "max_softmax full", "lean": "pipeline lean", "full": "pipeline full"}
 
 
 class Curve(NamedTuple):
@@ -212,7 +208,7 @@ def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         if row["name"] == "classifier":
             bare = row["robust"]["value"]
             axes.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, rejects nothing")
-        if ink := CURVES.get(row["name"]):
+        if ink := INKS.get(CURVES.get(row["name"], "")):
             x = [point["clean_rejection"]["value"] for point in row["at"]]
             y = [point["robust_with_rejection"]["value"] for point in row["at"]]
             axes.plot(x, y, ink.marker, color=ink.colour, ls=ink.line, label=row["name"])

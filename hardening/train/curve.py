@@ -19,9 +19,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Path:
-    """Validation accuracy of each epoch, clean and under PGD-10, as a PNG with the best marked.
-    `runs` are histories, a row an epoch, each going on from the last with a new learning rate.
-    """
+    """Validation accuracy of each epoch of `runs`, clean and under PGD-10, as a PNG."""
     history = [row for run in runs for row in run]
     epoch = list(range(1, len(history) + 1))
     with matplotlib.rc_context(STYLE):

@@ -211,9 +211,7 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def read_picture(file: Path, size: int) -> Pixels:
-    """One picture as uint8 (size, size, 3), decoded as the endpoint decodes it. Raises ValueError
-    for a bad picture and for all but plain files: a device has no end.
-    """
+    """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
     try:
         # A pipe without a writer is opened too, and at once.
         with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:

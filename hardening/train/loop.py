@@ -213,10 +213,7 @@ class Run:
         keep: Callable[[], None],
         best: str = "pgd10",
     ) -> None:
-        """Run all epochs; calls `keep` after each with the best figure `best` so far on
-        `chosen_on`. The same command continues an interrupted run, which loses at most `save_every`
-        seconds.
-        """
+        """Run the epochs that are left; `keep` follows each with the best figure so far."""
         if not len(images):
             raise ValueError("no image is left to train on: all are among the held-out ones")
         self.settings += f" on images {images.digest()[:16]}, chosen on {chosen_on.digest()[:16]}"
@@ -375,13 +372,8 @@ def fit(
         past = {"history": [*run.earlier, run.history], "commands": list(commands)}
         checkpoint.save(file, trainer.ema, content | origin | past)
 
-    run.fit(
-        train,
-        trainer.step,
-        lambda few: validate(net, few, recipe.threat),
-        chosen_on=validation,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        keep=keep,
-        best=best,
-    )
+    def evaluate(few: Images) -> dict[str, float]:
+        return validate(net, few, recipe.threat)
+
+    size = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
+    run.fit(train, trainer.step, evaluate, chosen_on=validation, keep=keep, best=best, **size)

@@ -137,9 +137,7 @@ def train_purifier(
     *,
     commands: Sequence[str] = (),
 ) -> Path:
-    """Train a purifier for the frozen `classifier` on `images` (training, validation). Returns the
-    file of the epoch with the best robust validation accuracy through both.
-    """
+    """Train a purifier on `images` (training, validation); returns the file of the best epoch."""
     trainer = PurifierTrainer(classifier, config, recipe, folder)
     alone = loop.accuracy(classifier, images[1].to(trainer.device), threat=recipe.threat)
     loop.say(f"without the purifier: pgd10 {alone:.4g}")

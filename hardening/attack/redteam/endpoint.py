@@ -52,9 +52,7 @@ class Endpoint:
             )
 
     def ask(self, images: Pixels) -> list[Answer]:
-        """The answers for uint8 (N, H, W, 3), N up to MAX_IMAGES, sent in one request. Raises
-        ConnectionError where nobody answers, ValueError for anything but N known verdicts.
-        """
+        """Answers for uint8 (N, H, W, 3) in one request. Raises ConnectionError or ValueError."""
         files = [as_file(Image.fromarray(image)) for image in images]
         instances = [{"b64": base64.b64encode(file).decode()} for file in files]
         status, text = self._post(json.dumps({"instances": instances}))

@@ -78,9 +78,7 @@ def _sha256(images: Images, row: int) -> str:
 
 
 def read(out: Path) -> list[Outcome]:
-    """The outcomes in OUT/queries.jsonl; none where there is no such file. Skips a last line that a
-    crash has torn. Raises ValueError for other malformed lines.
-    """
+    """The outcomes in OUT/queries.jsonl but a torn last line. ValueError for malformed lines."""
     file = out / FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()

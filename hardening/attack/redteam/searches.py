@@ -15,9 +15,7 @@ STARTS = 100
 
 
 def starts(images: Images, label: int, generator: np.random.Generator) -> Iterator[Floats]:
-    """Where decision-based attacks may begin: float32 (1, 3, H, W), images of other classes first.
-    ART begins in unseeded noise alone, and detectors flag noise.
-    """
+    """Float32 (1, 3, H, W) to begin at, first images: ART begins in noise, which is flagged."""
     others = np.flatnonzero(images.label.numpy() != label)
     for row in generator.permutation(others)[:STARTS]:
         yield as_float(images.image[int(row)].numpy())
