@@ -1,6 +1,5 @@
-"""A model repository for Triton: the graph with its calibration inside, and its config.pbtxt.
-
-The graph turns scores into the p-value, and the client flags where it is below a false-alarm rate.
+"""A model repository for Triton: the graph with its calibration inside, and its config.pbtxt. The
+graph turns scores into the p-value, and the client flags where it is below a false-alarm rate.
 Clients send decoded pixels: they must refuse and resize pictures as `handlers/image.py` does.
 """
 

@@ -112,7 +112,7 @@ def targets_of(
     attacked = partial(model.lower_victims, rate=study.rate, device=device)
     lower = [victim for form in forms for victim in attacked(form)]
     if variant:
-        return [victim for victim in lower or targets if victim.variant == variant]
+        return [victim for victim in lower or targets if victim.subject.variant == variant]
     return targets + lower
 
 

@@ -47,11 +47,6 @@ class Victim(NamedTuple):
         """Who it is, for people."""
         return self.subject.name
 
-    @property
-    def variant(self) -> str:
-        """The variant of the pipeline, where it is one."""
-        return self.subject.variant
-
 
 def batched(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What `model` says of x, in pieces that fit in memory and without gradients."""

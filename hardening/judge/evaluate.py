@@ -169,7 +169,7 @@ class Record(NamedTuple):
 
     def attacks(self, name: str) -> list[tuple[Rung, Replay]]:
         """Those called `name` on this victim, full eps last; `lean` shares the classifier's."""
-        twins = {self.victim.name, "classifier" if self.victim.variant == "lean" else ""}
+        twins = {self.victim.name, "classifier" if self.victim.subject.variant == "lean" else ""}
         mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
         return sorted(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
 
@@ -317,10 +317,9 @@ def evaluate(
     folder: Path,
     only: list[str],
 ) -> Evaluation:
-    """Climb the ladder, or its rungs named `only`; `folder` keeps the images found.
-
-    `victims` hold the classifier first, then pipelines and, as a control, an undefended twin.
-    Raises ValueError where `only` names no rung.
+    """Climb the ladder, or its rungs named `only`; `folder` keeps the images found. `victims` hold
+    the classifier first, then pipelines and, as a control, an undefended twin. Raises ValueError
+    where `only` names no rung.
     """
     # The plain alternative plays a part in worst cases alone.
     rejecting = [] if only else [v for v in victims if v.rejects]

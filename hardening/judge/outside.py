@@ -141,7 +141,8 @@ def rows(victims: list[Victim], images: Images, budget: Budget, *, folder: Path)
         for name, attacked in attempts.items():
             after = [replay(victim, x, images, L2) for x in attacked]
             right, safe = ([getattr(a, of) for a in after] for of in ("right", "safe"))
-            row: Row = {"threat": name, "subject": victim.subject.text, "variant": victim.variant}
+            who = victim.subject
+            row: Row = {"threat": name, "subject": who.text, "variant": who.variant}
             row |= {"right": share(np.logical_and.reduce(right))}
             row |= {"right_or_rejected": share(np.logical_and.reduce(safe)), "n": len(images)}
             yield row

@@ -114,18 +114,14 @@ def robust_in_int8(folder: Path, variant: str) -> float | None:
     float_one, int8 = Subject("pipeline", variant), Subject("pipeline", variant, "int8")
     pairs: dict[tuple[object, ...], dict[Subject, Figure]] = {}
     for figure in main_figures(read_card(folder)):
-        if decides(figure) and figure.subject in (float_one, int8):
+        worst = figure.name.partition("@")[0] in ("robust", "robust_with_rejection")
+        decides = worst and figure.n >= LEAST and "validation split" in figure.data
+        if decides and figure.subject in (float_one, int8):
             pairs.setdefault(figure.key[1:], {})[figure.subject] = figure
     both = [pair for pair in pairs.values() if len(pair) == 2]
     most = max((pair[int8].n for pair in both), default=0)
     losses = [p[float_one].value - p[int8].value for p in both if p[int8].n == most]
     return round(max(losses), 6) if losses else None
-
-
-def decides(figure: Figure) -> bool:
-    """Whether a figure may choose a precision: a worst case of enough validation images."""
-    worst = figure.name.partition("@")[0] in ("robust", "robust_with_rejection")
-    return worst and figure.n >= LEAST and "validation split" in figure.data
 
 
 def read_card(folder: Path) -> Row:

@@ -54,10 +54,9 @@ class ClassifierConfig(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Pixels in [0, 1] to logits; detectors see the pooled features.
-
-    `auxiliary` adds GoogLeNet's heads of training, `config.rectified` the second head of rectified
-    rejection (Pang et al. 2022). Raises ValueError for what cannot be built.
+    """Pixels in [0, 1] to logits; detectors see the pooled features. `auxiliary` adds GoogLeNet's
+    heads of training, `config.rectified` the second head of rectified rejection (Pang et al. 2022).
+    Raises ValueError for what cannot be built.
     """
 
     def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:

@@ -1,8 +1,6 @@
-"""Scores of suspicion from two views of one image; higher = more suspicious.
-
-Sources: squeezers, Xu et al. 2018 (section 3); reconstruction distance, Meng and Chen 2017; energy,
-Liu et al. 2020; feature distance, Lee et al. 2018 (section 2.1); rectified rejection, Pang et al.
-2022.
+"""Scores of suspicion from two views of one image; higher = more suspicious. Sources: squeezers, Xu
+et al. 2018 (section 3); reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020;
+feature distance, Lee et al. 2018 (section 2.1); rectified rejection, Pang et al. 2022.
 """
 
 from collections.abc import Sequence
@@ -73,10 +71,9 @@ def rms(d: Tensor) -> Tensor:
 
 
 class Detector(nn.Module):
-    """One score of suspicion, for `classes` and the size F of the classifier's features.
-
-    A subclass has a name, what it `needs` beside two classifier passes, `forward`, and `fit` where
-    it learns; `register` makes it known to pipelines and to the ablation.
+    """One score of suspicion, for `classes` and the size F of the classifier's features. A subclass
+    has a name, what it `needs` beside two classifier passes, `forward`, and `fit` where it learns;
+    `register` makes it known to pipelines and to the ablation.
     """
 
     name: ClassVar[str]

@@ -1,6 +1,5 @@
-"""Weights from elsewhere: torchvision's and timm's state dicts, RobustBench's, MadryLab's layout.
-
-A layout is a prefix, under which most of the network's tensors are found, and maybe a normalizer:
+"""Weights from elsewhere: torchvision's and timm's state dicts, RobustBench's, MadryLab's layout. A
+layout is a prefix, under which most of the network's tensors are found, and maybe a normalizer:
 tensors of three values called mean and std. Nothing is unpickled, which could run code.
 """
 
@@ -33,10 +32,9 @@ CONVERT = (
 def adopt(
     path: Path, config: ClassifierConfig, *, mean: Colour | None = None, std: Colour | None = None
 ) -> Classifier:
-    """The classifier of `config` with the weights of `path`, frozen.
-
-    A normalizer in the file replaces the config's, `mean` and `std` replace either. Raises
-    FileNotFoundError, or ValueError that names a layer which does not fit.
+    """The classifier of `config` with the weights of `path`, frozen. A normalizer in the file
+    replaces the config's, `mean` and `std` replace either. Raises FileNotFoundError, or ValueError
+    that names a layer which does not fit.
     """
     weights = read(path)
     config = normalized(config, weights)

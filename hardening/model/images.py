@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.model.provenance import among, fingerprints
+from rampart.hardening.model.provenance import fingerprints
 
 # Shares of the held-out images: (split, first, last) in parts of 5,170. Checkpoints are chosen on
 # validation, detectors combined on tuning, thresholds set on calibration.
@@ -58,7 +59,8 @@ class Images:
 
     def unlike(self, held: "Images") -> Tensor:
         """Which images (N,) have other pixels than all of `held`."""
-        return torch.from_numpy(~among(fingerprints(self.image), fingerprints(held.image)))
+        prints, others = fingerprints(self.image), fingerprints(held.image)
+        return torch.from_numpy(~np.isin(prints, others))
 
     def digest(self) -> str:
         """Stands for the pixels, labels and classes."""

@@ -56,15 +56,10 @@ def union(parts: Iterable[Prints | None]) -> Prints:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *(p for p in parts if p is not None)]))
 
 
-def among(prints: Prints, others: Prints) -> Bools:
-    """Which of `prints` (N,) are in `others` (M,)."""
-    return np.isin(prints, others)
-
-
 def trained_on(folder: Path, images: "Images") -> Bools | None:
     """Which `images` (N,) the model in `folder` was trained on; None where it has no record."""
     prints = read(folder)
-    return None if prints is None else among(fingerprints(images.image), prints)
+    return None if prints is None else np.isin(fingerprints(images.image), prints)
 
 
 def check_unseen(folder: Path, images: "Images") -> None:

@@ -94,17 +94,6 @@ def markdown(card: Row) -> str:
     return "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items() if text)
 
 
-def columns() -> dict[str, str]:
-    """The columns that the documents show of a card: title and figure."""
-    return {
-        "clean accuracy": "clean",
-        "clean rejection": "clean_rejection",
-        **{attack.title: attack.name for attack in ladder.RUNGS if attack.title},
-        "worst case, label right": "robust",
-        "worst case, right or rejected": "robust_with_rejection@1%",
-    }
-
-
 def worst_cases(lowest: Lowest) -> Lowest:
     """`lowest`, with a later attack on a label in place of a worst case that it undercuts."""
     out = dict(lowest)
@@ -119,7 +108,11 @@ def worst_cases(lowest: Lowest) -> Lowest:
 def one_table(lowest: Lowest) -> str:
     """Figures as a Markdown table; empty where none of them is shown."""
     names = {name for _, name in lowest}
-    shown = {title: name for title, name in columns().items() if name in names}
+    columns = {"clean accuracy": "clean", "clean rejection": "clean_rejection"}
+    columns |= {attack.title: attack.name for attack in ladder.RUNGS if attack.title}
+    columns |= {"worst case, label right": "robust"}
+    columns |= {"worst case, right or rejected": "robust_with_rejection@1%"}
+    shown = {title: name for title, name in columns.items() if name in names}
     body = []
     for subject, title in SUBJECTS.items():
         figures = [lowest.get((subject, name)) for name in shown.values()]

@@ -112,7 +112,6 @@ class Folder:
 
 def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
     """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
-
     An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. `train`
     picks the half of CIFAR-10. Raises FileNotFoundError or ValueError with the remedy.
     """
@@ -295,7 +294,6 @@ def shuffled(
     mirrored: bool = True,
 ) -> Iterator[Batch]:
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
-
     Order and augmentation follow from `seed`, `epoch` and the image alone. `mirrored` flips half of
     the images: not for signs, letters and digits.
     """

@@ -1,5 +1,4 @@
 """Several processes that train one model, as `torchrun` starts them; alone, nothing here acts.
-
 Gradients are averaged once a step. DistributedDataParallel would gain little and wraps one forward
 of one network, where a step here has several.
 """
@@ -67,11 +66,6 @@ def total(count: Tensor) -> Tensor:
     if place()[1] > 1:
         dist.all_reduce(count)
     return count
-
-
-def agree(value: str) -> bool:
-    """Whether all processes pass the same."""
-    return len(set(gather(value))) == 1
 
 
 def gather(value: Any) -> list[Any]:

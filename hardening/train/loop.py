@@ -158,7 +158,7 @@ class Run:
 
     def resume(self) -> None:
         """Continue the folder's run, if any. ValueError for other settings, or unlike processes."""
-        if not distributed.agree(self.settings):
+        if len(set(distributed.gather(self.settings))) > 1:
             raise ValueError(
                 "the processes begin with different images or weights: give each machine the same"
                 " files"
@@ -337,10 +337,9 @@ def train_classifier(
     earlier: Sequence[History] = (),
     commands: Sequence[str] = (),
 ) -> Path:
-    """Train `classifier` by `recipe` on `images` (training, validation), in `folder`.
-
-    `earlier` are the histories of the runs that made its weights. Returns the file of the epoch
-    with the best validation accuracy: robust, or clean for the undefended control.
+    """Train `classifier` by `recipe` on `images` (training, validation), in `folder`. `earlier` are
+    the histories of the runs that made its weights. Returns the file of the epoch with the best
+    validation accuracy: robust, or clean for the undefended control.
     """
     trainer = Trainer(classifier, recipe, folder, teacher)
     trainer.run.earlier = list(earlier)

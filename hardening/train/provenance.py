@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rampart.hardening.model import provenance
@@ -44,15 +45,12 @@ def collect(
     model: Path, weights: Sequence[Path], train: Images | Folder, *, fitted: Images, held: Images
 ) -> dict[str, Any]:
     """Write into a model folder the fingerprints of all training images; returns the card's
-    `images`.
-
-    Of `weights` a file without a record was trained on `train`. `fitted` are the detectors' images,
-    training images too unless they are `held`.
+    `images`. Of `weights` a file without a record was trained on `train`. `fitted` are the
+    detectors' images, training images too unless they are `held`.
     """
     records = [provenance.read(file.parent) for file in weights]
     parts = [prints if prints is not None else prints_of(train) for prints in records]
-    own = provenance.fingerprints(held.image)
-    more = provenance.fingerprints(fitted.image)
-    prints = provenance.union([*parts, more[~provenance.among(more, own)]])
+    own, more = (provenance.fingerprints(images.image) for images in (held, fitted))
+    prints = provenance.union([*parts, more[~np.isin(more, own)]])
     provenance.write(model, prints)
     return entry(prints, held)

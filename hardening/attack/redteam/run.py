@@ -33,7 +33,6 @@ def redteam(
     seed: int = 0,
 ) -> list[Outcome]:
     """Attack `limit` images, evenly spaced over all, each with up to `budget` queries an attack.
-
     Every finished image is a line of OUT/queries.jsonl, from which a second run goes on. Raises
     ValueError for a run with other settings, and what Endpoint.ask raises.
     """
