@@ -77,13 +77,10 @@ def archive(
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
 ) -> Parity:
-    """Pack a model folder as `out` (NAME.mar); returns the figures of its graph's gate. `plan` is
-    one of `rampart export --tensorrt`, `settings` override the model YAML, their `rampart` the
-    policy.
+    """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
+    `settings` override the top level of the model YAML, and their `rampart` the policy.
     """
-    check_names(out, version)
-    if plan and precision == "int8":
-        raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+    check_request(out, version, plan, precision)
     settings = settings or {}
     policy = asdict(Policy()) | settings.get("rampart", {})
     config = read_config(folder / "weights.safetensors")
@@ -99,27 +96,39 @@ def archive(
         if plan:
             policy["device"] = "plan"
             add_plan(plan, work)
-        for name in SOURCES:
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(PACKAGE.parent / name, work / name)
+        add_sources(work)
         shutil.copy(calibration_file(folder, variant, precision), work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
         names = {"name": out.stem, "variant": variant, "precision": precision}
-        card = names | {"max_pixels": max_pixels} | read_card(folder)
-        hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
-        (work / "card.json").write_text(json.dumps(card | {"sha256": hashes}, indent=1))
+        add_card(work, folder, names | {"max_pixels": max_pixels})
         model_yaml = yaml.safe_dump(SETTINGS | settings | {"rampart": policy})
         (work / "model-config.yaml").write_text(model_yaml)
         pack(work, out, version=version)
     return parity
 
 
-def check_names(out: Path, version: str) -> None:
-    """Raise ValueError for names that TorchServe does not take."""
+def check_request(out: Path, version: str, plan: Path | None, precision: Precision) -> None:
+    """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
+    if plan and precision == "int8":
+        raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+
+
+def add_sources(work: Path) -> None:
+    """Copy the handler's code, which travels in every archive."""
+    for name in SOURCES:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE.parent / name, work / name)
+
+
+def add_card(work: Path, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the folder's card with `facts`, and the hashes of the weights and of all in `work`."""
+    hashes = {"weights.safetensors": sha256(folder / "weights.safetensors")} | hash_tree(work)
+    card = facts | read_card(folder) | {"sha256": hashes}
+    (work / "card.json").write_text(json.dumps(card, indent=1))
 
 
 def add_plan(plan: Path, work: Path) -> None:

@@ -29,9 +29,7 @@ def build(
     images: Tensor | None = None,
     rate: float = 0.01,
 ) -> Parity:
-    """Write the ONNX graph of a model folder's variant to `out` and hold it to the parity gate on
-    `images` uint8 (N, H, W, 3), by default crops of a photograph. Then lowers it to `precision`.
-    """
+    """Write a variant's ONNX graph, through the gate on `images` uint8 (N, H, W, 3) or on crops."""
     pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
     if images is None:
         images = sample_crops(pipeline.classifier.config.image_size)

@@ -1,6 +1,4 @@
-"""A pipeline that computes in fp16 inside: half the size, for GPUs. Pixels, the head's logits,
-softmax and scores stay float32, since thresholds are about small differences.
-"""
+"""A pipeline in fp16 between float32 pixels, logits and scores: half the size, for GPUs."""
 
 import copy
 

@@ -1,9 +1,6 @@
-"""A new calibration for an archive, from pictures like those that its endpoint receives.
-
-    rampart calibrate --archive model_store/NAME.mar --images my_traffic/
-
-Only the ranking of combined scores is new: on pictures exchangeable with these the promised
-false-alarm rate holds again (split conformal: Vovk et al. 2005).
+"""A new calibration for an archive, from pictures like those that its endpoint receives. Only the
+ranking of combined scores is new: on pictures exchangeable with these the promised false-alarm rate
+holds again (split conformal: Vovk et al. 2005).
 """
 
 import json
@@ -79,8 +76,8 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
 
 
 def spread_of(rate: float, images: int) -> tuple[float, float]:
-    """Middle 95% of the true false-alarm rate of a calibration on so many images. Of images + 1
-    ranks k flag: a beta distribution with k and images + 1 - k (Vovk 2012, section 2).
+    """Middle 95% of the true false-alarm rate of a calibration on so many images: a beta
+    distribution (Vovk 2012, section 2).
     """
     ranks = math.ceil(rate * (images + 1) - 1e-9) - 1
     if ranks < 1:

@@ -1,6 +1,4 @@
-"""Graphs that a model folder holds ready, so that packing it takes seconds and no torch. A record
-beside each has its hash, those of its ingredients, and the figures of its gate.
-"""
+"""Graphs that a model folder holds ready, each with a record of hashes and of its gate."""
 
 import ast
 import hashlib

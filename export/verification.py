@@ -1,9 +1,5 @@
-"""Whether an archive is whole, and whose it is.
-
-    rampart verify NAME.mar --signature NAME.sig --public-key signer.pem
-
-The hashes inside reveal damage, a signature attacks too: OpenSSF Model Signing, by a key, over the
-whole file (sigstore/model-transparency).
+"""Whether an archive is whole, and whose it is. Its hashes reveal damage, a signature attacks too:
+OpenSSF Model Signing, by a key, over the whole file (sigstore/model-transparency).
 """
 
 import tempfile

@@ -77,7 +77,9 @@ def pgd(
     start: Tensor,
     keep_best: bool = True,
 ) -> Tensor:
-    """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x from x + `start`."""
+    """Maximize `loss` (x_adv (N, 3, H, W) -> (N,)) over the ball around x; returns x_adv in [0, 1].
+    `start` is the first perturbation; with `keep_best` each image keeps the best of all steps.
+    """
     adversarial = (x + start).clamp(0, 1)
     best, best_loss = adversarial, x.new_full((len(x),), -torch.inf)
     for _ in range(steps):

@@ -112,15 +112,11 @@ def pipeline_victim(
     engine: Engine | None = None,
     precision: str = FP32,
 ) -> Victim:
-    """The pipeline as the endpoint decides: rejected where p < `rate`. `engine` runs its 8-bit
-    images, else torch. Raises ValueError where the calibration has too few images for `rate`.
-    """
+    """The pipeline as deployed; ValueError where the calibration has too few images for `rate`."""
     if math.isinf(threshold(calibration, rate)):
         n = calibration.images
-        raise ValueError(
-            f"{n} calibration images cannot back a false-alarm rate of {rate:g}: pass a rate of"
-            f" {2 / (n + 1):.2g} or more"
-        )
+        problem = f"{n} calibration images cannot back a false-alarm rate of {rate:g}"
+        raise ValueError(f"{problem}: pass {2 / (n + 1):.2g} or more")
 
     def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:
         accepted = p_values(scores.astype(np.float64), calibration) >= rate

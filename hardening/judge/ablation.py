@@ -1,10 +1,6 @@
 """What each part in front of the classifier costs and brings under one attack that sees all of it.
-
-    rampart ablate model_store/NAME --data cifar10/
-
 Every setup is calibrated like a model of its own, and shown what was found against any of them. Of
-each image the least suspicious wrong answer tells whether the attacker gets through, at any rate of
-false alarms.
+each image the least suspicious wrong answer tells whether the attacker gets through.
 """
 
 import math

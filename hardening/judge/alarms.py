@@ -1,9 +1,6 @@
-"""False alarms on what clients really send, and how far a calibration of this size scatters.
-
-    rampart alarms model_store/NAME --data cifar10/
-
-The promise covers images exchangeable with the calibration images; here these come enlarged,
-compressed or photographed, through the endpoint's own decoder, and so do other photographs.
+"""False alarms on what clients really send, and how far a calibration of this size scatters. The
+promise covers images exchangeable with the calibration images; here these come enlarged, compressed
+or photographed, through the endpoint's own decoder, and so do other photographs.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,9 +1,6 @@
 """The evaluation ladder: how strong is what is deployed, against somebody who knows all of it?
-
-    rampart evaluate model_store/NAME --images cifar10-test.npz --quick
-
-Rungs attack the classifier, the pipeline with and without its detectors, and an undefended twin.
-Every victim gets every image found, in float and in 8 bits: robust is what nothing found beats.
+Every victim gets every image that a rung finds, in float and in 8 bits through the exported graph:
+robust is what nothing found beats.
 """
 
 import hashlib

@@ -56,9 +56,7 @@ def difference(first: Bools, second: Bools) -> tuple[float, tuple[float, float]]
 
 
 def detection(clean: Floats, attacked: Floats) -> dict[str, tuple[float, tuple[float, float]]]:
-    """TPR@1%FPR, TPR@5%FPR and AUROC of suspicions (N,) and (M,), each with its 95% interval.
-    Bootstraps both, since the clean ones set the threshold; at least 3 / min(N, M) to either side.
-    """
+    """TPR@1%FPR, TPR@5%FPR and AUROC of suspicions (N,) and (M,) with bootstrap 95% intervals."""
     draw = np.random.default_rng(0).choice
     draws = [detection_rates(*(draw(s, len(s)) for s in (clean, attacked))) for _ in range(999)]
     value, least = detection_rates(clean, attacked), 3 / min(len(clean), len(attacked))

@@ -1,6 +1,4 @@
-"""Outside the main threat model, and reported as such: L2, a patch, corruptions, the resize step.
-Nothing was trained or calibrated for these: the figures say what to expect, and promise nothing.
-"""
+"""Outside the main threat model, and reported as such: L2, a patch, corruptions, resizing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -46,9 +46,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure with its 95% interval over `n` images; of clean images it has no threat. `norm`
-    and `eps` are text, `rate` is the promised share of false alarms where it is not the usual one.
-    """
+    """One figure with its 95% interval over `n` images; `rate` where it is not the usual one."""
 
     subject: Subject
     name: str

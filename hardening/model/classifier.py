@@ -1,5 +1,5 @@
 """Classifiers by name, with normalization inside: torchvision's own definitions, and timm's. Up to
-64 pixels a side torchvision's stem keeps the resolution, and VGG and AlexNet have a smaller head.
+64 pixels a side torchvision's stem keeps the resolution.
 """
 
 import copy
@@ -28,9 +28,7 @@ DOUBTS = 64  # hidden units of the rectifier
 
 
 class ClassifierConfig(NamedTuple):
-    """What builds a classifier; saved in every checkpoint. `width` scales the channel counts.
-    `head`, `channels` and `channels_last` are of a network of your own, which `arch` names.
-    """
+    """What builds a classifier; the last three are of a network of your own, named by `arch`."""
 
     arch: str
     classes: int

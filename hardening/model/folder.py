@@ -103,9 +103,7 @@ def calibrations(model: Path) -> list[Path]:
 
 
 def deliver(model: Path, target: Path) -> bool:
-    """Copy a finished model folder; returns whether `target` had that model already. If so, the
-    newer of each file and all of both cards stay. If not, only the log of evaluations does.
-    """
+    """Copy a finished model folder, the newer of each file; whether `target` had the same model."""
     same = _decides(target) == _decides(model)
     if not same:
         for file in [*calibrations(target), *(target / name for name in ("card.json", *PICTURED))]:

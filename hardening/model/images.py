@@ -22,8 +22,8 @@ SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500,
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: `image` uint8 (N, H, W, 3) RGB, `label` int64 (N,), `classes` by index.
-    `paths` names each image within its source ("" where the source has no names).
+    """Labelled images: `image` uint8 (N, H, W, 3) RGB, `label` int64 (N,), `classes` by index, and
+    `paths` within their source, "" where it has no names.
     """
 
     image: Tensor

@@ -45,9 +45,7 @@ class Defended(Protocol):
 
 
 class DefendedClassifier(nn.Module):
-    """Purifier, classifier and detectors as one module without branches on data or randomness.
-    Without a purifier the purified view is the image itself and there is one classifier pass.
-    """
+    """Purifier, if any, classifier and detectors as one module without branches or randomness."""
 
     def __init__(
         self, classifier: Classifier, purifier: Purifier | None, names: tuple[str, ...]

@@ -14,9 +14,7 @@ def as_file(picture: Image.Image, kind: str = "PNG", **options: int) -> bytes:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1]. TensorRT wants 8-bit inputs cast first;
-    a tensor that is not contiguous adds nodes to the graph.
-    """
+    """Uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1]; TensorRT needs the cast first."""
     return image.float().permute(0, 3, 1, 2).contiguous() / 255
 
 

@@ -1,6 +1,4 @@
-"""Which images a model was made of, told by their pixels: names of files prove nothing. Beside the
-weights stand 8 bytes for each training image, which two images share once in 10^19 pairs.
-"""
+"""Which images a model was made of, told by 8 bytes of hash of the pixels of each."""
 
 import hashlib
 from collections.abc import Iterable
@@ -52,7 +50,7 @@ def read(folder: Path) -> Prints | None:
 
 
 def union(parts: Iterable[Prints | None]) -> Prints:
-    """All fingerprints of some sets, of which those that are None say nothing."""
+    """All fingerprints of some sets; None says nothing."""
     return np.unique(np.concatenate([np.empty(0, np.uint64), *(p for p in parts if p is not None)]))
 
 

@@ -16,9 +16,7 @@ class PurifierConfig(NamedTuple):
 
 
 class Purifier(nn.Module):
-    """Generator: pixels in [0, 1] to pixels in [0, 1]; the identity before training. Another one is
-    a subclass with a `name`, a `Config` (a NamedTuple) and layers, for `register`.
-    """
+    """Pixels in [0, 1] to pixels in [0, 1], at first the same; subclass and `register` another."""
 
     name: ClassVar[str] = "residual"
     Config: ClassVar[type[Any]] = PurifierConfig

@@ -1,6 +1,4 @@
-"""Networks that are not ours, by the name that a checkpoint keeps of them. A checkpoint imports
-nothing: `register`, `Classifier.wrap` or `--arch package.module:factory` says what a name is.
-"""
+"""Networks that are not ours, by name: checkpoints import nothing, you `register` a factory."""
 
 import importlib
 import sys

@@ -94,9 +94,7 @@ def shape(layout: Layout, x: Tensor) -> str:
 
 
 def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[nn.Module, int]:
-    """Take the layer `head` off: (the layer, its features F). ValueError where it makes no
-    `logits`.
-    """
+    """Take layer `head` off: (the layer, its features F); ValueError if it makes no `logits`."""
     names = [name for name, _ in backbone.net.named_modules() if name]
     if head not in names:
         last = ", ".join(names[-4:]) or "none, it is one layer"

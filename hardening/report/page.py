@@ -25,9 +25,7 @@ def write(
     *,
     pictures: Pictures | None,
 ) -> Path:
-    """Write the page of `evaluation` to `path`; `rows` are its metrics as the card lists them. It
-    shows features and purified images of `pipeline`, on the device of the images.
-    """
+    """Write the page to `path`; `rows` are its metrics, and only `pictures` puts images into it."""
     figures = [Figure.of(row) for row in rows]
     sections = [
         *ladder(figures, evaluation),

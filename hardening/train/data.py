@@ -233,9 +233,7 @@ def check_picture(file: Path, status: os.stat_result) -> None:
 
 
 def write_digits(folder: Path) -> dict[str, int]:
-    """Write scikit-learn's 1,797 handwritten digits as train.npz, held.npz and test.npz. 8x8 gray
-    pixels (Alpaydin and Kaynak 1998), scaled to 32x32. Returns each file's number of images.
-    """
+    """Write scikit-learn's digits (Alpaydin and Kaynak 1998), 32x32, as train, held, test.npz."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

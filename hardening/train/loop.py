@@ -1,7 +1,5 @@
 """Adversarial training: SGD on perturbed images, one-cycle schedule, EMA, resumable.
 
-    torchrun --nproc-per-node 8 --no-python rampart train --data imagenet/train ...
-
 Sources: N-FGSM, de Jorge et al. 2022; one-cycle, Smith 2018; weight averaging against robust
 overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while crafting, Pang et al.
 2021 ("Bag of Tricks", section 3).

@@ -176,9 +176,7 @@ def rectification(model: Classifier, features: Tensor, label: Tensor) -> Tensor:
 def adversarial_weights(
     model: nn.Module, loss: Callable[[], Tensor], gamma: float
 ) -> Iterator[None]:
-    """Within, each weight matrix is moved by `gamma` of its norm in the direction that hurts most.
-    Afterwards the weights are back in place, and keep the gradients taken within.
-    """
+    """Within, weight matrices are moved by `gamma` of their norms in the direction that hurts."""
     if not gamma:
         yield
         return

@@ -44,9 +44,9 @@ def entry(prints: Prints, held: Images) -> dict[str, Any]:
 def collect(
     model: Path, weights: Sequence[Path], train: Images | Folder, *, fitted: Images, held: Images
 ) -> dict[str, Any]:
-    """Write into a model folder the fingerprints of all training images; returns the card's
-    `images`. Of `weights` a file without a record was trained on `train`. `fitted` are the
-    detectors' images, training images too unless they are `held`.
+    """Write the fingerprints of all training images into a model folder; returns the card's entry.
+    What no file beside `weights` lists was trained on `train`; `fitted` count unless they are
+    `held`.
     """
     records = [provenance.read(file.parent) for file in weights]
     parts = [prints if prints is not None else prints_of(train) for prints in records]

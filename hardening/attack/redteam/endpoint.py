@@ -21,9 +21,7 @@ UNNAMED = ("", "")  # a throttled answer tells no model
 
 
 class Answer(NamedTuple):
-    """What the endpoint says of one image; `label` is None where it flags or rejects it. `top` are
-    (class index, confidence) pairs, `model` is (name, version).
-    """
+    """What the endpoint says of one image: `top` are (index, confidence), `model` name, version."""
 
     label: int | None
     top: tuple[tuple[int, float], ...]

@@ -92,10 +92,7 @@ def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
 
 
 def oars(probe: Probe, begin: Iterator[Floats]) -> None:
-    """Random search for the smallest steps that the endpoint still answers (OARS, Feng et al.
-    2023). A step sets some blocks of pixels to the ball's edge. Follows confidences; `begin` is
-    unused.
-    """
+    """Random search for the smallest steps that are answered (OARS); follows confidences."""
     eps, side = probe.settings.eps / 255, probe.image.shape[0]
     generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
     best, share = probe.x, 0.05
