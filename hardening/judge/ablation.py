@@ -98,7 +98,7 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
 
 
 def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
-    """The baselines and `only` these rows, those of a test, or all; ValueError for no such row."""
+    """The baselines with the rows named in `only`, or a test's, or all; ValueError for others."""
     every = setups(pipeline)
     names = [setup.name for setup in every]
     if unknown := sorted(set(only) - set(names)):

@@ -124,7 +124,7 @@ def adaptive(static: float, joint: float, subject: str) -> list[Check]:
 
 
 def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int) -> float:
-    """Share of x neither wrong nor accepted under the official Square attack, without gradients."""
+    """Share of x that withstands the official Square attack: never both wrong and accepted."""
     from pyautoattack.square import SquareAttack
 
     def margin(x: Tensor, label: Tensor) -> Tensor:

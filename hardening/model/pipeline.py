@@ -97,7 +97,7 @@ def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> 
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedClassifier, tuple[str, ...]]:
-    """The pipeline of `path` as `variant`, frozen, and its classes. ValueError if it has none."""
+    """The frozen pipeline of `path`, and its classes; ValueError for `full` without a purifier."""
     whole, classes = load_whole(path, variant)
     if variant == "full" and whole.purifier is None:
         raise ValueError(f"{path} has no purifier: its only variant is lean (--variant lean)")

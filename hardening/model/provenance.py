@@ -1,4 +1,4 @@
-"""Which images a model was made of, told by 8 bytes of hash of the pixels of each."""
+"""Which images a model was made of, by 8 bytes of hash of the pixels of each."""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,1 +1,1 @@
-"""What is told of a model: its card, tables, plots, the page."""
+"""What you read of a model: its card, tables, plots, the page."""

@@ -56,7 +56,7 @@ def check_card(card: Row) -> None:
 
 
 def add_to_card(folder: Path, entries: Row) -> Row:
-    """Replace entries of the card; returns it. ValueError, and no write, for a broken schema."""
+    """Put `entries` into the card; returns it. ValueError, and no file, for a broken schema."""
     card = read_card(folder) | entries
     check_card(card)
     write_card(folder, card)

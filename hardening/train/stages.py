@@ -20,7 +20,7 @@ class Stages:
         self.home, self.bar = home, bar
 
     def once(self, name: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Path:
-        """The folder that `make` fills from `inputs`, unless it has; files stand for contents."""
+        """The folder that `make` fills from `inputs`, once; a file stands for its content."""
         title = f"[{self.bar.n + 1}/{self.bar.total}] {name}"
         self.bar.set_description(name)
         text = "".join(f"{key} {digest(value)}\n" for key, value in sorted(inputs.items()))

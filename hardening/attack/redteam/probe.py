@@ -128,7 +128,7 @@ def as_float(image: Pixels) -> Floats:
 
 
 def scores(answer: Answer, label: int, classes: int) -> Floats:
-    """An answer as probabilities (K,): the top's own, the rest spread; a refusal is all `label`."""
+    """An answer as probabilities (K,), the rest spread evenly; of a refusal all is `label`."""
     top = {label: 1.0} if answer.label is None else dict(answer.top)
     rest = max(0.0, 1 - sum(top.values())) / max(1, classes - len(top))
     spread = np.array([top.get(index, rest) for index in range(classes)])

@@ -110,7 +110,7 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
 
 
 def _alike(was: Sequence[Sequence[float]], now: Sequence[Sequence[float]]) -> bool:
-    """Whether two answers to one image may be one model's on two CPUs; an empty one may be."""
+    """Whether two answers to one image may be one model's, on two CPUs; an empty one may be."""
     if not (was and now):
         return True
     one, other = ({int(index): share for index, share in pairs} for pairs in (was, now))
