@@ -97,13 +97,13 @@ def test_an_archive_that_cannot_be_loaded_is_given_up_and_harms_no_other(
     with zipfile.ZipFile(tiny_archive) as content:
         settings = yaml.safe_load(content.read("model-config.yaml"))
     assert 0 < settings["maxRetryTimeoutInSec"] <= 60
-    settings["maxRetryTimeoutInSec"] = 5
+    settings["maxRetryTimeoutInSec"] = 2
     changes = {"labels.json": b"[]", "model-config.yaml": yaml.safe_dump(settings).encode()}
     broken = repack(tmp_path, changes)
     with their_server(broken, tmp_path) as port:
         assert ask_until(f"http://127.0.0.1:{port}/predictions/theirs", b"x", 200)
         log, last, quiet = "", "", 0
-        while quiet < 15:  # s, longer than it waits between tries
+        while quiet < 7:  # s, longer than it waits between tries
             time.sleep(1)
             log = (tmp_path / "out.log").read_text()
             quiet = quiet + 1 if log.count("Retry worker") == last.count("Retry worker") else 0

@@ -77,15 +77,12 @@ def paste(*lines: str) -> Any:
     return json.loads(done.stdout) if done.stdout.strip() else None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_everything(
-    launch: Launch, wait_gone: Gone, tiny_archive: Path, number: int
-) -> None:
+def test_a_hang_up_stops_everything(launch: Launch, wait_gone: Gone, tiny_archive: Path) -> None:
     server = launch(tiny_archive)
     assert "Rampart is ready" in server.read()
     family = server.family()
     assert len(family) >= 3  # launcher, Java, worker
-    assert server.end(number) == 0
+    assert server.end(signal.SIGHUP) == 0
     assert wait_gone(family) == []
     assert not list(server.temp.iterdir())
 
@@ -182,15 +179,19 @@ def test_impossible_options_are_refused(
     assert message in server.lines[0]
 
 
-def test_a_redis_that_does_not_answer_is_told_and_serving_goes_on(
-    launch: Launch, tiny_archive: Path
+def test_a_redis_that_does_not_answer_is_told_serving_goes_on_and_sigterm_stops_everything(
+    launch: Launch, wait_gone: Gone, tiny_archive: Path
 ) -> None:
     server = launch(tiny_archive, query_store="redis://:secret@127.0.0.1:1/0")
     assert "Rampart is ready" in server.read(), server.lines
     warning, *_ = server.lines
     assert warning.startswith("warning: no watch for query attacks until Redis answers (127.0.0.1")
     assert "secret" not in warning
+    family = server.family()
+    assert len(family) >= 3
     assert server.end() == 0
+    assert wait_gone(family) == []
+    assert not list(server.temp.iterdir())
 
 
 @pytest.mark.parametrize(
