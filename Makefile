@@ -33,8 +33,9 @@ test quick: export PYTHONDONTWRITEBYTECODE :=
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
-	@# Two files at a time; a thread each, or they would wait for each other's cores.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@# Two files at a time; a thread each, or they would wait for each other's cores. Files are
+	@# taken as tests/conftest.py orders them, and not by how many tests they have.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: .venv/dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not server and not training"
