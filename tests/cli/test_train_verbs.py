@@ -22,10 +22,10 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("train", 64, 0), ("held", 400, 1)):
-        images = blobs(count, seed=seed)
+        images = blobs(count, size=16, seed=seed)
         np.savez(name, image=images.image.numpy(), label=images.label.numpy())
     data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
-    net = ["--arch", "resnet10", "--width", 0.125, "--epochs", 1]
+    net = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--epochs", 1]
     command = ["harden", *data, *net, "--out", "store/mine.mar", "--purifier-epochs"]
     first = run(*command, 1)
     assert [line for line in first.splitlines() if line.startswith("[")] == [
