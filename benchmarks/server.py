@@ -40,15 +40,14 @@ def endpoint(archive: Path, *options: str, port: int = 0) -> Iterator[str]:
     port = port or free_ports()
     command = [sys.executable, "-m", "rampart", "serve", "--archive", str(archive)]
     command += ["--port", str(port), "--device", "cpu", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        if not any("Rampart is ready" in line for line in process.stdout):
-            raise RuntimeError(f"no endpoint for {archive}: see the message above")
-        yield f"http://127.0.0.1:{port}/predictions/{archive.stem}"
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            if not any("Rampart is ready" in line for line in process.stdout):
+                raise RuntimeError(f"no endpoint for {archive}: see the message above")
+            yield f"http://127.0.0.1:{port}/predictions/{archive.stem}"
+        finally:
+            process.terminate()
 
 
 def pngs(images: np.ndarray) -> list[bytes]:

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,20 +10,24 @@ import agreement
 from rampart.export.archive import archive
 from rampart.hardening.model.images import Images
 
-SCRIPT = Path(agreement.__file__)
-
 
 @pytest.mark.server
 def test_the_endpoint_answers_as_the_torch_pipeline_on_every_image(
-    tmp_path: Path, tiny_archive: Path, tiny_images: Images
+    tmp_path: Path,
+    tiny_archive: Path,
+    tiny_images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = tiny_images[slice(-60, None)]
     np.savez(tmp_path / "test.npz", image=few.image.numpy(), label=few.label.numpy())
-    command = [sys.executable, str(SCRIPT), "--data", str(tmp_path / "test.npz")]
-    command += ["--model", str(tiny_archive.with_suffix(""))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "same label as the torch pipeline: 60 of 60" in done.stdout, done.stderr
-    assert "clean images flagged: " in done.stdout
+    command = ["agreement", "--data", tmp_path / "test.npz"]
+    command += ["--model", tiny_archive.with_suffix("")]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    agreement.main()
+    said = capsys.readouterr().out
+    assert "same label as the torch pipeline: 60 of 60" in said
+    assert "clean images flagged: " in said
 
 
 def test_an_archive_says_of_every_image_what_an_older_one_said(
