@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.decoding import emptied, encoded, with_text
 from benchmarks.fuzz import PREDICT, STREAM, grpc_request
 
-SECONDS, INTERVAL, CLIENTS = 3.0, 0.25, 8
+SECONDS, INTERVAL, CLIENTS = 4.0, 0.25, 8
 
 
 class Target:
