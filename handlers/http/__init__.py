@@ -1,1 +1,1 @@
-"""HTTP of our own: requests from a socket to lanes, which batch them, and replies back."""
+"""HTTP and gRPC of our own: requests to lanes, which batch them, and replies back."""

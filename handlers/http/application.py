@@ -15,23 +15,17 @@ from rampart.handlers.errors import INTERNAL, ImageError
 from rampart.handlers.http import pages
 from rampart.handlers.http.bodies import Bodies, parts
 from rampart.handlers.http.exposition import Exposition
-from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.lane import ANSWER_SECONDS, Lane
+from rampart.handlers.http.metadata import SERVER, Models, find, tensors
 from rampart.handlers.http.pages import Api
-from rampart.handlers.http.tokens import Tokens
-from rampart.handlers.protocols.open_inference import INPUTS, OUTPUTS
+from rampart.handlers.http.tokens import NO_TOKEN, Tokens
 from rampart.handlers.types import Incoming, Reply, Route
 
-ANSWER_SECONDS = 30.0  # for which a request may wait and be at work
 TIMEOUT = "x-request-timeout-ms"  # a client's own
 NOT_FOUND = ImageError(404, "not_found", "there is nothing at this address: / lists what there is")
-NO_MODEL = ImageError(404, "no_such_model", "no such model or version is served here")
 NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another method: see /")
 NOT_READY = ImageError(503, "not_ready", "the model does not answer: try again later")
-NO_TOKEN = ImageError(
-    401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
-)
 OPEN = {"/ping", "/v2/health/live", "/v2/health/ready"}  # need no token: a kubelet has none
-Models = Mapping[tuple[str, str], Lane]  # by name and version; a name's first is its default
 Respond = Callable[[HTTPRequest], Awaitable[Response]]
 
 
@@ -153,11 +147,7 @@ class Front:
         return respond
 
     def _lane(self, request: HTTPRequest) -> Lane:
-        name, version = request.path_params["model"], request.path_params.get("version")
-        for served, lane in self._models.items():
-            if served[0] == name and version in (None, served[1]):
-                return lane
-        raise NO_MODEL.bare()
+        return find(self._models, **_model(request))
 
     async def overview(self, _: HTTPRequest) -> Response:
         """What there is, for people."""
@@ -193,27 +183,17 @@ class Front:
 
     async def server(self, _: HTTPRequest) -> Response:
         """Open Inference Protocol: the server."""
-        extensions = ["binary_tensor_data"]
-        return JSONResponse({"name": "rampart", "version": "2", "extensions": extensions})
+        return JSONResponse(SERVER)
 
     async def metadata(self, request: HTTPRequest) -> Response:
         """Open Inference Protocol: a model, its tensors, and what its card says in short."""
-        lane, name = self._lane(request), request.path_params["model"]
-        public = lane.service.detail == "public"
-        outputs = [
-            {"name": output, "datatype": kind, "shape": [-1]}
-            for output, (kind, _) in OUTPUTS.items()
-            if not (public and output == "p_value")
-        ]
-        content = {
-            "name": name,
-            "versions": [version for served, version in self._models if served == name],
-            "platform": "rampart",
-            "inputs": INPUTS,
-            "outputs": outputs,
-            "card": lane.service.summary,
-        }
-        return JSONResponse(content)
+        card = self._lane(request).service.summary
+        return JSONResponse({**tensors(self._models, **_model(request)), "card": card})
+
+
+def _model(request: HTTPRequest) -> dict[str, Any]:
+    """Which model an address names."""
+    return {"name": request.path_params["model"], "version": request.path_params.get("version")}
 
 
 def _patience(headers: Mapping[str, str]) -> float:

@@ -14,6 +14,7 @@ from rampart.handlers.types import Incoming, Reply
 
 logger = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 30.0  # for which a request may wait and be at work
 CAPACITY = 100  # requests that wait; more are refused: better at once than too late
 HELD = 64 << 20  # bytes of the bodies that wait
 LARGEST = 32  # requests of one batch

@@ -5,6 +5,11 @@ import re
 import time
 from pathlib import Path
 
+from rampart.handlers.errors import ImageError
+
+NO_TOKEN = ImageError(
+    401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
+)
 LEAST = 16  # characters of a token
 LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<token>[!-~]+)")
 AGE = 1.0  # seconds after which the file is looked at again

@@ -68,8 +68,11 @@ class Front:
     def url(self) -> str:
         """Where this machine reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{_address(host, self.port)}"
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def serve(front: Front) -> int:
@@ -81,7 +84,9 @@ def serve(front: Front) -> int:
     try:
         models = [_check_archive(archive) for archive in front.archives]
         _check(front, models)
-        listener = _listen(front)
+        if front.grpc_port:
+            _listen(front.host, front.grpc_port).close()  # each worker opens its own
+        listener = _listen(front.host, front.port)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -92,6 +97,8 @@ def serve(front: Front) -> int:
             workers=front.workers,
             tokens=str(front.tokens.resolve()) if front.tokens else None,
             delay=front.delay,
+            grpc=_address(front.host, front.grpc_port) if front.grpc_port else None,
+            tls=(str(front.tls[0].resolve()), str(front.tls[1].resolve())) if front.tls else None,
         )
         os.environ.update(job.environment() | _settings(front))
         supervisor = Multiprocess(_config(front), [listener])
@@ -177,16 +184,16 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
         raise LaunchError(str(error)) from error
 
 
-def _listen(front: Front) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in front.host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((front.host, front.port))
+        listener.bind((host, port))
     except OSError as error:
         raise LaunchError(
-            f"port {front.port} on {front.host} cannot be used: {error.strerror}. Stop what listens"
-            " there, or choose another --port"
+            f"port {port} on {host} cannot be used: {error.strerror}. Stop what listens"
+            " there, or choose another"
         ) from error
     listener.set_inheritable(True)
     return listener

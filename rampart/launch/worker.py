@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from rampart.handlers.http.application import application
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
+from rampart.handlers.http.metadata import Models
 from rampart.handlers.http.pages import Api
 from rampart.handlers.http.tokens import Tokens
 from rampart.handlers.service import Service
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 API = Path(__file__).parents[1] / "data" / "openapi.yaml"
 CONFIG = "RAMPART_WORKER"  # variable of the environment with a Job in JSON
+GRACE = 20.0  # seconds that gRPC's last requests may take
 FAILED = 3  # the exit code of a worker that need not be started again, as uvicorn has it
 
 
@@ -42,6 +44,8 @@ class Job:
     workers: int
     tokens: str | None = None  # a file
     delay: float = 0.0  # seconds that a batch waits for company
+    grpc: str | None = None  # an address
+    tls: tuple[str, str] | None = None  # files of gRPC's certificate chain and key
 
     def environment(self) -> dict[str, str]:
         """How a worker is told."""
@@ -74,7 +78,10 @@ def _application(job: Job) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         watch = asyncio.create_task(_watch(lanes, figures, exposition))
+        server = await _serve_grpc(job, lanes, tokens)
         yield
+        if server:
+            await server.stop(GRACE)
         watch.cancel()
         for lane in lanes.values():
             await asyncio.to_thread(lane.close)
@@ -82,6 +89,18 @@ def _application(job: Job) -> Starlette:
 
     app.router.lifespan_context = lifespan
     return app
+
+
+async def _serve_grpc(job: Job, lanes: Models, tokens: Tokens | None) -> Any:
+    if not job.grpc:
+        return None
+    from rampart.handlers.http.inference import listen  # grpc takes time and memory
+
+    chain, key = job.tls or (None, None)
+    tls = (Path(chain), Path(key)) if chain and key else None
+    server = listen(lanes, job.grpc, tokens, tls)
+    await server.start()
+    return server
 
 
 def _api(lanes: Mapping[tuple[str, str], Lane]) -> Api:

@@ -1,0 +1,237 @@
+"""Open Inference Protocol v2 over gRPC: translates between its messages and lanes of requests."""
+
+import json
+import struct
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc import StatusCode
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.http.bodies import MAX_BODY
+from rampart.handlers.http.lane import ANSWER_SECONDS
+from rampart.handlers.http.messages import CLASSES, SERVICE
+from rampart.handlers.http.metadata import SERVER, Models, find, tensors
+from rampart.handlers.http.tokens import NO_TOKEN, Tokens
+from rampart.handlers.protocols.choice import MAX_NUMBERS
+from rampart.handlers.protocols.open_inference import wrong
+from rampart.handlers.types import Incoming
+
+MAX_LISTED = 16  # inputs, outputs, or sides of a shape: checked before they become JSON
+OPEN = {f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"}  # need no token, as over HTTP
+STATUSES = {
+    401: StatusCode.UNAUTHENTICATED,
+    404: StatusCode.NOT_FOUND,
+    429: StatusCode.RESOURCE_EXHAUSTED,
+    500: StatusCode.INTERNAL,
+    503: StatusCode.UNAVAILABLE,
+    504: StatusCode.DEADLINE_EXCEEDED,
+}
+# A client that is silent or that never ends is let go.
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_BODY),
+    ("grpc.max_concurrent_streams", 64),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 30_000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.so_reuseport", 1),  # all workers listen
+)
+# How an element of an output is packed, and where it stands unpacked.
+PACKED = {"INT64": "<q", "FP32": "<f"}
+FIELDS = {"INT64": "int64_contents", "FP32": "fp32_contents", "BYTES": "bytes_contents"}
+Context = Any  # grpc.aio.ServicerContext
+
+
+def listen(
+    models: Models, address: str, tokens: Tokens | None, tls: tuple[Path, Path] | None
+) -> Any:
+    """A grpc.aio.Server on `address`, not yet started; with `tokens` for those who have one.
+
+    Raises OSError.
+    """
+    interceptors = [Gate(tokens)] if tokens else []
+    server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
+    server.add_generic_rpc_handlers((Servicer(models).handlers(),))
+    try:
+        if tls:
+            chain, key = (path.read_bytes() for path in tls)
+            server.add_secure_port(address, grpc.ssl_server_credentials([(key, chain)]))
+        else:
+            server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"gRPC cannot listen on {address}: choose another --grpc-port") from error
+    return server
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Lets those in who have a token, before it reads what they send."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(self, continuation: Any, call: Any) -> Any:
+        """As grpc.aio calls it."""
+        sent = dict(call.invocation_metadata).get("authorization", "")
+        token = sent if isinstance(sent, bytes) else sent.encode()
+        if call.method in OPEN or self._tokens.holder(token) is not None:
+            return await continuation(call)
+        # One that takes a stream is called before a message has come.
+        return grpc.stream_stream_rpc_method_handler(_without_token)
+
+
+async def _without_token(_: Any, context: Context) -> None:
+    await _abort(context, NO_TOKEN.code, NO_TOKEN.to_dict())
+
+
+class Servicer:
+    """What answers each method."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def handlers(self) -> Any:
+        """All methods, as grpc takes them."""
+        methods: dict[str, Callable[[Any, Context], Awaitable[Any]]] = {
+            "ServerLive": self.live,
+            "ServerReady": self.ready,
+            "ServerMetadata": self.server,
+            "ModelReady": self.model_ready,
+            "ModelMetadata": self.model,
+            "ModelInfer": self.infer,
+        }
+        known = {
+            name: grpc.unary_unary_rpc_method_handler(
+                _told(method),
+                request_deserializer=CLASSES[f"{name}Request"].FromString,
+                response_serializer=CLASSES[f"{name}Response"].SerializeToString,
+            )
+            for name, method in methods.items()
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, known)
+
+    async def live(self, *_: Any) -> Any:
+        """Whether every model's thread runs."""
+        alive = all(lane.alive() for lane in self._models.values())
+        return CLASSES["ServerLiveResponse"](live=alive)
+
+    async def ready(self, *_: Any) -> Any:
+        """Whether every model answers."""
+        alive = all(lane.alive() for lane in self._models.values())
+        return CLASSES["ServerReadyResponse"](ready=alive)
+
+    async def server(self, *_: Any) -> Any:
+        """The server."""
+        return CLASSES["ServerMetadataResponse"](**SERVER)
+
+    async def model_ready(self, request: Any, _: Context) -> Any:
+        """Whether one model answers; one that is not there does not."""
+        try:
+            alive = find(self._models, request.name, request.version).alive()
+        except ImageError:
+            alive = False
+        return CLASSES["ModelReadyResponse"](ready=alive)
+
+    async def model(self, request: Any, _: Context) -> Any:
+        """A model and its tensors."""
+        content = tensors(self._models, request.name, request.version)
+        return CLASSES["ModelMetadataResponse"](**content)
+
+    async def infer(self, request: Any, context: Context) -> Any:
+        """Verdicts on the images of a request."""
+        lane = find(self._models, request.model_name, request.model_version)
+        sent = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
+        try:
+            incoming = as_http(request, sent)
+        except ImageError as error:
+            reply = lane.service.refuse(Incoming(sent, ()), error)
+        else:
+            seconds = min(ANSWER_SECONDS, context.time_remaining() or ANSWER_SECONDS)
+            reply = await lane.answer(incoming, seconds=seconds)
+        headers = [item for item in reply.headers.items() if item[0] != "content-type"]
+        content = json.loads(reply.body)
+        if reply.status != 200:
+            await _abort(context, reply.status, content, headers)
+        context.set_trailing_metadata(tuple(headers))
+        return as_message(content, raw=bool(request.raw_input_contents))
+
+
+def _told(method: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
+    """The method, whose ImageError becomes a status."""
+
+    async def respond(request: Any, context: Context) -> Any:
+        try:
+            return await method(request, context)
+        except ImageError as error:
+            await _abort(context, error.code, error.to_dict())
+
+    return respond
+
+
+async def _abort(
+    context: Context,
+    code: int,
+    error: Mapping[str, Any],
+    headers: Sequence[tuple[str, str]] = (),
+) -> None:
+    status = STATUSES.get(code, StatusCode.INVALID_ARGUMENT)
+    kind = ("error-type", str(error["type"]))
+    await context.abort(status, error["message"], (kind, ("http-status", str(code)), *headers))
+
+
+def as_http(request: Any, headers: Mapping[str, str]) -> Incoming:
+    """A ModelInferRequest as the same request over HTTP with binary tensors. Raises ImageError."""
+    listed = (request.inputs, request.outputs, *(tensor.shape for tensor in request.inputs[:1]))
+    if len(request.inputs) != 1 or any(len(items) > MAX_LISTED for items in listed):
+        raise wrong("the request has not exactly one input of a few sides, or too many outputs")
+    (tensor,) = request.inputs
+    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    content = {
+        "inputs": [entry],
+        "outputs": [{"name": output.name} for output in request.outputs],
+        **({"id": request.id} if request.id else {}),
+    }
+    head = json.dumps(content).encode()
+    data = b"".join([head, *(request.raw_input_contents or _packed(tensor))])
+    length = {"inference-header-content-length": str(len(head))}
+    return Incoming({**headers, **length}, [data], "v2")
+
+
+def _packed(tensor: Any) -> list[bytes]:
+    """The contents of a tensor as a client packs them raw. Raises ImageError."""
+    if tensor.datatype == "BYTES":
+        elements = tensor.contents.bytes_contents
+        return [part for item in elements for part in (len(item).to_bytes(4, "little"), item)]
+    numbers = tensor.contents.uint_contents
+    if len(numbers) > MAX_NUMBERS:
+        raise wrong("its data has too many numbers: send raw contents")
+    try:
+        return [bytes(numbers)]
+    except ValueError:  # a number beyond those of a byte
+        raise wrong("its data is not whole numbers from 0 to 255") from None
+
+
+def as_message(content: Mapping[str, Any], *, raw: bool) -> Any:
+    """An answer over HTTP as a ModelInferResponse; its contents are raw where the request's are."""
+    message = CLASSES["ModelInferResponse"](
+        **{name: content[name] for name in ("model_name", "model_version", "id") if name in content}
+    )
+    for output in content["outputs"]:
+        kind, data = output["datatype"], output["data"]
+        values = [text.encode() for text in data] if kind == "BYTES" else data
+        tensor = message.outputs.add(name=output["name"], datatype=kind, shape=output["shape"])
+        if raw:
+            message.raw_output_contents.append(b"".join(_element(kind, one) for one in values))
+        else:
+            getattr(tensor.contents, FIELDS[kind]).extend(values)
+    return message
+
+
+def _element(kind: str, value: Any) -> bytes:
+    if kind == "BYTES":
+        return len(value).to_bytes(4, "little") + bytes(value)
+    return struct.pack(PACKED[kind], value)
