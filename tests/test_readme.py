@@ -17,7 +17,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 def test_files_that_a_document_links_to_exist(document: Path) -> None:
     text = document.read_text()
     assert "@@" not in text
-    for target in re.findall(r"\]\(([^):]+)\)", text):
+    for target in re.findall(r"\]\(([^):#]+)[^)]*\)", text):
         assert (document.parent / target).is_file(), target
 
 

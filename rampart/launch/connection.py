@@ -14,6 +14,7 @@ from rampart.handlers.errors import ImageError
 HEAD_SECONDS = 10.0  # in which a head must be complete
 HEAD_BYTES = 64 << 10
 DRAIN = 2.0  # seconds for which a worker that ends still takes a connection's next request
+TAKE_SECONDS = 20.0  # for which an answer may wait for its client to read
 LINGER = 2.0  # seconds for which a client that still sends may read its answer
 NO_HTTP = ImageError(400, "no_http", "this is not HTTP/1.1 as its standard has it")
 
@@ -40,6 +41,7 @@ class Closing:
         cycle = self._connection.cycle
         if self.is_closing() or not (cycle and cycle.more_body and cycle.response_complete):
             self._transport.close()
+            self._connection.await_end()
             return
         self.lingers = True
         self._connection.linger()
@@ -49,6 +51,7 @@ class Connection(HttpToolsProtocol):
     """As uvicorn's, with a deadline and a limit for the head of each request."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
     _head = 0  # bytes of the head that is under way
     ends: ClassVar[bool] = False  # the worker, and each connection after its next answer
 
@@ -69,6 +72,23 @@ class Connection(HttpToolsProtocol):
         if self._deadline:
             self._deadline.cancel()
             self._deadline = None
+
+    def await_end(self) -> None:
+        """It closes once all is sent: a client that does not read gets little time for that."""
+        self._end_deadline()
+        self._deadline = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client reads slower than we answer."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        if self._stall:
+            self._stall.cancel()
+            self._stall = None
 
     def linger(self) -> None:
         """Say that no more is read, and let what comes fall, for a while."""
@@ -123,5 +143,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
-        self._end_deadline()
         super().connection_lost(exc)
+        self._end_deadline()
+        self.resume_writing()

@@ -215,6 +215,23 @@ def test_a_connection_is_kept_between_requests(front: Server, picture: bytes) ->
         assert pool.num_connections == 1
 
 
+def test_a_client_that_reads_no_answers_is_closed(front: Server) -> None:
+    count, ask = 2000, b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
+    size = len(requests.get(f"{front.root}/docs", timeout=10).content)
+    with ExitStack() as stack:
+        one = socket.socket()
+        stack.enter_context(one).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.settimeout(30)
+        one.connect(("127.0.0.1", front.port))
+        one.sendall(ask * count)
+        time.sleep(25)  # longer than an answer may wait
+        got = 0
+        with suppress(ConnectionResetError):
+            while piece := one.recv(1 << 20):
+                got += len(piece)
+    assert got < count * size / 4
+
+
 def test_large_bodies_in_one_piece_and_a_head_of_some_size_are_taken(
     front: Server, encode: Encode
 ) -> None:
