@@ -33,10 +33,20 @@ FIELDS = ImageError(
 )
 
 
+class Body:
+    """One that is on its way; `deadline` ends the wait for it."""
+
+    def __init__(self, deadline: asyncio.Timeout) -> None:
+        self.data = bytearray()
+        self.deadline = deadline
+        self.given_up = False  # to make room for others
+
+
 class Bodies:
     """All bodies that are on their way, and the memory that they take together."""
 
     def __init__(self) -> None:
+        self._bodies: set[Body] = set()
         self._buffered = 0
 
     async def read(self, headers: Mapping[str, str], pieces: AsyncIterator[bytes]) -> bytes:
@@ -47,25 +57,41 @@ class Bodies:
         if int(headers.get("content-length", 0)) > MAX_BODY:  # the server has checked the number
             raise TOO_LARGE.bare()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                data = await self._gather(pieces)
+            async with asyncio.timeout(BODY_SECONDS) as deadline:
+                body = Body(deadline)
+                data = await self._gather(body, pieces)
         except TimeoutError:
-            raise TOO_SLOW.bare() from None
+            raise (BUSY if body.given_up else TOO_SLOW).bare() from None
         return data if coding == "identity" else inflate(data)
 
-    async def _gather(self, pieces: AsyncIterator[bytes]) -> bytes:
-        data = bytearray()
+    async def _gather(self, body: Body, pieces: AsyncIterator[bytes]) -> bytes:
+        self._bodies.add(body)
         try:
             async for piece in pieces:
-                data += piece
+                body.data += piece
                 self._buffered += len(piece)
-                if len(data) > MAX_BODY:
+                if len(body.data) > MAX_BODY:
                     raise TOO_LARGE.bare()
                 if self._buffered > MAX_BUFFERED:
+                    self._make_room()
+                if body.given_up:
                     raise BUSY.bare()
+            return bytes(body.data)
         finally:
-            self._buffered -= len(data)
-        return bytes(data)
+            self._forget(body)
+
+    def _make_room(self) -> None:
+        """Give up the largest: who holds many large ones must not shut small ones out."""
+        largest = max(self._bodies, key=lambda body: len(body.data))
+        largest.given_up = True
+        self._forget(largest)
+        largest.deadline.reschedule(0.0)
+
+    def _forget(self, body: Body) -> None:
+        if body in self._bodies:
+            self._bodies.remove(body)
+            self._buffered -= len(body.data)
+            body.data = bytearray()
 
 
 def inflate(data: bytes) -> bytes:

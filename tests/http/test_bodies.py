@@ -100,6 +100,28 @@ def test_all_bodies_together_take_bounded_memory_and_give_it_back() -> None:
     assert len(asyncio.run(run())) == 20
 
 
+def test_small_bodies_come_through_while_large_ones_fill_the_memory() -> None:
+    async def run() -> list[int]:
+        shared = Bodies()
+
+        async def held(size: int) -> AsyncIterator[bytes]:
+            yield bytes(size)
+            await asyncio.Event().wait()
+
+        tasks = [asyncio.create_task(shared.read({}, held(2 << 20))) for _ in range(50)]
+        await asyncio.sleep(0.1)
+        for _ in range(20):
+            assert await shared.read({}, pieces(b"small")) == b"small"
+        refused = [task.exception() for task in tasks if task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert await shared.read({}, pieces(bytes(MAX_BODY))) == bytes(MAX_BODY)
+        return [error.code for error in refused if isinstance(error, ImageError)]
+
+    assert asyncio.run(run()) == [503] * 18  # 32 of 2 MB stay
+
+
 def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
