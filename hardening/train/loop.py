@@ -158,8 +158,8 @@ class Run:
         """Continue the folder's run, if any. ValueError for other settings, or unlike processes."""
         if len(set(distributed.gather(self.settings))) > 1:
             raise ValueError(
-                "the processes begin with different images or weights: give each machine the same"
-                " files"
+                "the processes do not begin with the same images and weights: give each machine"
+                " the same files"
             )
         state = distributed.from_first(states.read(self.folder) if distributed.first() else None)
         if state is None:
