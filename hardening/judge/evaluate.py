@@ -58,6 +58,12 @@ class Rung(NamedTuple):
         """What is attacked: the label alone, which is cheaper, or all of the victim."""
         return self.victim.label_look if self.attack.aim == "label" else self.victim.look
 
+    @property
+    def fingerprint(self) -> str:
+        """What it depends on beside attack and threat."""
+        label, whole = self.victim.label_fingerprint, self.victim.fingerprint
+        return label if self.attack.aim == "label" else whole
+
 
 def rungs_on(
     victim: Victim, aim: Aim, threat: Threat, budget: Budget, *, classes: int, within: bool = False
@@ -105,9 +111,7 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Attempt]:
     for rung in ladder:
         victim, attack = rung.victim, rung.attack
         source = attack_source(LABEL_CODE if victim.name in BARE else PIPELINE_CODE)
-        label, whole = victim.label_fingerprint, victim.fingerprint
-        target = label if attack.aim == "label" else whole
-        key = f"{source} {target} {rung.name} {rung.effort} {rung.threat}"
+        key = f"{source} {rung.fingerprint} {rung.name} {rung.effort} {rung.threat}"
         title = f"{victim.name}, {rung.name}, {rung.threat}"
         craft = partial(attack.craft, rung.look, threat=rung.threat, budget=rung.budget)
         attempts.append(Attempt(rung, cache.crafted(folder, key, images, craft, title=title)))
