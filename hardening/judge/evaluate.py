@@ -54,15 +54,20 @@ class Rung(NamedTuple):
         return self.attack.name
 
     @property
+    def aim(self) -> Aim:
+        """That of its attack."""
+        return self.attack.aim
+
+    @property
     def look(self) -> Look:
         """What is attacked: the label alone, which is cheaper, or all of the victim."""
-        return self.victim.label_look if self.attack.aim == "label" else self.victim.look
+        return self.victim.label_look if self.aim == "label" else self.victim.look
 
     @property
     def fingerprint(self) -> str:
         """What it depends on beside attack and threat."""
         label, whole = self.victim.label_fingerprint, self.victim.fingerprint
-        return label if self.attack.aim == "label" else whole
+        return label if self.aim == "label" else whole
 
 
 def rungs_on(
