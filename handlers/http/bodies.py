@@ -1,15 +1,14 @@
-"""Bodies of HTTP requests: read within bounds, decompressed, and forms taken apart."""
+"""Bodies of HTTP requests: read within bounds, and forms taken apart."""
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Mapping
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from rampart.handlers.errors import BUSY, ImageError
+from rampart.handlers.protocols.content_encoding import MAX_BODY
 
-MAX_BODY = 6_553_500  # bytes of one, which is also what we let TorchServe take
 MAX_BUFFERED = 64 << 20  # bytes of all that are on their way
 MAX_PARTS = 64  # of a form
 BODY_SECONDS = 30.0  # in which all of one must come
@@ -20,11 +19,8 @@ TOO_LARGE = ImageError(
 TOO_SLOW = ImageError(
     408, "body_too_slow", f"a body must come within {BODY_SECONDS:.0f} s: send it faster"
 )
-UNKNOWN_CODING = ImageError(
-    415, "unknown_coding", "a body may be coded as gzip or deflate: send it so, or as it is"
-)
-BROKEN_CODING = ImageError(
-    400, "broken_coding", "the body is not what its Content-Encoding says: send it as it is"
+ENCODED_FORM = ImageError(
+    415, "encoded_form", "a form is not read compressed: send it as it is, or the picture itself"
 )
 BROKEN_FORM = ImageError(400, "broken_form", "the form cannot be read: send the file itself")
 TOO_MANY_PARTS = ImageError(413, "too_many_parts", f"a form may have {MAX_PARTS} parts: send fewer")
@@ -50,19 +46,15 @@ class Bodies:
         self._buffered = 0
 
     async def read(self, headers: Mapping[str, str], pieces: AsyncIterator[bytes]) -> bytes:
-        """One body, decompressed. Raises ImageError, as early as it can be known."""
-        coding = headers.get("content-encoding", "identity").strip().lower()
-        if coding not in ("identity", "gzip", "deflate"):
-            raise UNKNOWN_CODING.bare()
+        """One body, as it comes. Raises ImageError, as early as it can be known."""
         if int(headers.get("content-length", 0)) > MAX_BODY:  # the server has checked the number
             raise TOO_LARGE.bare()
         try:
             async with asyncio.timeout(BODY_SECONDS) as deadline:
                 body = Body(deadline)
-                data = await self._gather(body, pieces)
+                return await self._gather(body, pieces)
         except TimeoutError:
             raise (BUSY if body.given_up else TOO_SLOW).bare() from None
-        return data if coding == "identity" else inflate(data)
 
     async def _gather(self, body: Body, pieces: AsyncIterator[bytes]) -> bytes:
         self._bodies.add(body)
@@ -94,27 +86,17 @@ class Bodies:
             body.data = bytearray()
 
 
-def inflate(data: bytes) -> bytes:
-    """What gzip or zlib made small, no larger than a body may be. Raises ImageError."""
-    reader = zlib.decompressobj(wbits=47)  # tells the two apart
-    try:
-        out = reader.decompress(data, MAX_BODY + 1)
-    except zlib.error:
-        raise BROKEN_CODING.bare() from None
-    if len(out) > MAX_BODY:
-        raise TOO_LARGE.bare()
-    if not reader.eof:
-        raise BROKEN_CODING.bare()
-    return out
-
-
 def parts(headers: Mapping[str, str], body: bytes) -> list[bytes]:
     """The body, or the files of a form. Raises ImageError."""
     kind, options = parse_options_header(headers.get("content-type"))
+    encoded = headers.get("content-encoding", "identity").strip().lower() != "identity"
     if kind == b"multipart/form-data":
+        if encoded:
+            raise ENCODED_FORM.bare()
         return files(body, options.get(b"boundary", b""))
     # curl -d @FILE says that it sends a form, whatever the file is.
-    if kind == b"application/x-www-form-urlencoded" and b"=" in body[:100] and body[:1].isalnum():
+    fields = b"=" in body[:100] and body[:1].isalnum() and not encoded
+    if kind == b"application/x-www-form-urlencoded" and fields:
         raise FIELDS.bare()
     return [body] if body else []
 

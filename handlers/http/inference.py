@@ -10,12 +10,12 @@ import grpc
 from grpc import StatusCode
 
 from rampart.handlers.errors import ImageError
-from rampart.handlers.http.bodies import MAX_BODY
 from rampart.handlers.http.lane import ANSWER_SECONDS
 from rampart.handlers.http.messages import CLASSES, SERVICE
 from rampart.handlers.http.metadata import SERVER, Models, find, tensors
 from rampart.handlers.http.tokens import NO_TOKEN, Tokens
 from rampart.handlers.protocols.choice import MAX_NUMBERS
+from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.protocols.open_inference import wrong
 from rampart.handlers.types import Incoming
 
