@@ -33,6 +33,7 @@ def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Pat
         "rampart/handlers/private_folder.py",
         "rampart/handlers/protocols/__init__.py",
         "rampart/handlers/protocols/choice.py",
+        "rampart/handlers/protocols/content_encoding.py",
         "rampart/handlers/protocols/kserve_v1.py",
         "rampart/handlers/protocols/open_inference.py",
         "rampart/handlers/quarantine.py",
