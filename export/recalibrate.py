@@ -22,7 +22,8 @@ from rampart.handlers.contents import HASHES
 from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.settings import read_policy
 from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
-from rampart.hardening.train.data import pictures_below, read_picture
+from rampart.hardening.train.data import read_picture
+from rampart.hardening.train.listing import pictures_below
 
 FEWEST = 100  # for a false-alarm rate of 1%
 # Entries of the card that were measured with the old thresholds.

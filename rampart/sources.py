@@ -1,14 +1,18 @@
 """Images by where they lie: for training, held out of it, and to measure on."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
+
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model.detectors import FITTED
 from rampart.hardening.model.images import Images, hold_out, split
 from rampart.hardening.model.provenance import check_unseen, trained_on
-from rampart.hardening.train.data import Folder, load, load_training, spread
+from rampart.hardening.train.data import Folder, counted, load, load_training, spread, survey
 from rampart.hardening.train.loop import say
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ class Source(NamedTuple):
 
     data: Path
     held: Path | None = None
+    skip_bad: bool = False  # leave out pictures that cannot be read
 
     @property
     def name(self) -> str:
@@ -43,25 +48,66 @@ class Source(NamedTuple):
     def read(self, size: int) -> tuple[Images | Folder, Images]:
         """(training images, held-out images), `size` pixels a side.
 
-        Raises ValueError where the held-out ones lie among those of training, or are too few.
+        Prints what there is. Raises ValueError where the held-out ones lie among those of training
+        or are too few, or where a class has no image to train on.
         """
-        data, held = self
-        held_out = load(held, size=size) if held else None
-        if held and held_out and held.is_dir():
-            if held.resolve().is_relative_to(data.resolve()):
-                raise ValueError(
-                    f"--held {held} lies in --data {data}: its images would be trained on"
-                )
+        data, held, skip_bad = self
+        if held and held.is_dir() and held.resolve().is_relative_to(data.resolve()):
+            raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")
+        images, summary = survey(data, size=size, stream=True, skip_bad=skip_bad)
+        say("\n".join(summary.lines(size)))
+        held_out = None
+        if held:
+            apart, summary = survey(held, size=size, skip_bad=skip_bad)
+            say("\n".join(summary.lines(size)))
             # Names in a folder are its own; only a file of twins names pictures of another.
-            held_out = replace(held_out, paths=())
-        train, out = hold_out(load_training(data, size=size), held_out)
+            held_out = replace(apart.whole(), paths=()) if held.is_dir() else apart.whole()
+        check_classes(data, images)
+        train, out = hold_out(images, held_out)
         if len(out) < LEAST:
             raise ValueError(
                 f"{held or data} leaves {len(out)} held-out images: calibration needs {LEAST} or"
                 " more, so pass at least 2,000 images as --data, or a set of its own as --held"
             )
+        check_trained(data, train)
         say(f"{len(train)} training images, {len(out)} held out")
         return train, out
+
+
+def check_classes(data: Path, images: Images | Folder) -> None:
+    """Raise ValueError where there are not two classes at least, or one of them has no image."""
+    counts = counted(images)
+    if len(counts) < 2:
+        raise ValueError(
+            f"{data} has one class, {next(iter(counts), '')!r}: pass images of two or more, each"
+            " class in a folder of its own"
+        )
+    if missing := [name for name, count in counts.items() if not count]:
+        raise ValueError(
+            f"{data} has no image of {named(missing)}: number classes from 0 without gaps, or add"
+            " images of each"
+        )
+
+
+def check_trained(data: Path, train: Images | Folder) -> None:
+    """Raise ValueError where none of the images that detectors are fitted on is of a class."""
+    if not len(train):  # all are held out: then detectors are fitted on those
+        return
+    rows = torch.arange(min(FITTED, len(train))) * len(train) // min(FITTED, len(train))
+    present = set(train.label[rows].tolist())
+    missing = [name for index, name in enumerate(train.classes) if index not in present]
+    if missing:
+        raise ValueError(
+            f"{data} has too few images of {named(missing)}, none of which is left to train on"
+            " beside those held out: add some of each, or pass --held"
+        )
+
+
+def named(classes: Sequence[str]) -> str:
+    """The first of several classes by name, and how many more there are."""
+    first = ", ".join(classes[:10])
+    more = f" and {len(classes) - 10:,} more" if len(classes) > 10 else ""
+    return f"{'class' if len(classes) == 1 else 'the classes'} {first}{more}"
 
 
 class Sample(NamedTuple):
@@ -85,7 +131,7 @@ def sample_of(
     With `part` they are a split of those held out, or of the tenth that training leaves out; an
     .npz that was not trained on is taken for held-out images itself.
     """
-    data, held = source
+    data, held, _ = source
     if held and not part:
         raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
     familiar = folders.trained_on(model.card, data)
@@ -93,7 +139,8 @@ def sample_of(
     if part and (held or familiar or data.suffix != ".npz"):
         every = held_images(model, source)
     else:
-        every = load(data, train=False, size=model.image_size)
+        skip_bad = source.skip_bad or folders.skipped_bad(model.card, data)
+        every = load(data, train=False, size=model.image_size, skip_bad=skip_bad)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
             warning = f"{data} has the name of the training data: on images that were trained on,"
             warning += " every figure is too high"
@@ -129,7 +176,8 @@ def held_images(model: "Model", source: Source) -> Images:
     """
     if source.held is None and (named := folders.held_beside(model.card, source.data)):
         raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
-    images = source.read(model.image_size)[1]
+    skip_bad = source.skip_bad or folders.skipped_bad(model.card, source.data)
+    images = source._replace(skip_bad=skip_bad).read(model.image_size)[1]
     if model.folder is not None:
         check_unseen(model.folder, images)
     return images

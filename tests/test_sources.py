@@ -10,7 +10,7 @@ from rampart.hardening.model import provenance
 from rampart.hardening.model.images import hold_out
 from rampart.hardening.report import card as report
 from rampart.model import Model
-from rampart.sources import Source, sample_of
+from rampart.sources import Source, load_images, sample_of
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,77 @@ def test_a_file_of_training_images_is_known_by_its_pixels_whatever_its_name(
     )
     with pytest.raises(ValueError, match="was trained on"):
         sample_of(model, held, part="validation")
+
+
+def save(file: Path, labels: list[int], **more: object) -> Path:
+    """An .npz of as many random images."""
+    image = np.random.default_rng(len(labels)).integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
+    np.savez(file, image=image, label=np.array(labels), **more)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "more", "message"),
+    [
+        ([0] * 60, [0] * 210, {}, r"has one class, '0': pass images of two or more"),
+        ([1, 2, 3] * 20, [1, 2, 3] * 70, {}, r"has no image of class 0: number classes from 0"),
+        ([0, 5, 9] * 20, [0, 5, 9] * 70, {}, "has no image of the classes 1, 2, 3, 4, 6, 7, 8: "),
+        ([0, 1] * 30, [0, 1] * 105, {"classes": ["a", "b", "c"]}, "has no image of class c"),
+    ],
+)
+def test_labels_are_judged_before_any_training(
+    tmp_path: Path, train: list[int], held: list[int], more: dict[str, object], message: str
+) -> None:
+    files = (
+        save(tmp_path / "train.npz", train, **more),
+        save(tmp_path / "held.npz", held, **more),
+    )
+    with pytest.raises(ValueError, match=rf"train\.npz {message}"):
+        Source(*files).read(32)
+
+
+def test_a_class_that_is_held_out_whole_is_told_before_any_training(tmp_path: Path) -> None:
+    """One image of class 2, which the draw of seed 0 puts into the tenth."""
+    file = save(tmp_path / "data.npz", [0, 1] * 1000)
+    drawn = hold_out(load_images(file, size=32), None)[1]
+    content = dict(np.load(file))
+    row = int((content["image"] == drawn.image[0].numpy()).all((1, 2, 3)).argmax())
+    content["label"][row] = 2
+    np.savez(file, **content)
+    with pytest.raises(ValueError, match="too few images of class 2, none of which is left"):
+        Source(file).read(32)
+
+
+def test_what_is_trained_on_is_summed_up_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (
+        save(tmp_path / "train.npz", [0, 1, 1] * 20),
+        save(tmp_path / "held.npz", [0, 1] * 105),
+    )
+    Source(*files).read(32)
+    assert capsys.readouterr().out.splitlines() == [
+        "train.npz: 60 images, 2 classes, 32x32 pixels",
+        "  0 20, 1 40",
+        "held.npz: 210 images, 2 classes, 32x32 pixels",
+        "  0 105, 1 105",
+        "60 training images, 210 held out",
+    ]
+
+
+def test_a_model_whose_training_left_out_bad_pictures_does_so_when_it_is_sample_of(
+    lean_only: Path,
+) -> None:
+    home = lean_only.with_name("pictures")
+    for index, image in enumerate(blobs(2100).image.numpy()):
+        file = home / f"{index % 10}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    (home / "3" / "broken.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"broken\.png: the body is empty"):
+        sample_of(Model.load(lean_only), Source(home), part="validation")
+    card = report.read_card(lean_only)
+    made = {"commands": [f"rampart train --data {home} --skip-bad --out x"]}
+    report.write_card(lean_only, card | made)
+    sample = sample_of(Model.load(lean_only), Source(home), part="validation")
+    assert len(sample.images) == 60

@@ -81,6 +81,17 @@ def held_beside(card: dict[str, Any], data: Path) -> list[str]:
     return [options["--held"] for options in same if options.get("--held")]
 
 
+def skipped_bad(card: dict[str, Any], data: Path) -> bool:
+    """Whether the card's commands on `data` left out pictures that cannot be read."""
+    lines = [shlex.split(line) for line in card.get("commands", [])]
+    return any("--skip-bad" in line and data.name in map(last_name, line) for line in lines)
+
+
+def last_name(word: str) -> str:
+    """The file or folder that a word of a command names, as `a/b` or `--data=a/b`."""
+    return Path(word.rpartition("=")[2]).name
+
+
 def commands(card: dict[str, Any]) -> list[dict[str, str]]:
     """Each command of the card as its options, the last folder or file name of each value."""
     out = []

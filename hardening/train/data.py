@@ -6,7 +6,7 @@ import stat
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,24 +15,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from rampart.handlers.errors import ImageError
-from rampart.handlers.image import decode
+from rampart.handlers.image import Picture, examine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed
+from rampart.hardening.train.listing import list_classes
+from rampart.hardening.train.survey import Size, Survey
 
 ARRAYS = ("image", "label", "classes", "jpeg_path")  # of an .npz file
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MOST_CLASSES = 100_000  # that labels alone, without names, may make
 # Decoded training images up to this size are kept in memory; beyond, files are read as needed.
 MEMORY = 4 * 2**30
 LARGEST = 256 * 2**20  # bytes of one picture's file
 AHEAD = 2  # batches decoded before they are asked for
+PIECE = 256  # pictures that are looked at together
+LISTED = 100  # bad pictures that an error names
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Folder:
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads."""
-        pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // distributed.beside()))
+        pool = ThreadPoolExecutor(threads())
         waiting: deque[tuple[Tensor, list[Future[Pixels]]]] = deque()
         try:
             for index in rows:
@@ -86,13 +91,32 @@ class Folder:
         return tensor.to(self.device, non_blocking=True)
 
     def whole(self) -> Images:
-        """All pictures, decoded."""
-        image = torch.empty((len(self), self.size, self.size, 3), dtype=torch.uint8)
-        rows = torch.split(torch.arange(len(self)), 64)
-        bar = tqdm(rows, desc="reading pictures", leave=False)
-        for index, (some, _) in zip(bar, self.read(rows), strict=True):
-            image[index] = some.cpu()
+        """All pictures, decoded. Raises ValueError that names each that cannot be read."""
+        image, found = self.examined(keep=True)
+        check_readable(self.files, found)
         return Images(image, self.label, self.classes, self.paths)
+
+    def examined(self, *, keep: bool) -> tuple[Tensor, list[Size | str]]:
+        """Pixels uint8 (N, H, W, 3) where they are to `keep`, and of each picture the size that it
+        is stored in or what is wrong with it. Without pixels only its structure is checked."""
+        count = len(self) if keep else 0
+        image = torch.zeros((count, self.size, self.size, 3), dtype=torch.uint8)
+        found: list[Size | str] = []
+
+        def look(row: int) -> Size | str:
+            try:
+                picture = open_picture(self.files[row], self.size)
+                if keep:
+                    image[row] = torch.from_numpy(decoded(self.files[row], picture))
+                return picture.still.size
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(threads()) as pool:
+            starts = range(0, len(self), PIECE)
+            for start in tqdm(starts, desc="reading pictures", leave=False):
+                found += pool.map(look, range(start, min(len(self), start + PIECE)))
+        return image, found
 
     def hold_out(self, held: Images | None = None, *, seed: int = 0) -> "tuple[Folder, Held]":
         """(training images, those held out), as the function `hold_out` divides them."""
@@ -110,26 +134,88 @@ class Folder:
         return hashlib.sha256(repr((listing, self.classes, self.size)).encode()).hexdigest()
 
 
-def load(path: Path, *, train: bool = True, size: int = 32) -> Images:
+def load(path: Path, *, train: bool = True, size: int = 32, skip_bad: bool = False) -> Images:
     """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
     An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. `train`
-    picks the half of CIFAR-10. Raises FileNotFoundError or ValueError with the remedy.
+    picks the half of CIFAR-10; `skip_bad` leaves out the pictures of a folder that cannot be read.
+    Raises FileNotFoundError or ValueError with the remedy.
     """
+    return survey(path, size=size, train=train, skip_bad=skip_bad)[0].whole()
+
+
+def survey(
+    path: Path,
+    *,
+    size: int,
+    train: bool = True,
+    stream: bool = False,
+    skip_bad: bool = False,
+) -> tuple[Images | Folder, Survey]:
+    """As `load`, with what was found; with `stream` a folder that would fill memory stays on disk.
+
+    Of such a folder the structure of each picture is checked, and not its pixels.
+    """
+    if path.is_dir() and not (path / "cifar-10-batches-py").is_dir():
+        return survey_folder(path, size=size, stream=stream, skip_bad=skip_bad)
     if path.suffix == ".npz" and path.is_file():
         images = load_npz(path)
-    elif (path / "cifar-10-batches-py").is_dir():
-        images = load_cifar10(path, train=train)
     elif path.is_dir():
-        images = find_pictures(path, size=size).whole()
+        images = load_cifar10(path, train=train)
     else:
         raise FileNotFoundError(
             f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
             " holds cifar-10-batches-py (`rampart download PATH` fetches it)"
         )
-    if images.image.shape[1:3] != (size, size):
-        sides = "x".join(map(str, images.image.shape[1:3]))
-        raise ValueError(f"{path} holds {sides} images where the model takes {size}x{size}")
-    return images
+    height, width = images.image.shape[1:3]
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"{path} holds {height}x{width} images where the model takes {size}x{size}"
+        )
+    return images, Survey(path.name, counted(images), [(width, height)])
+
+
+def survey_folder(
+    path: Path, *, size: int, stream: bool, skip_bad: bool
+) -> tuple[Images | Folder, Survey]:
+    """As `survey`, of an ImageFolder directory."""
+    listing = list_classes(path)
+    folder, left_out = folder_of(path, listing.classes, size), listing.lines()
+    # Whatever the number of processes, or a run could not go on with another one.
+    keep = not stream or len(folder) * size * size * 3 <= MEMORY
+    image, found = folder.examined(keep=keep)
+    good = torch.tensor([not isinstance(entry, str) for entry in found])
+    if not skip_bad:
+        check_readable(folder.files, found)
+    elif not good.all():
+        left_out.append(f"{int((~good).sum())} that cannot be read")
+        rows = good.nonzero().flatten()
+        folder, image = folder[rows], image[rows] if keep else image
+    sizes = [entry for entry in found if not isinstance(entry, str)]
+    report = Survey(path.name, counted(folder), sizes, left_out)
+    if empty := [name for name, count in report.counts.items() if not count]:
+        raise ValueError(f"{path / empty[0]} has no picture that can be read: add some")
+    if not keep:
+        return folder, report
+    return Images(image, folder.label, folder.classes, folder.paths), report
+
+
+def counted(images: Images | Folder) -> dict[str, int]:
+    """How many images each class has."""
+    counts = torch.bincount(images.label, minlength=len(images.classes)).tolist()
+    return dict(zip(images.classes, counts, strict=True))
+
+
+def check_readable(files: Sequence[Path], found: Sequence[Size | str]) -> None:
+    """Raise ValueError that names each of `files` that cannot be read, and why."""
+    bad = [entry for entry in found if isinstance(entry, str)]
+    if not bad:
+        return
+    more = [f"and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
+    names = ";\n  ".join([*bad[:LISTED], *more])
+    raise ValueError(
+        f"{len(bad):,} of {len(files):,} pictures cannot be read (--skip-bad leaves them out where"
+        f" you train, harden or calibrate):\n  {names}"
+    )
 
 
 # fmt: off
@@ -154,10 +240,16 @@ def load_npz(path: Path) -> Images:
         raise ValueError(f"{path} is cut or damaged ({error}): copy or save it anew") from error
     if missing := {"image", "label"} - set(arrays):
         raise ValueError(f"{path} lacks {sorted(missing)}: save image (N, H, W, 3) and label")
-    image, label = arrays["image"], arrays["label"].astype(np.int64)
+    image, label = arrays["image"], whole_numbers(path, arrays["label"])
     paths = tuple(map(str, arrays.get("jpeg_path", ())))
     # Only the CIFAR-10 files of this layout name their JPEG twins.
-    usual = CIFAR10_CLASSES if paths else range(label.max(initial=-1) + 1)
+    highest = int(label.max(initial=-1))
+    if "classes" not in arrays and highest >= MOST_CLASSES:
+        raise ValueError(
+            f"{path}: a label is {highest}, which makes so many classes: number them from 0 without"
+            " gaps, or save their names as `classes`"
+        )
+    usual = CIFAR10_CLASSES if paths else range(highest + 1)
     classes = tuple(map(str, arrays.get("classes", usual)))
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
@@ -170,56 +262,66 @@ def load_npz(path: Path) -> Images:
     return Images(torch.from_numpy(image), torch.from_numpy(label), classes, paths)
 
 
+def whole_numbers(path: Path, label: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Labels as int64. Raises ValueError for other than whole numbers."""
+    if label.dtype.kind not in "iuf" or not (np.mod(label, 1) == 0).all():
+        raise ValueError(
+            f"{path}: label holds {label.dtype} where classes are numbered: save the index of each"
+            " image's class, and their names as `classes`"
+        )
+    return label.astype(np.int64)
+
+
 def load_training(path: Path, *, size: int) -> Images | Folder:
     """As `load`, but a folder whose pictures would fill memory is left on disk."""
-    if not path.is_dir() or (path / "cifar-10-batches-py").is_dir():
-        return load(path, size=size)
-    folder = find_pictures(path, size=size)
-    # Whatever the number of processes, or a run could not go on with another one.
-    return folder if len(folder) * size * size * 3 > MEMORY else folder.whole()
+    return survey(path, size=size, stream=True)[0]
 
 
 def find_pictures(path: Path, *, size: int) -> Folder:
-    """The pictures of an ImageFolder directory, each class in a folder of its own. Raises
-    ValueError for no pictures, for what is none (a device, a pipe, a broken link), and for folders
-    of splits.
+    """The pictures of an ImageFolder directory, each class in a folder of its own; none is read.
+    Raises ValueError for no pictures, and for folders that are no classes.
     """
-    folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    pictures = {folder.name: pictures_below(folder) for folder in folders}
-    classes = tuple(name for name, files in pictures.items() if files)
-    files = tuple(file for name in classes for file in pictures[name])
-    for file in files:  # now, and not hours into a training
-        try:
-            check_picture(file, file.stat())
-        except OSError as error:
-            raise ValueError(f"{file}: {error.strerror}: remove it") from error
-    if not files:
-        raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
-    if set(classes) <= {"train", "test", "val", "valid", "validation"}:
-        raise ValueError(f"{path} holds splits and not classes: pass one, as {path / classes[0]}")
-    label = torch.tensor([index for index, name in enumerate(classes) for _ in pictures[name]])
+    return folder_of(path, list_classes(path).classes, size)
+
+
+def folder_of(path: Path, classes: Mapping[str, Sequence[Path]], size: int) -> Folder:
+    """The files of `classes` as they lie under `path`."""
+    files = tuple(file for some in classes.values() for file in some)
+    label = torch.tensor([index for index, some in enumerate(classes.values()) for _ in some])
     root = path.resolve().name
     names = tuple(f"{root}/{file.relative_to(path)}" for file in files)
-    return Folder(files, label, classes, names, size, torch.device("cpu"))
+    return Folder(files, label, tuple(classes), names, size, torch.device("cpu"))
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """What is named as a picture at any depth, sorted. Folders that are links are not entered."""
-    files = (Path(home) / name for home, _, names in os.walk(folder) for name in names)
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+def threads() -> int:
+    """How many threads of this process read pictures."""
+    return max(1, len(os.sched_getaffinity(0)) // distributed.beside())
 
 
 def read_picture(file: Path, size: int) -> Pixels:
     """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
+    return decoded(file, open_picture(file, size))
+
+
+def open_picture(file: Path, size: int) -> Picture:
+    """A picture whose structure was checked, and no pixel. Raises ValueError that names it."""
     try:
         # A pipe without a writer is opened too, and at once.
         with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
             check_picture(file, os.fstat(stream.fileno()))
-            return decode(stream.read(LARGEST), size)
+            return examine(stream.read(LARGEST), size)
     except ImageError as error:
         raise ValueError(f"{file}: {error.message}") from error
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
+        raise ValueError(f"{file}: {error.strerror}: remove it") from error
+
+
+def decoded(file: Path, picture: Picture) -> Pixels:
+    """The pixels of the picture in `file`. Raises ValueError that names it."""
+    try:
+        return picture.pixels()
+    except ImageError as error:
+        raise ValueError(f"{file}: {error.message}") from error
 
 
 def check_picture(file: Path, status: os.stat_result) -> None:

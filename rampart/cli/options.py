@@ -22,6 +22,8 @@ Verb = Callable[..., None]
 DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
 Data = Annotated[Path, Option(help=DATA)]
 Held = Annotated[Path | None, Option(help="Held-out images; without it a tenth of --data is drawn")]
+SKIP_BAD = "Leave out pictures that cannot be read; without it they are listed, and nothing is done"
+SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
 MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder a class, or .npz"
 GATED = "Images that the parity gate compares on, 64 of them; default crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED)]
@@ -37,6 +39,7 @@ class Source(NamedTuple):
 
     data: Data
     held: Held = None
+    skip_bad: SkipBad = False
 
     def open(self) -> "sources.Source":
         """The same in the library."""

@@ -76,6 +76,7 @@ def calibrate(
     images: Annotated[Path | None, Option(help="What clients send: a folder of pictures")] = None,
     out: Annotated[Path | None, Option(help="The new .mar; NAME-recalibrated.mar")] = None,
     arch: o.Own = None,
+    skip_bad: o.SkipBad = False,
 ) -> None:
     """Put classifier and purifier together as a model folder and calibrate its variants.
 
@@ -83,7 +84,7 @@ def calibrate(
     finished archive is calibrated on pictures of your traffic; its graph stays as it is.
     """
     if archive and images:
-        if folder or data or classifier or purifier or held or data_name:
+        if folder or data or classifier or purifier or held or data_name or skip_bad:
             raise ValueError(
                 "--archive and --images go alone, with --out: the archive has the rest"
             )
@@ -96,7 +97,7 @@ def calibrate(
         from rampart.assembly import assemble
         from rampart.hardening.model.folder import calibrations
 
-        source, command = o.Source(data, held).open(), command_line()
+        source, command = o.Source(data, held, skip_bad).open(), command_line()
         assemble(folder, source, classifier, purifier, data_name=data_name, command=command)
         say(*calibrations(folder))
     else:
