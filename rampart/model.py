@@ -41,6 +41,7 @@ from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL
 from rampart.hardening.model.files import ranges_file
 from rampart.hardening.model.images import Held, Images
+from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
@@ -134,7 +135,7 @@ class Model:
         of the others is measured, combined or ranked on. Raises ValueError for too few images.
         """
         source = held if isinstance(held, Held) else Held(held)
-        check_count(source.images, classifier)
+        check_classifier(classifier, source.images)
         whole = one_module(classifier, purifier, source)
         tables = {
             Form(v): ranks.calibrate(pipelines.as_variant(whole, v), source.images, v)
@@ -402,9 +403,13 @@ def images_to_fit(source: Held) -> Images:
     return source.validation
 
 
-def check_count(images: Images, classifier: Classifier) -> None:
-    """Raise ValueError where images have more or fewer classes than the network tells apart."""
-    here, there = len(images.classes), classifier.config.classes
+def check_classifier(classifier: Classifier, images: Images) -> None:
+    """Raise ValueError where images have more or fewer classes than the network tells apart, or
+    where its mean and std are none of pixels in [0, 1].
+    """
+    config = classifier.config
+    Normalization(config.mean, config.std).check("the classifier's normalization")
+    here, there = len(images.classes), config.classes
     if here != there:
         raise ValueError(f"the images have {here} classes, the network tells {there} apart")
 

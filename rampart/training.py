@@ -8,20 +8,20 @@ import torch
 
 from rampart.handlers.engine import cpu_features
 from rampart.hardening.model import checkpoint, foreign
-from rampart.hardening.model.classifier import SMALL, Classifier, ClassifierConfig
-from rampart.hardening.model.foreign import Colour
+from rampart.hardening.model.classifier import SMALL, TIMM, Classifier, ClassifierConfig
 from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.model.purifier import PurifierConfig
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Folder
-from rampart.hardening.train.loop import Precision, Recipe, fast_precision, train_classifier
+from rampart.hardening.train.loop import Precision, Recipe, fast_precision, say, train_classifier
 from rampart.hardening.train.purifier import PurifierRecipe, train_purifier
 from rampart.provenance import PYTHON
 from rampart.sources import Source
 
-CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10_NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET_NORM = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Run(NamedTuple):
@@ -63,8 +63,11 @@ def train(
 ) -> Classifier:
     """Train `classifier` by a recipe, in the folder `out`; returns the epoch that validates best.
 
-    Called again, it goes on where it was cut off. Raises ValueError where `out` holds another run.
+    Called again, it goes on where it was cut off. Raises ValueError where `out` holds another run,
+    or where the classifier's mean and std are none of pixels in [0, 1].
     """
+    config = classifier.config
+    Normalization(config.mean, config.std).check("the classifier's normalization")
     where = distributed.join(pick_device(device))
     learn = partial(train_classifier, teacher=teacher, commands=[PYTHON])
     data = images, validation
@@ -141,11 +144,16 @@ def adopt(
 ) -> ClassifierConfig:
     """Write weights from elsewhere as a classifier of ours; returns what it was built with.
 
-    Without `mean` and `std` those of the file count, else CIFAR-10's up to 64 pixels a side and
-    ImageNet's above.
+    Prints which entry and normalization it takes. Without `mean` and `std` those of the file count,
+    else timm's own for its networks, CIFAR-10's up to 64 pixels a side and ImageNet's above.
     """
     usual = CIFAR10_NORM if config.image_size <= SMALL else IMAGENET_NORM
-    net = foreign.adopt(weights, config._replace(mean=usual[0], std=usual[1]), mean=mean, std=std)
+    if config.arch.startswith(TIMM):
+        usual = foreign.timm_normalization(config.arch) or usual
+    config = config._replace(**usual._asdict())
+    net, lines = foreign.take(weights, config, mean=mean, std=std)
+    for line in lines:
+        say(line)
     content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
     checkpoint.save(out, net, content)
     return net.config

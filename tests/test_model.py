@@ -72,6 +72,18 @@ def test_the_short_way_leads_from_a_module_to_an_archive(tmp_path: Path) -> None
         assert json.loads(packed.read("labels.json")) == list(train.classes)
 
 
+def test_a_normalization_of_pixels_up_to_255_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    images = blobs(400, size=16)
+    levels = {"mean": (127.5,), "std": (51.0,)}
+    what = {"head": "fc", "classes": images.classes, "image_size": 16}
+    net = rp.Classifier.wrap(Small(), **what, **levels)
+    right = r"divided by 255, mean \(0\.5, 0\.5, 0\.5\) and std \(0\.2, 0\.2, 0\.2\)"
+    with pytest.raises(ValueError, match=right):
+        rp.train(net, images, images, out=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=right):
+        rp.Model.calibrate(net, images)
+
+
 def test_own_weights_are_calibrated_as_they_are(small: rp.Model) -> None:
     assert small.variants == ["lean"] and small.purifier is None
     assert small.card["classifier"]["arch"].endswith(":Small")

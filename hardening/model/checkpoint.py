@@ -17,7 +17,11 @@ def save(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()  # with the rights that the umask leaves; safetensors gives the owner's alone
+    mode = partial.stat().st_mode
     save_file(state, partial, {"format": FORMAT, "config": json.dumps(config)})
+    partial.chmod(mode)
     partial.replace(path)
 
 

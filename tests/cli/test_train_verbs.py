@@ -154,3 +154,16 @@ def test_eps_has_a_default_in_the_unit_of_its_norm() -> None:
     assert str(Threat("Linf").ball()) == "Linf 8/255"
     assert str(Threat("L2").ball()) == "L2 0.5"
     assert str(Threat("Linf", 4).ball()) == "Linf 4/255"
+
+
+def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    torch.save({"model": net.state_dict(), "epoch": 1}, tmp_path / "w.pth")
+    options = ["--arch", "timm:vit_tiny_patch16_224", "--classes", 3, "--image-size", 32]
+    told = run("adopt", tmp_path / "w.pth", *options, "--out", tmp_path / "c.safetensors")
+    half = (0.5, 0.5, 0.5)
+    assert "weights: entry model\n" in told
+    assert f"normalization: mean {half}, std {half}\n" in told
+    config = checkpoint.read(tmp_path / "c.safetensors")[0]["classifier"]
+    assert (config["mean"], config["std"]) == ([*half], [*half])

@@ -1,4 +1,6 @@
 import copy
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,14 @@ def test_the_digest_tells_weights_and_normalization_apart() -> None:
     shifted.load_state_dict(net.state_dict())
     assert checkpoint.digest(net) == checkpoint.digest(copy.deepcopy(net))
     assert len({checkpoint.digest(n) for n in (net, shifted, other)}) == 3
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == mode
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from rampart.hardening.model.classifier import ClassifierConfig
-from rampart.hardening.model.foreign import adopt
+from rampart.hardening.model.foreign import adopt, take
 
 State = dict[str, Tensor]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -25,6 +25,14 @@ def net() -> nn.Module:
 
 def prefixed(state: State, prefix: str) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def spelled(state: State) -> State:
+    """As the ResNets for CIFAR of both call their parts."""
+    return {
+        name.replace("downsample", "shortcut").replace("fc.", "linear."): tensor
+        for name, tensor in state.items()
+    }
 
 
 def madry_lab(state: State) -> dict[str, Any]:
@@ -45,6 +53,8 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     ),
     "RobustBench, normalizer inside": lambda state: state | {"mu": VALUES[0], "sigma": VALUES[1]},
     "MadryLab robustness": madry_lab,
+    "RobustBench, CIFAR": lambda state: {"state_dict": prefixed(spelled(state), "module.")},
+    "MadryLab, CIFAR": lambda state: madry_lab(spelled(state)),
 }
 
 
@@ -148,3 +158,149 @@ def test_a_file_without_weights_says_what_it_holds(content: Any, tmp_path: Path)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         adopt(tmp_path / "none.pth", CONFIG)
+
+
+def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    state = {name.replace("downsample", "skip"): t for name, t in net.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    expected = (
+        r"lacks 15 of the network's tensors, as layer2\.0\.downsample\.0\.weight, and has"
+        r" layer2\.0\.skip\.0\.weight and 17 more in their place: check --arch"
+    )
+    with pytest.raises(ValueError, match=expected):
+        adopt(tmp_path / "w.pth", CONFIG)
+    with pytest.raises(ValueError, match=r"layers of vgg11, as features\.0\.weight, but conv1\.w"):
+        adopt(tmp_path / "w.pth", CONFIG._replace(arch="vgg11"))
+
+
+def test_a_name_that_both_spellings_have_stays(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    torch.save(state | {"linear.weight": state["fc.weight"] + 1}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"no place for, as linear\.weight"):
+        adopt(tmp_path / "w.pth", CONFIG)
+
+
+def changed(state: State, name: str, value: float) -> State:
+    """`state` with one number of one tensor set, or with all where it is 0."""
+    tensor = state[name].clone()
+    tensor.view(-1)[: None if value == 0 else 1] = value
+    return state | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fc.weight", float("nan"), r"NaN or infinity in fc\.weight: .*an earlier checkpoint"),
+        ("layer1.0.bn1.bias", float("inf"), r"NaN or infinity in layer1\.0\.bn1\.bias"),
+        ("bn1.running_var", -1.0, r"variances below 0 in bn1\.running_var: the file is damaged"),
+        ("layer2.0.conv1.weight", 0.0, r"nothing but 0 in layer2\.0\.conv1\.weight"),
+    ],
+)
+def test_weights_that_no_training_leaves_are_refused(
+    name: str, value: float, message: str, net: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(changed(net.state_dict(), name, value), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"w\.pth holds {message}"):
+        adopt(tmp_path / "w.pth", CONFIG)
+
+
+def norm(mean: float, std: float) -> State:
+    return {"normalize.mean": torch.full((3,), mean), "normalize.std": torch.full((3,), std)}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ((127.5, 51.0), (0.5, 0.2)),
+        ((0.0, 255.0), (0.0, 1.0)),
+        ((127.5, 1.0), (0.5, 0.003922)),
+        ((0.5, 0.2), (0.5, 0.2)),
+        ((0.0, 1.0), (0.0, 1.0)),
+    ],
+)
+def test_a_normalizer_of_pixels_up_to_255_is_brought_to_1(
+    found: tuple[float, float], expected: tuple[float, float], net: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(prefixed(net.state_dict(), "model.") | norm(*found), tmp_path / "w.pth")
+    classifier, lines = take(tmp_path / "w.pth", CONFIG)
+    mean, std = ((value,) * 3 for value in expected)
+    assert (classifier.config.mean, classifier.config.std) == (mean, std)
+    divided = ", divided by 255" if found != expected else ""
+    assert lines == [f"normalization of the file{divided}: mean {mean}, std {std}"]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ((0.5, 0.0), "divides by a std of 0 or less"),
+        ((0.5, -0.2), "divides by a std of 0 or less"),
+        ((float("nan"), 0.2), "is not finite"),
+        ((-0.5, 0.2), "has a mean below 0"),
+        ((900.0, 51.0), "is of pixels from 0 to 255"),
+    ],
+)
+def test_an_implausible_normalizer_is_refused(
+    found: tuple[float, float], message: str, net: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(prefixed(net.state_dict(), "model.") | norm(*found), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"normalization in .*w\.pth.* {message}: pass"):
+        adopt(tmp_path / "w.pth", CONFIG)
+
+
+def test_a_normalization_that_is_passed_for_pixels_up_to_255_is_refused_with_the_right_one(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    expected = r"pass them divided by 255, mean \(0\.5, 0\.2, 0\.4\) and std \(0\.2, 0\.2, 0\.2\)"
+    with pytest.raises(ValueError, match=expected):
+        adopt(tmp_path / "w.pth", CONFIG, mean=(127.5, 51.0, 102.0), std=(51.0, 51.0, 51.0))
+    with pytest.raises(ValueError, match=r"that is passed, .* divides by a std of 0"):
+        adopt(tmp_path / "w.pth", CONFIG, std=(0.2, 0.0, 0.2))
+
+
+def test_what_is_taken_is_told_and_an_average_that_is_not(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    torch.save({"model": state, "model_ema": state, "epoch": 3}, tmp_path / "w.pth")
+    lines = take(tmp_path / "w.pth", CONFIG).lines
+    assert lines[0] == "weights: entry model" and "model_ema, an average" in lines[1]
+    assert lines[2] == f"normalization: mean {MEAN}, std {STD}"
+    other = changed(state, "fc.bias", 7.0)
+    torch.save({"ema": other, "epoch": 3}, tmp_path / "w.pth")
+    classifier, lines = take(tmp_path / "w.pth", CONFIG)
+    assert classifier.head.bias[0] == 7 and lines[0] == "weights: entry ema"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: copy or download it anew"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n", "git lfs pull"),
+        (b"PK\x03\x04 cut", "no file of torch.save, or cut"),
+        (b"<html>not found</html>", "no file of torch.save, or cut"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_no_weights_says_so(
+    content: bytes, message: str, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(content)
+    if suffix == ".safetensors" and "torch" in message:
+        message = "is not a safetensors file"
+    with pytest.raises(ValueError, match=rf"w{suffix} .*{message}"):
+        adopt(file, CONFIG)
+
+
+@pytest.mark.parametrize("entry", ["model", "net", "state_dict"])
+def test_what_needs_unpickling_is_named_and_the_way_to_convert_it_works(
+    entry: str, net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({entry: net.state_dict(), "best": Path("x")}, "w.pth")
+    with pytest.raises(ValueError, match=r"unpickling pathlib\.") as caught:
+        adopt(Path("w.pth"), CONFIG)
+    command = str(caught.value).partition("alone: ")[2].partition(" in the environment")[0]
+    exec(command, {"torch": torch})
+    assert adopt(Path("weights.pth"), CONFIG).config == CONFIG
