@@ -7,11 +7,13 @@ import pytest
 import torch
 from blobs import blobs
 from command import run
+from PIL import Image
 from torchvision.models import get_model
 
 from rampart.cli.options import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.report import card as report
 from rampart.training import pick_device
 
@@ -167,3 +169,30 @@ def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Pat
     assert f"normalization: mean {half}, std {half}\n" in told
     config = checkpoint.read(tmp_path / "c.safetensors")[0]["classifier"]
     assert (config["mean"], config["std"]) == ([*half], [*half])
+
+
+@pytest.mark.parametrize("verb", ["train", "harden", "purifier", "calibrate"])
+def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_out(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That there are too few images comes after they are read."""
+    monkeypatch.chdir(tmp_path)
+    for index, image in enumerate(blobs(20).image.numpy()):
+        file = Path("data", f"{index % 2}", f"{index}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    Path("data/0/empty.png").touch()
+    Path("data/1/cut.png").write_bytes(file.read_bytes()[:100])
+    net = Classifier(ClassifierConfig("resnet10", 2, width=0.125))
+    checkpoint.save(Path("c.safetensors"), net, {"classifier": net.config._asdict()})
+    options = {
+        "train": ["--out", "run"],
+        "harden": ["--out", "mine.mar"],
+        "purifier": ["--out", "run", "--classifier", "c.safetensors"],
+        "calibrate": ["mine", "--classifier", "c.safetensors"],
+    }
+    command = [verb, *options[verb], "--data", "data"]
+    with pytest.raises(ValueError, match=r"2 of 22 pictures .*\n.*empty\.png.*\n.*cut\.png"):
+        run(*command)
+    with pytest.raises(ValueError, match="leaves 2 held-out images"):
+        run(*command, "--skip-bad")
