@@ -109,6 +109,8 @@ class Folder:
                 if keep:
                     image[row] = torch.from_numpy(decoded(self.files[row], picture))
                 return picture.still.size
+            except OSError as error:
+                return f"{self.files[row]}: {error.strerror}: remove it"
             except ValueError as error:
                 return str(error)
 
@@ -300,11 +302,14 @@ def threads() -> int:
 
 def read_picture(file: Path, size: int) -> Pixels:
     """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
-    return decoded(file, open_picture(file, size))
+    try:
+        return decoded(file, open_picture(file, size))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
 
 
 def open_picture(file: Path, size: int) -> Picture:
-    """A picture whose structure was checked, and no pixel. Raises ValueError that names it."""
+    """A picture whose structure was checked, and no pixel. Raises OSError or ValueError."""
     try:
         # A pipe without a writer is opened too, and at once.
         with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
@@ -312,8 +317,6 @@ def open_picture(file: Path, size: int) -> Picture:
             return examine(stream.read(LARGEST), size)
     except ImageError as error:
         raise ValueError(f"{file}: {error.message}") from error
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}: remove it") from error
 
 
 def decoded(file: Path, picture: Picture) -> Pixels:

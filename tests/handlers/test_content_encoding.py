@@ -31,6 +31,11 @@ def bare(data: bytes) -> bytes:
     return stream.compress(data) + stream.flush()
 
 
+def gzipped(data: bytes) -> bytes:
+    """Without the time, so that tests have the same names in every process."""
+    return gzip.compress(data, mtime=0)
+
+
 def sent(data: bytes, name: str) -> Incoming:
     return Incoming({"content-encoding": name}, [data])
 
@@ -44,9 +49,9 @@ def refusal(data: bytes, name: str) -> ImageError:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("gzip", gzip.compress(BODY)),
-        (" GZIP ", gzip.compress(BODY)),
-        ("x-gzip", gzip.compress(BODY)),
+        ("gzip", gzipped(BODY)),
+        (" GZIP ", gzipped(BODY)),
+        ("x-gzip", gzipped(BODY)),
         ("deflate", zlib.compress(BODY)),
         ("deflate", zlib.compress(BODY, 0)),
         ("deflate", bare(BODY)),
@@ -70,12 +75,12 @@ def test_another_encoding_is_named_as_the_fault_and_not_quoted(name: str) -> Non
     [
         ("gzip", BODY),
         ("gzip", b""),
-        ("gzip", gzip.compress(BODY)[:-1]),
-        ("gzip", gzip.compress(BODY) + b"more"),
+        ("gzip", gzipped(BODY)[:-1]),
+        ("gzip", gzipped(BODY) + b"more"),
         ("gzip", zlib.compress(BODY)),
         ("deflate", BODY),
         ("deflate", zlib.compress(BODY)[:-1]),
-        ("deflate", gzip.compress(BODY)),
+        ("deflate", gzipped(BODY)),
     ],
 )
 def test_what_is_not_compressed_as_its_header_says_is_400(name: str, data: bytes) -> None:
