@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,10 +136,12 @@ def contents(path: Path) -> Any:
 
 def unreadable(path: Path, message: str) -> str:
     """Why a file does not load without unpickling objects, by torch's `message`, and what to do."""
-    if zipfile.is_zipfile(path):
-        objects = sorted(get_unsafe_globals_in_checkpoint(path))
-    else:  # of torch before 1.6
-        objects = re.findall(r"GLOBAL ([\w.]+)", message)
+    if "TorchScript" in message:
+        return f"{path} is TorchScript, which holds code: save the state_dict() of what was traced"
+    objects = re.findall(r"GLOBAL ([\w.]+)", message)
+    if zipfile.is_zipfile(path):  # of torch since 1.6; then the message names one object alone
+        with suppress(RuntimeError):  # an archive of something else
+            objects = sorted(get_unsafe_globals_in_checkpoint(path))
     if not objects:
         return f"{path} is no file of torch.save, or cut: copy or save it anew"
     names = entries_in(path)

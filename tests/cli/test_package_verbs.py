@@ -109,9 +109,10 @@ def test_calibrate_without_all_it_needs_names_both_ways(options: list[str]) -> N
         run("calibrate", *options)
 
 
-def test_an_archive_has_its_own_classifier_to_calibrate() -> None:
+@pytest.mark.parametrize("option", ["store/a", "--skip-bad"])
+def test_an_archive_has_its_own_classifier_to_calibrate(option: str) -> None:
     with pytest.raises(ValueError, match="go alone"):
-        run("calibrate", "store/a", "--archive", "a.mar", "--images", "i")
+        run("calibrate", option, "--archive", "a.mar", "--images", "i")
 
 
 @pytest.mark.training

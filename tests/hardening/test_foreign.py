@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -304,3 +305,18 @@ def test_what_needs_unpickling_is_named_and_the_way_to_convert_it_works(
     command = str(caught.value).partition("alone: ")[2].partition(" in the environment")[0]
     exec(command, {"torch": torch})
     assert adopt(Path("weights.pth"), CONFIG).config == CONFIG
+
+
+def test_an_archive_of_something_else_says_so(tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("document.xml", "<text/>")
+    with pytest.raises(ValueError, match=r"w\.pth is no file of torch\.save, or cut"):
+        adopt(tmp_path / "w.pth", CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive:UserWarning")
+def test_a_traced_network_says_what_to_save_instead(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3)).save(tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt is TorchScript, .* save the state_dict\(\)"):
+        adopt(tmp_path / "w.pt", CONFIG)
