@@ -28,6 +28,8 @@ NOT_READY = ImageError(503, "not_ready", "the model does not answer: try again l
 OPEN = {"/ping", "/v2/health/live", "/v2/health/ready"}  # need no token: a kubelet has none
 Respond = Callable[[HTTPRequest], Awaitable[Response]]
 
+REFUSED = (ImageError, HTTPException, ClientDisconnect, Exception)
+
 
 def application(
     models: Models, exposition: Exposition, api: Api, tokens: Tokens | None = None
@@ -36,7 +38,19 @@ def application(
 
     `api` is the OpenAPI document that it shows.
     """
-    front = Front(models, exposition, api)
+    app = Starlette(
+        routes=_routes(Front(models, exposition, api)),
+        exception_handlers=dict.fromkeys(REFUSED, _refusal),
+    )
+    app.router.redirect_slashes = False
+    if tokens:
+        app.add_middleware(Gate, tokens=tokens)
+    app.add_middleware(Unread)
+    return app
+
+
+def _routes(front: "Front") -> list["At"]:
+    """Every path, with what answers there."""
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
     uploads = {  # curl -T sends PUT
         "/predictions/{model}": front.predict("predictions"),
@@ -63,24 +77,10 @@ def application(
         f"{model}/ready": front.ready,
         f"{version}/ready": front.ready,
     }
-    app = Starlette(
-        routes=[
-            *(At(path, respond, methods=["POST", "PUT"]) for path, respond in uploads.items()),
-            *(At(path, respond, methods=["POST"]) for path, respond in posts.items()),
-            *(At(path, respond, methods=["GET"]) for path, respond in gets.items()),
-        ],
-        exception_handlers={
-            ImageError: _refusal,
-            HTTPException: _refusal,
-            Exception: _refusal,
-            ClientDisconnect: _refusal,
-        },
-    )
-    app.router.redirect_slashes = False
-    if tokens:
-        app.add_middleware(Gate, tokens=tokens)
-    app.add_middleware(Unread)
-    return app
+    kinds = ((["POST", "PUT"], uploads), (["POST"], posts), (["GET"], gets))
+    return [
+        At(path, ask, methods=methods) for methods, paths in kinds for path, ask in paths.items()
+    ]
 
 
 class Gate:
