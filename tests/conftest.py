@@ -112,14 +112,23 @@ def tiny_pipeline(tiny_folder: Path) -> "DefendedClassifier":
 
 
 @pytest.fixture(scope="session")
-def tiny_shipped(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+def tiny_shipped(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, worker_id: str
+) -> Path:
     """The same model folder with the graphs of both variants: packing it exports nothing."""
+    from filelock import FileLock
+
     from rampart.export.build import ship
 
-    folder = tmp_path_factory.mktemp("shipped") / "tiny"
-    shutil.copytree(tiny_folder, folder)
-    for variant in ("full", "lean"):
-        ship(folder, variant)
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent  # of all workers: one exports
+    folder = shared / "shipped" / "tiny"
+    with FileLock(shared / "shipped.lock"):
+        if not folder.is_dir():
+            part = Path(shutil.copytree(tiny_folder, folder.with_name("part")))
+            for variant in ("full", "lean"):
+                ship(part, variant)
+            part.rename(folder)
     return folder
 
 
