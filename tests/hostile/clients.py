@@ -55,6 +55,20 @@ def good_answers(target: Target, body: bytes) -> int:
         return sum(pool.map(client, range(CLIENTS)))
 
 
+def disturbed(attack: Attack, target: Target, body: bytes) -> int:
+    """As `good_answers`, while `attack` goes on; afterwards one more request must be answered."""
+    stop = threading.Event()
+    hostile = threading.Thread(target=attack, args=(target, stop))
+    hostile.start()
+    try:
+        answers = good_answers(target, body)
+    finally:
+        stop.set()
+        hostile.join(timeout=90)
+    assert requests.post(target.url, body, timeout=60).status_code == 200
+    return answers
+
+
 def posting(body: bytes, kind: str, *, route: str = "url") -> Attack:
     """Sends one body again and again, by one connection."""
 
