@@ -22,23 +22,29 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test quick check format wheel graphs lock audit clean
+.PHONY: serve test slow quick check format wheel graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
 
 # Compiled files are kept even where the environment forbids it: without them each process that
 # imports torch compiles it anew, and the suite takes half as long again.
-test quick: export PYTHONDONTWRITEBYTECODE :=
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test slow quick: export PYTHONDONTWRITEBYTECODE :=
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
 	@# Two files at a time; a thread each, or they would wait for each other's cores. Files are
 	@# taken as tests/conftest.py orders them, and not by how many tests they have.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) -m "not slow"
+
+slow: .venv/dev
+	@echo "Running the tests that take ten seconds and more each ..."
+	@$(PYTEST) -m slow
 
 quick: .venv/dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not server and not training"
+	@$(PYTEST) -q -m "not server and not training and not slow"
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -149,6 +149,7 @@ def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(
     assert rp.Model.load(model).best_variant == "full"
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_a_factory_on_the_command_line_goes_the_whole_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

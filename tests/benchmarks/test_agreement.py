@@ -11,6 +11,7 @@ from rampart.export.archive import archive
 from rampart.hardening.model.images import Images
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_the_endpoint_answers_as_the_torch_pipeline_on_every_image(
     tmp_path: Path,

@@ -54,6 +54,7 @@ def test_a_calibration_that_fails_leaves_the_folder_as_it_was_and_one_of_another
     assert "metrics" not in card and "no file" in card["training"]["classifier"]
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     tmp_path: Path, lean_only: Path

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import requests
 from servers import Server, peak_memory
 
 from rampart.export.archive import archive
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     launch: Callable[..., Server],
     tiny_shipped: Path,

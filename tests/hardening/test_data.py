@@ -371,6 +371,7 @@ def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None
     assert len(data.load(rampart_data / "cifar10-test-lossless.npz")) == 617
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_no_image_is_in_two_splits(rampart_data: Path, tmp_path: Path) -> None:
     test = data.load(rampart_data / "cifar10-test-lossless.npz")

@@ -97,6 +97,7 @@ def show(*arguments: object) -> None:
     print(command.run(*arguments))
 
 
+@pytest.mark.slow
 def test_the_command_line_speaks_and_writes_once(tmp_path: Path) -> None:
     for name, images in (("images", blobs(256, size=16)), ("held", blobs(200, size=16, seed=1))):
         np.savez(tmp_path / name, image=images.image.numpy(), label=images.label.numpy())

@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from io import BytesIO
 
 import grpc
+import pytest
 import requests
 from PIL import Image
 
@@ -23,6 +24,8 @@ from benchmarks.decoding import emptied, encoded, with_text
 from benchmarks.fuzz import PREDICT, STREAM, grpc_request
 
 SECONDS, INTERVAL, CLIENTS = 4.0, 0.25, 8
+# One attack on each of decoder, parser and connections; an attack takes seconds.
+FEW = ("pictures of a million pixels in 88 bytes", "JSON of two million lists", "unfinished bodies")
 
 
 class Target:
@@ -204,6 +207,18 @@ def attacks() -> Iterator[tuple[str, Attack]]:
     yield "bodies that trickle", holding(head("tiny", 6_000_000), connections=50, more=b"x")
     yield "idle connections", holding(b"", connections=400)
     yield "broken pictures", posting(jpeg[: len(jpeg) // 2], "image/jpeg")
+
+
+def every_attack(*, grpc: bool = True) -> pytest.MarkDecorator:
+    """A test for each attack, all but a few `slow`; without `grpc` those over HTTP alone."""
+    return pytest.mark.parametrize(
+        "attack",
+        [
+            pytest.param(attack, id=name, marks=() if name in FEW else pytest.mark.slow)
+            for name, attack in attacks()
+            if grpc or not name.startswith("gRPC")
+        ],
+    )
 
 
 def form_fields(count: int) -> bytes:

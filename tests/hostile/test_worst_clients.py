@@ -7,9 +7,8 @@ has to do.
 
 import numpy as np
 import pytest
-from clients import Attack, Target, attacks, disturbed, good_answers
+from clients import Attack, Target, disturbed, every_attack, good_answers
 
-ATTACKS = dict(attacks())
 pytestmark = pytest.mark.server
 
 
@@ -24,7 +23,7 @@ def undisturbed(target: Target, body: bytes) -> int:
     return good_answers(target, body)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
+@every_attack()
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Attack, target: Target, server: object, body: bytes, undisturbed: int
 ) -> None:

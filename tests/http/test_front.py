@@ -162,6 +162,7 @@ def receive(one: socket.socket, until: bytes) -> bytes:
     return got
 
 
+@pytest.mark.slow
 def test_a_thousand_slow_clients_hold_up_nobody_and_are_closed(
     front: Server, picture: bytes
 ) -> None:
@@ -204,6 +205,7 @@ def test_what_is_not_http_is_told_in_our_form(front: Server) -> None:
         assert got.startswith(b"HTTP/1.1 400 ") and b'"type": "no_http"' in got
 
 
+@pytest.mark.slow
 def test_a_connection_is_kept_between_requests(front: Server, picture: bytes) -> None:
     with requests.Session() as session:
         for _ in range(3):
@@ -215,6 +217,7 @@ def test_a_connection_is_kept_between_requests(front: Server, picture: bytes) ->
         assert pool.num_connections == 1
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_no_answers_is_closed(front: Server) -> None:
     count, ask = 2000, b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
     size = len(requests.get(f"{front.root}/docs", timeout=10).content)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile.clients import Attack, Target, attacks, disturbed, good_answers
+from hostile.clients import Attack, Target, disturbed, every_attack, good_answers
 from servers import Server
-
-ATTACKS = {name: attack for name, attack in attacks() if not name.startswith("gRPC")}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def undisturbed(single: Server, body: bytes) -> int:
     return good_answers(Target(single.port, 0, "tiny"), body)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
+@every_attack(grpc=False)
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Attack, single: Server, body: bytes, undisturbed: int
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_models_name_is_text_and_no_html() -> None:
     assert "<i>" not in pages.overview([("<i>", "<i>")])
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_schemathesis_finds_no_answer_that_the_own_description_does_not_allow(
     front: Server, tmp_path: Path

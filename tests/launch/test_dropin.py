@@ -91,6 +91,7 @@ def test_predictions_work_and_so_do_metrics_where_they_are_declared(
     assert log.count("metrics_config=deploy/metrics.yaml") == (0 if declared else 1)
 
 
+@pytest.mark.slow
 def test_an_archive_that_cannot_be_loaded_is_given_up_and_harms_no_other(
     repack: Callable[..., Path], tiny_archive: Path, tmp_path: Path
 ) -> None:

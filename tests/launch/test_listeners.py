@@ -22,6 +22,7 @@ def listening(process: psutil.Process) -> set[int]:
     return {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
 
+@pytest.mark.slow
 def test_java_listens_on_no_port_that_nobody_asked_for(
     launch: Callable[..., Server], tiny_archive: Path, server: Server
 ) -> None:

@@ -55,6 +55,7 @@ def test_nothing_that_a_client_sent_gets_into_a_log(server: Server) -> None:
     assert [name for name, content in written.items() if MARK.encode() in content] == []
 
 
+@pytest.mark.slow
 def test_logs_stay_for_their_owner_alone_and_the_next_run_adds_to_them(
     launch: Callable[..., Server], tiny_archive: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def test_no_server_and_no_model_are_each_told(server: Server) -> None:
         probe(f"http://127.0.0.1:{server.port + 2}/metrics", 5, "other")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_removed_does_not_make_another_one_dead(
     launch: Callable[..., Server], tiny_archive: Path
 ) -> None:

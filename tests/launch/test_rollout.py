@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import requests
 from servers import Server
 
 from rampart.export.archive import archive
 
 
+@pytest.mark.slow
 def test_a_version_is_swapped_under_load_without_a_failed_request(
     launch: Callable[..., Server],
     tiny_archive: Path,

@@ -76,6 +76,7 @@ def test_a_worker_that_still_starts_is_left_to_torchserve(
     assert failure(monkeypatch, other)
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_again_ends_the_server_with_the_reason(
     launch: Callable[..., Server],
     wait_gone: Callable[[list[psutil.Process]], list[psutil.Process]],
