@@ -15,7 +15,7 @@ from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim, label_victim
-from rampart.hardening.judge import ablation, outside
+from rampart.hardening.judge import ablation, outside, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
@@ -225,8 +225,17 @@ def enter_ablation(
     return Outcome(card, lines)
 
 
-def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> Outcome:
-    """How often clean images are flagged, by the way they come and by the class they get."""
+def alarms(
+    model: Model,
+    source: Source,
+    study: Study,
+    *,
+    limit: int = 1000,
+    unlike: Sequence[Path] = (),
+) -> Outcome:
+    """How often clean images are flagged, by the way they come and by the class they get; and how
+    often pictures that belong to no class, drawn and `unlike`, where images lie.
+    """
     where = pick_device(study.device)
     held, tables = held_images(model, source), {v: model.calibration(v) for v in model.variants}
     every = [false.Judged(model.pipeline(v).to(where), table) for v, table in tables.items()]
@@ -234,10 +243,14 @@ def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> 
     unranked = split(held, "validation").to(where)
     rows = list(false.false_alarms(every, sample, rate=study.rate))
     rows += false.by_class(every, unranked, rate=study.rate)
+    others = strangers.drawn(model.image_size)
+    for path in unlike:
+        others[path.name] = load(path, train=False, size=model.image_size).image
+    foreign = list(strangers.flagged(every, others, rate=study.rate))
     coverage = {v: list(false.coverage(table.combined)) for v, table in tables.items()}
     remedies = false.remedies(rows)
     name = f"calibration images of {source.name}; by class its validation images"
-    entry = {"data": name, "rate": study.rate, "rows": rows}
+    entry = {"data": name, "rate": study.rate, "rows": rows, "strangers": foreign}
     entry |= {"coverage": coverage, "remedies": remedies, "command": study.command}
     points = [
         f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}"
@@ -245,7 +258,8 @@ def alarms(model: Model, source: Source, study: Study, *, limit: int = 1000) -> 
         for point in curve
     ]
     card = model.add_to_card({"false_alarms": entry})
-    return Outcome(card, [report.piped(*false.table(rows)), *points, *remedies])
+    tables_of_both = [report.piped(*false.table(rows)), report.piped(*strangers.table(foreign))]
+    return Outcome(card, [*tables_of_both, *points, *remedies])
 
 
 def beyond(model: Model, sample: Sample, study: Study) -> Outcome:

@@ -25,7 +25,7 @@ from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.model import calibrate, checkpoint, detectors
 from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.model.card import Row, Subject, cell_text
-from rampart.hardening.model.detectors import FULL, LEAN, PURIFIER, RECTIFIED, RECTIFIER
+from rampart.hardening.model.detectors import PURIFIER, RECTIFIED, RECTIFIER, Confidence
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
@@ -86,14 +86,15 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
     lacking = set() if head else {RECTIFIER}
     needs = {name: kind.needs for name, kind in detectors.DETECTORS.items()}
     possible = [name for name in needs if not needs[name] & lacking]
+    possible = [name for name in possible if not pipeline.detectors.lacks(name)]
     two_views = [name for name in possible if PURIFIER in needs[name]]
     one_view = [name for name in possible if name not in two_views]
     out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
-    out.append(Setup("lean", False, (*LEAN, *head)))
+    out.append(Setup("lean", False, (*pipeline.variants["lean"], *head)))
     if pipeline.purifier is not None:
         out.append(Setup("+ purifier", True))
         out += [Setup(f"+ purifier + {name}", True, (name,)) for name in two_views]
-        out.append(Setup("full", True, (*FULL, *head)))
+        out.append(Setup("full", True, (*pipeline.variants["full"], *head)))
     return out
 
 
@@ -117,7 +118,7 @@ def arm(
     """The parts of `pipeline` that `setup` names, calibrated on `held`, then moved to `device`."""
     purifier = pipeline.purifier if setup.purified else None
     # Every graph has scores; those of a setup that rejects nothing are not looked at.
-    names = setup.detectors or LEAN[:1]
+    names = setup.detectors or (Confidence.name,)
     net = DefendedClassifier(pipeline.classifier, purifier, names)
     net.detectors.take(pipeline.detectors)
     net = net.cpu().eval().requires_grad_(False)

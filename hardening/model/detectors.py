@@ -1,6 +1,7 @@
 """Scores of suspicion from two views of one image; higher = more suspicious. Sources: squeezers, Xu
 et al. 2018 (section 3); reconstruction distance, Meng and Chen 2017; energy, Liu et al. 2020;
-feature distance, Lee et al. 2018 (section 2.1); rectified rejection, Pang et al. 2022.
+feature distance, Lee et al. 2018 (section 2.1); residual, Wang et al. 2022 ("ViM", section 4);
+rectified rejection, Pang et al. 2022.
 """
 
 from collections.abc import Sequence
@@ -154,6 +155,14 @@ class Energy(Detector):
         return -views.logits.logsumexp(1)
 
 
+def features_of(classifier: Classifier, images: Images) -> Tensor:
+    """Features (N, F) of `images`, in float64: with more features than images, rounding would make
+    eigenvalues of their covariance negative.
+    """
+    with torch.no_grad():
+        return torch.cat([classifier.embed(x) for x, _ in batches(images, 256)]).double()
+
+
 class FeatureDistance(Detector):
     """Mahalanobis distance to the nearest class mean, covariance tied over classes."""
 
@@ -182,9 +191,7 @@ class FeatureDistance(Detector):
 
     def fit(self, classifier: Classifier, images: Images) -> Self:
         """Set means and whitening from clean `images`; ValueError where a class has no image."""
-        with torch.no_grad():
-            # In float64: with more features than images, rounding would make eigenvalues negative.
-            features = torch.cat([classifier.embed(x) for x, _ in batches(images, 256)]).double()
+        features = features_of(classifier, images)
         counts = torch.bincount(images.label, minlength=len(self.means))
         if (counts == 0).any():
             names = [images.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
@@ -197,6 +204,36 @@ class FeatureDistance(Detector):
         diagonal = covariance.diagonal().diag() + 1e-6 * torch.eye(len(covariance)).to(features)
         values, vectors = torch.linalg.eigh(covariance.lerp(diagonal, self.shrinkage))
         self.whiten.copy_(vectors @ (values.rsqrt().diag()) @ vectors.T)
+        return self
+
+
+class Residual(Detector):
+    """How far features lie outside the space that those of training fill: what the images show has
+    nothing to do with the classes.
+    """
+
+    name = "residual"
+
+    def __init__(self, classes: int, size: int) -> None:
+        super().__init__(classes, size)
+        self.register_buffer("centre", torch.zeros(size))
+        # A quarter of the directions, those in which training images differ most, are left out.
+        self.register_buffer("outside", torch.eye(size)[:, size // 4 :].contiguous())
+        self.centre: Tensor
+        self.outside: Tensor
+
+    def forward(self, views: Views) -> Tensor:
+        """Lengths (N,) of what sticks out."""
+        outside = (views.features - self.centre) @ self.outside
+        return (outside.square().sum(1) + 1e-12).sqrt()
+
+    def fit(self, classifier: Classifier, images: Images) -> Self:
+        """Find the space that clean `images` fill."""
+        features = features_of(classifier, images)
+        self.centre.copy_(features.mean(0))
+        # eigh sorts by size, the smallest first.
+        vectors = torch.linalg.eigh(features.T.cov(correction=0)).eigenvectors
+        self.outside.copy_(vectors[:, : self.outside.shape[1]])
         return self
 
 
@@ -233,7 +270,7 @@ def register(*detectors: type[Detector]) -> None:
 
 
 register(Median, BitDepth, Reconstruction, Disagreement, Confidence, Energy)
-register(FeatureDistance, Rectified, Squeezing)
+register(FeatureDistance, Residual, Rectified, Squeezing)
 
 FULL = (
     "median",
@@ -244,7 +281,8 @@ FULL = (
     "energy",
     "feature_distance",
 )
-LEAN = ("confidence", "energy")
+# Doubt between classes, unlike any class, unlike all that was trained on.
+LEAN = ("confidence", "feature_distance", "residual")
 FITTED = 5000  # training images that detectors are fitted on
 RECTIFIED = Rectified.name  # where the classifier has a second head
 SQUEEZING = Squeezing.name
@@ -275,8 +313,18 @@ class Detectors(nn.Module):
         nothing.
         """
         missing = self.load_state_dict(other.state_dict(), strict=False).missing_keys
+        self.leave_out(missing)
         if lost := sorted({key.partition(".")[0] for key in missing if self.needed(key)}):
             raise ValueError(f"{', '.join(lost)} must be fitted first: make the model folder anew")
+
+    def leave_out(self, missing: Sequence[str]) -> None:
+        """Take away the detectors of these tensors, unless they are looked at."""
+        for name in {key.partition(".")[0] for key in missing if not self.needed(key)}:
+            delattr(self, name)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a detector of this name would have to be fitted first."""
+        return not hasattr(self, name) and any(True for _ in DETECTORS[name](2, 4).buffers())
 
     def needed(self, key: str) -> bool:
         """Whether a tensor of a state belongs to a detector that is looked at."""

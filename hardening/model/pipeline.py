@@ -21,6 +21,8 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.purifier import Purifier, build, described
 
 Variant = Literal["full", "lean"]
+# The detectors of a variant where a file of weights does not name them.
+EARLIER: dict[Variant, tuple[str, ...]] = {"full": FULL, "lean": ("confidence", "energy")}
 
 
 class Outputs(NamedTuple):
@@ -52,6 +54,7 @@ class DefendedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.purifier = classifier, purifier
+        self.variants: dict[Variant, tuple[str, ...]] = {"full": FULL, "lean": LEAN}
         self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
 
     def defend(self, x: Tensor) -> Outputs:
@@ -90,7 +93,9 @@ class DefendedClassifier(nn.Module):
 
 def save(path: Path, pipeline: DefendedClassifier, classes: tuple[str, ...]) -> None:
     """Write all it takes to rebuild either variant; without a purifier, `lean` alone."""
-    config = {"classifier": pipeline.classifier.config._asdict(), "classes": list(classes)}
+    config: dict[str, Any] = {"classifier": pipeline.classifier.config._asdict()}
+    config["classes"] = list(classes)
+    config["variants"] = {name: list(parts) for name, parts in pipeline.variants.items()}
     if pipeline.purifier is not None:
         config |= {"purifier": described(pipeline.purifier)}
     checkpoint.save(path, pipeline, config)
@@ -111,20 +116,22 @@ def load_whole(path: Path, *variants: Variant) -> tuple[DefendedClassifier, tupl
         raise ValueError(f"{path} holds no defended model: `rampart calibrate` makes one")
     classifier = Classifier(classifier_config(config))
     purifier = build(config["purifier"]) if "purifier" in config else None
-    names = {"full": FULL, "lean": LEAN}
+    names = EARLIER | {v: tuple(parts) for v, parts in config.get("variants", {}).items()}
     looks = dict.fromkeys(name for v in variants or names for name in names[v])
     whole = DefendedClassifier(classifier, purifier, tuple(looks))
+    whole.variants = names
     restore(whole, state, path)
     return whole.eval().requires_grad_(False), tuple(config["classes"])
 
 
 def as_variant(whole: DefendedClassifier, variant: Variant) -> DefendedClassifier:
     """The parts of `whole` that make a variant, with the same weights."""
-    names = FULL if variant == "full" else LEAN
+    names = whole.variants[variant]
     if whole.classifier.rectifier is not None:
         names = (*names, RECTIFIED)
     purifier = whole.purifier if variant == "full" else None
     pipeline = DefendedClassifier(whole.classifier, purifier, names)
+    pipeline.variants = whole.variants
     pipeline.detectors.take(whole.detectors)
     return pipeline.eval().requires_grad_(False)
 
@@ -139,6 +146,8 @@ def restore(pipeline: DefendedClassifier, state: dict[str, Tensor], path: Path) 
     ]
     if strange:
         raise ValueError(f"{path} is no file of this pipeline: see {', '.join(strange[:3])}")
+    # The file is older than these detectors.
+    pipeline.detectors.leave_out([key.removeprefix("detectors.") for key in keys.missing_keys])
 
 
 def classifier_config(config: dict[str, Any]) -> ClassifierConfig:

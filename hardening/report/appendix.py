@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from rampart.hardening.judge import ablation, outside
+from rampart.hardening.judge import ablation, outside, strangers
 from rampart.hardening.judge.alarms import in_words
 from rampart.hardening.judge.alarms import table as alarm_table
 from rampart.hardening.judge.checks import Check
@@ -80,6 +80,8 @@ def alarms(card: dict[str, Any]) -> Iterator[Section]:
     caption = "A random half of the calibration images ranks the other half, again and again."
     picture = Drawing(plots.coverage(part["coverage"]), alt, f"{caption} {spread}.")
     tables = [Table("False alarms", *alarm_table(part["rows"]))]
+    if "strangers" in part:
+        tables.append(Table("Pictures of no class", *strangers.table(part["strangers"])))
     yield Section("False alarms", words, [picture], tables)
 
 

@@ -1,4 +1,4 @@
-"""Labelled images from CIFAR-10, an ImageFolder or an .npz file, and their augmentation."""
+"""Labelled images from CIFAR-10, an ImageFolder or an .npz file, and their batches."""
 
 import hashlib
 import os
@@ -27,6 +27,7 @@ from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed
+from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.survey import Size, Survey
 
@@ -362,22 +363,6 @@ def spread(images: Source, count: int | None) -> Images:
     return images.whole()
 
 
-def flip(x: Tensor, noise: Noise) -> Tensor:
-    """Mirror each image of x (N, 3, H, W) with probability 1/2."""
-    return torch.where(noise.uniform(1, 1, 1) < 0.5, x.flip(-1), x)
-
-
-def crop(x: Tensor, noise: Noise, *, padding: int = 4) -> Tensor:
-    """Shift each image of x (N, 3, H, W) by up to `padding` pixels, filling with reflections."""
-    n, _, height, width = x.shape
-    padded = torch.nn.functional.pad(x, (padding,) * 4, mode="reflect")
-    shift = (noise.uniform(2) * (2 * padding + 1)).long()  # (N, 2)
-    rows = (shift[:, :1] + torch.arange(height, device=x.device))[:, :, None]  # (N, H, 1)
-    columns = (shift[:, 1:] + torch.arange(width, device=x.device))[:, None, :]  # (N, 1, W)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)
-
-
 class Batch(NamedTuple):
     """What a training step learns from; `noise` draws for each of its images."""
 
@@ -394,11 +379,10 @@ def shuffled(
     seed: int,
     epoch: int,
     skip: int = 0,
-    mirrored: bool = True,
+    augmentations: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
-    Order and augmentation follow from `seed`, `epoch` and the image alone. `mirrored` flips half of
-    the images: not for signs, letters and digits.
+    Order and augmentation follow from `seed`, `epoch` and the image alone.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=draws)
@@ -412,5 +396,4 @@ def shuffled(
     for index, (image, label) in zip(rows, images.read(rows), strict=True):
         key = images.send(index) if isinstance(images, Folder) else index
         noise = Noise(key, seed=seed, epoch=epoch)
-        x = to_float(image)
-        yield Batch(crop(flip(x, noise) if mirrored else x, noise), label, noise)
+        yield Batch(augment(to_float(image), noise, augmentations), label, noise)

@@ -28,6 +28,7 @@ from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed, provenance
 from rampart.hardening.train import state as states
+from rampart.hardening.train.augmentation import check_augmentations
 from rampart.hardening.train.data import Batch, Folder, shuffled
 from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
 
@@ -60,7 +61,7 @@ class Recipe(NamedTuple):
     steps: int = 10  # of the attack, where the method has more than one
     precision: Precision = "fp32"
     teacher: str = ""  # stands for the weights of the network that is distilled from
-    mirrored: bool = True  # whether half of the images are flipped
+    augment: tuple[str, ...] = ("flip", "crop")  # of AUGMENTATIONS, in their order
     # The recipe that made the weights this run goes on from, where it does not start afresh.
     after: str = ""
 
@@ -126,11 +127,11 @@ class Run:
         parts: dict[str, Part],
         *,
         seed: int = 0,
-        mirrored: bool = True,
+        augmentations: Sequence[str] = ("flip", "crop"),
         save_every: float = 300.0,
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
-        self.seed, self.mirrored, self.save_every = seed, mirrored, save_every
+        self.seed, self.augmentations, self.save_every = seed, augmentations, save_every
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
@@ -185,7 +186,7 @@ class Run:
         title, quiet = f"epoch {self.epoch + 1}/{epochs}", not distributed.first()
         with tqdm(total=count, initial=self.done, desc=title, disable=quiet) as bar:
             shown = time.monotonic()
-            for batch in rounds(skip=self.done, mirrored=self.mirrored):
+            for batch in rounds(skip=self.done, augmentations=self.augmentations):
                 torch.manual_seed(self.seed + self.steps * world + rank)  # for dropout
                 loss = step(batch, (self.epoch + self.done / count) / epochs)
                 self.loss = self.loss.to(loss.device) + loss
@@ -271,6 +272,7 @@ class Trainer:
         if recipe.method == "rslad" and recipe.smoothing:
             raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
         one_part(recipe.batch_size)
+        check_augmentations(recipe.augment)
         self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -281,7 +283,7 @@ class Trainer:
         names = ("model", "ema", "optimizer")
         parts: dict[str, Part] = {name: getattr(self, name) for name in names}
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, seed=recipe.seed, mirrored=recipe.mirrored)
+        self.run = Run(folder, settings, parts, seed=recipe.seed, augmentations=recipe.augment)
 
     def step(self, batch: Batch, progress: float) -> Tensor:
         """Craft, descend, average; returns the loss on the perturbed batch."""

@@ -16,6 +16,7 @@ ALONE = "With --rung: this alone, in the form that is asked for"
 ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
 ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
 ROW += "other rows' attacks are not put to it; repeatable"
+UNLIKE = "Images of none of the model's classes, which should be flagged; repeatable"
 TEAM = "square, simba, hopskipjump, boundary or oars; repeatable; default all"
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 
@@ -76,11 +77,15 @@ def ablate(
     say(*ablate(model, source.open(), study).lines)
 
 
-@verb("alarms model_store/mine --data cifar10/")
+@verb(
+    "alarms model_store/mine --data cifar10/",
+    "alarms model_store/mine --data signs/ --unlike cifar10/",
+)
 def alarms(
     subject: o.Subject,
     source: o.Source,
     limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
+    unlike: Annotated[list[Path] | None, Option(help=UNLIKE)] = None,
     rate: o.Rate = 0.01,
     device: o.Device = "auto",
 ) -> None:
@@ -89,7 +94,7 @@ def alarms(
 
     study = studies.Study(rate=rate, device=device, command=command_line())
     model = rp.Model.load(subject.model)
-    say(*studies.alarms(model, source.open(), study, limit=limit).lines)
+    say(*studies.alarms(model, source.open(), study, limit=limit, unlike=unlike or []).lines)
 
 
 @verb("outside model_store/mine --images cifar10/")

@@ -13,7 +13,8 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
-MIRROR = "Flip half of the images; not for signs, letters and digits, which then are others"
+AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable; default flip and crop. "
+AUGMENT += "Mirrored signs, letters and digits are others: no flip for them"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
 COMPILE = "torch.compile: a minute or more first, faster steps then"
@@ -85,7 +86,7 @@ def train(
     rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, Option(help=INIT)] = None,
-    mirror: Annotated[bool, Option(help=MIRROR)] = True,
+    augment: Annotated[list[str] | None, Option(help=AUGMENT)] = None,
 ) -> None:
     """Train a classifier adversarially. Ctrl-C is safe: the same command continues.
 
@@ -95,7 +96,9 @@ def train(
     from rampart.training import train_from
 
     recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size, lr, ema=ema, seed=run.seed)
-    recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps, mirrored=mirror)
+    recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps)
+    if augment:
+        recipe = recipe._replace(augment=tuple(name for name in augment if name != "none"))
     net = network.config(arch, image_size)._replace(rectified=rectify)
     place = run.place()._replace(compiled=compile)
     best = train_from(source.open(), net, recipe, place, init=init, teacher=teacher)

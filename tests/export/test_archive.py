@@ -81,7 +81,7 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_shipped: Path, tmp_path: Pat
         "on_failure": "closed",
         "detail": "full",
     }
-    assert calibration["detectors"] == ["confidence", "energy"]
+    assert calibration["detectors"] == ["confidence", "feature_distance", "residual"]
 
 
 @pytest.mark.parametrize(

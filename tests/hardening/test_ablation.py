@@ -93,8 +93,8 @@ def test_what_never_rejects_is_safe_only_where_no_answer_was_wrong(
 def test_the_attack_finds_wrong_answers_and_accepted_ones(outcomes: list[Outcome]) -> None:
     for seen in outcomes:
         assert seen.right.mean() > np.isinf(seen.least).mean()
-        # Detectors of pixels see three steps in so smooth images.
-        assert seen.safe(0.02).all() == (seen.attacked.setup.name == "full")
+        # Blobs are so alike that detectors of pixels and of features see three steps.
+        assert seen.safe(0.02).all() == (seen.attacked.setup.name in ("lean", "full"))
 
 
 def test_an_image_found_against_one_setup_counts_against_those_of_the_same_label(

@@ -12,7 +12,6 @@ import torch
 from blobs import blobs
 from PIL import Image
 
-from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.images import SPLITS, Images, batches, split
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.train import data
@@ -219,24 +218,6 @@ def test_pixels_survive_the_way_to_float_and_back() -> None:
     assert torch.equal(to_uint8(to_float(image)), image)
 
 
-def test_flip_mirrors_about_half_and_changes_nothing_else() -> None:
-    x = torch.rand(200, 3, 4, 4)
-    flipped = data.flip(x, Noise(torch.arange(200)))
-    mirrored = (flipped == x.flip(-1)).all(dim=(1, 2, 3))
-    assert 60 < int(mirrored.sum()) < 140
-    assert torch.equal(flipped[~mirrored], x[~mirrored])
-
-
-def test_crop_shifts_by_at_most_the_padding() -> None:
-    x = torch.rand(50, 3, 12, 12)
-    shifted = data.crop(x, Noise(torch.arange(50)), padding=2)
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
-    windows = [padded[:, :, i : i + 12, j : j + 12] for i in range(5) for j in range(5)]
-    found = torch.stack([(shifted == window).all(dim=(1, 2, 3)) for window in windows])
-    assert found.any(0).all()
-    assert int(found.any(1).sum()) > 10
-
-
 def test_training_batches_are_shuffled_whole_and_follow_from_seed_and_epoch() -> None:
     images = blobs(70)
     runs = [
@@ -260,17 +241,17 @@ def test_skipped_batches_change_nothing_in_those_that_follow() -> None:
     assert torch.equal(rest[0].noise.uniform(4), whole[3].noise.uniform(4))
 
 
-def test_what_is_not_mirrored_keeps_left_and_right() -> None:
+def test_without_flips_left_stays_left() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(16, 16)
     images = Images(ramp[None, :, :, None].repeat(64, 1, 1, 3), torch.zeros(64).long(), ("a",))
 
-    def rises(mirrored: bool) -> set[bool]:
-        (batch,) = data.shuffled(images, 64, seed=0, epoch=0, mirrored=mirrored)
+    def rises(*names: str) -> set[bool]:
+        (batch,) = data.shuffled(images, 64, seed=0, epoch=0, augmentations=names)
         middle = batch.x[:, 0, 8, 5:11]
         return set((middle.diff() > 0).all(1).tolist())
 
-    assert rises(mirrored=False) == {True}
-    assert rises(mirrored=True) == {True, False}
+    assert rises("crop") == {True}
+    assert rises("flip", "crop") == {True, False}
 
 
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch() -> None:

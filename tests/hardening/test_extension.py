@@ -17,6 +17,7 @@ from rampart.hardening.attack.objectives import Look
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import ablation
 from rampart.hardening.judge import evaluate as evaluation
+from rampart.hardening.model import checkpoint
 from rampart.hardening.model import detectors as known
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model import purifier as purifiers
@@ -183,12 +184,39 @@ class Mean(Detector):
 
 
 def test_weights_from_before_a_detector_load_unless_it_is_looked_at(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:
     weights = tiny_folder / "weights.safetensors"
     monkeypatch.setitem(known.DETECTORS, Mean.name, Mean)
     pipeline, _ = pipelines.load(weights, "lean")
     assert pipeline.detectors.names == LEAN
-    monkeypatch.setattr(pipelines, "LEAN", (*LEAN, "mean"))
+    # An ablation has no row for what learned nothing.
+    assert pipeline.detectors.lacks("mean")
+    assert "+ mean" not in [setup.name for setup in ablation.setups(pipeline)]
+    config, _ = checkpoint.read(weights)
+    config["variants"]["lean"] = [*LEAN, "mean"]
+    whole, _ = pipelines.load_whole(weights)
+    checkpoint.save(tmp_path / "newer.safetensors", whole, config)
     with pytest.raises(ValueError, match=r"detectors\.mean\.level"):
-        pipelines.load(weights, "lean")
+        pipelines.load(tmp_path / "newer.safetensors", "lean")
+
+
+def test_a_file_names_the_detectors_of_its_variants(tiny_folder: Path, tmp_path: Path) -> None:
+    whole, classes = pipelines.load_whole(tiny_folder / "weights.safetensors")
+    whole.variants = whole.variants | {"lean": ("energy",)}
+    pipelines.save(tmp_path / "weights.safetensors", whole, classes)
+    lean, _ = pipelines.load(tmp_path / "weights.safetensors", "lean")
+    assert lean.detectors.names == ("energy",)
+    (row,) = [setup for setup in ablation.setups(lean) if setup.name == "lean"]
+    assert row.detectors == ("energy",)
+
+
+def test_a_file_that_names_no_detectors_has_those_of_its_time(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config, _ = checkpoint.read(tiny_folder / "weights.safetensors")
+    whole, _ = pipelines.load_whole(tiny_folder / "weights.safetensors")
+    del config["variants"], whole.detectors.residual
+    checkpoint.save(tmp_path / "weights.safetensors", whole, config)
+    lean, _ = pipelines.load(tmp_path / "weights.safetensors", "lean")
+    assert lean.detectors.names == ("confidence", "energy")
