@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 import rampart as rp
 from rampart.cli import options as o
@@ -58,3 +58,18 @@ def certify(
 
     noise = looks.Noise(sigma, samples, alpha)
     say(looks.certify(rp.Model.load(look.model), look.image, noise, device=device))
+
+
+@verb("samples signs/", "samples signs/ --count 10")
+def samples(
+    folder: Annotated[Path, Argument(help="Where to put them")],
+    count: Annotated[int, Option(min=1, help="Of each sign")] = 1,
+    seed: Annotated[
+        int, Option(min=0, help="Of the first one; each number is another picture")
+    ] = 0,
+) -> None:
+    """Draw traffic signs to send to a model: PNGs that need no download and belong to nobody."""
+    from rampart.samples import write
+
+    files = write(folder, count=count, seed=seed)
+    say(f"{folder}: {len(files)} pictures, as {files[0].name}")

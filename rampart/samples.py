@@ -1,0 +1,205 @@
+"""Traffic signs drawn by Pillow, to try a model on: nobody's photographs, and no download.
+
+Shapes and colours are those of the Vienna Convention on Road Signs (1968), as Germany has them.
+They stand before a blurred background, seen from the side, in changing light.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+SIDE, FINE = 96, 4  # pixels a side of a picture, and how much finer it is drawn
+RED, BLUE, WHITE, BLACK, YELLOW = "#b5121b", "#0b4da2", "#f4f4f2", "#171717", "#f3b61f"
+Point = tuple[float, float]
+
+
+class Board:
+    """What a sign is drawn on: coordinates from -1 to 1, y downwards, on a transparent ground."""
+
+    def __init__(self) -> None:
+        self.image = Image.new("RGBA", (SIDE * FINE,) * 2)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def at(self, x: float, y: float) -> Point:
+        """Where (x, y) is in pixels."""
+        half = SIDE * FINE / 2
+        return half + x * half, half + y * half
+
+    def disc(self, radius: float, colour: str) -> None:
+        """A disc around the middle."""
+        self.draw.ellipse((*self.at(-radius, -radius), *self.at(radius, radius)), fill=colour)
+
+    def polygon(self, points: list[Point], colour: str) -> None:
+        """A filled polygon."""
+        self.draw.polygon([self.at(*point) for point in points], fill=colour)
+
+    def corners(self, count: int, radius: float, turn: float, colour: str, y: float = 0) -> None:
+        """A regular polygon around (0, y), its first corner `turn` degrees from the top."""
+        angles = [math.radians(turn + 360 * i / count - 90) for i in range(count)]
+        points = [(radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+        self.polygon(points, colour)
+
+    def text(self, words: str, height: float, colour: str, width: float = 1.0) -> None:
+        """Words around the middle; `width` squeezes them."""
+        font = ImageFont.load_default(height * SIDE * FINE / 2)
+        left, top, right, bottom = font.getbbox(words, stroke_width=FINE)
+        layer = Image.new("RGBA", (round(right - left), round(bottom - top)))
+        pen = ImageDraw.Draw(layer)
+        pen.text((-left, -top), words, colour, font, stroke_width=FINE, stroke_fill=colour)
+        layer = layer.resize((max(1, round(layer.width * width)), layer.height))
+        x, y = self.at(0, 0)
+        self.image.alpha_composite(layer, (round(x - layer.width / 2), round(y - layer.height / 2)))
+
+    def arrow(self, turn: float, colour: str) -> None:
+        """An arrow through the middle, up at 0 degrees, to the right at 90."""
+        shape = [
+            (-0.13, 0.6),
+            (0.13, 0.6),
+            (0.13, -0.1),
+            (0.42, -0.1),
+            (0, -0.62),
+            (-0.42, -0.1),
+            (-0.13, -0.1),
+        ]
+        c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+        self.polygon([(x * c - y * s, x * s + y * c) for x, y in shape], colour)
+
+
+def stop(board: Board) -> None:
+    """A red octagon that says STOP."""
+    board.corners(8, 0.97, 22.5, WHITE)
+    board.corners(8, 0.91, 22.5, RED)
+    board.text("STOP", 0.78, WHITE, 0.8)
+
+
+def give_way(board: Board) -> None:
+    """A triangle on its tip, red around white."""
+    board.corners(3, 1.05, 180, RED, -0.25)
+    board.corners(3, 0.68, 180, WHITE, -0.25)
+
+
+def no_entry(board: Board) -> None:
+    """A red disc with a white bar."""
+    board.disc(0.95, WHITE)
+    board.disc(0.9, RED)
+    board.polygon([(-0.68, -0.17), (0.68, -0.17), (0.68, 0.17), (-0.68, 0.17)], WHITE)
+
+
+def limit(speed: int) -> Callable[[Board], None]:
+    """A red ring around the speed."""
+
+    def sign(board: Board) -> None:
+        board.disc(0.95, RED)
+        board.disc(0.72, WHITE)
+        board.text(str(speed), 0.86, BLACK, 0.62 if speed > 99 else 0.85)
+
+    return sign
+
+
+def no_vehicles(board: Board) -> None:
+    """A red ring around white."""
+    board.disc(0.95, RED)
+    board.disc(0.72, WHITE)
+
+
+def priority_road(board: Board) -> None:
+    """A yellow diamond in a white one."""
+    board.corners(4, 1.0, 0, BLACK)
+    board.corners(4, 0.97, 0, WHITE)
+    board.corners(4, 0.68, 0, YELLOW)
+
+
+def danger(board: Board) -> None:
+    """A triangle, red around white, with an exclamation mark."""
+    board.corners(3, 1.05, 0, RED, 0.25)
+    board.corners(3, 0.68, 0, WHITE, 0.25)
+    board.polygon([(-0.1, -0.22), (0.1, -0.22), (0.05, 0.26), (-0.05, 0.26)], BLACK)
+    board.draw.ellipse((*board.at(-0.09, 0.33), *board.at(0.09, 0.51)), fill=BLACK)
+
+
+def way(turn: float) -> Callable[[Board], None]:
+    """A white arrow on a blue disc."""
+
+    def sign(board: Board) -> None:
+        board.disc(0.95, WHITE)
+        board.disc(0.91, BLUE)
+        board.arrow(turn, WHITE)
+
+    return sign
+
+
+# By the names of the classes that the shipped model for traffic signs has.
+SIGNS: dict[str, Callable[[Board], None]] = {
+    "stop": stop,
+    "yield": give_way,
+    "no entry": no_entry,
+    "speed limit 30": limit(30),
+    # No 50, 60 or 80: Pillow's own font closes these digits where road signs leave them open.
+    "speed limit 70": limit(70),
+    "speed limit 100": limit(100),
+    "speed limit 120": limit(120),
+    "no vehicles": no_vehicles,
+    "priority road": priority_road,
+    "danger": danger,
+    "ahead only": way(0),
+    "keep right": way(135),
+}
+
+
+def background(draws: np.random.Generator) -> Image.Image:
+    """Sky above green or gray, out of focus."""
+    sky = draws.uniform(90, 200) + np.array((0, 10, draws.uniform(10, 45)))
+    ground = draws.uniform(30, 110) + np.array((draws.uniform(0, 25), draws.uniform(0, 35), 0))
+    rows = np.linspace(0, 1, SIDE)[:, None, None] > draws.uniform(0.3, 0.8)
+    pixels = np.where(rows, ground, sky) + draws.normal(0, 60, (SIDE, SIDE, 1))
+    image = Image.fromarray(np.broadcast_to(pixels, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(draws.uniform(2, 6)))
+
+
+def seen(board: Board, draws: np.random.Generator) -> Image.Image:
+    """The sign from a little to the side, at a distance, (SIDE, SIDE) with transparency."""
+    fine, reach = SIDE * FINE, draws.uniform(0.66, 0.86)
+    middle = fine / 2 + draws.uniform(-0.06, 0.06, 2) * fine
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * reach * fine / 2
+    corners = (
+        corners * draws.uniform((0.8, 0.95), (1, 1)) + draws.uniform(-0.03, 0.03, (4, 2)) * fine
+    )
+    target = corners + middle
+    source = np.array([(0, 0), (fine, 0), (fine, fine), (0, fine)], float)
+    rows = [
+        row
+        for (x, y), (u, v) in zip(target, source, strict=True)
+        for row in ((x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y))
+    ]
+    mapping = np.linalg.solve(np.array(rows), source.flatten()).tolist()
+    return board.image.transform(
+        (fine, fine), Image.Transform.PERSPECTIVE, mapping, Image.Resampling.BICUBIC
+    ).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def sample(name: str, seed: int = 0) -> Image.Image:
+    """The sign of this name as a picture (SIDE, SIDE), another one for each seed. KeyError for a
+    name that SIGNS lacks.
+    """
+    draws = np.random.default_rng([seed, *name.encode()])
+    board = Board()
+    SIGNS[name](board)
+    picture = background(draws).convert("RGBA")
+    picture.alpha_composite(seen(board, draws))
+    out = picture.convert("RGB").filter(ImageFilter.GaussianBlur(draws.uniform(0, 1.2)))
+    out = ImageEnhance.Brightness(out).enhance(draws.uniform(0.6, 1.15))
+    return ImageEnhance.Contrast(out).enhance(draws.uniform(0.75, 1.1))
+
+
+def write(folder: Path, *, count: int = 1, seed: int = 0) -> list[Path]:
+    """Draw `count` pictures of each sign into `folder` as NAME-NUMBER.png; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name in SIGNS:
+        for number in range(seed, seed + count):
+            files.append(folder / f"{name.replace(' ', '-')}-{number}.png")
+            sample(name, number).save(files[-1])
+    return files
