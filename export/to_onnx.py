@@ -7,6 +7,8 @@ import onnx
 import torch
 from torch import nn
 
+from rampart.export.gradients import unrolled
+from rampart.hardening.model.detectors import PROBED
 from rampart.hardening.model.pipeline import DefendedClassifier
 
 OUTPUTS = ("logits", "raw_logits", "scores", "purified")
@@ -17,7 +19,8 @@ def to_onnx(pipeline: DefendedClassifier, path: Path) -> Path:
     size = pipeline.classifier.config.image_size
     # A batch of 2 and not 1: the exporter specializes on sizes of 0 and 1.
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-    export(pipeline, {"image": example}, OUTPUTS, path)
+    module = unrolled(pipeline, example) if PROBED in pipeline.detectors.needs else pipeline
+    export(module, {"image": example}, OUTPUTS, path)
     cast_first(path)
     return path
 
@@ -35,7 +38,7 @@ def export(
             tuple(example.values()),
             str(path),
             dynamo=True,
-            dynamic_shapes={name: {0: torch.export.Dim("batch", min=1, max=4096)}},
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
             external_data=False,
             input_names=[name],
             output_names=list(outputs),

@@ -18,6 +18,7 @@ from rampart.hardening.model.images import Images, batches
 # What a detector may need.
 PURIFIER = "purifier"  # a purified view that is not the image itself
 SQUEEZED = "squeezed"  # two more classifier passes, of squeezed views
+PROBED = "probed"  # a gradient and one more pass: the answer after a small step against it
 RECTIFIER = "rectifier"  # a classifier with the second head of Pang et al. 2022
 
 
@@ -31,6 +32,7 @@ class Views(NamedTuple):
     features: Tensor  # (N, F) of x
     rectified: Tensor  # (N,) rectified confidence in x
     squeezed_logits: tuple[Tensor, ...] = ()  # (N, K) of each squeezed view of x
+    probed_logits: Tensor | None = None  # (N, K) of x after a step against its label
 
 
 def median3x3(x: Tensor) -> Tensor:
@@ -64,6 +66,26 @@ def squeezed(x: Tensor) -> tuple[Tensor, ...]:
     """
     rounded = (x * 31).round() / 31
     return x + (rounded - x).detach(), median3x3(x)
+
+
+def margin(logits: Tensor, label: Tensor) -> Tensor:
+    """By how much (N,) the logit of each label (N,) is above the largest other of (N, K)."""
+    own = torch.arange(logits.shape[1], device=logits.device) == label[:, None]
+    others = torch.where(own, torch.full_like(logits, -1e9), logits).amax(1)
+    return torch.where(own, logits, torch.zeros_like(logits)).sum(1) - others
+
+
+def step_against(classifier: Classifier, x: Tensor, radius: Tensor) -> Tensor:
+    """x (N, 3, H, W) after one signed step of `radius` that lowers the margin of its own label.
+
+    The step is a constant of what follows: where a network is linear in pieces, as with ReLU, that
+    is its true derivative almost everywhere.
+    """
+    with torch.enable_grad():
+        start = x.detach().requires_grad_()
+        logits = classifier(start)
+        (slope,) = torch.autograd.grad(margin(logits, logits.detach().argmax(1)).sum(), start)
+    return (x - radius * slope.sign()).clamp(0, 1)
 
 
 def rms(d: Tensor) -> Tensor:
@@ -237,6 +259,26 @@ class Residual(Detector):
         return self
 
 
+class Consistency(Detector):
+    """How little of the label's margin is left after a small step against it: what an attack has
+    pushed over a border lies near one (Chen et al. 2023, "Stratified Adversarial Robustness with
+    Rejection", section 4.1, with one inner step, and by the margin instead of the confidence).
+    """
+
+    name = "consistency"
+    needs = frozenset({PROBED})
+
+    def __init__(self, classes: int, size: int) -> None:
+        super().__init__(classes, size)
+        self.register_buffer("radius", torch.tensor(2 / 255))
+        self.radius: Tensor
+
+    def forward(self, views: Views) -> Tensor:
+        """The margin after the step (N,), in logits, its sign turned."""
+        assert views.probed_logits is not None
+        return -margin(views.probed_logits, views.raw_logits.argmax(1))
+
+
 class Rectified(Detector):
     """Confidence times how far the classifier's second head trusts it."""
 
@@ -270,7 +312,7 @@ def register(*detectors: type[Detector]) -> None:
 
 
 register(Median, BitDepth, Reconstruction, Disagreement, Confidence, Energy)
-register(FeatureDistance, Residual, Rectified, Squeezing)
+register(FeatureDistance, Residual, Consistency, Rectified, Squeezing)
 
 FULL = (
     "median",

@@ -11,11 +11,13 @@ from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import (
     FULL,
     LEAN,
+    PROBED,
     RECTIFIED,
     SQUEEZED,
     Detectors,
     Views,
     squeezed,
+    step_against,
 )
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.purifier import Purifier, build, described
@@ -75,6 +77,9 @@ class DefendedClassifier(nn.Module):
         clues = Views(
             x, purified, raw_logits, each[own - 1], features, rectified, tuple(each[own:])
         )
+        if PROBED in self.detectors.needs:
+            near = step_against(self.classifier, x, self.detectors.get_buffer("consistency.radius"))
+            clues = clues._replace(probed_logits=self.classifier(near))
         return Outputs(each[own - 1], raw_logits, self.detectors(clues), purified)
 
     def label_logits(self, x: Tensor) -> Tensor:

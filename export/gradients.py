@@ -1,0 +1,140 @@
+"""A module that asks autograd for a gradient, as operators that ONNX has.
+
+The exporter cannot trace autograd, so this does: what the backward pass calls becomes part of the
+graph, its convolutions as the ordinary ones that they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+aten = torch.ops.aten
+
+
+def unrolled(module: nn.Module, example: Tensor) -> fx.GraphModule:
+    """`module` with its backward passes spelled out; `example` (N, ...) with any N stands for all.
+
+    Raises ValueError where a backward pass has no such form.
+    """
+    graph_module = trace(module, example)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target in REWRITES:
+            with graph_module.graph.inserting_before(node):
+                REWRITES[node.target](node, graph_module)
+    graph_module.graph.eliminate_dead_code()
+    left = {str(n.target) for n in graph_module.graph.nodes if "_backward" in str(n.target)}
+    if left:
+        raise ValueError(
+            f"the gradient of this network needs {', '.join(sorted(left))}, which ONNX lacks:"
+            " leave out the detector consistency"
+        )
+    restore_names(graph_module, module)
+    graph_module.graph.lint()  # type: ignore[no-untyped-call]
+    graph_module.recompile()
+    return graph_module
+
+
+def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
+    """All operators that `module` calls on `example`, in both directions, for any batch."""
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (example.dim() - 1)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    image = fake.from_tensor(example, symbolic_context=context)
+    table: Any = core_aten_decompositions()
+    tracer = make_fx(module, decomposition_table=table, _allow_non_fake_inputs=True)
+    traced: fx.GraphModule = tracer(image)
+    return traced
+
+
+def shape(node: fx.Node) -> list[int]:
+    """The shape of a traced value without its batch."""
+    return [int(side) for side in node.meta["val"].shape[1:]]
+
+
+def convolution(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """The gradient of a convolution with respect to its input: another convolution, turned over
+    where the stride is 1, else transposed.
+    """
+    arguments: Any = node.args
+    slope, x, weight, _, stride, padding, dilation, _, _, groups, _ = arguments
+    call = graph_module.graph.call_function
+    kernel = list(graph_module.get_parameter(weight.target).shape[2:])
+    # What the forward pass rounded away at the far border.
+    sizes = zip(shape(x)[1:], stride, padding, dilation, kernel, strict=True)
+    rest = [(side + 2 * p - d * (k - 1) - 1) % s for side, s, p, d, k in sizes]
+    if list(stride) == [1, 1] and groups == 1:
+        turned = call(aten.flip.default, (call(aten.transpose.int, (weight, 0, 1)), [2, 3]))
+        border = [d * (k - 1) - p for p, d, k in zip(padding, dilation, kernel, strict=True)]
+        value = call(
+            aten.convolution.default,
+            (slope, turned, None, [1, 1], border, dilation, False, [0, 0], 1),
+        )
+    else:
+        value = call(
+            aten.convolution.default,
+            (slope, weight, None, stride, padding, dilation, True, rest, groups),
+        )
+    for user in list(node.users):  # of the gradients by input, weight and bias
+        if user.args[1] == 0:
+            user.replace_all_uses_with(value)
+        graph_module.graph.erase_node(user)
+    graph_module.graph.erase_node(node)
+
+
+def pooling(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """The gradient of max-pooling: each maximum's slope goes where the maximum was."""
+    arguments: Any = node.args
+    slope, x, *_, indices = arguments
+    call = graph_module.graph.call_function
+    channels, height, width = shape(x)
+    flat = [-1, channels, height * width]
+    pooled = [-1, channels, shape(indices)[1] * shape(indices)[2]]
+    zeros = call(aten.reshape.default, (call(aten.zeros_like.default, (x,)), flat))
+    where, what = (call(aten.reshape.default, (value, pooled)) for value in (indices, slope))
+    scattered = call(aten.scatter_add.default, (zeros, 2, where, what))
+    node.replace_all_uses_with(
+        call(aten.reshape.default, (scattered, [-1, channels, height, width]))
+    )
+    graph_module.graph.erase_node(node)
+
+
+def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """A view, of values that may lie otherwise in memory than when they were traced."""
+    node.target = aten.reshape.default
+
+
+REWRITES: dict[Any, Callable[[fx.Node, fx.GraphModule], None]] = {
+    aten.convolution_backward.default: convolution,
+    aten.max_pool2d_with_indices_backward.default: pooling,
+    aten.view.default: view,
+}
+
+
+def restore_names(graph_module: fx.GraphModule, module: nn.Module) -> None:
+    """Give weights the names that `module` has for them, which `quantize` goes by."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    names = {id(tensor): name for name, tensor in named}
+    found = [
+        (node, getattr(graph_module, node.target))
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr"
+    ]
+    ours = [(node, tensor, names[id(tensor)]) for node, tensor in found if id(tensor) in names]
+    # The deepest first: theirs above come with them.
+    for home in sorted({name.rpartition(".")[0] for *_, name in ours}, reverse=True):
+        if home not in dict(graph_module.named_modules()):
+            graph_module.add_submodule(home, nn.Module())
+    for node, tensor, name in ours:
+        home, _, last = name.rpartition(".")
+        setattr(graph_module.get_submodule(home), last, tensor)
+        node.target = name

@@ -1,0 +1,91 @@
+"""A backward pass inside a graph."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rampart.export.gradients import unrolled
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.model import detectors
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.pipeline import DefendedClassifier
+
+SIZE = 32
+
+
+def pipeline(arch: str, width: float = 1.0) -> DefendedClassifier:
+    """An untrained one that looks at consistency."""
+    torch.manual_seed(0)
+    net = Classifier(ClassifierConfig(arch, 10, width, SIZE))
+    looks = ("consistency", "confidence")
+    return DefendedClassifier(net, None, looks).eval().requires_grad_(False)
+
+
+def images(count: int) -> Tensor:
+    """Noise, uint8 (count, SIZE, SIZE, 3)."""
+    draws = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
+
+
+# Residuals and strides; max-pooling; concatenation.
+@pytest.mark.parametrize(("arch", "width"), [("resnet18", 0.125), ("vgg11_bn", 0.125)])
+def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
+    arch: str, width: float, tmp_path: Path
+) -> None:
+    looks = pipeline(arch, width)
+    graph = to_onnx(looks, tmp_path / "graph.onnx")
+    engine = Engine(graph)
+    for count in (1, 2, 5):
+        image = images(count)
+        with torch.no_grad():
+            own = looks(image)
+        out = engine.run(image.numpy())
+        assert np.abs(own.scores.numpy() - out.scores).max() < 1e-4
+        assert np.abs(own.logits.numpy() - out.logits).max() < 1e-4
+    # `quantize` finds the classifier by the names of its weights.
+    names = [value.name for value in onnx.load(graph).graph.initializer]
+    assert any(name.startswith("classifier.backbone.") for name in names)
+
+
+def test_the_step_lowers_the_margin_and_moves_no_pixel_further_than_the_radius() -> None:
+    net = pipeline("resnet18", 0.125).classifier
+    x = images(8).permute(0, 3, 1, 2).float() / 255
+    near = detectors.step_against(net, x, torch.tensor(2 / 255))
+    assert float((near - x).abs().max()) <= 2 / 255 + 1e-6
+    label = net(x).argmax(1)
+    before, after = (detectors.margin(net(y), label) for y in (x, near))
+    assert (after < before).all()
+
+
+def test_margin_is_the_lead_of_a_label() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.5], [0.0, -1.0, 4.0]])
+    lead = detectors.margin(logits, torch.tensor([0, 1]))
+    assert lead.tolist() == [0.5, -5.0]
+
+
+def test_attackers_see_the_gradient_of_the_score() -> None:
+    looks = pipeline("resnet18", 0.125)
+    x = (images(4).permute(0, 3, 1, 2).float() / 255).requires_grad_()
+    looks.defend(x).scores[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert float(x.grad.abs().amax((1, 2, 3)).min()) > 0
+
+
+def test_a_gradient_that_onnx_lacks_is_told() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                y = x.detach().requires_grad_()
+                pooled = nn.functional.adaptive_max_pool2d(y, 3)
+                (slope,) = torch.autograd.grad(pooled.sum(), y)
+            return slope
+
+    with pytest.raises(
+        ValueError, match=r"adaptive_max_pool2d_backward\.default, which ONNX lacks"
+    ):
+        unrolled(Odd(), torch.rand(2, 3, 8, 8))
