@@ -13,12 +13,12 @@ from starlette.routing import Route as At
 
 from rampart.handlers.errors import INTERNAL, ImageError
 from rampart.handlers.http import pages
+from rampart.handlers.http.admission import Admission
 from rampart.handlers.http.bodies import Bodies, parts
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import ANSWER_SECONDS, Lane
 from rampart.handlers.http.metadata import SERVER, Models, find, tensors
 from rampart.handlers.http.pages import Api
-from rampart.handlers.http.tokens import NO_TOKEN, Tokens
 from rampart.handlers.types import Incoming, Reply, Route
 
 TIMEOUT = "x-request-timeout-ms"  # a client's own
@@ -32,9 +32,9 @@ REFUSED = (ImageError, HTTPException, ClientDisconnect, Exception)
 
 
 def application(
-    models: Models, exposition: Exposition, api: Api, tokens: Tokens | None = None
+    models: Models, exposition: Exposition, api: Api, admission: Admission | None = None
 ) -> Starlette:
-    """The ASGI application of several models; with `tokens` it answers those who have one.
+    """The ASGI application of several models; with `admission` it answers those who have a token.
 
     `api` is the OpenAPI document that it shows.
     """
@@ -43,8 +43,8 @@ def application(
         exception_handlers=dict.fromkeys(REFUSED, _refusal),
     )
     app.router.redirect_slashes = False
-    if tokens:
-        app.add_middleware(Gate, tokens=tokens)
+    if admission:
+        app.add_middleware(Gate, admission=admission)
     app.add_middleware(Unread)
     return app
 
@@ -84,20 +84,19 @@ def _routes(front: "Front") -> list["At"]:
 
 
 class Gate:
-    """Lets those in who have a token."""
+    """Lets those in who have a token, as often as they may ask."""
 
-    def __init__(self, app: Any, tokens: Tokens) -> None:
-        self._app, self._tokens = app, tokens
+    def __init__(self, app: Any, admission: Admission) -> None:
+        self._app, self._admission = app, admission
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """As ASGI 3 calls it."""
-        if scope["type"] != "http" or scope["path"] in OPEN or self._is_known(scope["headers"]):
-            await self._app(scope, receive, send)
-        else:
-            await _error(NO_TOKEN, {"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _is_known(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        return self._tokens.holder(dict(headers).get(b"authorization", b"")) is not None
+        answer = self._app
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            sent = dict(scope["headers"]).get(b"authorization", b"")
+            if refusal := self._admission.refusal(sent):
+                answer = _error(*refusal)
+        await answer(scope, receive, send)
 
 
 class Unread:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from rampart.handlers.errors import ImageError
+from rampart.handlers.http.admission import Admission, Refusal
+from rampart.handlers.http.arrivals import Arrivals
 from rampart.handlers.http.lane import ANSWER_SECONDS
 from rampart.handlers.http.messages import CLASSES, SERVICE
 from rampart.handlers.http.metadata import SERVER, Models, find, tensors
-from rampart.handlers.http.tokens import NO_TOKEN, Tokens
 from rampart.handlers.protocols.choice import MAX_NUMBERS
 from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.protocols.open_inference import wrong
@@ -29,6 +31,9 @@ STATUSES = {
     503: StatusCode.UNAVAILABLE,
     504: StatusCode.DEADLINE_EXCEEDED,
 }
+NO_MESSAGE = ImageError(
+    400, "malformed_message", "this is not one whole message of this method: send it anew"
+)
 # A client that is silent or that never ends is let go.
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_BODY),
@@ -40,6 +45,7 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.so_reuseport", 1),  # all workers listen
+    ("grpc.http2.bdp_probe", 0),  # it would let windows grow, and with them what calls hold
 )
 # How an element of an output is packed, and where it stands unpacked.
 PACKED = {"INT64": "<q", "FP32": "<f"}
@@ -48,13 +54,13 @@ Context = Any  # grpc.aio.ServicerContext
 
 
 def listen(
-    models: Models, address: str, tokens: Tokens | None, tls: tuple[Path, Path] | None
+    models: Models, address: str, admission: Admission | None, tls: tuple[Path, Path] | None
 ) -> Any:
-    """A grpc.aio.Server on `address`, not yet started; with `tokens` for those who have one.
+    """A grpc.aio.Server on `address`, not yet started; with `admission` for those it lets in.
 
     Raises OSError.
     """
-    interceptors = [Gate(tokens)] if tokens else []
+    interceptors = [Gate(admission)] if admission else []
     server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
     server.add_generic_rpc_handlers((Servicer(models).handlers(),))
     try:
@@ -71,21 +77,26 @@ def listen(
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets those in who have a token, before it reads what they send."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
 
     async def intercept_service(self, continuation: Any, call: Any) -> Any:
         """As grpc.aio calls it."""
         sent = dict(call.invocation_metadata).get("authorization", "")
         token = sent if isinstance(sent, bytes) else sent.encode()
-        if call.method in OPEN or self._tokens.holder(token) is not None:
-            return await continuation(call)
-        # One that takes a stream is called before a message has come.
-        return grpc.stream_stream_rpc_method_handler(_without_token)
+        if call.method not in OPEN and (refusal := self._admission.refusal(token)):
+            return _refusing(refusal)
+        return await continuation(call)
 
 
-async def _without_token(_: Any, context: Context) -> None:
-    await _abort(context, NO_TOKEN.code, NO_TOKEN.to_dict())
+def _refusing(refusal: Refusal) -> Any:
+    """A method that refuses. One that takes a stream is called before a message has come."""
+    error, headers = refusal
+
+    async def refuse(_: Any, context: Context) -> None:
+        await _abort(context, error.code, error.to_dict(), [*headers.items()])
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class Servicer:
@@ -93,6 +104,7 @@ class Servicer:
 
     def __init__(self, models: Models) -> None:
         self._models = models
+        self._arrivals = Arrivals()
 
     def handlers(self) -> Any:
         """All methods, as grpc takes them."""
@@ -105,14 +117,28 @@ class Servicer:
             "ModelInfer": self.infer,
         }
         known = {
-            name: grpc.unary_unary_rpc_method_handler(
-                _told(method),
-                request_deserializer=CLASSES[f"{name}Request"].FromString,
+            name: grpc.stream_stream_rpc_method_handler(
+                self._respond(method, CLASSES[f"{name}Request"]),
                 response_serializer=CLASSES[f"{name}Response"].SerializeToString,
             )
             for name, method in methods.items()
         }
         return grpc.method_handlers_generic_handler(SERVICE, known)
+
+    def _respond(
+        self, method: Callable[[Any, Context], Awaitable[Any]], kind: Any
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        """One message in, one out; ours to read when there is room, so it is called a stream."""
+
+        async def respond(_: Any, context: Context) -> None:
+            try:
+                request = _parsed(kind, await self._arrivals.read(context.read, context.peer()))
+                answer = await method(request, context)
+            except ImageError as error:
+                await _abort(context, error.code, error.to_dict())
+            await context.write(answer)
+
+        return respond
 
     async def live(self, *_: Any) -> Any:
         """Whether every model's thread runs."""
@@ -144,32 +170,31 @@ class Servicer:
     async def infer(self, request: Any, context: Context) -> Any:
         """Verdicts on the images of a request."""
         lane = find(self._models, request.model_name, request.model_version)
+        raw = bool(request.raw_input_contents)
         sent = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         try:
             incoming = as_http(request, sent)
         except ImageError as error:
             reply = lane.service.refuse(Incoming(sent, ()), error)
         else:
-            seconds = min(ANSWER_SECONDS, context.time_remaining() or ANSWER_SECONDS)
+            left = context.time_remaining()
+            seconds = ANSWER_SECONDS if left is None else min(ANSWER_SECONDS, left)
+            request.Clear()  # its pictures need be held but once while they wait
             reply = await lane.answer(incoming, seconds=seconds)
         headers = [item for item in reply.headers.items() if item[0] != "content-type"]
         content = json.loads(reply.body)
         if reply.status != 200:
             await _abort(context, reply.status, content, headers)
         context.set_trailing_metadata(tuple(headers))
-        return as_message(content, raw=bool(request.raw_input_contents))
+        return as_message(content, raw=raw)
 
 
-def _told(method: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
-    """The method, whose ImageError becomes a status."""
-
-    async def respond(request: Any, context: Context) -> Any:
-        try:
-            return await method(request, context)
-        except ImageError as error:
-            await _abort(context, error.code, error.to_dict())
-
-    return respond
+def _parsed(kind: Any, data: Any) -> Any:
+    """A message of `kind`. Raises ImageError."""
+    try:
+        return kind.FromString(data)
+    except (DecodeError, TypeError):  # the latter where the stream ended without one
+        raise NO_MESSAGE.bare() from None
 
 
 async def _abort(

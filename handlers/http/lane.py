@@ -55,7 +55,10 @@ class Lane:
             self._news.notify()
         self._held += size
         try:
-            return await reply
+            async with asyncio.timeout(seconds):
+                return await reply
+        except TimeoutError:
+            return self.service.refuse(incoming, TOO_LATE)
         finally:
             self._held -= size
 
@@ -74,8 +77,7 @@ class Lane:
         while batch := self._next():
             with self._pulse.busy():
                 replies = self._replies(batch)
-            loop = batch[0].reply.get_loop()
-            loop.call_soon_threadsafe(_give, batch, replies)
+            batch[0].reply.get_loop().call_soon_threadsafe(_give, replies)
 
     def _next(self) -> list[Waiting]:
         """The next batch; none when the lane is closed and empty."""
@@ -85,15 +87,11 @@ class Lane:
                 self._news.wait_for(lambda: len(self._waiting) >= LARGEST, self._delay)
             return [self._waiting.popleft() for _ in range(min(LARGEST, len(self._waiting)))]
 
-    def _replies(self, batch: list[Waiting]) -> list[Reply]:
+    def _replies(self, batch: list[Waiting]) -> list[tuple[Waiting, Reply]]:
+        """Replies to those for which somebody still waits."""
         now = time.monotonic()
         inside = [one for one in batch if one.deadline > now and not one.reply.cancelled()]
-        replies = iter(self._answers([one.incoming for one in inside]))
-        within = set(map(id, inside))
-        return [
-            next(replies) if id(one) in within else self.service.refuse(one.incoming, TOO_LATE)
-            for one in batch
-        ]
+        return list(zip(inside, self._answers([one.incoming for one in inside]), strict=True))
 
     def _answers(self, batch: list[Incoming]) -> list[Reply]:
         """Replies to all, also where the service fails: this thread must not end."""
@@ -106,7 +104,7 @@ class Lane:
             return [self.service.refuse(incoming, INTERNAL) for incoming in batch]
 
 
-def _give(batch: list[Waiting], replies: list[Reply]) -> None:
-    for one, reply in zip(batch, replies, strict=True):
+def _give(replies: list[tuple[Waiting, Reply]]) -> None:
+    for one, reply in replies:
         if not one.reply.done():  # its client may have gone
             one.reply.set_result(reply)

@@ -1,22 +1,36 @@
-"""Who may ask: tokens by name, from a file that may change while the server runs."""
+"""Tokens by name and their rates, from a file that may change while the server runs."""
 
 import hmac
+import math
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from rampart.handlers.errors import ImageError
-
-NO_TOKEN = ImageError(
-    401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
-)
 LEAST = 16  # characters of a token
-LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<token>[!-~]+)")
+LINE = re.compile(
+    r"(?P<name>[\w.-]{1,64})\s+(?P<token>[!-~]+)"
+    r"(\s+(?P<rate>[0-9]{1,6}(\.[0-9]{1,3})?)(\s+(?P<burst>[0-9]{1,6}))?)?"
+)
 AGE = 1.0  # seconds after which the file is looked at again
 
 
+class Rate(NamedTuple):
+    """How often one may ask: on the long run, and how often at once after a rest."""
+
+    per_second: float
+    burst: int
+
+
+class Known(NamedTuple):
+    """Names by token, and the rates of those that have one, by name."""
+
+    names: dict[bytes, str]
+    rates: dict[str, Rate]
+
+
 class Tokens:
-    """The lines `NAME TOKEN` of a file. A line that is added or taken away counts within a second.
+    """The lines `NAME TOKEN [RATE [BURST]]` of a file. A change counts within a second.
 
     Raises ValueError for a file without a token, or with a line that is none.
     """
@@ -25,7 +39,7 @@ class Tokens:
         self._path = path
         self._looked = 0.0
         self._state: tuple[int, int] | None = None
-        self._holders: dict[bytes, str] = {}
+        self._known = Known({}, {})
         self._load()
 
     def holder(self, authorization: bytes) -> str | None:
@@ -34,10 +48,14 @@ class Tokens:
             self._reload()
         scheme, _, token = authorization.partition(b" ")
         name = None
-        for known, holder in self._holders.items():
+        for known, holder in self._known.names.items():
             if hmac.compare_digest(known, token.strip()) and scheme.lower() == b"bearer":
                 name = holder
         return name
+
+    def rate(self, name: str) -> Rate | None:
+        """How often all requests of a name may come, if that is bounded."""
+        return self._known.rates.get(name)
 
     def _reload(self) -> None:
         """Read the file anew where it has changed; one that cannot be read changes nothing."""
@@ -54,13 +72,13 @@ class Tokens:
 
     def _load(self) -> None:
         state = self._stamp()
-        self._holders = read_tokens(self._path)
+        self._known = read_tokens(self._path)
         self._state, self._looked = state, time.monotonic()
 
 
-def read_tokens(path: Path) -> dict[bytes, str]:
-    """Names by token. Raises ValueError of one line that does not quote a token."""
-    holders = {}
+def read_tokens(path: Path) -> Known:
+    """What a file says; a name's last rate counts. Raises ValueError, which quotes no token."""
+    known = Known({}, {})
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = text.strip()
         if not line or line.startswith("#"):
@@ -69,9 +87,21 @@ def read_tokens(path: Path) -> dict[bytes, str]:
         if not match or len(match["token"]) < LEAST:
             raise ValueError(
                 f"{path}, line {number}: write a name and a token of {LEAST} characters or more,"
-                " as `openssl rand -hex 16` makes one"
+                " as `openssl rand -hex 16` makes one, and perhaps how many requests it may send a"
+                " second, and how many at once"
             )
-        holders[match["token"].encode()] = match["name"]
-    if not holders:
+        known.names[match["token"].encode()] = match["name"]
+        if match["rate"]:
+            known.rates[match["name"]] = _rate(match["rate"], match["burst"], path, number)
+    if not known.names:
         raise ValueError(f"{path} holds no token: write lines of a name and a token")
-    return holders
+    return known
+
+
+def _rate(text: str, burst: str | None, path: Path, number: int) -> Rate:
+    rate = Rate(float(text), int(burst) if burst else max(1, math.ceil(float(text))))
+    if not (rate.per_second and rate.burst):
+        raise ValueError(
+            f"{path}, line {number}: a token that may send nothing is of no use: take the line away"
+        )
+    return rate

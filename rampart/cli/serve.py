@@ -16,7 +16,7 @@ DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
 GRPC = "gRPC as well, on this port: Open Inference Protocol of http, TorchServe's own"
 CHAIN = "Serve predictions by https: certificate chain, PEM"
 QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
-OWN = "http: lines NAME TOKEN of who may ask; a must beyond loopback"
+OWN = "http: lines NAME TOKEN [REQUESTS A SECOND [AT ONCE]] of who may ask; a must beyond loopback"
 DELAY = "http: microseconds that a batch waits for company; may pay on a GPU"
 TOKENS = "torchserve: require its tokens; a must beyond loopback"
 LIFE = "torchserve: that a token lives"
@@ -24,6 +24,7 @@ API = "torchserve: let this machine register and remove models"
 JAVA = "torchserve: MB of Java's heap, and as many beside it for bodies under way"
 LOGS = "torchserve: keep logs in this folder"
 WHERE = "~/.local/state/rampart/..."
+PROBED = "http: its file of tokens, whose first the probe shows"
 METRICS = "http://127.0.0.1:8082/metrics"
 Device = Literal["cpu", "cuda", "tensorrt", "plan", "auto"]
 Name = Literal["http", "torchserve"]
@@ -140,14 +141,20 @@ def _check_options(context: typer.Context, server: Name) -> None:
             )
 
 
-@verb("probe --within 30")
+@verb("probe --within 30", "probe --metrics http://127.0.0.1:8080/metrics --tokens tokens.txt")
 def probe(
     metrics: Annotated[str, Option(help="Where Prometheus asks")] = METRICS,
     within: Annotated[float, Option(help="Seconds that a model may be silent")] = 15.0,
     name: Annotated[str | None, Option(help="This model alone, not all")] = None,
+    tokens: Annotated[Path | None, Option(help=PROBED)] = None,
+    certificate: Annotated[Path | None, Option(help="http: its certificate chain, PEM")] = None,
 ) -> None:
-    """Whether the served models are alive, for liveness checks: needs no token."""
+    """Whether the served models are alive, for liveness checks: TorchServe wants no token.
+
+    Rampart's own server has its metrics on its port, and wants a token where it has some.
+    """
     from rampart.launch.probe import probe as look
 
-    for model, age in look(metrics, within, name).items():
+    ages = look(metrics, within, name, tokens=tokens, certificate=certificate)
+    for model, age in ages.items():
         o.say(f"{model}: alive {age:.0f} s ago")

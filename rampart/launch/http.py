@@ -1,6 +1,5 @@
 """Start Rampart's own HTTP server: workers that share a port; a new archive brings new workers."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -11,10 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +19,8 @@ from uvicorn.supervisors import Multiprocess
 
 from rampart.handlers.http.tokens import read_tokens
 from rampart.launch.addresses import is_loopback
+from rampart.launch.archives import Archives
+from rampart.launch.asking import authorization, status
 from rampart.launch.connection import Connection
 from rampart.launch.endpoint import LaunchError
 from rampart.launch.worker import Job
@@ -101,14 +99,27 @@ def serve(front: Front) -> int:
             tls=(str(front.tls[0].resolve()), str(front.tls[1].resolve())) if front.tls else None,
         )
         os.environ.update(job.environment() | _settings(front))
-        supervisor = Multiprocess(_config(front), [listener])
-        # The end of the terminal is the end; uvicorn would begin anew.
-        signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
-        ready = threading.Event()
-        for task in (_announce, _watch):
-            args = (front, [name for name, _ in models], supervisor, ready)
-            threading.Thread(target=task, args=args, daemon=True).start()
-        supervisor.run()
+        try:
+            archives = Archives(job)
+        except LaunchError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+        return _supervise(front, [name for name, _ in models], archives, listener)
+
+
+def _supervise(front: Front, names: list[str], archives: Archives, listener: socket.socket) -> int:
+    """Run workers until the end; returns the exit code."""
+    supervisor = Multiprocess(_config(front), [listener])
+    # The end of the terminal is the end; uvicorn would begin anew.
+    signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
+    ready = threading.Event()
+    announce = threading.Thread(target=_announce, args=(front, names, supervisor, ready))
+    watch = threading.Thread(target=_watch, args=(archives, supervisor, ready))
+    for thread in (announce, watch):
+        thread.daemon = True
+        thread.start()
+    supervisor.run()
+    watch.join()  # or the trial of a new archive would outlive us
     return 0 if ready.is_set() else 1
 
 
@@ -218,48 +229,14 @@ def _announce(
 
 def _predict(front: Front, name: str) -> int:
     """Status of one prediction; 0 without an answer."""
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-    if front.tls:
-        trust = ssl.create_default_context(cafile=str(front.tls[0]))
-        trust.check_hostname = False
-        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        handlers.append(urllib.request.HTTPSHandler(context=trust))
-    headers = {}
-    with contextlib.suppress(OSError, ValueError):
-        if front.tokens:
-            token = next(iter(read_tokens(front.tokens))).decode()
-            headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(
-        f"{front.url}/predictions/{name}", SAMPLE.read_bytes(), headers
-    )
-    try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=60) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
-    except OSError:
-        return 0
+    chain = front.tls[0] if front.tls else None
+    headers = authorization(front.tokens) if front.tokens else {}
+    return status(f"{front.url}/predictions/{name}", SAMPLE.read_bytes(), headers, chain)
 
 
-def _watch(front: Front, _: list[str], supervisor: Multiprocess, ready: threading.Event) -> None:
-    """Have workers replaced one after the other when an archive is, and is whole."""
-    before = list(_stamps(front.archives))
+def _watch(archives: Archives, supervisor: Multiprocess, ready: threading.Event) -> None:
+    """Have workers replaced one after the other when an archive is, and answers."""
     while not supervisor.should_exit.wait(1.0):
-        now = list(_stamps(front.archives))
-        if now == before or not ready.is_set():
-            continue
-        time.sleep(1.0)
-        if now == list(_stamps(front.archives)) and None not in now:
-            before = now
+        if ready.is_set() and archives.renew(supervisor.should_exit):
             print("An archive has changed: new workers take over", flush=True)
             supervisor.signal_queue.append(signal.SIGHUP)
-
-
-def _stamps(archives: tuple[Path, ...]) -> Iterator[tuple[int, int] | None]:
-    for archive in archives:
-        try:
-            status = archive.stat()
-            yield status.st_mtime_ns, status.st_size
-        except OSError:
-            yield None

@@ -1,25 +1,37 @@
-"""Whether a served model is alive, asked where no token is needed: of its metrics.
+"""Whether a served model is alive, by its metrics.
 
 TorchServe's /ping wants a token where tokens are on, and says nothing of a worker that hangs. The
 handler writes the time into a metric while its process runs; a probe looks how old that is.
+TorchServe shows metrics without a token, the own server where it has no tokens.
 """
 
 import re
 import time
 import urllib.request
+from pathlib import Path
+
+from rampart.launch.asking import authorization, opener
 
 HEARTBEAT = re.compile(r'^rampart_heartbeat_seconds\{(?:.*,)?model="([^"]+)".*\} (\S+)$', re.M)
 
 
-def probe(metrics: str, within: float, model: str | None = None) -> dict[str, float]:
+def probe(
+    metrics: str,
+    within: float,
+    model: str | None = None,
+    *,
+    tokens: Path | None = None,
+    certificate: Path | None = None,
+) -> dict[str, float]:
     """Seconds since the last sign of life of `model`, or of each, by name, none above `within`.
 
-    `metrics` is the address, http://127.0.0.1:8082/metrics. TorchServe keeps figures of a model
+    `metrics` is the address, http://127.0.0.1:8082/metrics; `tokens` and `certificate` are files of
+    the own server's, where it has them. TorchServe keeps figures of a model
     that was removed, which so is silent. Raises RuntimeError where one is, or there is none.
     """
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(metrics, timeout=5) as answer:
+        request = urllib.request.Request(metrics, headers=authorization(tokens) if tokens else {})
+        with opener(certificate).open(request, timeout=5) as answer:
             text = answer.read().decode()
     except OSError as error:
         raise RuntimeError(f"no metrics at {metrics}: {error}") from error

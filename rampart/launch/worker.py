@@ -5,10 +5,12 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import yaml
 from starlette.applications import Starlette
 
+from rampart.handlers.http.admission import Admission
 from rampart.handlers.http.application import application
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
@@ -39,8 +42,8 @@ FAILED = 3  # the exit code of a worker that need not be started again, as uvico
 class Job:
     """What a worker serves."""
 
-    archives: list[str]  # paths
-    folder: str  # of all workers, for their figures
+    archives: list[str]  # paths; the workers open the launcher's copies, in the same order
+    folder: str  # of all workers, for those copies, figures, and buckets of tokens
     workers: int
     tokens: str | None = None  # a file
     delay: float = 0.0  # seconds that a batch waits for company
@@ -50,6 +53,10 @@ class Job:
     def environment(self) -> dict[str, str]:
         """How a worker is told."""
         return {CONFIG: json.dumps(asdict(self))}
+
+    def copy_of(self, index: int) -> Path:
+        """The launcher's copy of an archive, whole whatever happens to the archive."""
+        return Path(self.folder) / f"{index}.mar"
 
 
 def open_application() -> Starlette:
@@ -65,20 +72,19 @@ def open_application() -> Starlette:
 def _application(job: Job) -> Starlette:
     lanes: dict[tuple[str, str], Lane] = {}
     figures: list[tuple[str, Metrics]] = []
-    for archive in map(Path, job.archives):
+    for index, archive in enumerate(map(Path, job.archives)):
         metrics = Metrics()
-        with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
-            lane, name, version = _open(archive, Path(folder), job, metrics)
-        lanes[name, version] = lane
+        service, name, version = _open(archive, job.copy_of(index), job, metrics)
+        lanes[name, version] = Lane(service, delay=job.delay)
         figures.append((name, metrics))
     exposition = Exposition(figures, Path(job.folder))
-    tokens = Tokens(Path(job.tokens)) if job.tokens else None
-    app = application(lanes, exposition, _api(lanes), tokens)
+    admission = Admission(Tokens(Path(job.tokens)), Path(job.folder)) if job.tokens else None
+    app = application(lanes, exposition, _api(lanes), admission)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         watch = asyncio.create_task(_watch(lanes, figures, exposition))
-        server = await _serve_grpc(job, lanes, tokens)
+        server = await _serve_grpc(job, lanes, admission)
         yield
         if server:
             await server.stop(GRACE)
@@ -91,14 +97,14 @@ def _application(job: Job) -> Starlette:
     return app
 
 
-async def _serve_grpc(job: Job, lanes: Models, tokens: Tokens | None) -> Any:
+async def _serve_grpc(job: Job, lanes: Models, admission: Admission | None) -> Any:
     if not job.grpc:
         return None
     from rampart.handlers.http.inference import listen  # grpc takes time and memory
 
     chain, key = job.tls or (None, None)
     tls = (Path(chain), Path(key)) if chain and key else None
-    server = listen(lanes, job.grpc, tokens, tls)
+    server = listen(lanes, job.grpc, admission, tls)
     await server.start()
     return server
 
@@ -117,21 +123,38 @@ def _api(lanes: Mapping[tuple[str, str], Lane]) -> Api:
     return api | {"servers": [{"url": "/"}]}
 
 
-def _open(archive: Path, folder: Path, job: Job, metrics: Metrics) -> tuple[Lane, str, str]:
-    """An archive's lane, its model's name and version."""
+def _open(archive: Path, copy: Path, job: Job, metrics: Metrics) -> tuple[Service, str, str]:
+    """The service of a copy of an archive, its model's name and version."""
+    with tempfile.TemporaryDirectory(prefix="rampart-") as scratch:
+        folder = Path(scratch)
+        try:
+            with zipfile.ZipFile(copy) as packed:
+                packed.extractall(folder)
+            model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+            config: Any = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
+            name, version = str(model["modelName"]), str(model["modelVersion"])
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
+            raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
+        settings = override(config.get("rampart") or {}, os.environ)
+        opened = Service.open(
+            folder, settings, metrics, name=name, version=version, workers=job.workers
+        )
+    return opened, name, version
+
+
+def try_archive(index: int, copy: str) -> None:
+    """Open `copy`, which is to replace an archive; ends this process with one line where it fails.
+
+    To open it runs its graph and judges what that gives.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends this process
+    job = Job(**json.loads(os.environ[CONFIG]))
+    tempfile.tempdir = job.folder  # which goes with the launcher
     try:
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
-        model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-        config: dict[str, Any] = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
-        name, version = str(model["modelName"]), str(model["modelVersion"])
-    except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError) as error:
-        raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
-    settings = override(config.get("rampart") or {}, os.environ)
-    service = Service.open(
-        folder, settings, metrics, name=name, version=version, workers=job.workers
-    )
-    return Lane(service, delay=job.delay), name, version
+        _open(Path(job.archives[index]), Path(copy), job, Metrics())
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
 
 
 async def _watch(

@@ -46,8 +46,12 @@ def verdict(answer: requests.Response) -> dict[str, Any]:
 
 def workers(server: Server) -> list[psutil.Process]:
     """The processes that answer: the launcher has helpers of multiprocessing beside them."""
-    launcher = psutil.Process(server.process.pid)
-    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # of which a zombie is one
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def repack(archive: Path, target: Path, name: str, old: str, new: str) -> None:
@@ -320,6 +324,41 @@ def test_a_replaced_archive_is_served_without_a_failed_request(
     assert server.end() == 0
 
 
+def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_is_taken(
+    start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
+) -> None:
+    archive, news = tmp_path / "tiny.mar", tmp_path / "news.mar"
+    shutil.copy(tiny_archive, archive)
+    repack(
+        tiny_archive, news, "model-config.yaml", "false_alarm_rate: 0.01", "false_alarm_rate: 0.07"
+    )
+    server = start(archive, workers=2)
+    server.read()
+    expected = verdict(requests.post(server.url, picture, timeout=10))
+
+    def answer() -> dict[str, Any] | None:
+        with suppress(requests.RequestException):  # it went to a worker that was killed
+            return verdict(requests.post(server.url, picture, timeout=10))
+        return None
+
+    def killed_and_back() -> None:
+        old = workers(server)
+        for worker in old:
+            worker.kill()
+        wait(lambda: not set(old) & set(workers(server)) and answer() == expected, seconds=150)
+
+    archive.write_bytes(b"broken")
+    killed_and_back()  # perhaps before the launcher has looked at the archive
+    server.read(until=str(archive))
+    assert f"{archive} does not answer: what was served goes on" in server.lines
+    assert f"error: {archive} is no archive of Rampart: build it anew" in server.lines
+    killed_and_back()
+    news.replace(archive)
+    rate = 'rampart_false_alarm_rate{model="tiny"} 0.07'
+    wait(lambda: rate in requests.get(f"{server.root}/metrics", timeout=10).text, seconds=150)
+    assert server.end() == 0
+
+
 def test_a_request_that_has_come_is_answered_before_the_end(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -370,6 +409,25 @@ def test_tokens_are_wanted_and_may_change(
     tokens.write_text(f"other {'b' * 20}\n")
     wait(lambda: requests.post(server.url, picture, headers=new, timeout=10).status_code == 200)
     assert requests.post(server.url, picture, headers=good, timeout=10).status_code == 401
+    assert server.end() == 0
+
+
+def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
+    start: Start, tiny_archive: Path, picture: bytes, tokens: Path
+) -> None:
+    tokens.write_text(f"slow {'a' * 20} 0.01 12\nfree {'b' * 20}\n")
+    server = start(tiny_archive, workers=2, tokens=str(tokens))
+    assert "Rampart is ready" in server.read(until="  curl")
+    slow, free = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
+    answers = [requests.post(server.url, picture, headers=slow, timeout=10) for _ in range(20)]
+    statuses = [answer.status_code for answer in answers]
+    assert sorted(set(statuses)) == [200, 429] and statuses == sorted(statuses)
+    assert statuses.count(200) <= 11  # the launcher has asked once
+    last = answers[-1]
+    assert last.json()["type"] == "too_many_requests" and int(last.headers["retry-after"]) >= 1
+    assert requests.get(f"{server.root}/v2/health/ready", timeout=10).status_code == 200
+    for _ in range(20):
+        assert requests.post(server.url, picture, headers=free, timeout=10).status_code == 200
     assert server.end() == 0
 
 

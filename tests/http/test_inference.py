@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from rampart.handlers.http.bodies import MAX_BODY
 from rampart.handlers.http.messages import CLASSES, MESSAGES
+from rampart.launch.probe import probe
 
 Encode = Callable[..., bytes]
 OUTPUTS = ["label", "index", "confidence", "decision", "p_value"]
@@ -181,6 +182,30 @@ def test_a_compressed_message_is_bounded_after_it_is_inflated(channel: grpc.Chan
         assert caught.value.code().name == status
 
 
+def test_a_message_that_is_none_and_a_call_without_one_are_told(channel: grpc.Channel) -> None:
+    method = "/inference.GRPCInferenceService/ModelInfer"
+    calls = [
+        lambda: channel.unary_unary(method)(b"\xff" * 9, timeout=20),
+        lambda: channel.stream_unary(method)(iter(()), timeout=20),
+    ]
+    for ask in calls:
+        with pytest.raises(grpc.RpcError) as caught:
+            ask()
+        assert caught.value.code().name == "INVALID_ARGUMENT"
+        assert dict(caught.value.trailing_metadata())["error-type"] == "malformed_message"
+
+
+def test_the_deadline_of_a_call_counts(channel: grpc.Channel, picture: bytes) -> None:
+    request = infer({"bytes_contents": [picture]}, [1])
+    method = channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=lambda message: message.SerializeToString(),
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        method(request, timeout=0.0005)
+    assert caught.value.code().name == "DEADLINE_EXCEEDED"
+
+
 def test_the_clients_mistake_is_told_by_tritons_client(
     client: triton.InferenceServerClient,
 ) -> None:
@@ -208,7 +233,7 @@ def test_tokens_and_tls_hold_for_grpc(
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
     subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    tokens.write_text(f"team {'a' * 20}\n")
+    tokens.write_text(f"team {'a' * 20}\nslow {'c' * 20} 0.01 2\n")
     port = free_port()
     server = start(
         tiny_archive,
@@ -229,6 +254,20 @@ def test_tokens_and_tls_hold_for_grpc(
         assert call(channel, "ServerReady", service_pb2.ServerReadyRequest()).ready
         good = (("authorization", f"Bearer {'a' * 20}"),)
         assert call(channel, "ModelInfer", request, metadata=good).model_name == "tiny"
+        slow = (("authorization", f"Bearer {'c' * 20}"),)
+        for _ in range(2):
+            assert call(channel, "ModelInfer", request, metadata=slow).model_name == "tiny"
+        with pytest.raises(grpc.RpcError) as caught:
+            call(channel, "ModelInfer", request, metadata=slow)
+        assert caught.value.code().name == "RESOURCE_EXHAUSTED"
+        trailer = dict(caught.value.trailing_metadata())
+        assert trailer["error-type"] == "too_many_requests" and int(trailer["retry-after"]) >= 1
+    metrics = f"https://127.0.0.1:{port}/metrics"
+    files = {"tokens": tokens, "certificate": certificate}
+    assert set(probe(metrics, 15, **files)) == {"tiny"}
+    for missing in files:
+        with pytest.raises(RuntimeError, match="no metrics at"):
+            probe(metrics, 15, **(files | {missing: None}))
     assert server.end() == 0
 
 

@@ -79,6 +79,22 @@ def test_a_full_lane_refuses_at_once_and_a_deadline_that_is_over_is_told(
     assert echo.sizes == [1, 1]
 
 
+def test_a_deadline_is_told_when_it_comes_though_the_graph_still_runs() -> None:
+    echo = Echo()
+
+    async def run() -> tuple[int, float]:
+        lane: Any = Lane(echo)  # type: ignore[arg-type]
+        began = time.monotonic()
+        status = (await ask(lane, b"0", seconds=0.1)).status
+        took = time.monotonic() - began
+        echo.go_on.set()
+        lane.close()
+        return status, took
+
+    status, took = asyncio.run(run())
+    assert status == 504 and 0.1 <= took < 2
+
+
 def test_one_whose_client_has_gone_is_not_answered_and_holds_up_nobody() -> None:
     echo = Echo()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rampart.handlers.http import tokens
-from rampart.handlers.http.tokens import Tokens, read_tokens
+from rampart.handlers.http.tokens import Rate, Tokens, read_tokens
 
 ONE, TWO = "a" * 16, "b" * 20
 
@@ -47,7 +47,29 @@ def test_a_changed_file_counts_and_a_broken_one_changes_nothing(file: Path) -> N
     assert known.holder(b"Bearer " + b"c" * 16) == "new"
 
 
-@pytest.mark.parametrize("text", ["", "# none\n", "name short\n", f"{ONE}\n", f"a b {ONE}\n"])
+def test_a_line_may_have_a_rate_and_a_burst_and_both_may_change(file: Path) -> None:
+    file.write_text(f"a {ONE} 2.5\nb {TWO} 0.5 9\nc {'c' * 16}\n")
+    known = Tokens(file)
+    assert [known.rate(name) for name in "abc"] == [Rate(2.5, 3), Rate(0.5, 9), None]
+    file.write_text(f"a {ONE} 40\n")
+    assert known.holder(f"Bearer {ONE}".encode()) == "a"
+    assert known.rate("a") == Rate(40.0, 40)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# none\n",
+        "name short\n",
+        f"{ONE}\n",
+        f"a b {ONE}\n",
+        f"a {ONE} fast\n",
+        f"a {ONE} 1 2 3\n",
+        f"a {ONE} 0\n",
+        f"a {ONE} 5 0\n",
+    ],
+)
 def test_a_file_without_good_tokens_is_refused_and_not_quoted(file: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match="token") as caught:

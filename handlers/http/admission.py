@@ -1,0 +1,80 @@
+"""Who may ask, and how often: one bucket of requests for each name, shared by all workers."""
+
+import fcntl
+import hashlib
+import math
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.http.tokens import Rate, Tokens
+
+NO_TOKEN = ImageError(
+    401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
+)
+TOO_MANY = ImageError(
+    429,
+    "too_many_requests",
+    "this token has sent more requests than its rate allows: wait as long as Retry-After says",
+)
+TIME = struct.Struct("d")
+
+
+class Refusal(NamedTuple):
+    """What one who is not let in is told, with headers or metadata."""
+
+    error: ImageError
+    headers: dict[str, str]
+
+
+class Admission:
+    """Lets requests in by their tokens; the buckets are in `folder`, which all workers have."""
+
+    def __init__(self, tokens: Tokens, folder: Path) -> None:
+        self._tokens, self._buckets = tokens, Buckets(folder)
+
+    def refusal(self, authorization: bytes) -> Refusal | None:
+        """Why who sent this header is not let in; None lets a request in, and counts it."""
+        name = self._tokens.holder(authorization)
+        if name is None:
+            return Refusal(NO_TOKEN, {"www-authenticate": "Bearer"})
+        rate = self._tokens.rate(name)
+        wait = self._buckets.take(name, rate) if rate else 0.0
+        return Refusal(TOO_MANY, {"retry-after": str(math.ceil(wait))}) if wait else None
+
+
+class Buckets:
+    """A file a name holds the time at which its bucket will be full again.
+
+    Source: the generic cell rate algorithm, ITU-T I.371, as a virtual schedule. All processes of a
+    machine have the same monotonic clock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, int] = {}
+
+    def take(self, name: str, rate: Rate) -> float:
+        """Take one request out of a bucket: 0, or the seconds until there is one to take."""
+        file = self._files.get(name) or self._open(name)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            now = time.monotonic()
+            (full,) = TIME.unpack(os.pread(file, TIME.size, 0) or TIME.pack(now))
+            full = max(full, now) + 1 / rate.per_second
+            wait: float = full - now - rate.burst / rate.per_second
+            if wait > 1e-6:
+                return wait
+            os.pwrite(file, TIME.pack(full), 0)
+            return 0.0
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _open(self, name: str) -> int:
+        # A name may be as long as that of a file, or be "..".
+        path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()}.bucket"
+        self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._files[name]

@@ -1,0 +1,84 @@
+"""The archives that a server of ours serves: copies, which change once a new archive has answered.
+
+Workers open the copies. So an archive that is broken, half written or away stops nobody, whenever a
+worker has to begin anew.
+"""
+
+import multiprocessing
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from rampart.launch.endpoint import LaunchError
+from rampart.launch.worker import Job, try_archive
+
+TRIAL_SECONDS = 600.0  # in which a new archive must answer; TensorRT may build an engine first
+
+Stamp = tuple[int, int]  # time of the last change in ns, size
+
+
+class Archives:
+    """Those of a job. Raises LaunchError where one cannot be copied."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._paths = [Path(archive) for archive in job.archives]
+        self._seen = [_stamp(path) for path in self._paths]
+        self._served = list(self._seen)
+        for index, path in enumerate(self._paths):
+            try:
+                shutil.copyfile(path, job.copy_of(index))
+            except OSError as error:
+                raise LaunchError(
+                    f"{path} cannot be copied to {job.folder}: {error.strerror}. Name a folder with"
+                    " room by TMPDIR"
+                ) from error
+
+    def renew(self, ends: threading.Event) -> bool:
+        """Take up archives that have changed since; whether there is one. Call it once a second.
+
+        One that does not answer is told and left. Returns early where the server `ends`.
+        """
+        before, self._seen = self._seen, [_stamp(path) for path in self._paths]
+        taken = False
+        for index, stamp in enumerate(self._seen):
+            still = stamp is not None and stamp == before[index]
+            if still and stamp != self._served[index]:
+                self._served[index] = stamp
+                taken |= self._take(index, ends)
+        return taken
+
+    def _take(self, index: int, ends: threading.Event) -> bool:
+        draft = self._job.copy_of(index).with_suffix(".new")
+        try:
+            shutil.copyfile(self._paths[index], draft)
+            answers = self._answers(index, draft, ends)
+        except OSError as error:
+            print(f"error: {self._paths[index]} cannot be read: {error.strerror}", flush=True)
+            answers = False
+        if answers:
+            draft.replace(self._job.copy_of(index))
+        elif not ends.is_set():
+            print(f"{self._paths[index]} does not answer: what was served goes on", flush=True)
+        return answers
+
+    def _answers(self, index: int, draft: Path, ends: threading.Event) -> bool:
+        """Try an archive in a process of its own, on the device that it will be served on."""
+        spawn = multiprocessing.get_context("spawn")
+        trial = spawn.Process(target=try_archive, args=(index, str(draft)), daemon=True)
+        end = time.monotonic() + TRIAL_SECONDS
+        trial.start()
+        while trial.is_alive() and time.monotonic() < end and not ends.wait(0.1):
+            pass
+        trial.kill()
+        trial.join()
+        return trial.exitcode == 0
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,41 @@
+"""Ask a server on this machine: past proxies, with a token of its file, by its certificate."""
+
+import contextlib
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from rampart.handlers.http.tokens import read_tokens
+
+
+def opener(certificate: Path | None) -> urllib.request.OpenerDirector:
+    """What opens addresses. A certificate is trusted for what it is, whatever name it gives."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if certificate:
+        trust = ssl.create_default_context(cafile=str(certificate))
+        trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
+        handlers.append(urllib.request.HTTPSHandler(context=trust))
+    return urllib.request.build_opener(*handlers)
+
+
+def authorization(tokens: Path) -> dict[str, str]:
+    """The header with the first token of a file; none where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return {"Authorization": f"Bearer {next(iter(read_tokens(tokens).names)).decode()}"}
+    return {}
+
+
+def status(url: str, body: bytes, headers: Mapping[str, str], certificate: Path | None) -> int:
+    """Status of the answer to a body that is posted; 0 without an answer."""
+    request = urllib.request.Request(url, body, dict(headers))
+    try:
+        with opener(certificate).open(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0

@@ -1,0 +1,66 @@
+"""Who is let in, and how often; several workers count together."""
+
+from pathlib import Path
+
+import pytest
+
+from rampart.handlers.http import admission
+from rampart.handlers.http.admission import Admission, Buckets
+from rampart.handlers.http.tokens import Rate, Tokens
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(admission, "time", clock)
+    return clock
+
+
+def test_a_bucket_gives_its_burst_at_once_and_then_its_rate(tmp_path: Path, clock: Clock) -> None:
+    buckets, rate = Buckets(tmp_path), Rate(2.0, 3)
+    assert [buckets.take("a", rate) for _ in range(5)] == [0, 0, 0, 0.5, 0.5]
+    clock.now += 0.5
+    assert [buckets.take("a", rate) for _ in range(2)] == [0, 0.5]
+    clock.now += 60  # it fills no further than its burst
+    assert [bool(buckets.take("a", rate)) for _ in range(4)] == [False, False, False, True]
+
+
+def test_workers_share_a_bucket_and_names_do_not(tmp_path: Path, clock: Clock) -> None:
+    one, two, rate = Buckets(tmp_path), Buckets(tmp_path), Rate(1.0, 2)
+    assert [one.take("a", rate), two.take("a", rate)] == [0, 0]
+    assert one.take("a", rate) == two.take("a", rate) == 1
+    assert two.take("b", rate) == 0
+
+
+@pytest.mark.parametrize("name", ["..", "é" * 64])
+def test_a_name_is_no_path(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "buckets"
+    folder.mkdir()
+    assert Buckets(folder).take(name, Rate(1.0, 1)) == 0
+    assert len(list(folder.iterdir())) == 1 and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_refusal_says_why_and_when_to_come_again(tmp_path: Path, clock: Clock) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"free {'a' * 16}\nslow {'b' * 16} 0.1 1\n")
+    admit = Admission(Tokens(file), tmp_path).refusal
+    free, slow = b"Bearer " + b"a" * 16, b"Bearer " + b"b" * 16
+    assert all(admit(free) is None for _ in range(1000))
+    assert admit(slow) is None
+    refusal = admit(slow)
+    assert refusal and (refusal.error.code, refusal.headers) == (429, {"retry-after": "10"})
+    unknown = admit(b"")
+    assert unknown and (unknown.error.code, unknown.headers) == (
+        401,
+        {"www-authenticate": "Bearer"},
+    )
