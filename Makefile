@@ -91,6 +91,14 @@ $(if $(GPU),$(BIN)/python -m pip uninstall -qy onnxruntime onnxruntime-gpu && \
     $(PIP) -q --require-hashes -r requirements/gpu.txt)
 endef
 
+# A real Triton, which dies of pictures where NumPy is 2: a Python with a NumPy before that.
+.venv/triton: .venv/dev requirements/triton.txt
+	@rm -rf $@
+	@$(firstword $(foreach p,python3.12 python3.11,$(shell $(p) -c pass 2>/dev/null && echo $(p))) \
+	    $(BIN)/python) -m venv $@
+	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/triton.txt
+
 wheel: .venv/dev
 	@$(BIN)/python -m build --no-isolation
 
@@ -115,6 +123,8 @@ lock:
 	    -c requirements/dev.txt -o requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
 	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
+	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
+	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt
 
 # Known weaknesses of what serving installs, by PyPI's advisories.
 audit: .venv/dev

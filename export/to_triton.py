@@ -3,7 +3,6 @@ graph turns scores into the p-value, and the client flags where it is below a fa
 Clients send decoded pixels: they must refuse and resize pictures as `handlers/image.py` does.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from onnx import compose
 from torch import Tensor, nn
 
 from rampart.export.archive import export_variant
+from rampart.export.repository import check_free, place
 from rampart.export.to_onnx import OUTPUTS, export
 from rampart.handlers.engine import MAX_BATCH, Engine
 from rampart.handlers.verdict import Calibration, p_values
@@ -117,34 +117,18 @@ def to_triton(
 ) -> Path:
     """Write a variant as a new `version` in a Triton `repository`; returns the model's folder."""
     home = repository / folder.name
-    if (home / str(version)).exists():
-        raise ValueError(f"{home / str(version)} exists: name another --model-version")
+    check_free(home, version)
     labels = checkpoint.read(folder / "weights.safetensors")[0]["classes"]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         graph = work / "graph.onnx"
         export_variant(folder, variant, graph, precision=precision, images=images)
         calibration = load_variant(folder, variant, precision)
-        with_p_value(graph, calibration, work / "model.onnx")
+        content = work / "content"
+        content.mkdir()
+        with_p_value(graph, calibration, content / "model.onnx")
         facts = {"name": folder.name, "batch": MAX_BATCH, "size": Engine(graph).image_shape[0]}
         facts |= {"classes": len(labels), "detectors": len(calibration.detectors)}
         texts = {"labels.txt": "\n".join(labels) + "\n", "config.pbtxt": CONFIG.format(**facts)}
-        place(home, version, texts, work / "model.onnx")
+        place(home, version, texts, content)
     return home
-
-
-def place(home: Path, version: int, texts: dict[str, str], model: Path) -> None:
-    """Add a version while a server may be watching: first what it needs, then itself at once."""
-    for name, text in texts.items():
-        if (home / name).is_file() and (home / name).read_text() != text:
-            raise ValueError(
-                f"{home / name} is of a model with other inputs or outputs: all versions share it,"
-                " so take another repository"
-            )
-    home.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (home / name).write_text(text)
-    partial = home / f"{version}.partial"  # no number, so Triton ignores it
-    partial.mkdir(exist_ok=True)
-    shutil.copy(model, partial / "model.onnx")
-    partial.rename(home / str(version))

@@ -1,12 +1,13 @@
 """Requests to images, images through the graph, verdicts to replies; for whichever server asks."""
 
 import contextlib
+import itertools
 import json
 import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from rampart.handlers.queries.watch import Response
 from rampart.handlers.settings import read_max_pixels, read_policy, read_threads
 from rampart.handlers.summary import summary
 from rampart.handlers.telemetry import Metrics
-from rampart.handlers.types import Answer, Incoming, Pixels, Reply, Request
+from rampart.handlers.types import Answer, Images, Incoming, Pixels, Reply, Request
 from rampart.handlers.verdict import Calibration, Judge, Verdict
 
 logger = logging.getLogger(__name__)
@@ -116,24 +117,48 @@ class Service:
         self._budget.begin()
         with self._timed("decode"):
             requests = self._read(batch)
-            images = self._decode(requests)
+            images = self._decode([request.images for request in requests])
             owners = [
                 incoming.headers.get(self._owner, "") if self._owner else ""
                 for incoming, request in zip(batch, requests, strict=True)
                 for _ in request.images
             ]
+        judged = self._judged(images, owners)
+        with self._timed("response"):
+            answers = itertools.starmap(self._answer, judged)
+            parts = [[next(answers) for _ in request.images] for request in requests]
+            replies = list(map(self._reply, batch, requests, parts))
+        self._end()
+        return replies
+
+    def answer_images(self, requests: Sequence[Images]) -> list[list[Answer]]:
+        """An answer to each image of each request, for a server that has read them itself.
+
+        For query attacks all clients count as one.
+        """
+        self._budget.begin()
+        with self._timed("decode"):
+            images = self._decode(requests)
+        judged = self._judged(images, [""] * len(images))
+        with self._timed("response"):
+            answers = itertools.starmap(self._answer, judged)
+            parts = [[next(answers) for _ in request] for request in requests]
+        self._end()
+        return parts
+
+    def _judged(
+        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
+    ) -> Iterable[tuple[Pixels | ImageError, Verdict | ImageError, Response | None]]:
+        """Each image with its verdict, and what it gets as one of a query attack."""
         question = self._lookup.ask(images, owners)
         with self._timed("graph"):
             verdicts = self._infer_all(images)
-        responses = self._lookup.responses(question, len(images))
-        with self._timed("response"):
-            answers = map(self._answer, images, verdicts, responses)
-            parts = [[next(answers) for _ in request.images] for request in requests]
-            replies = list(map(self._reply, batch, requests, parts))
+        return zip(images, verdicts, self._lookup.responses(question, len(images)), strict=True)
+
+    def _end(self) -> None:
         if self._quarantine:
             self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
         self._budget.end()
-        return replies
 
     def refuse(self, incoming: Incoming, error: ImageError) -> Reply:
         """The reply to a request that is not answered; any thread may ask for it."""
@@ -162,12 +187,12 @@ class Service:
             return Request([], lambda _: (200, self.summary))
         return outcome(read, incoming)
 
-    def _decode(self, requests: Sequence[Request]) -> list[Pixels | ImageError]:
+    def _decode(self, requests: Sequence[Images]) -> list[Pixels | ImageError]:
         """The pixels of all images of a batch, in order, or what is wrong with each."""
         pictures = [
             (index, picture)
-            for index, request in enumerate(requests)
-            for picture in pictures_of(request.images, self._size, self._max_pixels)
+            for index, images in enumerate(requests)
+            for picture in pictures_of(images, self._size, self._max_pixels)
         ]
         costs = [
             (index, picture.cost if isinstance(picture, Picture) else 0)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rampart.handlers.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
+Images = Sequence[bytes | Pixels | ImageError]  # of a request, encoded, decoded or at fault
 Answer = tuple[int, dict[str, Any]]  # HTTP status and JSON body, of an image or a request
 Replier = Callable[[Sequence[Answer]], Answer]
 # TorchServe's route, KServe's two, or a describe call.
@@ -27,7 +28,7 @@ class Incoming(NamedTuple):
 class Request(NamedTuple):
     """Its images, an ImageError for an unreadable one, and `reply`, which joins their answers."""
 
-    images: Sequence[bytes | Pixels | ImageError]
+    images: Images
     reply: Replier
 
 

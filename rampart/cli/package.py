@@ -21,6 +21,10 @@ PIXELS += " or more"
 FAILURE = "Of purifier or detectors; open: no defence"
 DETAIL = "public hides scores and p-values, an oracle for attackers"
 OWNER = "Header that tells whose queries to compare; default all"
+BACKEND = (
+    "Of --triton: onnxruntime takes pixels and gives the graph's outputs; python takes pictures"
+)
+BACKEND += " as well and gives verdicts, of a folder or of a finished .mar"
 SHIP = "Into the model's own folder, for `rampart archive` to take without torch"
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
@@ -123,11 +127,15 @@ def quantize(
     say(*lower(subject.model, source.open(), study, precision, limit=limit).lines)
 
 
-@verb("export model_store/mine --out mine.onnx")
+@verb(
+    "export model_store/mine --out mine.onnx",
+    "export mine.mar --triton models/ --backend python",
+)
 def export(
     form: Form,
     out: Annotated[Path | None, Option(help="The .onnx file to write")] = None,
     triton: Annotated[Path | None, Option(help="A Triton model repository to write into")] = None,
+    backend: Annotated[Literal["onnxruntime", "python"], Option(help=BACKEND)] = "onnxruntime",
     model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
     tensorrt: Annotated[Path | None, Option(help="The .plan to build, on its GPU")] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
@@ -138,6 +146,16 @@ def export(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
             " FILE.plan, and --ship"
         )
+    if backend == "python":
+        if not triton:
+            raise ValueError("--backend python goes with --triton FOLDER")
+        from rampart.export.to_triton_python import to_triton_python
+
+        few, wanted = form.gate(), (form.variant, form.precision)
+        images = few.image if few else None
+        write = partial(to_triton_python, form.model, triton, version=model_version)
+        say(f"{write(form=wanted, images=images)}: serve it with tritonserver")
+        return
     model, few = rp.Model.load(form.model), form.gate()
     chosen = model.form(form.variant, form.precision)
     if ship:

@@ -45,6 +45,7 @@ def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Pat
         "rampart/handlers/settings.py",
         "rampart/handlers/summary.py",
         "rampart/handlers/telemetry.py",
+        "rampart/handlers/triton.py",
         "rampart/handlers/types.py",
         "rampart/handlers/verdict.py",
         "rampart/handlers/wire.py",

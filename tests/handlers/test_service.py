@@ -417,3 +417,15 @@ def test_replies_to_rejected_images_are_the_same_whichever_detector_it_was(
     ranks = np.stack([(column[:, None] > knots).mean(axis=1) for column, knots in pairs])
     assert len(set(ranks.argmax(axis=0).tolist())) >= 3  # detectors that found them
     assert len({str(replies[number]) for number in rejected}) == 1
+
+
+def test_images_that_a_server_has_read_itself_are_answered_as_in_requests(
+    service: Service, encode: Encode, pixels: np.ndarray
+) -> None:
+    good, bad, other = encode(pixels), b"{no picture", encode(np.ascontiguousarray(255 - pixels))
+    answers = service.answer_images([[good, bad], [], [pixels], [other]])
+    alone = [service.answer([Incoming({}, [one])])[0] for one in (good, other)]
+    first, second = (json.loads(reply.body) for reply in alone)
+    assert [[status for status, _ in row] for row in answers] == [[200, 415], [], [200], [200]]
+    assert json.loads(json.dumps([answers[0][0][1], answers[2][0][1]])) == [first, first]
+    assert json.loads(json.dumps(answers[3][0][1])) == second

@@ -1,0 +1,98 @@
+"""The model of Triton's Python backend: translates requests and replies between it and service.py.
+
+`rampart export --triton FOLDER --backend python` puts it beside the files of an archive.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import check_size
+from rampart.handlers.protocols.content_encoding import MAX_BODY
+from rampart.handlers.protocols.open_inference import OUTPUTS
+from rampart.handlers.service import Service
+from rampart.handlers.settings import override
+from rampart.handlers.types import Answer, Images
+
+FOLDER = Path(__file__).parents[2]  # of one version in the repository
+ENCODED, DECODED = "image", "pixels"  # inputs, of which a request has one
+KINDS: Mapping[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32}
+AT_FAULT = {"label": "", "index": -1, "confidence": 0.0, "decision": "error", "p_value": np.nan}
+TOO_LARGE = ImageError(
+    413, "body_too_large", f"a picture may have {MAX_BODY} bytes: send a smaller one"
+)
+ONE_INPUT = f"send one of the inputs {ENCODED} and {DECODED}"
+
+
+class TritonPythonModel:
+    """One defended classifier behind Triton, which calls it by this name."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the archive. Raises ValueError on one line, which names the file and the remedy."""
+        import triton_python_backend_utils as backend  # Triton alone has it
+
+        self._backend = backend
+        config = json.loads(args["model_config"])
+        settings = yaml.safe_load((FOLDER / "model-config.yaml").read_text()) or {}
+        settings = override(settings.get("rampart") or {}, os.environ)
+        if args["model_instance_kind"] == "GPU":
+            settings = {"device": "cuda"} | settings
+        self._service = Service.open(
+            FOLDER,
+            settings,
+            name=args["model_name"],
+            version=args["model_version"],
+            workers=sum(group.get("count", 1) for group in config["instance_group"]),
+            gpu=int(args["model_instance_device_id"]),
+        )
+        self._outputs = [output["name"] for output in config["output"]]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch of requests, each of one picture or several."""
+        read = [self._images(request) for request in requests]
+        answers = iter(self._service.answer_images([images for images in read if images]))
+        return [self._response(next(answers)) if images else self._refusal() for images in read]
+
+    def _images(self, request: Any) -> Images:
+        """The pictures of a request; none where it has not exactly one input."""
+        named = self._backend.get_input_tensor_by_name
+        tensors = [named(request, name) for name in (ENCODED, DECODED)]
+        encoded, decoded = (tensor and tensor.as_numpy() for tensor in tensors)
+        if (encoded is None) == (decoded is None):
+            return ()
+        if decoded is None:
+            return [one if len(one) <= MAX_BODY else TOO_LARGE.bare() for one in encoded.flat]
+        try:
+            check_size((decoded.shape[2], decoded.shape[1]))
+        except ImageError as error:
+            return [error.bare()] * len(decoded)
+        return list(decoded)  # (N, H, W, 3)
+
+    def _response(self, answers: Sequence[Answer]) -> Any:
+        """The outputs of a request, a row a picture."""
+        tensors = []
+        for name in self._outputs:
+            kind = OUTPUTS[name][0] if name in OUTPUTS else "BYTES"
+            column = [value(name, answer) for answer in answers]
+            rows = np.array(column, KINDS[kind]).reshape(-1, 1)  # (N, 1)
+            tensors.append(self._backend.Tensor(name, rows))
+        return self._backend.InferenceResponse(tensors)
+
+    def _refusal(self) -> Any:
+        error = self._backend.TritonError(ONE_INPUT, self._backend.TritonError.INVALID_ARG)
+        return self._backend.InferenceResponse(error=error)
+
+
+def value(name: str, answer: Answer) -> object:
+    """What an output says of one picture; `error` is JSON, or empty for a verdict."""
+    status, content = answer
+    if name == "error":
+        return "" if status == 200 else json.dumps(content)
+    of: Callable[[Mapping[str, Any]], object] = OUTPUTS[name][1]
+    return of(content) if status == 200 else AT_FAULT[name]

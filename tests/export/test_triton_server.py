@@ -1,0 +1,234 @@
+"""A repository of `export --triton --backend python` in a real Triton, as its clients meet it."""
+
+import gc
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import tritonclient.grpc
+import tritonclient.http
+from command import run
+from servers import free_port
+from triton_server import Triton
+from tritonclient.utils import InferenceServerException
+
+from rampart.export.archive import archive
+from rampart.export.to_triton_python import to_triton_python
+from rampart.handlers.service import Service
+from rampart.handlers.types import Incoming
+
+pytestmark = pytest.mark.server
+OUTPUTS = ["label", "index", "confidence", "decision", "p_value", "error"]
+Encode = Callable[..., bytes]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, tiny_archive: Path) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    assert to_triton_python(tiny_archive, folder) == folder / "tiny"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    server = Triton(repository, tmp_path_factory.mktemp("triton"), free_port())
+    server.wait()
+    yield server
+    assert server.end() == 0
+
+
+@pytest.fixture(params=["http", "grpc"])
+def speak(request: pytest.FixtureRequest, triton: Triton) -> Iterator[tuple[Any, Any]]:
+    """A client, and the module that it is of."""
+    module = getattr(tritonclient, request.param)
+    port = triton.port if request.param == "http" else triton.grpc
+    with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        yield client, module
+
+
+@pytest.fixture(scope="module")
+def service(unpacked: Path) -> Service:
+    """What answers, in this process."""
+    return Service.open(unpacked, name="tiny", version="1")
+
+
+def encoded(module: Any, *pictures: bytes) -> Any:
+    tensor = module.InferInput("image", [len(pictures), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(pictures, dtype=object)[:, None])
+    return tensor
+
+
+def decoded(module: Any, pixels: np.ndarray) -> Any:
+    tensor = module.InferInput("pixels", list(pixels.shape), "UINT8")
+    tensor.set_data_from_numpy(pixels)
+    return tensor
+
+
+def rows(result: Any) -> list[dict[str, Any]]:
+    columns = {name: result.as_numpy(name) for name in OUTPUTS}
+    count = len(columns["label"])
+    assert all(column.shape == (count, 1) for column in columns.values())
+    return [{name: column[row, 0] for name, column in columns.items()} for row in range(count)]
+
+
+def assert_is(row: dict[str, Any], verdict: dict[str, Any]) -> None:
+    assert row["label"].decode() == verdict["label"] and row["index"] == verdict["index"]
+    assert row["confidence"] == pytest.approx(verdict["confidence"], abs=1e-5)
+    assert row["decision"].decode() == verdict["decision"] and row["error"] == b""
+    assert row["p_value"] == pytest.approx(verdict["detail"]["p_value"], abs=1e-5)
+
+
+def test_health_and_metadata_are_told(speak: tuple[Any, Any]) -> None:
+    client, _ = speak
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
+    metadata = client.get_model_metadata("tiny")
+    if not isinstance(metadata, dict):
+        assert [output.name for output in metadata.outputs] == OUTPUTS
+        return
+    inputs = {one["name"]: (one["datatype"], one["shape"]) for one in metadata["inputs"]}
+    assert inputs == {"image": ("BYTES", [-1, 1]), "pixels": ("UINT8", [-1, -1, -1, 3])}
+    assert [output["name"] for output in metadata["outputs"]] == OUTPUTS
+
+
+def test_verdicts_are_those_of_the_service_and_a_bad_picture_harms_no_other(
+    speak: tuple[Any, Any], service: Service, encode: Encode, pixels: np.ndarray
+) -> None:
+    client, module = speak
+    large = encode(np.tile(pixels, (3, 4, 1)), "JPEG")
+    pictures = [encode(pixels), b"{not a picture}", large, encode(pixels)[:90]]
+    expected = [service.answer([Incoming({}, [one])])[0] for one in pictures]
+    found = rows(client.infer("tiny", [encoded(module, *pictures)]))
+    assert [reply.status for reply in expected[::2]] == [200, 200]
+    for row, reply in zip(found[::2], expected[::2], strict=True):
+        assert_is(row, json.loads(reply.body))
+    for row, kind in zip(found[1::2], ["unsupported_format", "corrupt_image"], strict=True):
+        error = json.loads(row["error"])
+        assert error["type"] == kind and error["code"] in (415, 422) and error["message"]
+        assert (row["label"], row["index"], row["decision"]) == (b"", -1, b"error")
+        assert np.isnan(row["p_value"])
+    (from_pixels,) = rows(client.infer("tiny", [decoded(module, pixels[None])]))
+    assert_is(from_pixels, json.loads(expected[0].body))
+
+
+def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.ndarray) -> None:
+    client, module = speak
+    both = [encoded(module, b"a"), decoded(module, pixels[None])]
+    with pytest.raises(InferenceServerException, match="one of the inputs image and pixels"):
+        client.infer("tiny", both)
+    thin = decoded(module, np.zeros((2, 1, 900, 3), np.uint8))
+    errors = [json.loads(row["error"])["code"] for row in rows(client.infer("tiny", [thin]))]
+    assert errors == [422, 422]
+    (row,) = rows(client.infer("tiny", [encoded(module, bytes(7_000_000))]))
+    assert json.loads(row["error"])["type"] == "body_too_large"
+    with pytest.raises(InferenceServerException, match="batch"):
+        client.infer("tiny", [encoded(module, *[b"a"] * 33)])
+
+
+def count(triton: Triton, name: str) -> float:
+    """A counter of the model's, of all its versions."""
+    text = requests.get(f"http://127.0.0.1:{triton.metrics}/metrics", timeout=10).text
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith(f"{name}{{") and 'model="tiny"' in line
+    )
+
+
+def test_pictures_and_pixels_of_several_clients_share_a_batch(
+    triton: Triton, service: Service, encode: Encode, pixels: np.ndarray
+) -> None:
+    module = tritonclient.grpc
+    turned = np.ascontiguousarray(pixels[:, ::-1])
+    pictures = [pixels, np.tile(turned, (2, 2, 1)), turned]
+    inputs = [encoded(module, encode(one)) for one in pictures]
+    inputs += [decoded(module, one[None]) for one in pictures]
+    expected = [
+        json.loads(service.answer([Incoming({}, [encode(one)])])[0].body) for one in pictures * 2
+    ]
+    before = [count(triton, f"nv_inference_{kind}") for kind in ("count", "exec_count")]
+    wrong: list[BaseException] = []
+    gc.collect()  # a client over HTTP must not be collected in another thread than its own
+
+    def ask(number: int) -> None:
+        try:
+            with module.InferenceServerClient(f"127.0.0.1:{triton.grpc}") as client:
+                for _ in range(30):
+                    (row,) = rows(client.infer("tiny", [inputs[number]]))
+                    assert_is(row, expected[number])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    answered, runs = (
+        count(triton, f"nv_inference_{kind}") - old
+        for kind, old in zip(("count", "exec_count"), before, strict=True)
+    )
+    assert answered == 180 and runs < 180  # each alone without batches
+
+
+def test_a_new_version_is_taken_up_when_triton_is_told_and_a_damaged_one_is_not(
+    triton: Triton, repository: Path, tiny_shipped: Path, tmp_path: Path, encode: Encode
+) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    strict = tmp_path / "tiny.mar"
+    archive(tiny_shipped, strict, settings={"rampart": {"false_alarm_rate": 0.99}})
+    to_triton_python(strict, repository, version=2)
+    module = tritonclient.http
+    image = encoded(module, encode(noise))
+    with module.InferenceServerClient(f"127.0.0.1:{triton.port}") as client:
+        (before,) = rows(client.infer("tiny", [image]))
+        client.load_model("tiny")
+        for version, decision in (("1", before["decision"]), ("2", b"flag"), ("", b"flag")):
+            (row,) = rows(client.infer("tiny", [image], model_version=version))
+            assert row["decision"] == decision
+            assert row["p_value"] == before["p_value"]
+        damaged = repository / "tiny" / "3"
+        shutil.copytree(repository / "tiny" / "2", damaged)
+        (damaged / "labels.json").write_text("[]")
+        with pytest.raises(InferenceServerException, match=r"labels\.json is not the file"):
+            client.load_model("tiny")
+        shutil.rmtree(damaged)
+        (row,) = rows(client.infer("tiny", [image]))  # what was there answers on
+        assert row["decision"] == b"flag"
+
+
+def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(
+    tmp_path: Path, tiny_shipped: Path, unpacked: Path, repack: Callable[..., Path]
+) -> None:
+    home = to_triton_python(tiny_shipped, tmp_path / "models", form=("lean", None))
+    assert json.loads((home / "1" / "card.json").read_text())["variant"] == "lean"
+    with pytest.raises(ValueError, match=r"tiny/1 exists: name another --model-version"):
+        to_triton_python(tiny_shipped, tmp_path / "models")
+    file = "rampart/handlers/triton.py"
+    hashes = json.loads((unpacked / "sha256.json").read_text())
+    del hashes[file]
+    old = repack(tmp_path, {file: None, "sha256.json": json.dumps(hashes).encode()})
+    with pytest.raises(ValueError, match="knew no Triton: build it anew"):
+        to_triton_python(old, tmp_path / "others")
+
+
+def test_the_verb_writes_a_repository_of_an_archive_or_says_what_is_missing(
+    tmp_path: Path, tiny_archive: Path
+) -> None:
+    run("export", tiny_archive, "--triton", tmp_path, "--backend", "python", "--model-version", 4)
+    assert (tmp_path / "tiny" / "4" / "model.py").is_file()
+    with pytest.raises(ValueError, match="--backend python goes with --triton FOLDER"):
+        run("export", tiny_archive, "--out", tmp_path / "a.onnx", "--backend", "python")
+
+
+def test_who_may_not_see_p_values_does_not(tmp_path: Path, tiny_shipped: Path) -> None:
+    public = tmp_path / "tiny.mar"
+    archive(tiny_shipped, public, settings={"rampart": {"detail": "public"}})
+    config = (to_triton_python(public, tmp_path / "models") / "config.pbtxt").read_text()
+    assert '"p_value"' not in config and '"error"' in config
