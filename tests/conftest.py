@@ -165,6 +165,14 @@ def rampart_data() -> Path:
     return Path(os.environ["RAMPART_DATA"])
 
 
+@pytest.fixture(scope="session")
+def rampart_schemas() -> Path:
+    """The folder of KServe's definitions that RAMPART_SCHEMAS names, a YAML each."""
+    if "RAMPART_SCHEMAS" not in os.environ:
+        pytest.skip("RAMPART_SCHEMAS is unset: it names the folder of KServe's definitions")
+    return Path(os.environ["RAMPART_SCHEMAS"])
+
+
 @pytest.fixture
 def lean_only(tmp_path: Path, tiny_folder: Path) -> Path:
     """A model folder without the full variant, and beside it held.npz to measure it on."""

@@ -9,7 +9,7 @@ from typer import Option
 from rampart.cli import options as o
 
 SHIPPED = Path("model_store/cifar10.mar")
-ARCHIVE = "The .mar to serve; http serves several, of other names or versions"
+ARCHIVE = "The .mar to serve, or a folder of them; http serves several, of other names or versions"
 SERVER = "http is Rampart's own"
 DEFAULT = "torchserve on loopback, else http"
 DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
@@ -116,7 +116,7 @@ def serve(
 
     name = server or ("torchserve" if is_loopback(shared.host) else "http")
     _check_options(context, name)
-    archives, common = archive or [SHIPPED], shared._asdict() | {"tls": tls.pair()}
+    archives, common = _files(archive or [SHIPPED]), shared._asdict() | {"tls": tls.pair()}
     if name == "http":
         from rampart.launch import http as own
 
@@ -127,6 +127,15 @@ def serve(
     if len(archives) > 1:
         raise ValueError("TorchServe starts with one --archive: add --server http for several")
     raise typer.Exit(launch(Endpoint(archives[0], **torchserve._asdict(), **common)))
+
+
+def _files(archives: list[Path]) -> list[Path]:
+    """The archives; a folder stands for those in it. Raises ValueError for one that has none."""
+    files = [sorted(path.glob("*.mar")) if path.is_dir() else [path] for path in archives]
+    for path, found in zip(archives, files, strict=True):
+        if not found:
+            raise ValueError(f"{path} holds no archive: put a .mar there, or name one")
+    return [file for found in files for file in found]
 
 
 def _check_options(context: typer.Context, server: Name) -> None:

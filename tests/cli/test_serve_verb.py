@@ -82,3 +82,19 @@ def test_serve_starts_the_server_that_is_named(
     server = launch(Path(words), code=CODE, port=port)
     assert "Rampart is ready" in server.read(), server.lines
     assert server.end() == 0
+
+
+def test_a_folder_stands_for_its_archives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--archive", str(tmp_path), "--server", "http")
+    assert said(capsys, monkeypatch, *words) == (
+        f"{tmp_path} holds no archive: put a .mar there, or name one"
+    )
+    for name in ("b.mar", "a.mar", "c.txt"):
+        (tmp_path / name).touch()
+    assert verbs._files([Path("x.mar"), tmp_path]) == [
+        Path("x.mar"),
+        tmp_path / "a.mar",
+        tmp_path / "b.mar",
+    ]

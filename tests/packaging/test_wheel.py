@@ -7,13 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import requests
 
 from rampart.export.archive import archive
 
@@ -134,3 +137,73 @@ def free_ports() -> int:
             for port in (first, first + 1, first + 2):
                 held.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return int(first)
+
+
+# As a container runtime has it: no file may be written but those in TMPDIR, by a user who is nobody
+# here. Only that user may read what is root's, since the interpreter may be.
+NAMESPACE = """
+mount --make-rprivate / && mount -t tmpfs -o mode=1777 tmpfs "$1" && mount -o remount,bind,ro / &&
+shift && exec setpriv --reuid=65532 --regid=65532 --clear-groups --no-new-privs \\
+    --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \\
+    --bounding-set=-all,+dac_read_search "$@"
+"""
+
+
+def contained(scratch: Path) -> list[str]:
+    """What begins a command in a container's place; nothing where we may not make one."""
+    words = ["unshare", "--mount", "sh", "-c", NAMESPACE, "sh", str(scratch)]
+    tried = [*words, "sh", "-c", f"touch {scratch}/a && ! touch {scratch.parent}/b && id -u"]
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run(tried, capture_output=True, text=True)
+        if done.stdout == "65532\n":
+            return words
+    assert os.geteuid(), "root could not make a namespace of mounts: see `unshare --mount`"
+    return []
+
+
+@pytest.fixture
+def image() -> Iterator[Path]:
+    """A folder that every user may read."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_container_serves_with_a_read_only_root_no_home_and_a_user_that_nobody_knows(
+    wheel: Path, tiny_archive: Path, image: Path
+) -> None:
+    home, scratch, models = (image / name for name in ("venv", "scratch", "models"))
+    venv.create(home)
+    quietly(*pip(home / "bin"), "install", "-q", "--no-compile", f"{wheel}[http]")
+    scratch.mkdir()
+    models.mkdir()
+    shutil.copy(tiny_archive, models)
+    tokens, said, port = image / "tokens", image / "said", free_ports()
+    tokens.write_text(f"team {'a' * 20}\n")
+    served = ["--host", "0.0.0.0", "--port", port, "--grpc-port", port + 1]
+    command = [home / "bin" / "rampart", "serve", "--server", "http", *served]
+    command += ["--archive", models, "--tokens", tokens]
+    words = [*contained(scratch), *map(str, command)]
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env={"PATH": os.environ["PATH"], "TMPDIR": str(scratch)},
+        )
+    try:
+        until = time.monotonic() + 120
+        while "Rampart is ready" not in said.read_text():
+            assert process.poll() is None and time.monotonic() < until, said.read_text()
+            time.sleep(0.2)
+        root, picture = f"http://127.0.0.1:{port}", (ROOT / "rampart/data/sample.png").read_bytes()
+        assert requests.get(f"{root}/v2/health/ready", timeout=10).status_code == 200
+        known = {"Authorization": f"Bearer {'a' * 20}"}
+        ask = partial(requests.post, f"{root}/predictions/tiny", picture, timeout=30)
+        assert ask().status_code == 401
+        assert ask(headers=known).json()["model"]["name"] == "tiny"
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, said.read_text()
+    assert "rror" not in said.read_text() and "arning" not in said.read_text()

@@ -1,0 +1,197 @@
+"""What a cluster is given, judged by KServe's own definitions and by what the server listens on."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from rampart import cli
+from rampart.handlers.http.application import OPEN
+
+DEPLOY = Path("deploy")
+RUNTIME, EXAMPLE = DEPLOY / "kserve" / "runtime.yaml", DEPLOY / "kserve" / "cifar10.yaml"
+NAME = {"app.kubernetes.io/name": "rampart"}
+Definition = dict[str, Any]
+
+
+def documents() -> list[Definition]:
+    """All that the kustomization names."""
+    folder = DEPLOY / "kubernetes"
+    names = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    files = {file.name for file in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(names) == files
+    return [yaml.safe_load((folder / name).read_text()) for name in names]
+
+
+def of_kind(kind: str) -> Definition:
+    (one,) = [document for document in documents() if document["kind"] == kind]
+    return one
+
+
+def pods() -> Iterator[tuple[Definition, Definition]]:
+    """Each pod's definition, and its one container's."""
+    for pod in (
+        of_kind("Deployment")["spec"]["template"]["spec"],
+        yaml.safe_load(RUNTIME.read_text())["spec"],
+    ):
+        (container,) = pod["containers"]
+        yield pod, container
+
+
+def closed(schema: Any) -> Any:
+    """A structural schema in which a field that is not named is a mistake, as the server has it."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {name: closed(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        out.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        out |= {"type": ["integer", "string"]}
+        out.pop("anyOf", None)
+    return out
+
+
+def schema_of(folder: Path, kind: str) -> Definition:
+    for file in folder.glob("*.yaml"):
+        definition = yaml.safe_load(file.read_text())
+        if definition["spec"]["names"]["kind"] == kind:
+            (version,) = definition["spec"]["versions"]
+            schema: Definition = closed(version["schema"]["openAPIV3Schema"])
+            schema["properties"]["metadata"] = {"type": "object"}
+            return schema
+    raise AssertionError(f"{folder} has no {kind}")
+
+
+def test_kserve_takes_the_runtime_and_the_example(rampart_schemas: Path) -> None:
+    for file in (RUNTIME, EXAMPLE):
+        document = yaml.safe_load(file.read_text())
+        schema = schema_of(rampart_schemas, document["kind"])
+        jsonschema.validate(document, schema)
+        document["spec"]["unknown"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="unknown"):
+            jsonschema.validate(document, schema)
+
+
+def test_the_deployments_pod_is_one_by_the_schema_that_kserve_has_of_pods(
+    rampart_schemas: Path,
+) -> None:
+    service = schema_of(rampart_schemas, "InferenceService")
+    predictor = service["properties"]["spec"]["properties"]["predictor"]
+    pod = of_kind("Deployment")["spec"]["template"]["spec"]
+    assert set(pod) - {"containers"} <= set(predictor["properties"])
+    jsonschema.validate(pod, predictor)
+
+
+def test_the_example_asks_for_a_format_that_the_runtime_has() -> None:
+    runtime = yaml.safe_load(RUNTIME.read_text())["spec"]
+    model = yaml.safe_load(EXAMPLE.read_text())["spec"]["predictor"]["model"]
+    formats = [(one["name"], one["version"]) for one in runtime["supportedModelFormats"]]
+    assert (model["modelFormat"]["name"], model["modelFormat"]["version"]) in formats
+    assert model["protocolVersion"] in runtime["protocolVersions"]
+
+
+def test_pods_may_do_nothing_but_serve() -> None:
+    for pod, container in pods():
+        own = container["securityContext"]
+        shared = pod.get("securityContext", {}) | own
+        assert shared["runAsNonRoot"] is True and shared["runAsUser"] > 0
+        assert shared["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert own["readOnlyRootFilesystem"] is True and own["capabilities"] == {"drop": ["ALL"]}
+        assert own["allowPrivilegeEscalation"] is False
+        assert {"cpu", "memory"} == set(container["resources"]["limits"])
+        assert {"cpu", "memory"} == set(container["resources"]["requests"])
+        writable = [
+            one["mountPath"] for one in container["volumeMounts"] if not one.get("readOnly")
+        ]
+        assert writable == [
+            entry["value"] for entry in container["env"] if entry["name"] == "TMPDIR"
+        ]
+        mounts = {one["name"] for one in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_probes_ask_where_no_token_is_needed() -> None:
+    for _, container in pods():
+        for kind in ("startup", "readiness", "liveness"):
+            assert container[f"{kind}Probe"]["httpGet"]["path"] in OPEN
+
+
+def commands() -> list[list[str]]:
+    """What containers run: the image's own command, and the runtime's."""
+    text = (DEPLOY / "Containerfile").read_text().replace("\\\n", "")
+    (own,) = re.findall(r"^CMD (\[.*\])$", text, re.MULTILINE)
+    assert 'ENTRYPOINT ["rampart"]' in text
+    return [
+        yaml.safe_load(own),
+        yaml.safe_load(RUNTIME.read_text())["spec"]["containers"][0]["args"],
+    ]
+
+
+def test_containers_run_a_command_that_there_is_with_the_ports_and_tokens_of_the_pods() -> None:
+    serve = typer.main.get_command(cli.app).commands["serve"]
+    for words, (_, container) in zip(commands(), pods(), strict=True):
+        parsed = serve.make_context("serve", words[1:]).params
+        assert words[0] == "serve" and parsed["server"] == "http" and parsed["host"] == "0.0.0.0"
+        ports = {parsed["port"], parsed["grpc_port"]} - {0}
+        assert {one["containerPort"] for one in container["ports"]} == ports
+        (mount,) = [one for one in container["volumeMounts"] if one["name"] == "tokens"]
+        assert str(parsed["tokens"]) == f"{mount['mountPath']}/tokens"
+
+
+def test_all_that_selects_pods_selects_these() -> None:
+    kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    assert kustomization["labels"] == [{"pairs": NAME, "includeSelectors": True}]
+    for kind, field in {
+        "PodDisruptionBudget": "selector",
+        "NetworkPolicy": "podSelector",
+        "ServiceMonitor": "selector",
+    }.items():  # which a kustomization does not fill in
+        assert of_kind(kind)["spec"][field] == {"matchLabels": NAME}
+    target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    deployment = of_kind("Deployment")
+    assert target == {
+        "apiVersion": deployment["apiVersion"],
+        "kind": "Deployment",
+        "name": deployment["metadata"]["name"],
+    }
+    names = {port["name"] for _, container in list(pods())[:1] for port in container["ports"]}
+    assert {port["targetPort"] for port in of_kind("Service")["spec"]["ports"]} == names
+    (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
+    assert {port["port"] for port in rule["ports"]} == names
+    (endpoint,) = of_kind("ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["port"] in {port["name"] for port in of_kind("Service")["spec"]["ports"]}
+
+
+def test_the_image_copies_what_the_build_is_given() -> None:
+    text = (DEPLOY / "Containerfile").read_text()
+    copies = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("COPY")]
+    sources = [word for words in copies for word in words[:-1] if not word.startswith("--")]
+    assert sources == ["dist/rampart_endpoint-*.whl", "${ARCHIVE}"]
+    allowed = (DEPLOY / "Containerfile.dockerignore").read_text().splitlines()
+    assert allowed == ["*", "!dist/*.whl", "!model_store/*.mar"]
+    (default,) = re.findall(r"^ARG ARCHIVE=(\S+)$", text, re.MULTILINE)
+    assert Path(default).parent == Path("model_store") and default.endswith(".mar")
+
+
+def test_kustomize_builds_it_where_it_is_installed() -> None:
+    try:
+        command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs kubectl")
+    assert done.returncode == 0, done.stderr
+    built = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+    assert set(built) == {document["kind"] for document in documents()}
+    template = built["Deployment"]["spec"]["template"]
+    assert template["metadata"]["labels"] == NAME == built["Service"]["spec"]["selector"]
+    assert template["spec"]["containers"][0]["image"] == "registry.example/rampart:0.1.0"
+    assert {one["metadata"].get("namespace") for one in built.values()} == {"rampart", None}
