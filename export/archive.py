@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rampart.hardening.model.pipeline import Variant
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a model, as torch-model-archiver takes it
 ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
     "minWorkers": 1,
@@ -109,12 +110,22 @@ def archive(
 
 def check_request(out: Path, version: str, plan: Path | None, precision: Precision) -> None:
     """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
-    if out.suffix != ".mar":
-        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    check_name(out)
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     if plan and precision == "int8":
         raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+
+
+def check_name(out: Path) -> None:
+    """Raise ValueError where TorchServe takes no archive of that name, or clients cannot ask."""
+    if out.suffix != ".mar":
+        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    if not re.fullmatch(NAME, out.stem):
+        raise ValueError(
+            f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"
+            " '.', '_' and '-' alone"
+        )
 
 
 def add_sources(work: Path) -> None:

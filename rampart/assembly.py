@@ -1,12 +1,13 @@
 """From the files of training to a model folder, and the whole way from images to an archive."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rampart import inputs
+from rampart.export import archive as archives
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import ClassifierConfig
@@ -88,14 +89,8 @@ class Plan(NamedTuple):
 
     def check(self, out: Path) -> None:
         """Raise ValueError where nothing would come of it."""
-        if "RANK" in os.environ:
-            raise ValueError(
-                "torchrun starts `rampart train` and `rampart purifier`, not the others"
-            )
-        if not (self.weights or self.recipe.epochs):
-            raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
-        if out.suffix != ".mar":
-            raise ValueError(f"--out {out}: TorchServe loads files that end in .mar; name it so")
+        inputs.hardening(self.weights, self.recipe.epochs, self.recipe.method)
+        archives.check_name(out)
 
     def stages(self) -> int:
         """How many stages that makes."""
@@ -205,4 +200,5 @@ class Way(NamedTuple):
         model, plan = Model.load(home), self.plan
         few = sample_of(model, self.source, part="validation", limit=plan.evaluate_on)
         study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
+        study = study._replace(into_card=True)
         evaluate(model, few, study)

@@ -224,6 +224,18 @@ class Model:
         self.card = report.add_to_card(here, new) if here is not None else self.card | new
         return self.card
 
+    def measured(self) -> dict[str, Any]:
+        """What was measured of it and not put into its card."""
+        return {} if self.folder is None else report.read_card(self.folder, report.MEASURED)
+
+    def keep(self, entries: Mapping[str, Any], *, into_card: bool) -> dict[str, Any]:
+        """Put what was measured into the card, or beside it; returns what that holds now."""
+        if into_card:
+            return self.add_to_card(entries)
+        if self.folder is None:
+            return dict(entries)
+        return report.add_to_card(self.folder, dict(entries), report.MEASURED)
+
     def log(self, entry: dict[str, Any]) -> None:
         """Note beside the model that it was evaluated."""
         if self.folder is not None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 VARIANTS: tuple[Variant, ...] = ("full", "lean")
 LOG = "evaluations.jsonl"
-PICTURED = ("ablation.png", "curve.png", "report.html")  # what is drawn of a model
+# What is drawn of a model, and what was measured of it beside its card.
+DRAWN = ("ablation.png", "curve.png", "report.html")
+PICTURED = (*DRAWN, report.MEASURED, *(f"measured-{name}" for name in DRAWN))
 
 
 def variants_in(model: Path) -> list[Variant]:

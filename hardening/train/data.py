@@ -26,6 +26,7 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.presence import check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.survey import Size, Survey
@@ -235,6 +236,7 @@ def load_cifar10(path: Path, *, train: bool = True, download: bool = False) -> I
 
 def load_npz(path: Path) -> Images:
     """Read `image`, `label` and, where present, `classes` and `jpeg_path` from an .npz file."""
+    check_file(path, "data", "pass an .npz file")
     try:  # numpy would leave the file open where it fails
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}

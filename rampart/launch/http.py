@@ -1,7 +1,6 @@
 """Start Rampart's own HTTP server: workers that share a port; a new archive brings new workers."""
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -13,7 +12,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from uvicorn.supervisors import Multiprocess
 from rampart.handlers.http.tokens import read_tokens
 from rampart.launch.addresses import is_loopback
 from rampart.launch.connection import Connection
-from rampart.launch.endpoint import LaunchError
+from rampart.launch.endpoint import LaunchError, read_model
 from rampart.launch.worker import Job
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.png"
@@ -82,7 +80,7 @@ def serve(front: Front) -> int:
     that is replaced is served by new workers; the old ones finish what they have begun.
     """
     try:
-        models = [_check_archive(archive) for archive in front.archives]
+        models = [read_model(archive) for archive in front.archives]
         _check(front, models)
         if front.grpc_port:
             _listen(front.host, front.grpc_port).close()  # each worker opens its own
@@ -144,21 +142,6 @@ def _config(front: Front) -> uvicorn.Config:
         ssl_certfile=chain,
         ssl_keyfile=key,
     )
-
-
-def _check_archive(archive: Path) -> tuple[str, str]:
-    """Name and version of an archive's model. Raises LaunchError."""
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            model = json.loads(packed.read("MAR-INF/MANIFEST.json"))["model"]
-            return str(model["modelName"]), str(model["modelVersion"])
-    except FileNotFoundError as error:
-        raise LaunchError(
-            f"there is no archive at {archive}: build it with `rampart archive"
-            f" model_store/{archive.stem} --out {archive}`"
-        ) from error
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise LaunchError(f"{archive} is not an archive of Rampart: build it anew") from error
 
 
 def _check(front: Front, models: list[tuple[str, str]]) -> None:
