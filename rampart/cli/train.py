@@ -157,9 +157,9 @@ def download(
     folder: Annotated[Path, Argument(help="Where to put it"), inputs.folder_to_write],
 ) -> None:
     """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
-    from rampart.hardening.train.data import load_cifar10
+    from rampart.hardening.train.data import download_cifar10
 
-    images = load_cifar10(folder, download=True)
+    images = download_cifar10(folder)
     say(f"{len(images)} training images in {folder}: pass it as --data")
 
 
