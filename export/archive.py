@@ -22,7 +22,13 @@ from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Policy
 from rampart.hardening.model.card import read_card
-from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
+from rampart.hardening.model.files import (
+    SAMPLE,
+    Precision,
+    calibration_file,
+    load_variant,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +83,11 @@ def archive(
     plan: Path | None = None,
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
+    sample: bool = True,
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
-    `settings` override the top level of the model YAML, and their `rampart` the policy.
+    The folder's `sample` picture goes along, if it has one. `settings` override the top level of
+    the model YAML, and their `rampart` the policy.
     """
     check_request(out, version, plan, precision)
     settings = settings or {}
@@ -98,6 +106,8 @@ def archive(
             policy["device"] = "plan"
             add_plan(plan, work)
         add_sources(work)
+        if sample and (folder / SAMPLE).is_file():
+            shutil.copy(folder / SAMPLE, work)
         shutil.copy(calibration_file(folder, variant, precision), work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
         names = {"name": out.stem, "variant": variant, "precision": precision}

@@ -16,6 +16,7 @@ from rampart.hardening.model.presence import ZIP, check_archive, check_file
 
 if TYPE_CHECKING:
     from rampart.hardening.model.files import Precision
+    from rampart.hardening.model.pipeline import Variant
 
 # What torch's side builds and does, by name; tests hold these to the definitions there.
 NETWORKS = (
@@ -236,16 +237,32 @@ def sample(held: Path | None, part: str | None) -> None:
 
 
 def evaluation(
+    *,
     model: Path,
     variant: str | None,
     rung: Sequence[str] | None,
     held: Path | None,
     part: str | None,
+    int8: bool,
+    fp16: bool,
 ) -> None:
     """What belongs together in an evaluation."""
     alone(variant, rung)
     sample(held, part)
     form(model, variant)
+    if int8:
+        lowered(model, variant, "int8")
+    if fp16:
+        lowered(model, variant, "fp16")
+
+
+def lowered(model: Path, variant: str | None, precision: "Precision") -> None:
+    """A form in lower precision that was made, of one variant or of all."""
+    from rampart.export.shipped import check_made
+    from rampart.hardening.model.folder import variants_in
+
+    for each in [variant] if variant else variants_in(model):
+        check_made(model, each, precision)
 
 
 def alone(variant: str | None, rung: Sequence[str] | None) -> None:
@@ -317,8 +334,8 @@ def calibrating(
 def exporting(
     *,
     model: Path,
-    variant: str | None,
-    precision: str | None,
+    variant: "Variant | None",
+    precision: "Precision | None",
     out: Path | None,
     triton: Path | None,
     tensorrt: Path | None,
@@ -333,6 +350,10 @@ def exporting(
     form(model, variant)
     if tensorrt and precision == "int8":
         raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+    if precision:
+        from rampart.hardening.model.folder import form as chosen
+
+        lowered(model, chosen(model, variant, precision)[0], precision)
 
 
 def packing(

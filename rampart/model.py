@@ -382,15 +382,18 @@ class Model:
         plan: Path | None = None,
         version: str = "1.0",
         settings: Mapping[str, object] | None = None,
+        sample: bool = True,
     ) -> Parity:
         """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
 
-        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint.
+        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
+        `sample` picture in the model's folder goes along.
         Raises ValueError for a policy that the endpoint would refuse.
         """
         terms = {"rampart": asdict(policy or Policy()) | dict(settings or {})}
         write = partial(archives.archive, out=Path(path), plan=plan)
-        return self._write(partial(write, version=version, settings=terms), form, images)
+        write = partial(write, version=version, settings=terms, sample=sample)
+        return self._write(write, form, images)
 
     def _write(self, write: Callable[..., T], form: Form | None, images: Gate) -> T:
         """What `write` makes of the model's folder, held to the gate on 64 of the images."""

@@ -9,6 +9,7 @@ from rampart.handlers.verdict import Calibration
 from rampart.hardening.model.presence import check_file
 
 FORMAT = "rampart-1"
+SAMPLE = "sample.png"  # one held-out picture, to try an endpoint with
 Precision = Literal["fp32", "fp16", "int8"]
 
 

@@ -13,6 +13,7 @@ from rampart.cli.options import say
 HIDE = "LEFT TOP WIDTH HEIGHT to project without, in pixels at model resolution"
 BEFORE = "The picture of before and after"
 ATTACKED, PURIFIED = Path("attacked"), Path("purified.png")
+SHOWN = "The class that the picture shows, to tell whether the certified one is right"
 PROJECT = "Also the generator's own image nearest to it"
 
 verb, app = o.theme("Look")
@@ -54,10 +55,12 @@ def certify(
     sigma: Annotated[float, Option(help="Of the Gaussian noise, pixels in [0, 1]")] = 0.12,
     samples: Annotated[int, Option(help="Noisy copies that vote")] = 10_000,
     alpha: Annotated[float, Option(help="How often the certificate may be wrong")] = 0.001,
+    label: Annotated[str | None, Option(help=SHOWN)] = None,
     device: o.Device = "auto",
 ) -> None:
     """A radius (L2) within which the smoothed classifier provably keeps its label, or abstains."""
     from rampart import looks
 
     noise = looks.Noise(sigma, samples, alpha)
-    say(looks.certify(rp.Model.load(look.model), look.image, noise, device=device))
+    model = rp.Model.load(look.model)
+    say(*looks.certify(model, look.image, noise, label=label, device=device))

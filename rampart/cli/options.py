@@ -189,6 +189,10 @@ INTO_CARD = "Write figures into card.json, and not beside it, into measured.json
 IntoCard = Annotated[bool, Option("--into-card", help=INTO_CARD)]
 
 
+SAMPLE = "Let one held-out picture go into the archive, to try the endpoint with"
+WithSample = Annotated[bool, Option(help=SAMPLE)]
+
+
 def say(*lines: object) -> None:
     """Print lines, above whatever progress bars there are."""
     text = "\n".join(map(str, lines))

@@ -158,6 +158,7 @@ def archive(
     out: Annotated[Path | None, Option(help=PACKED), inputs.new_archive] = None,
     plan: Annotated[Path | None, Option(help=PLANNED), inputs.file] = None,
     model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
+    sample: o.WithSample = True,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     # A shipped graph is packed as it is, so this must not need torch.
@@ -169,6 +170,7 @@ def archive(
     policy = {k: v for k, v in settings._asdict().items() if k != "max_pixels" or v}
     few, terms = form.gate(), {"rampart": policy}
     pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
+    pack = partial(pack, sample=sample)
     say(pack(form.model, target, variant=variant, precision=precision, settings=terms))
     say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 

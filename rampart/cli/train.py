@@ -51,6 +51,7 @@ def harden(
     purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
+    sample: o.WithSample = True,
     runs: Annotated[Path, Option(help=STAGES), inputs.folder_to_write] = Path("runs"),
     device: o.Device = "auto",
 ) -> None:
@@ -65,7 +66,7 @@ def harden(
 
     recipe = rp.Recipe(method, threat.ball(), epochs)
     net = network.config(arch, image_size)
-    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
+    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device, sample)
     outcome = go(source.open(), out, plan, runs=runs, command=command_line())
     say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
     insist(outcome.card)

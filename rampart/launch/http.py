@@ -22,10 +22,9 @@ from uvicorn.supervisors import Multiprocess
 from rampart.handlers.http.tokens import read_tokens
 from rampart.launch.addresses import is_loopback
 from rampart.launch.connection import Connection
-from rampart.launch.endpoint import LaunchError, read_model
+from rampart.launch.endpoint import ANY, LaunchError, read_model, sample_of
 from rampart.launch.worker import Job
 
-SAMPLE = Path(__file__).parents[1] / "data" / "sample.png"
 GRACE = 30  # seconds that a worker that stops may take for what it has begun
 HUNG = 60  # seconds after which a worker that does not answer the launcher is replaced
 IDLE = 75  # seconds for which a connection is kept: longer than gateways keep theirs
@@ -103,8 +102,12 @@ def serve(front: Front) -> int:
         # The end of the terminal is the end; uvicorn would begin anew.
         signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
         ready = threading.Event()
+        samples = {
+            name: sample_of(archive, Path(folder) / f"sample-{number}.png")
+            for number, (archive, (name, _)) in enumerate(zip(front.archives, models, strict=True))
+        }
         for task in (_announce, _watch):
-            args = (front, [name for name, _ in models], supervisor, ready)
+            args = (front, samples, supervisor, ready)
             threading.Thread(target=task, args=args, daemon=True).start()
         supervisor.run()
     return 0 if ready.is_set() else 1
@@ -183,10 +186,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _announce(
-    front: Front, names: list[str], supervisor: Multiprocess, ready: threading.Event
+    front: Front, samples: dict[str, Path], supervisor: Multiprocess, ready: threading.Event
 ) -> None:
-    """Say when each model has answered."""
-    waiting = list(names)
+    """Say when each model has answered, with a picture to try each with."""
+    waiting = list(samples)
     while waiting and not supervisor.should_exit.is_set():
         waiting = [name for name in waiting if _predict(front, name) != 200]
         time.sleep(0.1)
@@ -195,7 +198,10 @@ def _announce(
     ready.set()
     token = '-H "Authorization: Bearer $TOKEN" ' if front.tokens else ""
     trust = f"--cacert {shlex.quote(str(front.tls[0]))} " if front.tls else ""
-    lines = [f"  curl {trust}{token}-T {SAMPLE} {front.url}/predictions/{name}" for name in names]
+    lines = [
+        f"  curl {trust}{token}-T {shlex.quote(str(sample))} {front.url}/predictions/{name}"
+        for name, sample in samples.items()
+    ]
     print("\n".join(["Rampart is ready", *lines]), flush=True)
 
 
@@ -212,9 +218,7 @@ def _predict(front: Front, name: str) -> int:
         if front.tokens:
             token = next(iter(read_tokens(front.tokens))).decode()
             headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(
-        f"{front.url}/predictions/{name}", SAMPLE.read_bytes(), headers
-    )
+    request = urllib.request.Request(f"{front.url}/predictions/{name}", ANY.read_bytes(), headers)
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=60) as answer:
             return int(answer.status)
@@ -225,7 +229,9 @@ def _predict(front: Front, name: str) -> int:
         return 0
 
 
-def _watch(front: Front, _: list[str], supervisor: Multiprocess, ready: threading.Event) -> None:
+def _watch(
+    front: Front, _: dict[str, Path], supervisor: Multiprocess, ready: threading.Event
+) -> None:
     """Have workers replaced one after the other when an archive is, and is whole."""
     before = list(_stamps(front.archives))
     while not supervisor.should_exit.wait(1.0):

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from blobs import blobs
 from command import run
 from in_torch import InTorch
+from PIL import Image
 
 from rampart.hardening.report import card as report
 from rampart.model import Model
@@ -51,7 +53,10 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(
     assert {(row["subject"], row["variant"]) for row in alone} == {("pipeline", "full")}
     assert card["threat_model"] == "Linf 8/255"  # the first one's
     assert "parity on" in run("archive", model, *test)
-    assert (tmp_path / "toy.mar").is_file()
+    with ZipFile(tmp_path / "toy.mar") as packed, packed.open("sample.png") as sample:
+        pixels = np.asarray(Image.open(sample))
+    assert (model / "sample.png").stat().st_size <= 8192
+    assert (blobs(400, size=16, seed=1).image.numpy() == pixels).all((1, 2, 3)).sum() == 1
 
 
 CARD = ["--into-card"]

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shlex
 import shutil
+import signal
 import socket
 import struct
 import zipfile
@@ -99,6 +101,8 @@ MISTAKES = [
     ("ablate tiny --data good.npz --row lean --test good.npz", "--test", "without"),
     ("quantize tiny --data good.npz --precision int4", "int4", "'int8'"),
     ("export tiny --out X.mar", "X.mar", "rampart archive"),
+    ("evaluate tiny --images good.npz --int8", "int8", "rampart quantize"),
+    ("export tiny --out x.onnx --precision fp16", "fp16", "rampart quantize"),
     ("export tiny", "--out FILE.onnx", "pass one of"),
     ("export tiny --tensorrt t.plan --precision int8", "int8", "fp16"),
     ("archive nothing", "nothing", "rampart calibrate"),
@@ -162,6 +166,30 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_there_for_the_aski
     assert "`rampart archive odd` failed (KeyError: 'classifier')" in told.text
     assert "RAMPART_DEBUG=1" in told.text
     assert "Traceback" in shown.text and "KeyError: 'classifier'" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"), [("evaluate", ["--rung", "pgd20"]), ("outside", []), ("alarms", [])]
+)
+def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done(
+    desk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    more: list[str],
+) -> None:
+    option = "--data" if verb == "alarms" else "--images"
+    words = [verb, str(desk / "tiny"), option, str(desk / "good.npz"), *more]
+    monkeypatch.setattr("sys.argv", ["rampart", *words])
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("rampart.model.Model.load", interrupted)
+    assert cli.main() == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    goes_on = f"; what was done is kept, and this goes on: rampart {shlex.join(words)}"
+    assert line == f"rampart: interrupted{'' if verb == 'alarms' else goes_on}"
 
 
 def test_a_damaged_card_is_named(desk: Path) -> None:
