@@ -19,10 +19,8 @@ REMEDY = "`rampart export` makes it"
 def inspect(file: Path) -> Iterator[str]:
     """Lines for people on an archive or a graph. Raises ValueError for anything else."""
     if file.suffix not in KINDS:
-        raise ValueError(
-            f"{file} is called neither .mar (an archive), .onnx (a graph) nor .plan: name one of"
-            " these"
-        )
+        kinds = "neither an archive (.mar), a graph (.onnx) nor a plan (.plan)"
+        raise ValueError(f"{file}: {kinds}, by its name: pass one of these")
     if file.suffix == ".mar":
         check_archive(file)
     else:

@@ -165,7 +165,7 @@ class Run:
         if distributed.place()[1] > 1:  # all stop after the same step
             if self.done % AGREE:
                 return
-            asked = bool(distributed.total(torch.tensor(int(asked), device=self.loss.device)))
+            asked = any(distributed.gather(asked))
         if asked:
             self.save()
             raise KeyboardInterrupt

@@ -110,7 +110,7 @@ MISTAKES = [
     ("archive tiny --model-version two", "two", "numbers with dots"),
     ("archive tiny --plan nope.plan", "nope.plan", "check the path"),
     ("inspect nope.mar", "nope.mar", "rampart archive"),
-    ("inspect a.zip", "a.zip", ".mar (an archive)"),
+    ("inspect a.zip", "a.zip", "pass one of these"),
     ("inspect lfs.mar", "lfs.mar", "git lfs pull"),
     ("verify empty.mar", "empty.mar", "copy or download it anew"),
     ("verify good.mar --signature nope.sig --public-key words.txt", "nope.sig", "name the file"),
