@@ -22,13 +22,20 @@ from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Policy
 from rampart.hardening.model.card import read_card
-from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
+from rampart.hardening.model.files import (
+    SAMPLE,
+    Precision,
+    calibration_file,
+    load_variant,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rampart.hardening.model.pipeline import Variant
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a model, as torch-model-archiver takes it
 ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
     "minWorkers": 1,
@@ -76,9 +83,11 @@ def archive(
     plan: Path | None = None,
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
+    sample: bool = True,
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
-    `settings` override the top level of the model YAML, and their `rampart` the policy.
+    The folder's `sample` picture goes along, if it has one. `settings` override the top level of
+    the model YAML, and their `rampart` the policy.
     """
     check_request(out, version, plan, precision)
     settings = settings or {}
@@ -97,6 +106,8 @@ def archive(
             policy["device"] = "plan"
             add_plan(plan, work)
         add_sources(work)
+        if sample and (folder / SAMPLE).is_file():
+            shutil.copy(folder / SAMPLE, work)
         shutil.copy(calibration_file(folder, variant, precision), work / "calibration.json")
         (work / "labels.json").write_text(json.dumps(config["classes"]))
         names = {"name": out.stem, "variant": variant, "precision": precision}
@@ -109,12 +120,22 @@ def archive(
 
 def check_request(out: Path, version: str, plan: Path | None, precision: Precision) -> None:
     """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
-    if out.suffix != ".mar":
-        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    check_name(out)
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     if plan and precision == "int8":
         raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+
+
+def check_name(out: Path) -> None:
+    """Raise ValueError where TorchServe takes no archive of that name, or clients cannot ask."""
+    if out.suffix != ".mar":
+        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    if not re.fullmatch(NAME, out.stem):
+        raise ValueError(
+            f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"
+            " '.', '_' and '-' alone"
+        )
 
 
 def add_sources(work: Path) -> None:

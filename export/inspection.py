@@ -10,16 +10,21 @@ from rampart.export.terminal import all_visible
 from rampart.export.unpacking import TEXT, card_of, settings_of, unpack
 from rampart.handlers.engine import sha256
 from rampart.handlers.plan import record_file
+from rampart.hardening.model.presence import check_archive, check_file
 
 KINDS = (".mar", ".onnx", ".plan")
+REMEDY = "`rampart export` makes it"
 
 
 def inspect(file: Path) -> Iterator[str]:
     """Lines for people on an archive or a graph. Raises ValueError for anything else."""
     if file.suffix not in KINDS:
-        raise ValueError(f"{file}: neither an archive (.mar), a graph (.onnx) nor a plan (.plan)")
-    if not file.is_file():
-        raise FileNotFoundError(f"no file at {file}")
+        kinds = "neither an archive (.mar), a graph (.onnx) nor a plan (.plan)"
+        raise ValueError(f"{file}: {kinds}, by its name: pass one of these")
+    if file.suffix == ".mar":
+        check_archive(file)
+    else:
+        check_file(file, "graph" if file.suffix == ".onnx" else "plan", REMEDY)
     yield f"{file}: {file.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256(file)}"
     if file.suffix == ".plan":
         yield from plan_lines(file)

@@ -1,5 +1,6 @@
 """An archive that others may have built: unpacked within bounds, checked against its hashes."""
 
+import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import yaml
 
 from rampart.handlers.contents import HANDLER, verify
-from rampart.hardening.model.card import read_card
+from rampart.hardening.model.card import FILE
+from rampart.hardening.model.presence import check_archive
 
 LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
 TEXT = 64_000_000  # bytes of a file to be read as JSON, YAML or code
@@ -17,8 +19,7 @@ SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow
 
 def unpack(archive: Path, work: Path) -> dict[str, str | None]:
     """Unpack an archive into `work`, checked; returns the SHA-256 that it lists of each file."""
-    if not archive.is_file():
-        raise FileNotFoundError(f"no archive at {archive}: build one with `rampart archive`")
+    check_archive(archive)
     try:
         with zipfile.ZipFile(archive) as packed:
             check_entries(archive, packed.infolist())
@@ -54,7 +55,7 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
 def card_of(work: Path) -> dict[str, Any]:
     """The card of an unpacked archive. Raises ValueError where it is none."""
     try:
-        card = read_card(work)
+        card = json.loads((work / FILE).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"card.json is not JSON: {error}") from error
     if not isinstance(card, dict):

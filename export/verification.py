@@ -9,6 +9,7 @@ from pathlib import Path
 from rampart.export.unpacking import unpack
 from rampart.handlers.contents import HASHES
 from rampart.handlers.engine import sha256
+from rampart.hardening.model.presence import check_archive, check_file
 
 # Files that torch-model-archiver adds. Older archives list no hash for them.
 ADDED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py"}
@@ -18,9 +19,9 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
     """A line for people about each check that passes. Raises ValueError about one that fails."""
     if (signature is None) != (key is None):
         raise ValueError("--signature and --public-key go together")
-    for file in (archive, signature, key):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"no file at {file}")
+    check_archive(archive)
+    for file in filter(None, (signature, key)):
+        check_file(file, "signature" if file == signature else "key", "name the file of it")
     if signature and key:
         yield signed(archive, signature, key)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,18 +1,23 @@
 """From the files of training to a model folder, and the whole way from images to an archive."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
+from rampart import inputs
+from rampart.export import archive as archives
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import ClassifierConfig
-from rampart.hardening.model.images import Held
+from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
 from rampart.hardening.report import card as report
+from rampart.hardening.train.data import spread
 from rampart.hardening.train.loop import Precision, Recipe
 from rampart.hardening.train.provenance import collect
 from rampart.hardening.train.purifier import PurifierRecipe
@@ -24,6 +29,7 @@ from rampart.studies import Outcome, Study, evaluate
 from rampart.training import Run, adopt, train_from, train_purifier_from
 
 CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
+FEW, SMALL = 32, 8192  # images of which one is the sample, and its bytes at most
 MANY = 100  # validation images that `harden` attacks
 
 
@@ -55,9 +61,26 @@ def assemble(
         card=past(files, command),
     )
     model.save(folder)
+    write_sample(model, split(out, "validation"), folder / SAMPLE)
     images = collect(folder, list(files.values()), train, fitted=images_to_fit(held), held=out)
     model.add_to_card({"images": images})
     return model
+
+
+def write_sample(model: Model, held: Images, file: Path) -> None:
+    """Write one of the `held` images, which the endpoint labels right, to try it with: a few kB."""
+    few = spread(held, FEW)
+    right = [
+        row
+        for row, verdict in enumerate(model.predict(few))
+        if verdict.index == int(few.label[row]) and verdict.decision == "accept"
+    ]
+    picture = Image.fromarray(few.image[right[0] if right else 0].numpy())
+    while True:
+        picture.save(file, optimize=True)
+        if file.stat().st_size <= SMALL:
+            return
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
 
 
 def past(files: Mapping[str, Path], command: str) -> dict[str, Any]:
@@ -85,17 +108,12 @@ class Plan(NamedTuple):
     evaluate_on: int = MANY  # validation images to attack; 0: none
     dtype: Precision | None = None
     device: str = "auto"
+    sample: bool = True  # whether a held-out picture goes into the archive
 
     def check(self, out: Path) -> None:
         """Raise ValueError where nothing would come of it."""
-        if "RANK" in os.environ:
-            raise ValueError(
-                "torchrun starts `rampart train` and `rampart purifier`, not the others"
-            )
-        if not (self.weights or self.recipe.epochs):
-            raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
-        if out.suffix != ".mar":
-            raise ValueError(f"--out {out}: TorchServe loads files that end in .mar; name it so")
+        inputs.hardening(self.weights, self.recipe.epochs, self.recipe.method)
+        archives.check_name(out)
 
     def stages(self) -> int:
         """How many stages that makes."""
@@ -120,9 +138,9 @@ def harden(
             model = way.model_with_figures(model)
 
         def pack(folder: Path) -> None:
-            Model.load(model).archive(folder / out.name)
+            Model.load(model).archive(folder / out.name, sample=plan.sample)
 
-        packed = job.once("archive", folders.contents(model), pack)
+        packed = job.once("archive", way.archive_inputs(model), pack)
     same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
     if not same:  # whole or not at all
         partial_copy = shutil.copy(packed / out.name, out.with_suffix(".partial"))
@@ -148,6 +166,11 @@ class Way(NamedTuple):
     def attack_inputs(self, **others: object) -> dict[str, object]:
         """What a stage that attacks depends on, and `others`."""
         return self.inputs(threat=self.plan.recipe.threat, device=self.plan.device, **others)
+
+    def archive_inputs(self, model: Path) -> dict[str, object]:
+        """What an archive depends on: the files of its model, the sample where it goes along."""
+        files = folders.contents(model)
+        return {name: file for name, file in files.items() if self.plan.sample or name != SAMPLE}
 
     def run(self, folder: Path) -> Run:
         """A training in the folder of its stage."""
@@ -205,4 +228,5 @@ class Way(NamedTuple):
         model, plan = Model.load(home), self.plan
         few = sample_of(model, self.source, part="validation", limit=plan.evaluate_on)
         study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
+        study = study._replace(into_card=True)
         evaluate(model, few, study)

@@ -1,6 +1,6 @@
 """One picture and what the defence makes of it: attacked, purified, certified."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from rampart.hardening.attack.ladder import QUICK, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import certify as certificates
+from rampart.hardening.judge.certify import Certificate
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.project import project
@@ -22,6 +23,7 @@ from rampart.hardening.train.data import read_picture
 from rampart.model import Model
 from rampart.training import pick_device
 
+TABBY = "cat"  # what scikit-image's picture shows, where a model knows it
 Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
@@ -60,7 +62,8 @@ def attack(
     for name, view, _ in panels:
         Image.fromarray(view).save(out / f"{name}.png")
     lines = [f"{out / name}.png: {caption}" for name, _, caption in panels]
-    panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
+    if pipeline.purifier is not None:
+        panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
 
@@ -104,11 +107,41 @@ def window(hide: Box | None, size: int) -> Tensor:
 
 
 def certify(
-    model: Model, image: Path | None, noise: Noise | None = None, *, device: str = "auto"
-) -> str:
-    """A radius (L2) within which the smoothed classifier provably keeps its label, in words."""
+    model: Model,
+    image: Path | None,
+    noise: Noise | None = None,
+    *,
+    label: str | None = None,
+    device: str = "auto",
+) -> list[str]:
+    """A radius (L2) within which the smoothed classifier provably keeps its label, in words.
+
+    `label` is what the picture shows, by which the certified one is judged. Raises ValueError where
+    the model has no such class.
+    """
+    if label is not None and label not in model.classes:
+        raise ValueError(f"--label {label}: the model tells {', '.join(model.classes)} apart")
     net = model.pipeline("lean").classifier.to(pick_device(device))
     sigma, samples, alpha = noise or Noise()
     x = to_float(picture(image, model.image_size)).to(net.mean.device)
     found = certificates.certify(net, x, sigma=sigma, samples=samples, alpha=alpha)
-    return certificates.in_words(found, model.classes)
+    if image is None and TABBY in model.classes:
+        label = label or TABBY
+    with torch.no_grad():
+        plain = model.classes[int(net(x).argmax())]
+    return [certificates.in_words(found, model.classes), judged(found, model.classes, plain, label)]
+
+
+def judged(proof: Certificate, classes: Sequence[str], plain: str, label: str | None) -> str:
+    """Whether a certified label is right, as far as that is known; `plain` is that without noise.
+
+    A label that provably stays may be wrong.
+    """
+    if proof.label is None:
+        return f"without noise the classifier says {plain}"
+    certified = classes[proof.label]
+    beside = "" if certified == plain else f", where the classifier without noise says {plain}"
+    if label is None:
+        return f"whether {certified} is right nobody has said{beside}: --label tells what it shows"
+    right = "right" if certified == label else f"wrong: the picture shows {label}"
+    return f"{certified} is {right}{beside}"

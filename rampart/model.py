@@ -224,6 +224,18 @@ class Model:
         self.card = report.add_to_card(here, new) if here is not None else self.card | new
         return self.card
 
+    def measured(self) -> dict[str, Any]:
+        """What was measured of it and not put into its card."""
+        return {} if self.folder is None else report.read_card(self.folder, report.MEASURED)
+
+    def keep(self, entries: Mapping[str, Any], *, into_card: bool) -> dict[str, Any]:
+        """Put what was measured into the card, or beside it; returns what that holds now."""
+        if into_card:
+            return self.add_to_card(entries)
+        if self.folder is None:
+            return dict(entries)
+        return report.add_to_card(self.folder, dict(entries), report.MEASURED)
+
     def log(self, entry: dict[str, Any]) -> None:
         """Note beside the model that it was evaluated."""
         if self.folder is not None:
@@ -370,15 +382,18 @@ class Model:
         plan: Path | None = None,
         version: str = "1.0",
         settings: Mapping[str, object] | None = None,
+        sample: bool = True,
     ) -> Parity:
         """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
 
-        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint.
+        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
+        `sample` picture in the model's folder goes along.
         Raises ValueError for a policy that the endpoint would refuse.
         """
         terms = {"rampart": asdict(policy or Policy()) | dict(settings or {})}
         write = partial(archives.archive, out=Path(path), plan=plan)
-        return self._write(partial(write, version=version, settings=terms), form, images)
+        write = partial(write, version=version, settings=terms, sample=sample)
+        return self._write(write, form, images)
 
     def _write(self, write: Callable[..., T], form: Form | None, images: Gate) -> T:
         """What `write` makes of the model's folder, held to the gate on 64 of the images."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from rampart import inputs
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.detectors import FITTED
 from rampart.hardening.model.images import Images, hold_out, split
@@ -132,8 +133,7 @@ def sample_of(
     .npz that was not trained on is taken for held-out images itself.
     """
     data, held, _ = source
-    if held and not part:
-        raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
+    inputs.sample(held, part)
     familiar = folders.trained_on(model.card, data)
     title, warning = name or source.name, ""
     if part and (held or familiar or data.suffix != ".npz"):

@@ -1,6 +1,7 @@
-"""What is measured of a model and kept in its card: figures, ablation, false alarms, lower forms.
+"""What is measured of a model: figures, ablation, false alarms, lower forms.
 
-Each study takes a Model and images, writes what it found into the card, and returns it.
+Each study takes a Model and images and returns what it found. It writes that beside the card, in
+measured.json, or into the card where that is asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from rampart import inputs
 from rampart.export.precision import make as make_form
 from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
@@ -30,6 +32,8 @@ from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, held_images
 from rampart.training import pick_device
 
+ABLATION_TABLES = (ablation.table, ablation.curve_table)
+
 
 class ChecksFailed(ValueError):
     """A self-check of an evaluation failed; all figures are written nevertheless."""
@@ -45,6 +49,7 @@ class Study(NamedTuple):
     cache: Path = FOUND  # for what attacks found
     twin: Path | None = None  # folder of the undefended network; else the one beside the model's
     command: str = PYTHON
+    into_card: bool = False  # else beside it
 
     @property
     def budget(self) -> Budget:
@@ -53,7 +58,7 @@ class Study(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The card with what a study found, and the same as text for people."""
+    """The card, or what stands beside it, with what a study found; and that as text for people."""
 
     card: dict[str, Any]
     lines: list[str]
@@ -71,16 +76,16 @@ def evaluate(
     gallery: Path | None = None,
     notice: Callable[[str], object] = str,
 ) -> Outcome:
-    """Attack classifier and pipeline with full knowledge; write card.json and report.html.
+    """Attack classifier and pipeline with full knowledge; write figures and a page.
 
     `rungs` names attacks, all where it is empty; `forms` the graphs in lower precision that are
     attacked as well; `gallery` a second page with attacked images in it. `notice` hears how long it
     will take. Raises ValueError where what is asked for does not go together.
     """
-    if variant and not rungs:
-        raise ValueError("--variant goes with --rung: worst cases take the attacks on all variants")
+    inputs.alone(variant, rungs)
     model.chosen_variant(variant)
     images = sample.images.to(pick_device(study.device))
+    notice("exporting the graphs that are attacked, and timing an attack on each")
     targets = targets_of(model, study, variant=variant, forms=forms)
     measure = partial(evaluation.estimate, targets, images, study.threat, study.budget)
     seconds = measure(only=list(rungs))
@@ -88,13 +93,42 @@ def evaluate(
     attack = partial(model.evaluate, threat=study.threat, rate=study.rate, cache=study.cache)
     attack = partial(attack, only=rungs, targets=targets, data=sample.name, device=study.device)
     figures = attack(images, study.budget, command=study.command)
-    card, own = enter_figures(model, figures, study, whole=not rungs)
+    kept, own = enter_figures(model, figures, study, whole=not rungs)
     model.log({"data": sample.name, "n": len(images), "command": study.command})
     lines = [figures.table(), *map(str, figures.evaluation.checks)]
     if not rungs:
-        lines += write_pages(model, figures, study, own=own, gallery=gallery)
+        lines += write_pages(model, figures, study, kept, own=own, gallery=gallery)
     checks = [check._asdict() for check in figures.evaluation.checks]
-    return Outcome(card, lines, {"checks": checks})
+    return Outcome(kept.content, [*lines, *kept.lines], {"checks": checks})
+
+
+class Kept(NamedTuple):
+    """Where the figures of a study went: what that file holds now, and words about it."""
+
+    content: dict[str, Any]
+    in_card: bool
+    lines: list[str]
+
+    def file(self, model: Model, name: str) -> Path | None:
+        """What is drawn of the study, where the model lies on disk."""
+        return model.folder and model.folder / (name if self.in_card else f"measured-{name}")
+
+
+def home_of(model: Model, entries: dict[str, Any], study: Study) -> tuple[bool, list[str]]:
+    """Whether what was measured goes into the card, with words where it does not."""
+    if model.folder is None or not study.into_card:
+        words = f"{model.folder and model.folder / report.MEASURED} has the figures"
+        return False, [f"{words}; --into-card puts them into the card"] if model.folder else []
+    if words := report.outnumbered(model.card, entries):
+        file = model.folder / report.MEASURED
+        return False, [f"the card keeps its {words}: {file} has the new figures"]
+    return True, []
+
+
+def keep(model: Model, entries: dict[str, Any], study: Study) -> Kept:
+    """Put what was measured where it belongs."""
+    in_card, lines = home_of(model, entries, study)
+    return Kept(model.keep(entries, into_card=in_card), in_card, lines)
 
 
 def forms(*, int8: bool, fp16: bool) -> list[Precision]:
@@ -118,21 +152,23 @@ def targets_of(
 
 def enter_figures(
     model: Model, figures: Figures, study: Study, *, whole: bool
-) -> tuple[dict[str, Any], bool]:
-    """Put figures into the card; returns it, and whether they are of its own threat model."""
-    rows = report.merge(model.card.get("metrics", []), figures.rows)
+) -> tuple[Kept, bool]:
+    """Keep figures; returns where, and whether they are of the threat model that stands there."""
+    in_card, lines = home_of(model, {"metrics": figures.rows}, study)
+    book = model.card if in_card else model.measured()
+    rows = report.merge(book.get("metrics", []), figures.rows)
     # The first whole evaluation says what the card's threat is; other figures stand beside.
-    settled = model.card.get("threat_model") if not whole or "checks" in model.card else None
+    settled = book.get("threat_model") if not whole or "checks" in book else None
     threat = settled or str(study.threat)
     entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
         entries["checks"] = [check._asdict() for check in figures.evaluation.checks]
-    return model.add_to_card(entries), own
+    return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 
 def write_pages(
-    model: Model, figures: Figures, study: Study, *, own: bool, gallery: Path | None
+    model: Model, figures: Figures, study: Study, kept: Kept, *, own: bool, gallery: Path | None
 ) -> list[str]:
     """The report, where it is of the card's threat model, and the gallery; returns their names."""
     from rampart.hardening.report import page
@@ -144,12 +180,12 @@ def write_pages(
     attacked = fool(look, pixels, study.threat, QUICK)
     pictures = page.Pictures(pixels, attacked, ["cat"], source)
     pipeline = pipeline.to(pick_device(study.device))
-    write = partial(page.write, card=model.card, rows=figures.rows, evaluation=found)
-    if own and model.folder:
-        file = model.folder / "report.html"
+    write = partial(page.write, card=model.card | kept.content, rows=figures.rows, evaluation=found)
+    file = kept.file(model, "report.html")
+    if own and file:
         lines.append(str(write(file, pipeline=pipeline, pictures=pictures)))
     elif not own:
-        settled = model.card["threat_model"]
+        settled = kept.content["threat_model"]
         lines.append(f"the card is of {settled}: its self-checks and report.html stay as they are")
     if gallery:
         lines.append(str(write(gallery, pipeline=pipeline, pictures=page.gallery(found, pipeline))))
@@ -182,8 +218,7 @@ def ablate(
     """
     import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
-    if rows and (test or study.twin):
-        raise ValueError("--row goes without --test and --twin, which have rows of their own")
+    inputs.ablation(rows, test, study.twin)
     where = pick_device(study.device)
     held = held_images(model, source)
     attacked = load(test, train=False, size=model.image_size) if test else split(held, "validation")
@@ -201,28 +236,29 @@ def ablate(
     title = test.name if test else f"validation images of {source.name}"
     how = {"data": f"{len(few)} {title}", "command": study.command}
     entry = ablation.entry(outcomes, study.threat, budget, len(few.classes), **how)
-    return enter_ablation(model, entry, outcomes, test=test is not None, alone=bool(rows))
+    if rows or test:
+        lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
+        if not test:
+            return Outcome(model.card, lines)
+        model.log({name: entry[name] for name in ("data", "n", "command")})
+        kept = keep(model, {"test_ablation": entry}, study)
+        return Outcome(kept.content, [*lines, *kept.lines])
+    return enter_ablation(model, entry, outcomes, study)
 
 
 def enter_ablation(
-    model: Model, entry: dict[str, Any], results: list[ablation.Outcome], *, test: bool, alone: bool
+    model: Model, entry: dict[str, Any], results: list[ablation.Outcome], study: Study
 ) -> Outcome:
-    """Put an ablation into the card, unless its rows stand `alone`."""
+    """Keep an ablation with the variant that it chooses, and draw it."""
     from rampart.hardening.report import plots
 
-    lines = [report.piped(*ablation.table(entry["rows"]))]
-    if test:
-        model.add_to_card({"test_ablation": entry})
-        model.log({name: entry[name] for name in ("data", "n", "command")})
-    if test or alone:
-        lines.append(report.piped(*ablation.curve_table(entry["rows"])))
-        return Outcome(model.card, lines)
     entry["default"] = ablation.default(results)
-    card = model.add_to_card({"ablation": entry})
+    kept = keep(model, {"ablation": entry}, study)
+    lines = [report.piped(*ablation.table(entry["rows"]))]
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
-    if model.folder:
-        lines.append(str(plots.ablation(entry["rows"], model.folder / "ablation.png")))
-    return Outcome(card, lines)
+    if file := kept.file(model, "ablation.png"):
+        lines.append(str(plots.ablation(entry["rows"], file)))
+    return Outcome(kept.content, [*lines, *kept.lines])
 
 
 def alarms(
@@ -257,9 +293,9 @@ def alarms(
         for variant, curve in coverage.items()
         for point in curve
     ]
-    card = model.add_to_card({"false_alarms": entry})
-    tables_of_both = [report.piped(*false.table(rows)), report.piped(*strangers.table(foreign))]
-    return Outcome(card, [*tables_of_both, *points, *remedies])
+    kept = keep(model, {"false_alarms": entry}, study)
+    both = [report.piped(*false.table(rows)), report.piped(*strangers.table(foreign))]
+    return Outcome(kept.content, [*both, *points, *remedies, *kept.lines])
 
 
 def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
@@ -272,9 +308,10 @@ def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
     scaled = outside.scaling(images.image.shape[1])
     entry = {"data": sample.name, "rate": study.rate, "rows": rows, "scaling": scaled}
     entry |= {"attack": f"{outside.ATTACKS}, {QUICK}", "command": study.command}
-    card = model.add_to_card({"outside": entry})
+    kept = keep(model, {"outside": entry}, study)
     model.log({"data": sample.name, "n": len(images), "command": study.command})
-    return Outcome(card, [report.piped(*outside.table(rows)), outside.in_words(scaled)])
+    words = report.piped(*outside.table(rows)), outside.in_words(scaled)
+    return Outcome(kept.content, [*words, *kept.lines])
 
 
 def quantize(
@@ -291,6 +328,9 @@ def quantize(
         origin = {"data": f"validation split of {source.name}", "sha256": digests}
         # Figures of an earlier graph are not this one's.
         rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
+        if beside := model.measured().get("metrics"):
+            others = [r for r in beside if precision not in r["subject"]]
+            model.keep({"metrics": others}, into_card=False)
         entry = {variant: found._asdict() | origin, "command": study.command}
         entry = card.get(precision, {}) | entry
         card = model.add_to_card({"metrics": rows, precision: entry})

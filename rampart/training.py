@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from rampart import inputs
 from rampart.handlers.engine import cpu_features
 from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model.classifier import SMALL, TIMM, Classifier, ClassifierConfig
@@ -88,7 +89,8 @@ def train_from(
     The number of classes in `net` is that of the images; of `init` all of `net` but `rectified`.
     Raises ValueError where classes differ or what belongs together is missing.
     """
-    check_training(net.image_size, recipe.method, teacher)
+    inputs.size(net.image_size)
+    inputs.training(recipe.method, teacher, recipe.smoothing, recipe.steps)
     where = run.join()
     torch.manual_seed(recipe.seed)  # new layers of `init` are drawn from it too
     start = load_classifier(init, auxiliary=True, rectified=net.rectified) if init else None
@@ -113,14 +115,6 @@ def train_from(
     commands, history = [*past.get("commands", []), run.command], past.get("history", [])
     learn = partial(train_classifier, teacher=robust, earlier=history, commands=commands)
     return learn(classifier, recipe, run.out, (images, validation))
-
-
-def check_training(image_size: int, method: str, teacher: Path | None) -> None:
-    """Raise ValueError for a size that no network takes, or a teacher without a pupil."""
-    if image_size < 16 or image_size % 8:
-        raise ValueError(f"--image-size {image_size}: take a multiple of 8 from 16 up")
-    if (method == "rslad") != bool(teacher):
-        raise ValueError("--method rslad and --teacher go together: one distils, from the other")
 
 
 def train_purifier_from(source: Source, classifier: Path, recipe: PurifierRecipe, run: Run) -> Path:

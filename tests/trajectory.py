@@ -5,9 +5,12 @@ what torchrun tells, but are forked from one that has torch loaded, since each w
 """
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess as Process
@@ -32,11 +35,18 @@ forks.set_forkserver_preload(
 
 
 def trajectory(
-    folder: Path, arch: str, method: str, *, processes: int = 1, kill_at: int | None = None
+    folder: Path,
+    arch: str,
+    method: str,
+    *,
+    processes: int = 1,
+    kill_at: int | None = None,
+    batch_size: int = 16,
 ) -> dict[int, float]:
     """The loss by step of a run of so many processes, all killed after the step `kill_at`."""
     log, (losses, sender) = folder.with_suffix(".log"), forks.Pipe(duplex=False)
-    workers = start(processes, log, train, sender, folder, arch, method)
+    task = partial(train, batch_size=batch_size)
+    workers = start(processes, log, task, sender, folder, arch, method)
     sender.close()
     by_step: dict[int, float] = {}
     with losses, suppress(EOFError):
@@ -50,6 +60,31 @@ def trajectory(
         worker.join()
         assert worker.exitcode == (0 if kill_at is None else -signal.SIGKILL), log.read_text()
     return by_step
+
+
+def interrupted(folder: Path, arch: str, *, times: int, seed: int) -> list[tuple[int, float]]:
+    """(step, loss) of a run that Ctrl-C ends so often, each time at a random moment.
+
+    Nothing else has its state written. Steps of 4 images, so that there are enough of them.
+    """
+    draws, log, losses = random.Random(seed), folder.with_suffix(".log"), list[tuple[int, float]]()
+    for turn in range(times + 1):
+        receiver, sender = forks.Pipe(duplex=False)
+        options = {"save_every": 1e9, "batch_size": 4}
+        (worker,) = start(1, log, partial(train, **options), sender, folder, arch, "nfgsm")
+        sender.close()
+        with receiver, suppress(EOFError):
+            losses.append(receiver.recv())
+            if turn < times:
+                time.sleep(draws.uniform(0, 0.05))
+                os.kill(worker.pid or 0, signal.SIGINT)
+            while True:
+                losses.append(receiver.recv())
+        worker.join()
+        text = log.read_text().rstrip()
+        assert worker.exitcode == (1 if turn < times else 0), text
+        assert turn == times or text.endswith("KeyboardInterrupt"), text
+    return losses
 
 
 def start(count: int, log: Path, task: Callable[..., None], *arguments: object) -> list[Process]:
@@ -79,22 +114,37 @@ def work(place: dict[str, str], log: Path, task: Callable[..., None], *arguments
     task(*arguments)
 
 
-def train(losses: Connection, folder: Path, arch: str, method: str) -> None:
-    """Two epochs of six steps of 16 images."""
+def train(
+    losses: Connection,
+    folder: Path,
+    arch: str,
+    method: str,
+    *,
+    save_every: float = 0,
+    batch_size: int = 16,
+) -> None:
+    """Two epochs of 96 images."""
     torch.manual_seed(0)
     threat = Threat("Linf", 4 / 255)
-    options = {"method": method, "epochs": 2, "batch_size": 16, "precision": "fp32", "steps": 3}
+    options = {
+        "method": method,
+        "epochs": 2,
+        "batch_size": batch_size,
+        "precision": "fp32",
+        "steps": 3,
+    }
     recipe = Recipe(threat=threat, lr=0.05, awp=0.005, smoothing=0.1, ramp=0.5, **options)
     width = 0.125 if arch in (*RESNETS, *VGGS) else 1.0
     size = 16 if arch in (*RESNETS, "squeezenet1_1") else 32  # others pool 16 pixels away
     classifier = Classifier(ClassifierConfig(arch, 10, width=width, image_size=size))
     trainer = Trainer(classifier, recipe, folder)
-    trainer.run.save_every = 0
+    trainer.run.save_every = save_every
 
     def step(batch: Batch, progress: float) -> Tensor:
         loss = trainer.step(batch, progress)
         if distributed.first():
-            losses.send((6 * trainer.run.epoch + trainer.run.done, float(loss)))
+            per_epoch = len(images) // batch_size
+            losses.send((per_epoch * trainer.run.epoch + trainer.run.done, float(loss)))
         return loss
 
     images, held = blobs(96, size=size), blobs(32, size=size, seed=1)
@@ -104,6 +154,6 @@ def train(losses: Connection, folder: Path, arch: str, method: str) -> None:
         lambda seen: validate(trainer.ema, seen, threat),
         chosen_on=held,
         epochs=2,
-        batch_size=16,
+        batch_size=batch_size,
         keep=lambda: None,
     )

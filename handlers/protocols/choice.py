@@ -21,8 +21,9 @@ NO_IMAGE = ImageError(
     415,
     "no_image",
     "the request carries no image: send the file itself (curl -T FILE, or --data-binary"
-    f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {kserve_v1.SHAPE}; over gRPC"
-    ' under the key "data"',
+    f" with -H 'Content-Type: image/png'), -F image=@FILE, or JSON {kserve_v1.SHAPE} with"
+    " -H 'Content-Type: application/json', which curl -d leaves out; over gRPC under the key"
+    ' "data"',
 )
 
 

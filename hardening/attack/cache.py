@@ -23,7 +23,9 @@ def crafted(
     home.mkdir(parents=True, exist_ok=True)
     files = [home / f"{name(images[slice(i, i + 1)])}.npy" for i in range(len(images))]
     missing = [i for i, file in enumerate(files) if not file.is_file()]
-    bar = tqdm(range(0, len(missing), batch), desc=title, leave=False, disable=not missing)
+    unit = f"steps of {batch} images"
+    starts = range(0, len(missing), batch)
+    bar = tqdm(starts, desc=title, unit=unit, leave=False, disable=not missing)
     for first in bar:
         few = torch.tensor(missing[first : first + batch], device=images.image.device)
         attacked = craft(to_float(images.image[few]), images.label[few]).float().cpu().numpy()

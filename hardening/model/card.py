@@ -11,6 +11,7 @@ from rampart.handlers.verdict import Policy
 RATE = Policy.false_alarm_rate
 LEAST = 100  # images, fewer of which choose no precision
 FILE = "card.json"
+MEASURED = "measured.json"  # beside it: what was measured and not put into the card
 Row = dict[str, Any]  # of card.json
 NO_VARIANT = "-"  # of what nothing stands in front of
 FP32 = "fp32"
@@ -104,6 +105,27 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
     return [row for row in old if Figure.of(row).key not in replaced] + new
 
 
+def outnumbered(card: Row, new: Row) -> str:
+    """What in a card is of more images than what would replace it, in words; else ""."""
+    have = {Figure.of(row).key: row["n"] for row in card.get("metrics", [])}
+    pairs = [
+        (figure.name, have.get(figure.key, 0), figure.n)
+        for figure in map(Figure.of, new.get("metrics", []))
+    ]
+    studies = [name for name in new if name != "metrics" and name in card]
+    pairs += [(name, images_of(card[name]), images_of(new[name])) for name in studies]
+    words = (f"{name} of {old:,} images, and not {now:,}" for name, old, now in pairs if old > now)
+    return next(words, "")
+
+
+def images_of(study: object) -> int:
+    """How many images a study in a card is of; 0 where it does not say."""
+    if not isinstance(study, dict):
+        return 0
+    first: Row = next(iter(study.get("rows", [])), {})
+    return int(study.get("n") or first.get("n", 0))
+
+
 def robust_in_int8(folder: Path, variant: str) -> float | None:
     """Robust accuracy, with or without rejection, that int8 costs a variant at most; None if
     unknown. Only LEAST or more validation images decide: test images must not choose what is
@@ -122,16 +144,19 @@ def robust_in_int8(folder: Path, variant: str) -> float | None:
     return round(max(losses), 6) if losses else None
 
 
-def read_card(folder: Path) -> Row:
-    """The JSON of a model folder's card; empty where none was written yet."""
-    file = folder / FILE
-    card: Row = json.loads(file.read_text()) if file.is_file() else {}
+def read_card(folder: Path, name: str = FILE) -> Row:
+    """The JSON of a model folder's card; empty where none was written yet. ValueError for other."""
+    file = folder / name
+    try:
+        card: Row = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is cut or damaged ({error}): copy it anew") from error
     return card
 
 
-def write_card(folder: Path, card: Row) -> Path:
+def write_card(folder: Path, card: Row, name: str = FILE) -> Path:
     """Write card.json in a model folder."""
-    file = folder / FILE
+    file = folder / name
     file.write_text(json.dumps(card, indent=1) + "\n")
     return file
 

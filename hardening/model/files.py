@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rampart.handlers.verdict import Calibration
+from rampart.hardening.model.presence import check_file
 
 FORMAT = "rampart-1"
+SAMPLE = "sample.png"  # one held-out picture, to try an endpoint with
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -38,8 +40,7 @@ def load_variant(folder: Path, variant: str, precision: Precision = "fp32") -> C
 
 def read_config(weights: Path) -> dict[str, Any]:
     """The config in the head of a file of weights. Raises FileNotFoundError or ValueError."""
-    if not weights.is_file():
-        raise FileNotFoundError(f"no checkpoint at {weights}: make one with `rampart train`")
+    check_file(weights, "checkpoint", "make one with `rampart train`")
     try:
         with weights.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -20,6 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from rampart.hardening.model.classifier import TIMM, Classifier, ClassifierConfig, each_channel
 from rampart.hardening.model.normalization import Colour, Normalization
+from rampart.hardening.model.presence import check_file
 
 State = dict[str, Tensor]
 # What training scripts call the entry that holds the weights.
@@ -28,7 +29,6 @@ ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 AVERAGES = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema", "model_ema_state")
 # How RobustBench's and MadryLab's ResNets for CIFAR spell parts of torchvision's names.
 SPELLINGS = {"shortcut": "downsample", "linear": "fc"}
-POINTER = b"version https://git-lfs"
 MEANS, STDS = ("mean", "new_mean", "mu"), ("std", "new_std", "sigma")
 NORMALIZERS = (*MEANS, *STDS)
 UNUSED = ("aux", "attacker.")  # parts that only train
@@ -113,16 +113,7 @@ def some(names: Iterable[str]) -> str:
 
 def contents(path: Path) -> Any:
     """What a .safetensors file, or a file that torch.save wrote, holds."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    with path.open("rb") as file:
-        head = file.read(len(POINTER))
-    if not head:
-        raise ValueError(f"{path} is empty: copy or download it anew")
-    if head == POINTER:
-        raise ValueError(
-            f"{path} is Git LFS's pointer to the weights: fetch them by `git lfs pull`"
-        )
+    check_file(path, "weights", "pass a .pth, .pt or .safetensors file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -9,8 +9,10 @@ from pathlib import Path
 from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.judge.metrics import Metric, wilson
-from rampart.hardening.model.card import NO_VARIANT, RATE, Figure, Row, Subject, main_figures
+from rampart.hardening.model.card import FILE, NO_VARIANT, RATE, Figure, Row, Subject, main_figures
+from rampart.hardening.model.card import MEASURED as MEASURED
 from rampart.hardening.model.card import merge as merge
+from rampart.hardening.model.card import outnumbered as outnumbered
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
 from rampart.hardening.model.card import write_card as write_card
@@ -55,12 +57,15 @@ def check_card(card: Row) -> None:
         raise ValueError("; ".join(f"card.json {e.json_path}: {e.message}" for e in errors[:3]))
 
 
-def add_to_card(folder: Path, entries: Row) -> Row:
-    """Put `entries` into the card; returns it. ValueError, and no file, for a broken schema."""
-    card = read_card(folder) | entries
-    check_card(card)
-    write_card(folder, card)
-    return card
+def add_to_card(folder: Path, entries: Row, name: str = FILE) -> Row:
+    """Put `entries` into the card, or into the file beside it; returns what that holds now.
+
+    Raises ValueError, and writes no file, for a broken schema.
+    """
+    content = read_card(folder, name) | entries
+    check_card(read_card(folder) | content)
+    write_card(folder, content, name)
+    return content
 
 
 def log_evaluation(folder: Path, entry: Row) -> None:

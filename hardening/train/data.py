@@ -2,15 +2,21 @@
 
 import hashlib
 import os
+import shutil
+import socket
 import stat
+import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +26,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from rampart.handlers.containers import JPEG
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import Picture, examine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.listing import list_classes
@@ -36,8 +44,12 @@ MOST_CLASSES = 100_000  # that labels alone, without names, may make
 # Decoded training images up to this size are kept in memory; beyond, files are read as needed.
 MEMORY = 4 * 2**30
 LARGEST = 256 * 2**20  # bytes of one picture's file
+HEAD = 2**16  # bytes at either end of a JPEG that its structure is told by
 AHEAD = 2  # batches decoded before they are asked for
-PIECE = 256  # pictures that are looked at together
+JPEG_END = b"\xff\xd9"
+SOON = 256 * 2**20  # bytes of pictures that are decoded in seconds
+PIECE = 1024  # pictures that wait for a thread at most
+SILENCE = 30  # seconds without a word of a download
 LISTED = 100  # bad pictures that an error names
 
 
@@ -99,14 +111,16 @@ class Folder:
 
     def examined(self, *, keep: bool) -> tuple[Tensor, list[Size | str]]:
         """Pixels uint8 (N, H, W, 3) where they are to `keep`, and of each picture the size that it
-        is stored in or what is wrong with it. Without pixels only its structure is checked."""
+        is stored in or what is wrong with it. Without pixels only its structure is checked, of a
+        large JPEG by its ends.
+        """
         count = len(self) if keep else 0
         image = torch.zeros((count, self.size, self.size, 3), dtype=torch.uint8)
         found: list[Size | str] = []
 
         def look(row: int) -> Size | str:
             try:
-                picture = open_picture(self.files[row], self.size)
+                picture = open_picture(self.files[row], self.size, whole=keep)
                 if keep:
                     image[row] = torch.from_numpy(decoded(self.files[row], picture))
                 return picture.still.size
@@ -115,10 +129,12 @@ class Folder:
             except ValueError as error:
                 return str(error)
 
+        title = "reading pictures" if keep else "looking at pictures"
         with ThreadPoolExecutor(threads()) as pool:
             starts = range(0, len(self), PIECE)
-            for start in tqdm(starts, desc="reading pictures", leave=False):
-                found += pool.map(look, range(start, min(len(self), start + PIECE)))
+            pieces = (range(start, min(len(self), start + PIECE)) for start in starts)
+            each = chain.from_iterable(pool.map(look, piece) for piece in pieces)
+            found += tqdm(each, title, len(self), leave=False)
         return image, found
 
     def hold_out(self, held: Images | None = None, *, seed: int = 0) -> "tuple[Folder, Held]":
@@ -185,7 +201,13 @@ def survey_folder(
     folder, left_out = folder_of(path, listing.classes, size), listing.lines()
     # Whatever the number of processes, or a run could not go on with another one.
     keep = not stream or len(folder) * size * size * 3 <= MEMORY
-    image, found = folder.examined(keep=keep)
+    # What is cut or no picture is told in seconds, where to decode all takes minutes.
+    if not keep or sum(file.stat().st_size for file in folder.files if file.is_file()) > SOON:
+        image, found = folder.examined(keep=False)
+        if not skip_bad:
+            check_readable(folder.files, found)
+    if keep:
+        image, found = folder.examined(keep=True)
     good = torch.tensor([not isinstance(entry, str) for entry in found])
     if not skip_bad:
         check_readable(folder.files, found)
@@ -228,14 +250,52 @@ CIFAR10_CLASSES = (
 # fmt: on
 
 
-def load_cifar10(path: Path, *, train: bool = True, download: bool = False) -> Images:
+def load_cifar10(path: Path, *, train: bool = True) -> Images:
     """CIFAR-10 (Krizhevsky, 2009) from its official Python batches under `path`."""
-    data = torchvision.datasets.CIFAR10(str(path), train=train, download=download)
+    try:
+        data = torchvision.datasets.CIFAR10(str(path), train=train)
+    except RuntimeError as error:  # files are missing, or have other hashes
+        raise ValueError(
+            f"{path / 'cifar-10-batches-py'} is not whole: remove it, and fetch it again with"
+            f" `rampart download {path}`"
+        ) from error
     return Images(torch.from_numpy(data.data), torch.tensor(data.targets), CIFAR10_CLASSES)
+
+
+def download_cifar10(path: Path) -> Images:
+    """Fetch CIFAR-10 into `path`: all of it, or nothing. Raises OSError that says how by hand.
+
+    A cifar-10-python.tar.gz that lies there is taken, if it is the official one.
+    """
+    kind, new = torchvision.datasets.CIFAR10, not path.exists()
+    home = path / kind.base_folder
+    with suppress(ValueError):
+        return load_cifar10(path)
+    path.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path) as scratch:
+            if (packed := path / kind.filename).is_file():
+                shutil.copy(packed, scratch)
+            kind(scratch, download=True)
+            shutil.rmtree(home, ignore_errors=True)
+            (Path(scratch) / kind.base_folder).rename(home)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        if new:
+            path.rmdir()
+        raise OSError(
+            f"CIFAR-10 cannot be fetched ({error}): get {kind.url} by hand, put it into {path}, and"
+            f" run this again. Its MD5 is {kind.tgz_md5}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return load_cifar10(path)
 
 
 def load_npz(path: Path) -> Images:
     """Read `image`, `label` and, where present, `classes` and `jpeg_path` from an .npz file."""
+    check_file(path, "data", "pass an .npz file")
     try:  # numpy would leave the file open where it fails
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}
@@ -309,15 +369,44 @@ def read_picture(file: Path, size: int) -> Pixels:
         raise ValueError(f"{file}: {error.strerror}") from error
 
 
-def open_picture(file: Path, size: int) -> Picture:
-    """A picture whose structure was checked, and no pixel. Raises OSError or ValueError."""
+def open_picture(file: Path, size: int, *, whole: bool = True) -> Picture:
+    """A picture whose structure was checked, and no pixel. Raises OSError or ValueError.
+
+    Unless it is read `whole`, a large JPEG has pixels to its head alone: it is not to be decoded.
+    """
     try:
         # A pipe without a writer is opened too, and at once.
         with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
             check_picture(file, os.fstat(stream.fileno()))
-            return examine(stream.read(LARGEST), size)
+            return (None if whole else by_its_ends(stream, size)) or read_whole(stream, size)
     except ImageError as error:
         raise ValueError(f"{file}: {error.message}") from error
+
+
+def read_whole(stream: BinaryIO, size: int) -> Picture:
+    """The picture in a file. Raises ImageError."""
+    stream.seek(0)
+    data = stream.read(os.fstat(stream.fileno()).st_size)  # within LARGEST, as was checked
+    if data.startswith(POINTER):
+        raise ImageError(
+            415, "pointer", "this is Git LFS's pointer to a picture: fetch it by `git lfs pull`"
+        )
+    return examine(data, size)
+
+
+def by_its_ends(stream: BinaryIO, size: int) -> Picture | None:
+    """A large JPEG in one scan, by its head and an end within its last bytes; None for others."""
+    head = stream.read(HEAD)
+    if not head.startswith(JPEG) or stream.seek(0, os.SEEK_END) < 2 * HEAD:
+        return None
+    stream.seek(-HEAD, os.SEEK_END)
+    if JPEG_END not in stream.read():
+        return None
+    try:
+        picture = examine(head + JPEG_END, size)
+    except ImageError:
+        return None
+    return None if picture.still.progressive else picture
 
 
 def decoded(file: Path, picture: Picture) -> Pixels:

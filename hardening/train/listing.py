@@ -1,6 +1,7 @@
 """What lies in a folder of class folders: pictures by class, and what is left out and why."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import NamedTuple
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Pictures of formats that the endpoint refuses as well.
 OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm")
-SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+# What splits are called, as train, Testing, seg_train, train_images.
+SPLIT = re.compile(
+    r"(seg|data|images?)?[_-]?(train|test|val|valid|validation|dev|eval|pred)(ing)?"
+    r"([_-]?(set|data|images?))?"
+)
 HIDDEN = ("__MACOSX", "@eaDir")  # what macOS and Synology leave beside files, as `.` names are
 HIDDEN_REASON, LOOSE_REASON = "hidden", "in no class folder"
 
@@ -54,7 +59,7 @@ def check_layout(path: Path, classes: Mapping[str, list[Path]]) -> None:
     if not classes:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     first = next(iter(classes))
-    if {name.lower() for name in classes} <= set(SPLITS):
+    if all(SPLIT.fullmatch(name.lower()) for name in classes):
         raise ValueError(f"{path} holds splits and not classes: pass one, as {path / first}")
     if len(classes) > 1:
         return

@@ -30,6 +30,7 @@ from rampart.hardening.train import distributed, provenance
 from rampart.hardening.train import state as states
 from rampart.hardening.train.augmentation import check_augmentations
 from rampart.hardening.train.data import Batch, Folder, shuffled
+from rampart.hardening.train.interrupt import Stop, on_interrupt
 from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Step = Callable[[Batch, float], Tensor]
 Precision = Literal["bf16", "fp32"]
 History = list[dict[str, float]]  # a row an epoch
 WARMUP = 0.2  # part of a run
+AGREE = 8  # steps after which several processes ask each other whether to stop
 # What a run's state holds beside its parts.
 POSITION = ("settings", "history", "loss", "epoch", "done", "steps", "minutes")
 
@@ -103,7 +105,9 @@ def accuracy(model: nn.Module, images: Images, *, threat: Threat | None = None) 
     """Share of `images` that all processes label right, under PGD-10 where there is a `threat`."""
     every = distributed.mine(torch.arange(len(images), device=images.label.device))
     right = torch.zeros((), dtype=torch.int64, device=every.device)
-    for index in torch.split(every, 128):
+    title = "PGD-10 on validation images" if threat else "validation images"
+    pieces = tqdm(torch.split(every, 128), title, leave=False, disable=not distributed.first())
+    for index in pieces:
         x, label = to_float(images.image[index]), images.label[index]
         if threat:
             x = pgd10(cross_entropy(model, label), x, threat, noise=Noise(index))
@@ -136,6 +140,7 @@ class Run:
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
         self.history: History = []
+        self.stop = Stop()
         self.earlier: list[History] = []  # of the runs that made the weights this one began with
 
     def worked(self) -> float:
@@ -154,6 +159,17 @@ class Run:
         if distributed.first():
             state = {name: part.state_dict() for name, part in self.parts.items()}
             states.save(self.folder, state | {name: getattr(self, name) for name in POSITION})
+
+    def end_here(self) -> None:
+        """Raise KeyboardInterrupt, with all saved, where Ctrl-C asked for the end."""
+        asked = self.stop.asked
+        if distributed.place()[1] > 1:  # all stop after the same step
+            if self.done % AGREE:
+                return
+            asked = any(distributed.gather(asked))
+        if asked:
+            self.save()
+            raise KeyboardInterrupt
 
     def resume(self) -> None:
         """Continue the folder's run, if any. ValueError for other settings, or unlike processes."""
@@ -198,6 +214,7 @@ class Run:
                     shown = time.monotonic()
                 if time.monotonic() - self.since > self.save_every:
                     self.save()
+                self.end_here()
         return float(self.loss) / count
 
     def fit(
@@ -212,26 +229,49 @@ class Run:
         keep: Callable[[], None],
         best: str = "pgd10",
     ) -> None:
-        """Run the epochs that are left; `keep` follows each with the best figure so far."""
+        """Run the epochs that are left; `keep` follows each with the best figure so far.
+
+        Ctrl-C ends it after a step, or amid a validation, with its state saved.
+        """
         if not len(images):
             raise ValueError("no image is left to train on: all are among the held-out ones")
         self.settings += f" on images {images.digest()[:16]}, chosen on {chosen_on.digest()[:16]}"
-        self.resume()
-        while self.epoch < epochs:
-            loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
-            self.check()
-            figures = evaluate(chosen_on)
-            row = {"epoch": self.epoch + 1, "loss": loss} | figures | {"minutes": self.worked()}
-            say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            # Of two epochs that are as robust, the more accurate one.
-            merit = [(old[best], old["clean"]) for old in [*self.history, row]]
-            better = merit[-1] > max(merit[:-1], default=(-1.0, -1.0))
-            self.history.append(row)
-            if better and distributed.first():
-                keep()
-            self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
+        with on_interrupt(self.stop):
+            self.resume()
+            while self.epoch < epochs:
+                loss = self.pass_over(images, step, epochs=epochs, batch_size=batch_size)
+                self.end_epoch(loss, self.judged(evaluate, chosen_on), keep, best)
+                self.end_here()
+
+    def judged(
+        self, evaluate: Callable[[Images], dict[str, float]], images: Images
+    ) -> dict[str, float]:
+        """The figures of an epoch whose steps are done: Ctrl-C saves those."""
+        self.check()
+        try:
+            self.stop.at_once = True
+            return evaluate(images)
+        except KeyboardInterrupt:
             self.save()
-            draw([*self.earlier, self.history], self.folder / "curve.png")
+            raise
+        finally:
+            self.stop.at_once = False
+
+    def end_epoch(
+        self, loss: float, figures: dict[str, float], keep: Callable[[], None], best: str
+    ) -> None:
+        """Note an epoch's figures, keep its weights if they are the best so far, and save."""
+        row = {"epoch": self.epoch + 1, "loss": loss} | figures | {"minutes": self.worked()}
+        say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        # Of two epochs that are as robust, the more accurate one.
+        merit = [(old[best], old["clean"]) for old in [*self.history, row]]
+        better = merit[-1] > max(merit[:-1], default=(-1.0, -1.0))
+        self.history.append(row)
+        if better and distributed.first():
+            keep()
+        self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
+        self.save()
+        draw([*self.earlier, self.history], self.folder / "curve.png")
 
 
 def draw(runs: Sequence[History], file: Path) -> None:

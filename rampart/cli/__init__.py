@@ -1,5 +1,10 @@
 """The command line: it parses, calls the library once, and prints. One file a theme."""
 
+import errno
+import os
+import shlex
+import sys
+from json import JSONDecodeError
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +28,21 @@ START = """Rampart turns an image classifier into a hardened inference endpoint.
   rampart attack                                    look at an attack on one picture
   rampart --help                                    all verbs
 """
+# Errors whose text is for people, but for those among them whose text names no input.
+FORESEEN = (ValueError, OSError, RuntimeError, FloatingPointError)
+UNFORESEEN = (UnicodeError, JSONDecodeError, NotImplementedError, RecursionError)
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "you have no right to it, so change its rights or name another",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a part of the path is a file, so name a folder",
+    errno.ENOSPC: "make room on that disk, or name a place on another",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.EROFS: "name a place that can be written to",
+}
+INTERRUPTED = 130  # exit code, as of a shell
+RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam")
+REPORT = "check what it was given, and report it where that is sound"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP_NAMES)
@@ -59,16 +79,44 @@ def remedy(package: str) -> str:
 
 
 def main() -> Any:
-    """Run the command line; an expected failure is one line, not a traceback."""
-    from rampart.export.terminal import visible
-
+    """Run the command line; a failure is one line, and a traceback with RAMPART_DEBUG=1."""
     try:
-        return app()
-    except ModuleNotFoundError as error:
-        missing = error.name or "a package"
-        typer.echo(f"rampart: this needs {missing}: `{remedy(missing)}`", err=True)
-        return 1
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            typer.echo(f"rampart: interrupted{how_to_go_on(sys.argv[1:])}", err=True)
+        return code
+    except typer.Abort:  # of an older typer, on Ctrl-C
+        return INTERRUPTED
+    except Exception as error:
+        if usage := getattr(error, "format_message", None):  # typer may bring its own click
+            place = getattr(getattr(error, "ctx", None), "command_path", "rampart")
+            typer.echo(f"rampart: {' '.join(usage().split())} (see `{place} --help`)", err=True)
+            return 2
+        if os.environ.get("RAMPART_DEBUG", "0") not in ("", "0"):
+            raise
+        from rampart.export.terminal import visible
+
         # It may quote a name out of a file that others made.
-        typer.echo(f"rampart: {visible(' '.join(str(error).splitlines()))}", err=True)
+        typer.echo(f"rampart: {visible(' '.join(told(error).split()))}", err=True)
         return 1
+
+
+def how_to_go_on(words: list[str]) -> str:
+    """What to type after Ctrl-C, where a verb goes on from what it has done."""
+    if not words or words[0] not in RESUMED:
+        return ""
+    return f"; what was done is kept, and this goes on: {shlex.join(['rampart', *words])}"
+
+
+def told(error: Exception) -> str:
+    """What went wrong, with a remedy, for people."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name or 'a package'}: `{remedy(error.name or '')}`"
+    if isinstance(error, OSError) and error.errno and error.filename is not None:
+        what = REMEDIES.get(error.errno, "check it, and the folder it is in")
+        return f"{error.filename}: {error.strerror}: {what}"
+    if isinstance(error, FORESEEN) and not isinstance(error, UNFORESEEN) and str(error):
+        return str(error)
+    line = shlex.join(["rampart", *sys.argv[1:]])
+    kind = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    return f"`{line}` failed ({kind}: {error}). RAMPART_DEBUG=1 before it shows where: {REPORT}"

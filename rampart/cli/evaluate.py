@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 import rampart as rp
+from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
@@ -17,7 +18,12 @@ ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean,
 ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
 ROW += "other rows' attacks are not put to it; repeatable"
 UNLIKE = "Images of none of the model's classes, which should be flagged; repeatable"
-TEAM = "square, simba, hopskipjump, boundary or oars; repeatable; default all"
+TEAM = f"{', '.join(inputs.TEAM)}; repeatable; default all"
+RUNG = "Only this attack, as pgd20; repeatable"
+LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
+SAME = "Folder of this run; the same one goes on"
+FOLDERS = "Folders of models, the default one first"
+ALL, FIRST = "Gets a table of all models", "Gets the figures of the first"
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 
 verb, app = o.theme("Evaluate")
@@ -26,6 +32,7 @@ verb, app = o.theme("Evaluate")
 @verb(
     "evaluate model_store/mine --images cifar10/ --quick",
     "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
+    together=inputs.evaluation,
 )
 def evaluate(
     subject: o.Subject,
@@ -33,7 +40,7 @@ def evaluate(
     threat: o.Threat,
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
     quick: Annotated[bool, Option("--quick", help=QUICK)] = False,
-    rung: Annotated[list[str] | None, Option(help="Only this attack, as pgd20; repeatable")] = None,
+    rung: Annotated[list[str] | None, Option(help=RUNG), inputs.rung] = None,
     variant: Annotated[Literal["full", "lean"] | None, Option(help=ALONE)] = None,
     twin: o.Twin = None,
     int8: Annotated[bool, Option("--int8", help="Attack the int8 graphs as well")] = False,
@@ -41,39 +48,43 @@ def evaluate(
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
     gallery: Annotated[Path | None, Option(help="A second page with attacked images")] = None,
+    into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """Attack classifier and pipeline with full knowledge; write card.json and report.html."""
+    """Attack classifier and pipeline with full knowledge; write the figures and a page."""
     from rampart import studies
 
     model = rp.Model.load(subject.model)
     sample = images.read(model, limit or (100 if quick else None))
     study = studies.Study(threat.ball(), rate, quick, device, cache, twin, command_line())
+    study = study._replace(into_card=into_card)
     attack = partial(studies.evaluate, rungs=rung or [], variant=variant, gallery=gallery)
     outcome = attack(model, sample, study, forms=studies.forms(int8=int8, fp16=fp16), notice=say)
     say(*outcome.lines)
     studies.insist(outcome.checks)
 
 
-@verb("ablate model_store/mine --data cifar10/")
+@verb("ablate model_store/mine --data cifar10/", together=inputs.ablation)
 def ablate(
     subject: o.Subject,
     source: o.Source,
     threat: o.Threat,
     limit: o.Limit = 200,
-    steps: Annotated[int, Option(help="Of each attack")] = 20,
+    steps: Annotated[int, Option(min=1, help="Of each attack")] = 20,
     cache: o.Cache = o.FOUND,
     twin: o.Twin = None,
-    test: Annotated[Path | None, Option(help=ON_TEST)] = None,
-    row: Annotated[list[str] | None, Option(help=ROW)] = None,
+    test: Annotated[Path | None, Option(help=ON_TEST), inputs.images] = None,
+    row: Annotated[list[str] | None, Option(help=ROW), inputs.row] = None,
+    into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """What each part adds under attack, and costs; the outcome names the default variant."""
+    """What each part adds under attack, and costs; in the card, it chooses the default variant."""
     from rampart import studies
 
     study = studies.Study(threat.ball(), device=device, cache=cache, twin=twin)
     ablate = partial(studies.ablate, limit=limit, steps=steps, test=test, rows=row or [])
-    model, study = rp.Model.load(subject.model), study._replace(command=command_line())
+    model = rp.Model.load(subject.model)
+    study = study._replace(command=command_line(), into_card=into_card)
     say(*ablate(model, source.open(), study).lines)
 
 
@@ -87,23 +98,25 @@ def alarms(
     limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
     unlike: Annotated[list[Path] | None, Option(help=UNLIKE)] = None,
     rate: o.Rate = 0.01,
+    into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
     """How often clean images are flagged, by the way they come and by the class they get."""
     from rampart import studies
 
-    study = studies.Study(rate=rate, device=device, command=command_line())
+    study = studies.Study(rate=rate, device=device, command=command_line(), into_card=into_card)
     model = rp.Model.load(subject.model)
     say(*studies.alarms(model, source.open(), study, limit=limit, unlike=unlike or []).lines)
 
 
-@verb("outside model_store/mine --images cifar10/")
+@verb("outside model_store/mine --images cifar10/", together=inputs.sample)
 def outside(
     subject: o.Subject,
     images: o.Sample,
     limit: o.Limit = 200,
     rate: o.Rate = 0.01,
     cache: o.Cache = o.FOUND,
+    into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
     """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
@@ -111,15 +124,19 @@ def outside(
 
     model = rp.Model.load(subject.model)
     study = studies.Study(rate=rate, device=device, cache=cache, command=command_line())
+    study = study._replace(into_card=into_card)
     say(*studies.beyond(model, images.read(model, limit), study).lines)
 
 
-@verb("redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/")
+@verb(
+    "redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/",
+    together=inputs.redteaming,
+)
 def redteam(
     url: Annotated[str, Argument(help="http://HOST:PORT/predictions/NAME")],
-    images: Annotated[Path, Argument(help="Labelled: CIFAR-10 folder, ImageFolder or .npz")],
-    out: Annotated[Path, Option(help="Folder of this run; the same one goes on")] = RUNS,
-    attack: Annotated[list[str] | None, Option(help=TEAM)] = None,
+    images: Annotated[Path, Argument(help=LABELLED), inputs.images],
+    out: Annotated[Path, Option(help=SAME), inputs.folder_to_write] = RUNS,
+    attack: Annotated[list[str] | None, Option(help=TEAM), inputs.attack] = None,
     queries: Annotated[int, Option(help="Budget of an image under one attack")] = 1000,
     limit: o.Limit = 50,
     eps: Annotated[int, Option(help="Radius of the Linf ball, n/255")] = 8,
@@ -147,16 +164,13 @@ def redteam(
 
 @verb("table model_store/cifar10 model_store/mine")
 def table(
-    models: Annotated[list[Path], Argument(help="Folders of models, the default one first")],
-    readme: Annotated[Path, Option(help="Gets a table of all models")] = README,
-    results: Annotated[Path, Option(help="Gets the figures of the first")] = RESULTS,
+    models: Annotated[list[Path], Argument(help=FOLDERS), inputs.folder],
+    readme: Annotated[Path, Option(help=ALL), inputs.text] = README,
+    results: Annotated[Path, Option(help=FIRST), inputs.text] = RESULTS,
 ) -> None:
     """Bring the tables in README.md and docs/results.md up to date with the models' cards."""
-    from rampart.hardening.model import folder as folders
     from rampart.hardening.report import card as report
 
-    for model in models:
-        folders.calibrated(model)
     overview, figures = report.model_table(models), report.markdown(report.read_card(models[0]))
     readme.write_text(report.fenced(readme.read_text(), "models", overview))
     results.write_text(report.fenced(results.read_text(), "figures", figures))

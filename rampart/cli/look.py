@@ -6,20 +6,24 @@ from typing import Annotated
 from typer import Argument, Option
 
 import rampart as rp
+from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 
 HIDE = "LEFT TOP WIDTH HEIGHT to project without, in pixels at model resolution"
+BEFORE = "The picture of before and after"
+ATTACKED, PURIFIED = Path("attacked"), Path("purified.png")
+SHOWN = "The class that the picture shows, to tell whether the certified one is right"
 PROJECT = "Also the generator's own image nearest to it"
 
 verb, app = o.theme("Look")
 
 
-@verb("attack", "attack cat.jpg --model model_store/mine --eps 4")
+@verb("attack", "attack cat.jpg --model model_store/mine --eps 4", together=inputs.form)
 def attack(
     look: o.Look,
     threat: o.Threat,
-    out: Annotated[Path, Option(help="Folder for the pictures")] = Path("attacked"),
+    out: Annotated[Path, Option(help="Folder for the pictures"), inputs.folder_to_write] = ATTACKED,
     variant: o.Variant = None,
     rate: o.Rate = 0.01,
 ) -> None:
@@ -30,10 +34,10 @@ def attack(
     say(*looks.attack(model, look.image, out, threat=ball, variant=variant, rate=rate))
 
 
-@verb("purify cat.jpg --hide 0 0 8 8")
+@verb("purify cat.jpg --hide 0 0 8 8", together=inputs.purifying)
 def purify(
     look: o.Look,
-    out: Annotated[Path, Option(help="The picture of before and after")] = Path("purified.png"),
+    out: Annotated[Path, Option(help=BEFORE), inputs.file_to_write] = PURIFIED,
     project: Annotated[bool, Option("--project", help=PROJECT)] = False,
     hide: Annotated[tuple[int, int, int, int] | None, Option(help=HIDE)] = None,
     rate: o.Rate = 0.01,
@@ -45,19 +49,21 @@ def purify(
     say(*looks.purify(model, look.image, out, projected=project, hide=hide, rate=rate))
 
 
-@verb("certify cat.jpg --sigma 0.25")
+@verb("certify cat.jpg --sigma 0.25", together=inputs.certifying)
 def certify(
     look: o.Look,
     sigma: Annotated[float, Option(help="Of the Gaussian noise, pixels in [0, 1]")] = 0.12,
     samples: Annotated[int, Option(help="Noisy copies that vote")] = 10_000,
     alpha: Annotated[float, Option(help="How often the certificate may be wrong")] = 0.001,
+    label: Annotated[str | None, Option(help=SHOWN)] = None,
     device: o.Device = "auto",
 ) -> None:
     """A radius (L2) within which the smoothed classifier provably keeps its label, or abstains."""
     from rampart import looks
 
     noise = looks.Noise(sigma, samples, alpha)
-    say(looks.certify(rp.Model.load(look.model), look.image, noise, device=device))
+    model = rp.Model.load(look.model)
+    say(*looks.certify(model, look.image, noise, label=label, device=device))
 
 
 @verb("samples signs/", "samples signs/ --count 10")

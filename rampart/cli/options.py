@@ -1,7 +1,7 @@
 """Options that several verbs share, and how all of them print."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from itertools import chain
@@ -12,6 +12,7 @@ import typer
 from typer import Argument, Option
 
 import rampart as rp
+from rampart import inputs
 from rampart.provenance import command_line
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 Verb = Callable[..., None]
 
 DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
-Data = Annotated[Path, Option(help=DATA)]
-Held = Annotated[Path | None, Option(help="Held-out images; without it a tenth of --data is drawn")]
+Data = Annotated[Path, Option(help=DATA), inputs.images]
+HELD = "Held-out images; without it a tenth of --data is drawn"
+Held = Annotated[Path | None, Option(help=HELD), inputs.images]
 SKIP_BAD = "Leave out pictures that cannot be read; without it they are listed, and nothing is done"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
 MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder a class, or .npz"
 GATED = "Images that the parity gate compares on, 64 of them; default crops of a photograph"
-Gated = Annotated[Path | None, Option("--images", help=GATED)]
+Gated = Annotated[Path | None, Option("--images", help=GATED), inputs.images]
 TITLE = "What the card calls these images; default the name of their file or folder"
 PART = "Only this split of the images that training held out of --images"
 BESIDE = "The --held of training, where --part is a split of it"
@@ -51,9 +53,9 @@ class Source(NamedTuple):
 class Sample(NamedTuple):
     """Images to measure on."""
 
-    images: Annotated[Path, Option(help=MEASURED)]
+    images: Annotated[Path, Option(help=MEASURED), inputs.images]
     data_name: Annotated[str, Option(help=TITLE)] = ""
-    held: Annotated[Path | None, Option(help=BESIDE)] = None
+    held: Annotated[Path | None, Option(help=BESIDE), inputs.images] = None
     part: Annotated[Literal["validation", "tuning", "calibration"] | None, Option(help=PART)] = None
 
     def read(self, model: "rp.Model", limit: int | None) -> "sources.Sample":
@@ -80,13 +82,14 @@ def take_factory(arch: str | None) -> str | None:
 
 ARCH = "torchvision's name (resnet18, vgg11_bn, alexnet, googlenet ...), timm:NAME, or"
 ARCH += " package.module:factory, code of yours that gives a network; --head goes with it"
-Arch = Annotated[str, Option(help=ARCH, callback=take_factory)]
+Arch = Annotated[str, Option(help=ARCH, callback=take_factory), inputs.network]
 OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
-Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up")]
+Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up"), inputs.size]
 CHANNELS = "Of your own network: 1 where it takes pictures in gray"
 LAST = "Of your own network: it takes (N, H, W, channels)"
-Method = Annotated[str, Option(help="nfgsm, gat, pgd, trades, mart, rslad; standard: no defence")]
+METHOD = "How attacks are made and learned from; standard: no defence"
+Method = Annotated[inputs.Method, Option(help=METHOD)]
 DTYPE = "Arithmetic of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
 Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
 DEVICE = "Where to compute; auto takes CUDA where there is one"
@@ -109,10 +112,13 @@ class Network(NamedTuple):
         return rp.ClassifierConfig(arch, classes, image_size=image_size, **self._asdict())
 
 
+RUN = "Folder of this run; an unfinished run there continues"
+
+
 class Training(NamedTuple):
     """A run of `train` or `purifier`."""
 
-    out: Annotated[Path, Option(help="Folder of this run; an unfinished run there continues")]
+    out: Annotated[Path, Option(help=RUN), inputs.folder_to_write]
     batch_size: Annotated[int, Option(min=1, help="Images a step, over all processes")] = 128
     dtype: Dtype = None
     validate_on: Annotated[int, Option(min=1, help="Validation images used each epoch")] = 1500
@@ -144,7 +150,8 @@ class Threat(NamedTuple):
         return rp.Threat(self.norm, 0.5 if self.eps is None else self.eps)
 
 
-Model = Annotated[Path, Argument(help="Folder of the model, as model_store/NAME")]
+FOLDER = "Folder of the model, as model_store/NAME"
+Model = Annotated[Path, Argument(help=FOLDER), inputs.folder]
 VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
 Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
 PRECISION = "Form of the graph, fp16 and int8 after `rampart quantize`; default int8 where it was"
@@ -161,18 +168,29 @@ class Subject(NamedTuple):
     arch: Own = None
 
 
+PICTURE, SHIPPED = "Picture; default scikit-image's cat", Path("model_store/cifar10")
+
+
 class Look(NamedTuple):
     """A picture, and the model that it is shown to."""
 
-    image: Annotated[Path | None, Argument(help="Picture; default scikit-image's cat")] = None
-    model: Annotated[Path, Option(help="Folder of the model")] = Path("model_store/cifar10")
+    image: Annotated[Path | None, Argument(help=PICTURE), inputs.picture] = None
+    model: Annotated[Path, Option(help="Folder of the model"), inputs.folder] = SHIPPED
     arch: Own = None
 
 
 Cache = Annotated[Path, Option(help="Folder for what attacks found")]
 FOUND = Path("runs/found")
 TWIN = "Folder of the undefended twin, a control; default NAME-undefended beside the model"
-Twin = Annotated[Path | None, Option(help=TWIN)]
+Twin = Annotated[Path | None, Option(help=TWIN), inputs.twin]
+
+
+INTO_CARD = "Write figures into card.json, and not beside it, into measured.json"
+IntoCard = Annotated[bool, Option("--into-card", help=INTO_CARD)]
+
+
+SAMPLE = "Let one held-out picture go into the archive, to try the endpoint with"
+WithSample = Annotated[bool, Option(help=SAMPLE)]
 
 
 def say(*lines: object) -> None:
@@ -185,31 +203,51 @@ def say(*lines: object) -> None:
 
 
 def theme(title: str) -> tuple[Callable[..., Callable[[Verb], Verb]], typer.Typer]:
-    """(decorator that puts a verb, with its examples, under a title of the help; these verbs)."""
+    """(decorator that puts a verb, with its examples, under a title of the help; these verbs).
+
+    The decorator's `together` is told the options that its parameters are called after, and raises
+    ValueError for those that do not go together.
+    """
     app = typer.Typer()
 
-    def verb(*examples: str) -> Callable[[Verb], Verb]:
+    def verb(*examples: str, together: Verb | None = None) -> Callable[[Verb], Verb]:
         lines = "\n\n".join(f"rampart {example}" for example in examples)
         register = app.command(rich_help_panel=title, epilog=f"Examples:\n\n{lines}")
-        return lambda function: register(flat(function))
+        return lambda function: register(flat(function, together))
 
     return verb, app
 
 
-def flat(function: Verb) -> Verb:
-    """The verb with an option for each field of the named tuples that it takes."""
+def flat(function: Verb, together: Verb | None = None) -> Verb:
+    """The verb with an option for each field of the named tuples that it takes.
+
+    What options name is looked at before the verb begins: first whether they go `together`.
+    """
     taken = signature(function).parameters
     kinds = {name: one.annotation for name, one in taken.items()}
     groups = {name: kind for name, kind in kinds.items() if hasattr(kind, "_fields")}
     members = {name: signature(group).parameters for name, group in groups.items()}
+    each = chain.from_iterable(members.get(name, {name: taken[name]}).values() for name in taken)
+    options = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in each]
 
     @wraps(function)
     def call(**values: Any) -> None:
+        if together:
+            together(**{name: values[name] for name in signature(together).parameters})
+        look_at(options, values)
         for name, group in groups.items():
             values[name] = group(*map(values.pop, group._fields))
         function(**values)
 
-    each = chain.from_iterable(members.get(name, {name: taken[name]}).values() for name in taken)
-    options = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in each]
     vars(call)["__signature__"] = Signature(options)
     return call
+
+
+def look_at(options: Iterable[Parameter], values: Mapping[str, Any]) -> None:
+    """Call the checks that stand beside an Option with what is passed there."""
+    for option in options:
+        value = values[option.name]
+        for check in filter(callable, getattr(option.annotation, "__metadata__", ())):
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    check(one)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from typer import Argument, Option
 
 import rampart as rp
+from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rampart.hardening.model.images import Images
 
 TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
+MADE, TRAFFIC = "Folder of the model to make", "What clients send: a folder of pictures"
+RENEWED = "The new .mar; NAME-recalibrated.mar"
 FINISHED = "A finished .mar, to calibrate anew"
 PIXELS = "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304"
 PIXELS += " or more"
@@ -25,7 +28,10 @@ BACKEND = (
     "Of --triton: onnxruntime takes pixels and gives the graph's outputs; python takes pictures"
 )
 BACKEND += " as well and gives verdicts, of a folder or of a finished .mar"
+TRITON, BUILT = "A Triton model repository to write into", "The .plan to build, on its GPU"
+PACKED, PLANNED = "The .mar; default model_store/NAME.mar", "Of `rampart export --tensorrt`"
 SHIP = "Into the model's own folder, for `rampart archive` to take without torch"
+Finished = Annotated[Path | None, Option("--archive", "--model", help=FINISHED), inputs.archive]
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
@@ -68,17 +74,18 @@ class Settings(NamedTuple):
 @verb(
     "calibrate model_store/mine --data cifar10/ --classifier runs/c/classifier.safetensors",
     "calibrate --archive model_store/mine.mar --images my_traffic/",
+    together=inputs.calibrating,
 )
 def calibrate(
-    folder: Annotated[Path | None, Argument(help="Folder of the model to make")] = None,
-    data: Annotated[Path | None, Option(help=o.DATA)] = None,
-    classifier: Annotated[Path | None, Option(help=TRAINED)] = None,
-    purifier: Annotated[Path | None, Option(help=CLEANED)] = None,
+    folder: Annotated[Path | None, Argument(help=MADE), inputs.folder_to_write] = None,
+    data: Annotated[Path | None, Option(help=o.DATA), inputs.images] = None,
+    classifier: Annotated[Path | None, Option(help=TRAINED), inputs.checkpoint] = None,
+    purifier: Annotated[Path | None, Option(help=CLEANED), inputs.checkpoint] = None,
     held: o.Held = None,
     data_name: Annotated[str, Option(help="What the card calls the training data")] = "",
-    archive: Annotated[Path | None, Option("--archive", "--model", help=FINISHED)] = None,
-    images: Annotated[Path | None, Option(help="What clients send: a folder of pictures")] = None,
-    out: Annotated[Path | None, Option(help="The new .mar; NAME-recalibrated.mar")] = None,
+    archive: Finished = None,
+    images: Annotated[Path | None, Option(help=TRAFFIC), inputs.pictures] = None,
+    out: Annotated[Path | None, Option(help=RENEWED), inputs.new_archive] = None,
     arch: o.Own = None,
     skip_bad: o.SkipBad = False,
 ) -> None:
@@ -88,27 +95,18 @@ def calibrate(
     finished archive is calibrated on pictures of your traffic; its graph stays as it is.
     """
     if archive and images:
-        if folder or data or classifier or purifier or held or data_name or skip_bad:
-            raise ValueError(
-                "--archive and --images go alone, with --out: the archive has the rest"
-            )
         from rampart.export.recalibrate import recalibrate as renew
 
         target = out or archive.with_stem(f"{archive.stem}-recalibrated")
         words = renew(archive, images, target, command=command_line()).in_words()
         say(*words, f"{target}: serve it with `rampart serve --archive {target}`")
-    elif folder and data and classifier and not (archive or images or out):
+    elif folder and data and classifier:
         from rampart.assembly import assemble
         from rampart.hardening.model.folder import calibrations
 
         source, command = o.Source(data, held, skip_bad).open(), command_line()
         assemble(folder, source, classifier, purifier, data_name=data_name, command=command)
         say(*calibrations(folder))
-    else:
-        raise ValueError(
-            "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
-            " FILE.mar --images FOLDER to calibrate an archive anew"
-        )
 
 
 @verb("quantize model_store/mine --data cifar10/")
@@ -130,25 +128,20 @@ def quantize(
 @verb(
     "export model_store/mine --out mine.onnx",
     "export mine.mar --triton models/ --backend python",
+    together=inputs.exporting,
 )
 def export(
     form: Form,
-    out: Annotated[Path | None, Option(help="The .onnx file to write")] = None,
-    triton: Annotated[Path | None, Option(help="A Triton model repository to write into")] = None,
+    out: Annotated[Path | None, Option(help="The .onnx file to write"), inputs.graph] = None,
+    triton: Annotated[Path | None, Option(help=TRITON), inputs.folder_to_write] = None,
     backend: Annotated[Literal["onnxruntime", "python"], Option(help=BACKEND)] = "onnxruntime",
     model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
-    tensorrt: Annotated[Path | None, Option(help="The .plan to build, on its GPU")] = None,
+    tensorrt: Annotated[Path | None, Option(help=BUILT), inputs.graph] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
 ) -> None:
     """Write one ONNX graph and prove that it decides as the torch pipeline does."""
-    if sum(target is not None for target in (out, triton, tensorrt)) + ship != 1:
-        raise ValueError(
-            "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
-            " FILE.plan, and --ship"
-        )
     if backend == "python":
-        if not triton:
-            raise ValueError("--backend python goes with --triton FOLDER")
+        assert triton
         from rampart.export.to_triton_python import to_triton_python
 
         few, wanted = form.gate(), (form.variant, form.precision)
@@ -175,13 +168,15 @@ def export(
 @verb(
     "archive model_store/mine",
     "archive model_store/mine --on-detection reject --detail public --rate 0.02",
+    together=inputs.packing,
 )
 def archive(
     form: Form,
     settings: Settings,
-    out: Annotated[Path | None, Option(help="The .mar; default model_store/NAME.mar")] = None,
-    plan: Annotated[Path | None, Option(help="Of `rampart export --tensorrt`")] = None,
+    out: Annotated[Path | None, Option(help=PACKED), inputs.new_archive] = None,
+    plan: Annotated[Path | None, Option(help=PLANNED), inputs.file] = None,
     model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
+    sample: o.WithSample = True,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     # A shipped graph is packed as it is, so this must not need torch.
@@ -193,6 +188,7 @@ def archive(
     policy = {k: v for k, v in settings._asdict().items() if k != "max_pixels" or v}
     few, terms = form.gate(), {"rampart": policy}
     pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
+    pack = partial(pack, sample=sample)
     say(pack(form.model, target, variant=variant, precision=precision, settings=terms))
     say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 

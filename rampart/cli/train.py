@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 import rampart as rp
+from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
@@ -22,6 +23,11 @@ INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
 NORM += "ImageNet's above"
 KEEP = "Passes over the training images; 0 keeps --weights as they are"
+FROZEN = "classifier.safetensors of `rampart train`"
+STATE = "state dict: .pth, .pt or .safetensors"
+ADOPTED = "The classifier.safetensors to write"
+STAGES = "Folder for what the stages make"
+YOURS = "Yours, as `adopt` takes them"
 ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
 
 verb, app = o.theme("Train")
@@ -30,12 +36,13 @@ verb, app = o.theme("Train")
 @verb(
     "harden --data my_images/ --image-size 64 --out model_store/mine.mar",
     "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar",
+    together=inputs.hardening,
 )
 def harden(
     *,
     source: o.Source,
-    out: Annotated[Path, Option(help=ARCHIVE)],
-    weights: Annotated[Path | None, Option(help="Yours, as `adopt` takes them")] = None,
+    out: Annotated[Path, Option(help=ARCHIVE), inputs.new_archive],
+    weights: Annotated[Path | None, Option(help=YOURS), inputs.weights] = None,
     arch: o.Arch = "resnet18",
     image_size: o.Size = 32,
     network: o.Network,
@@ -45,7 +52,8 @@ def harden(
     purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
-    runs: Annotated[Path, Option(help="Folder for what the stages make")] = Path("runs"),
+    sample: o.WithSample = True,
+    runs: Annotated[Path, Option(help=STAGES), inputs.folder_to_write] = Path("runs"),
     device: o.Device = "auto",
 ) -> None:
     """The whole way from images, and weights if you have some, to an archive that can be served.
@@ -59,13 +67,16 @@ def harden(
 
     recipe = rp.Recipe(method, threat.ball(), epochs)
     net = network.config(arch, image_size)
-    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
+    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device, sample)
     outcome = go(source.open(), out, plan, runs=runs, command=command_line())
     say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
     insist(outcome.card)
 
 
-@verb("train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30")
+@verb(
+    "train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30",
+    together=inputs.training,
+)
 def train(
     *,
     source: o.Source,
@@ -82,11 +93,11 @@ def train(
     smoothing: Annotated[float, Option(help="Share of each label that all classes get alike")] = 0,
     ramp: Annotated[float, Option(help="Part of the run in which eps grows from 0")] = 0,
     steps: Annotated[int, Option(help="Of the attack in pgd, trades, mart and rslad")] = 10,
-    teacher: Annotated[Path | None, Option(help=TEACHER)] = None,
+    teacher: Annotated[Path | None, Option(help=TEACHER), inputs.checkpoint] = None,
     rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
-    init: Annotated[Path | None, Option(help=INIT)] = None,
-    augment: Annotated[list[str] | None, Option(help=AUGMENT)] = None,
+    init: Annotated[Path | None, Option(help=INIT), inputs.checkpoint] = None,
+    augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
 ) -> None:
     """Train a classifier adversarially. Ctrl-C is safe: the same command continues.
 
@@ -109,7 +120,7 @@ def train(
 def purifier(
     *,
     source: o.Source,
-    classifier: Annotated[Path, Option(help="classifier.safetensors of `rampart train`")],
+    classifier: Annotated[Path, Option(help=FROZEN), inputs.checkpoint],
     run: o.Training,
     threat: o.Threat,
     epochs: o.Epochs = 2,
@@ -129,10 +140,10 @@ def purifier(
 @verb("adopt resnet50.pth --arch resnet50 --classes 1000 --out runs/c.safetensors")
 def adopt(
     *,
-    weights: Annotated[Path, Argument(help="state dict: .pth, .pt or .safetensors")],
-    out: Annotated[Path, Option(help="The classifier.safetensors to write")],
+    weights: Annotated[Path, Argument(help=STATE), inputs.weights],
+    out: Annotated[Path, Option(help=ADOPTED), inputs.file_to_write],
     arch: o.Arch,
-    classes: Annotated[int, Option(help="How many it tells apart")],
+    classes: Annotated[int, Option(min=2, help="How many it tells apart")],
     image_size: o.Size = 224,
     network: o.Network,
     mean: Annotated[Colour | None, Option(help=NORM)] = None,
@@ -146,16 +157,20 @@ def adopt(
 
 
 @verb("download cifar10/")
-def download(folder: Annotated[Path, Argument(help="Where to put it")]) -> None:
+def download(
+    folder: Annotated[Path, Argument(help="Where to put it"), inputs.folder_to_write],
+) -> None:
     """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
-    from rampart.hardening.train.data import load_cifar10
+    from rampart.hardening.train.data import download_cifar10
 
-    images = load_cifar10(folder, download=True)
+    images = download_cifar10(folder)
     say(f"{len(images)} training images in {folder}: pass it as --data")
 
 
 @verb("digits digits/")
-def digits(folder: Annotated[Path, Argument(help="Where to put them")]) -> None:
+def digits(
+    folder: Annotated[Path, Argument(help="Where to put them"), inputs.folder_to_write],
+) -> None:
     """Write scikit-learn's handwritten digits into FOLDER: images to try all this on, at once."""
     from rampart.hardening.train.data import write_digits
 

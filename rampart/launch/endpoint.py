@@ -11,12 +11,44 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from rampart.hardening.model.presence import check_archive
+
 RSA = bytes.fromhex("2a864886f70d010101")  # 1.2.840.113549.1.1.1, as a PKCS #8 key names its kind
+SAMPLE, LARGEST = "sample.png", 2**16  # in an archive, and its bytes at most
+PNG = b"\x89PNG"
+ANY = Path(__file__).parents[1] / "data" / SAMPLE
 JAVA_LEAST = 64  # MB with which TorchServe still starts
 
 
 class LaunchError(RuntimeError):
     """Why the server cannot run; the message names the remedy."""
+
+
+def read_model(archive: Path) -> tuple[str, str]:
+    """Name and version of an archive's model. Raises LaunchError where it is none."""
+    try:
+        check_archive(archive)
+    except (OSError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    try:
+        with zipfile.ZipFile(archive) as content:
+            model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
+            return str(model["modelName"]), str(model["modelVersion"])
+    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
+        raise LaunchError(f"{archive} is not a TorchServe archive: build it anew") from error
+
+
+def sample_of(archive: Path, file: Path) -> Path:
+    """A picture to try an archive's endpoint with: its own, written as `file`, or any."""
+    try:
+        with zipfile.ZipFile(archive) as content, content.open(SAMPLE) as picture:
+            data = picture.read(LARGEST + 1)
+    except (zipfile.BadZipFile, OSError, KeyError, RuntimeError):
+        return ANY
+    if not data.startswith(PNG) or len(data) > LARGEST:
+        return ANY
+    file.write_bytes(data)
+    return file
 
 
 @dataclass(frozen=True)
@@ -45,21 +77,7 @@ class Endpoint:
     @cached_property
     def name(self) -> str:
         """What the archive calls its model. Raises LaunchError where it is none."""
-        try:
-            with zipfile.ZipFile(self.archive) as content:
-                manifest = json.loads(content.read("MAR-INF/MANIFEST.json"))
-                return str(manifest["model"]["modelName"])
-        except FileNotFoundError as error:
-            model = f"model_store/{self.archive.stem}"
-            raise LaunchError(
-                f"there is no archive at {self.archive}: build it with `rampart archive {model}"
-                f" --out {self.archive}`, where {model} is the model's folder, or with"
-                f" `make serve MODEL={self.archive.stem}` in the Rampart checkout"
-            ) from error
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise LaunchError(
-                f"{self.archive} is not a TorchServe archive: build it anew"
-            ) from error
+        return read_model(self.archive)[0]
 
     @property
     def scheme(self) -> str:
@@ -78,6 +96,11 @@ class Endpoint:
 
     def check(self) -> None:
         """Raise LaunchError where it cannot or must not be served."""
+        read_model(self.archive)
+        if "," in self.archive.name:
+            raise LaunchError(
+                f"{self.archive}: TorchServe takes a comma for the end of a name: rename it"
+            )
         if not _is_loopback(self.host) and not self.token_authorization:
             raise LaunchError(
                 f"{self.host} is open to other machines: that needs token authorization"

@@ -1,6 +1,5 @@
 """Start Rampart's own HTTP server: workers that share a port; a new archive brings new workers."""
 
-import json
 import os
 import shlex
 import signal
@@ -10,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +20,9 @@ from rampart.launch.addresses import is_loopback
 from rampart.launch.archives import Archives
 from rampart.launch.asking import authorization, status
 from rampart.launch.connection import Connection
-from rampart.launch.endpoint import LaunchError
+from rampart.launch.endpoint import ANY, LaunchError, read_model, sample_of
 from rampart.launch.worker import Job
 
-SAMPLE = Path(__file__).parents[1] / "data" / "sample.png"
 GRACE = 30  # seconds that a worker that stops may take for what it has begun
 HUNG = 60  # seconds after which a worker that does not answer the launcher is replaced
 IDLE = 75  # seconds for which a connection is kept: longer than gateways keep theirs
@@ -80,7 +77,7 @@ def serve(front: Front) -> int:
     that is replaced is served by new workers; the old ones finish what they have begun.
     """
     try:
-        models = [_check_archive(archive) for archive in front.archives]
+        models = [read_model(archive) for archive in front.archives]
         _check(front, models)
         if front.grpc_port:
             _listen(front.host, front.grpc_port).close()  # each worker opens its own
@@ -99,21 +96,27 @@ def serve(front: Front) -> int:
             tls=(str(front.tls[0].resolve()), str(front.tls[1].resolve())) if front.tls else None,
         )
         os.environ.update(job.environment() | _settings(front))
+        samples = {
+            name: sample_of(archive, Path(folder) / f"sample-{number}.png")
+            for number, (archive, (name, _)) in enumerate(zip(front.archives, models, strict=True))
+        }
         try:
             archives = Archives(job)
         except LaunchError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
-        return _supervise(front, [name for name, _ in models], archives, listener)
+        return _supervise(front, samples, archives, listener)
 
 
-def _supervise(front: Front, names: list[str], archives: Archives, listener: socket.socket) -> int:
+def _supervise(
+    front: Front, samples: dict[str, Path], archives: Archives, listener: socket.socket
+) -> int:
     """Run workers until the end; returns the exit code."""
     supervisor = Multiprocess(_config(front), [listener])
     # The end of the terminal is the end; uvicorn would begin anew.
     signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
     ready = threading.Event()
-    announce = threading.Thread(target=_announce, args=(front, names, supervisor, ready))
+    announce = threading.Thread(target=_announce, args=(front, samples, supervisor, ready))
     watch = threading.Thread(target=_watch, args=(archives, supervisor, ready))
     for thread in (announce, watch):
         thread.daemon = True
@@ -157,21 +160,6 @@ def _config(front: Front) -> uvicorn.Config:
     )
 
 
-def _check_archive(archive: Path) -> tuple[str, str]:
-    """Name and version of an archive's model. Raises LaunchError."""
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            model = json.loads(packed.read("MAR-INF/MANIFEST.json"))["model"]
-            return str(model["modelName"]), str(model["modelVersion"])
-    except FileNotFoundError as error:
-        raise LaunchError(
-            f"there is no archive at {archive}: build it with `rampart archive"
-            f" model_store/{archive.stem} --out {archive}`"
-        ) from error
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise LaunchError(f"{archive} is not an archive of Rampart: build it anew") from error
-
-
 def _check(front: Front, models: list[tuple[str, str]]) -> None:
     if doubled := [model for model in models if models.count(model) > 1]:
         name, version = doubled[0]
@@ -211,10 +199,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _announce(
-    front: Front, names: list[str], supervisor: Multiprocess, ready: threading.Event
+    front: Front, samples: dict[str, Path], supervisor: Multiprocess, ready: threading.Event
 ) -> None:
-    """Say when each model has answered."""
-    waiting = list(names)
+    """Say when each model has answered, with a picture to try each with."""
+    waiting = list(samples)
     while waiting and not supervisor.should_exit.is_set():
         waiting = [name for name in waiting if _predict(front, name) != 200]
         time.sleep(0.1)
@@ -223,7 +211,10 @@ def _announce(
     ready.set()
     token = '-H "Authorization: Bearer $TOKEN" ' if front.tokens else ""
     trust = f"--cacert {shlex.quote(str(front.tls[0]))} " if front.tls else ""
-    lines = [f"  curl {trust}{token}-T {SAMPLE} {front.url}/predictions/{name}" for name in names]
+    lines = [
+        f"  curl {trust}{token}-T {shlex.quote(str(sample))} {front.url}/predictions/{name}"
+        for name, sample in samples.items()
+    ]
     print("\n".join(["Rampart is ready", *lines]), flush=True)
 
 
@@ -231,7 +222,7 @@ def _predict(front: Front, name: str) -> int:
     """Status of one prediction; 0 without an answer."""
     chain = front.tls[0] if front.tls else None
     headers = authorization(front.tokens) if front.tokens else {}
-    return status(f"{front.url}/predictions/{name}", SAMPLE.read_bytes(), headers, chain)
+    return status(f"{front.url}/predictions/{name}", ANY.read_bytes(), headers, chain)
 
 
 def _watch(archives: Archives, supervisor: Multiprocess, ready: threading.Event) -> None:

@@ -34,7 +34,10 @@ def probe(
         with opener(certificate).open(request, timeout=5) as answer:
             text = answer.read().decode()
     except OSError as error:
-        raise RuntimeError(f"no metrics at {metrics}: {error}") from error
+        reason = getattr(error, "reason", error)
+        raise RuntimeError(
+            f"no metrics at {metrics} ({reason}): start a server, or name its address, by --metrics"
+        ) from error
     now = time.time()
     ages = {name: now - float(value) for name, value in HEARTBEAT.findall(text)}
     if model:

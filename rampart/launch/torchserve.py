@@ -19,11 +19,17 @@ from pathlib import Path
 
 from rampart.launch import java, logs, management
 from rampart.launch.client import SOCKET, Client
-from rampart.launch.endpoint import Endpoint, LaunchError, port_error, redis_failure
+from rampart.launch.endpoint import (
+    SAMPLE,
+    Endpoint,
+    LaunchError,
+    port_error,
+    redis_failure,
+    sample_of,
+)
 from rampart.launch.listeners import shut_listeners
 from rampart.launch.watch import Watch
 
-SAMPLE = java.DATA / "sample.png"  # to try a server with
 GRAY = java.DATA / "gray.png"  # 32x32: no server refuses it for its size
 START_SECONDS = 900.0
 SHORT = "/tmp"  # for where TMPDIR is too long
@@ -69,7 +75,8 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
         )
         process = java.start(endpoint, work, folder)
         try:
-            _Run(endpoint, client, process, folder, stop).run()
+            sample = sample_of(endpoint.archive, work / SAMPLE)
+            _Run(endpoint, client, process, folder, stop, sample).run()
         except Stopped:
             _say("Stopping")
         finally:
@@ -128,6 +135,7 @@ class _Run:
     process: subprocess.Popen[bytes]
     logs: Path
     stop: threading.Event
+    sample: Path  # a picture to try it with
 
     def run(self) -> None:
         """Wait for a prediction, announce it, wait for the end."""
@@ -211,7 +219,7 @@ class _Run:
         if endpoint.token_authorization:
             curl += f" {header.format('inference')}"
         url = f"{endpoint.scheme}://{endpoint.local_host}:{endpoint.port}"
-        yield f"  {curl} -T {shlex.quote(str(SAMPLE))} {url}/predictions/{endpoint.name}"
+        yield f"  {curl} -T {shlex.quote(str(self.sample))} {url}/predictions/{endpoint.name}"
         manager = header.format("management")
         yield f"  curl '{endpoint.management}/models/{endpoint.name}?customized=true' {manager}"
         if endpoint.token_authorization:

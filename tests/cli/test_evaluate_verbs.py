@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from blobs import blobs
 from command import run
 from in_torch import InTorch
+from PIL import Image
 
 from rampart.hardening.report import card as report
 from rampart.model import Model
@@ -29,7 +31,7 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(
     generator = tmp_path / "p" / "purifier.safetensors"
     parts = ["--classifier", classifier, "--purifier", generator]
     run("calibrate", model, *data, *parts)
-    few = ["--limit", 8, "--rung", "pgd20", "--cache", tmp_path / "found"]
+    few = ["--limit", 8, "--rung", "pgd20", "--cache", tmp_path / "found", "--into-card"]
     assert "pgd20" in run("evaluate", model, "--images", tmp_path / "test.npz", *few)
     assert len((model / "evaluations.jsonl").read_text().splitlines()) == 1
     metrics = json.loads((model / "card.json").read_text())["metrics"]
@@ -39,13 +41,25 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(
     test = ["--images", tmp_path / "test.npz"]
     with monkeypatch.context() as patch:  # the graphs were exported and asked above
         patch.setattr("rampart.model.to_engine", InTorch)
+        beside = [word for word in few if word != "--into-card"]
+        before = (model / "card.json").read_bytes()
+        run("evaluate", model, *test, *beside, "--variant", "full", "--eps", 2)
+        assert (model / "card.json").read_bytes() == before
+        rows = report.read_card(model, report.MEASURED)["metrics"]
+        assert {row["eps"] for row in rows if row["name"] == "pgd20"} == {"2/255"}
         run("evaluate", model, *test, *few, "--variant", "full", "--eps", 4)
     card = report.read_card(model)
     alone = [row for row in card["metrics"] if row.get("eps") == "4/255"]
     assert {(row["subject"], row["variant"]) for row in alone} == {("pipeline", "full")}
     assert card["threat_model"] == "Linf 8/255"  # the first one's
     assert "parity on" in run("archive", model, *test)
-    assert (tmp_path / "toy.mar").is_file()
+    with ZipFile(tmp_path / "toy.mar") as packed, packed.open("sample.png") as sample:
+        pixels = np.asarray(Image.open(sample))
+    assert (model / "sample.png").stat().st_size <= 8192
+    assert (blobs(400, size=16, seed=1).image.numpy() == pixels).all((1, 2, 3)).sum() == 1
+
+
+CARD = ["--into-card"]
 
 
 def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
@@ -61,7 +75,9 @@ def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
 def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) -> None:
     held = lean_only.with_name("held.npz")
     found = lean_only.with_name("found")
-    output = run("outside", lean_only, "--images", held, "--limit", 4, "--cache", found)
+    output = run(
+        "outside", lean_only, "--images", held, "--limit", 4, "--cache", found, "--into-card"
+    )
     seen = report.read_card(lean_only)["outside"]
     assert {row["threat"] for row in seen["rows"]} > {"L2 0.5", "patch", "clean"}
     assert {row["n"] for row in seen["rows"]} == {4}
@@ -73,13 +89,23 @@ def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) 
 @pytest.mark.training
 def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> None:
     held = lean_only.with_name("held.npz")
-    output = run("alarms", lean_only, "--data", held, "--held", held, "--limit", 50)
+    alarms = ["alarms", lean_only, "--data", held, "--held", held, "--limit"]
+    output = run(*alarms, 50, "--into-card")
     seen = report.read_card(lean_only)["false_alarms"]
     assert list(seen["coverage"]) == ["lean"]
     assert {row["variant"] for row in seen["rows"]} == {"lean"}
     assert len(seen["remedies"]) == sum(row["too_many"] for row in seen["rows"])
     assert "| JPEG, quality 75 | 50 |" in output
     assert "lean, promised 5%: " in output
+    card = (lean_only / "card.json").read_bytes()
+    # Fewer images replace nothing, with a word; and without being told, nothing at all does.
+    assert "the card keeps its false_alarms of 50 images, and not 40" in run(*alarms, 40, *CARD)
+    assert "--into-card puts them into the card" in run(*alarms, 60)
+    assert (lean_only / "card.json").read_bytes() == card
+    beside = report.read_card(lean_only, report.MEASURED)["false_alarms"]
+    assert beside["rows"][0]["n"] == 60
+    run(*alarms, 60, *CARD)
+    assert report.read_card(lean_only)["false_alarms"]["rows"][0]["n"] == 60
 
 
 def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) -> None:
@@ -99,7 +125,9 @@ def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
     model, held = lean_only, lean_only.with_name("held.npz")
     data = ["--data", held, "--held", held]
     output = run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found")
-    assert "| + feature_distance |" in output
+    assert "| + feature_distance |" in output and "ablation" not in report.read_card(model)
+    assert (model / "measured-ablation.png").is_file()
+    run("ablate", model, *data, "--limit", 4, "--steps", 1, "--cache", tmp_path / "found", *CARD)
     seen = report.read_card(model)["ablation"]
     assert seen["n"] == 4
     assert seen["threat_model"] == "Linf 8/255"
@@ -121,7 +149,7 @@ def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
     data = ["--data", held, "--held", held, "--steps", 1, "--cache", tmp_path / "found"]
     with pytest.raises(ValueError, match="the images have the classes"):
         run("ablate", model, *data, "--test", tmp_path / "other.npz")
-    output = run("ablate", model, *data, "--test", tmp_path / "test.npz")
+    output = run("ablate", model, *data, "--test", tmp_path / "test.npz", *CARD)
     assert "| lean | 20.0% |" in output
     card = report.read_card(model)
     assert card["test_ablation"]["data"] == "6 test.npz"

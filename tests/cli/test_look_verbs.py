@@ -22,6 +22,9 @@ def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
     assert len(set(labels)) == 2
     with Image.open(tmp_path / "panel.png") as panel:
         assert panel.size[0] > 3 * 288
+    run("attack", "--model", tiny_folder, "--out", tmp_path, "--variant", "lean")
+    with Image.open(tmp_path / "panel.png") as panel:  # it has no purifier to show
+        assert 2 * 288 < panel.size[0] < 3 * 288
 
 
 @pytest.mark.parametrize("verb", ["attack", "certify", "purify"])
@@ -50,3 +53,17 @@ def test_a_picture_is_certified_or_abstained_on(tiny_folder: Path) -> None:
     assert re.search(r"holds within an L2 radius of 0\.00\d .* 300 of 300 noisy", sure)
     lost = run("certify", "--model", tiny_folder, "--samples", 3, "--sigma", 0.001)
     assert lost.startswith("abstains: ")
+
+
+def test_a_certified_label_is_told_to_be_wrong_or_right(tmp_path: Path, tiny_folder: Path) -> None:
+    certify = ["certify", "--model", tiny_folder, "--samples", 300, "--sigma", 0.001]
+    label = run(*certify).partition(":")[0]
+    other = "dog" if label != "dog" else "ship"
+    assert f"{label} is right" in run(*certify, "--label", label)
+    assert f"{label} is wrong: the picture shows {other}" in run(*certify, "--label", other)
+    shown = f"{label} is right" if label == "cat" else "wrong: the picture shows cat"
+    assert shown in run(*certify)  # scikit-image's is one
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    assert "right nobody has said" in run("certify", tmp_path / "red.png", *certify[1:])
+    with pytest.raises(ValueError, match="--label lion: the model tells airplane, "):
+        run(*certify, "--label", "lion")

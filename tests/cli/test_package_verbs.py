@@ -64,6 +64,7 @@ def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     output = run("quantize", lean_only, "--data", held, "--held", held, "--rate", 0.05)
     assert output.splitlines()[-1].startswith("lean: int8 beside fp32 on 174 images: ")
     options = ["--part", "validation", "--limit", 8, "--rung", "pgd20", "--int8", "--rate", 0.05]
+    options += ["--into-card"]
     run("evaluate", lean_only, "--images", held, *options, "--cache", tmp_path / "found")
     card = report.read_card(lean_only)
     # Worst cases take the whole ladder; what stands in for them here is of the same images.

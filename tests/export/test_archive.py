@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from rampart.export.archive import archive
+from rampart.launch.endpoint import ANY, sample_of
 
 
 def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Path) -> None:
@@ -85,10 +87,35 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_shipped: Path, tmp_path: Pat
     assert calibration["detectors"] == ["confidence", "feature_distance", "residual"]
 
 
+def test_a_sample_picture_goes_along_with_its_hash_unless_it_is_left_out(
+    tiny_shipped: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_shipped, tmp_path / "mine")
+    shutil.copy(ANY, folder / "sample.png")
+    for name, sample in (("with.mar", True), ("without.mar", False)):
+        archive(folder, tmp_path / name, sample=sample)
+        with zipfile.ZipFile(tmp_path / name) as mar:
+            assert ("sample.png" in mar.namelist()) == sample
+            assert ("sample.png" in json.loads(mar.read("sha256.json"))) == sample
+    assert sample_of(tmp_path / "without.mar", tmp_path / "s.png") == ANY
+    assert sample_of(tmp_path / "with.mar", tmp_path / "s.png") == tmp_path / "s.png"
+    assert (tmp_path / "s.png").read_bytes() == ANY.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"\x89PNG" + bytes(70_000)])
+def test_what_is_no_small_picture_is_not_taken_for_a_sample(tmp_path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.mar", "w") as packed:
+        packed.writestr("sample.png", content)
+    assert sample_of(tmp_path / "a.mar", tmp_path / "s.png") == ANY
+    assert not (tmp_path / "s.png").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "message"),
     [
         ("a.zip", {}, r"end in \.mar"),
+        ("a,b.mar", {}, "letters, digits"),
+        ("my model.mar", {}, "letters, digits"),
         ("a.mar", {"false_alarm_rate": 1e-6}, "cannot tell a false_alarm_rate"),
         ("a.mar", {"on_detection": "drop"}, "flag, reject or shadow"),
     ],

@@ -44,6 +44,7 @@ def test_a_raw_body_is_the_image_and_several_parts_come_in_order() -> None:
 def test_a_request_without_a_body_hears_how_to_send_one() -> None:
     error = refusal()
     assert (error.code, error.type) == (415, "no_image")
+    assert "with -H 'Content-Type: application/json', which curl -d leaves out" in error.message
 
 
 def test_what_the_server_found_wrong_is_the_answer() -> None:

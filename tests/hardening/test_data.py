@@ -1,8 +1,10 @@
 import hashlib
+import http.server
 import os
 import pickle
 import tarfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +23,59 @@ def save_npz(path: Path, count: int) -> Images:
     images = blobs(count)
     np.savez(path, image=images.image.numpy(), label=images.label.numpy())
     return images
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that ends amid the file, in place of CIFAR-10's."""
+
+    class Cut(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "url", url)
+        yield url
+        server.shutdown()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_that_fails_says_what_to_fetch_by_hand_and_leaves_nothing(
+    tmp_path: Path, cut_off: str, there: bool
+) -> None:
+    home = tmp_path / "cifar10"
+    if there:
+        home.mkdir()
+    with pytest.raises(OSError, match=r"get http.*gz by hand, put it into .*cifar10, and run") as e:
+        data.download_cifar10(home)
+    assert "c58f30108f718f92721af3b95e74349a" in str(e.value)
+    assert list(tmp_path.rglob("*")) == ([home] if there else [])
+
+
+def test_without_a_network_a_file_that_was_put_there_by_hand_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:1/c.tar.gz")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
+    with pytest.raises(OSError, match=r"cannot be fetched .*refused"):
+        data.download_cifar10(tmp_path)
+    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"cut"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_batches_that_are_not_whole_are_told_with_how_to_get_them(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match="is not whole: remove it, and fetch it again"):
+        data.load(tmp_path)
 
 
 def test_an_npz_file_comes_back_as_it_was_saved(tmp_path: Path) -> None:

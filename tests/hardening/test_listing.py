@@ -1,5 +1,6 @@
 """Folders as people have them: what is a class, what is left out, and what is told of it."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,13 @@ def test_a_class_of_pictures_in_another_format_alone_stops_the_run(home: Path) -
         data.load(home)
 
 
-@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "val")])
+# As Intel's image set and others have them.
+SEVERAL = [("seg_train", "seg_test"), ("seg_train", "seg_pred"), ("train_images", "test-set")]
+
+
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "val"), *SEVERAL]
+)
 def test_splits_are_no_classes_however_they_are_spelled(
     tmp_path: Path, names: tuple[str, str]
 ) -> None:
@@ -88,8 +95,50 @@ def test_splits_are_no_classes_however_they_are_spelled(
 
 
 def test_a_class_may_have_the_name_of_a_split(home: Path) -> None:
-    picture(home / "Test" / "0.png")
-    assert data.load(home).classes == ("Test", "cat", "dog")
+    for name in ("Test", "seg_train"):
+        picture(home / name / "0.png")
+    assert data.load(home).classes == ("Test", "cat", "dog", "seg_train")
+
+
+def photograph(file: Path, quality: int = 95) -> bytes:
+    """A JPEG of more than both ends that its structure is told by."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    Image.fromarray(noise).save(file, quality=quality)
+    assert file.stat().st_size > 3 * data.HEAD
+    return file.read_bytes()
+
+
+def test_a_large_jpeg_is_known_by_its_ends_and_the_middle_is_not_read(home: Path) -> None:
+    content = photograph(home / "cat" / "2.jpg")
+    with (home / "cat" / "2.jpg").open("r+b") as file:
+        file.truncate(200 * 2**20)  # a hole that reading would fill memory with
+        file.seek(0, 2)
+        file.write(content[-data.HEAD :])
+    tracemalloc.start()
+    _, found = data.find_pictures(home, size=32).examined(keep=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(32, 32), (32, 32), (800, 600), (32, 32), (32, 32)]
+    assert peak < 20 * 2**20
+
+
+@pytest.mark.parametrize("cut", [1, 100_000])
+def test_a_large_jpeg_that_is_cut_is_told_without_a_pixel(home: Path, cut: int) -> None:
+    content = photograph(home / "cat" / "2.jpg")
+    (home / "cat" / "2.jpg").write_bytes(content[:-cut])
+    _, found = data.find_pictures(home, size=32).examined(keep=False)
+    assert "2.jpg: the image is truncated or corrupt" in str(found[2])
+
+
+def test_where_decoding_takes_long_what_is_cut_is_told_before_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_ten(home)
+    monkeypatch.setattr(data, "SOON", 0)
+    with pytest.raises(ValueError, match=r"^8 of 14 pictures cannot be read"):
+        data.load(home)
+    images, report = data.survey(home, size=32, skip_bad=True)
+    assert len(images) == 4 and "10 that cannot be read" in report.left_out
 
 
 def test_one_folder_too_many_is_named_with_the_one_to_pass(home: Path) -> None:
@@ -134,6 +183,7 @@ def test_all_bad_pictures_are_listed_at_once(home: Path) -> None:
     assert len(told) == 10
     assert all(sum(f"/{name}: " in line for line in told) == 1 for name in names)
     assert "; remove" not in str(error.value)
+    assert "Git LFS's pointer" in next(line for line in told if "lfs.png" in line)
 
 
 def test_bad_pictures_are_left_out_where_that_is_asked_for(home: Path) -> None:

@@ -174,6 +174,17 @@ def test_entries_go_into_a_card_and_a_broken_one_leaves_it_as_it_was(tmp_path: P
     assert (tmp_path / "card.json").read_bytes() == before
 
 
+def test_what_is_of_more_images_than_what_would_replace_it_is_named() -> None:
+    many = Metric(Subject("pipeline", "full"), "pgd20", 0.4, 100, Threat(), "PGD")
+    few, other = many._replace(n=10), many._replace(n=10, attack="PGD, longer")
+    card = card_of(many) | {"ablation": {"n": 200}, "outside": {"rows": [{"n": 50}]}}
+    assert report.outnumbered(card, card_of(few)) == "pgd20 of 100 images, and not 10"
+    assert report.outnumbered(card, {"ablation": {"n": 20}}) == "ablation of 200 images, and not 20"
+    assert report.outnumbered(card, {"outside": {"rows": [{"n": 5}]}}).startswith("outside of 50")
+    assert report.outnumbered(card, card_of(other)) == ""
+    assert report.outnumbered(card, card_of(many) | {"ablation": {"n": 200}}) == ""
+
+
 def test_the_readme_has_a_table_for_each_data_set_at_the_cards_eps() -> None:
     card = card_of(
         Metric(Subject("pipeline", "full"), "pgd20", 0.4, 10, Threat(), "PGD"),

@@ -1,10 +1,13 @@
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from blobs import blobs
 from PIL import Image
-from trajectory import trajectory
+from torch import Tensor
+from trajectory import interrupted, trajectory
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint
@@ -78,6 +81,49 @@ def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
         assert row.pop("minutes") > 0
         assert other.pop("minutes") > 0
         assert other == pytest.approx(row, abs=1e-6)
+
+
+def test_a_run_that_ctrl_c_ends_ten_times_makes_each_step_once_and_as_if_undisturbed(
+    tmp_path: Path,
+) -> None:
+    whole = trajectory(tmp_path / "whole", "resnet10", "nfgsm", batch_size=4)
+    losses = interrupted(tmp_path / "cut", "resnet10", times=10, seed=0)
+    assert [step for step, _ in losses] == list(whole)
+    assert dict(losses) == pytest.approx(whole, abs=1e-6)
+    histories = [states.read(tmp_path / name)["history"] for name in ("whole", "cut")]
+    for row, other in zip(*histories, strict=True):
+        assert other["pgd10"] == pytest.approx(row["pgd10"], abs=1e-6)
+
+
+def test_ctrl_c_amid_a_validation_keeps_the_steps_of_its_epoch(tmp_path: Path) -> None:
+    losses: list[Tensor] = []
+
+    def step(*_: object) -> Tensor:
+        losses.append(torch.tensor(1.0))
+        return losses[-1]
+
+    def fit(evaluate: Callable[[Images], dict[str, float]]) -> Run:
+        run = Run(tmp_path, "settings", {})
+        run.fit(
+            blobs(4),
+            step,
+            evaluate,
+            chosen_on=blobs(2),
+            epochs=1,
+            batch_size=2,
+            keep=lambda: None,
+        )
+        return run
+
+    def press(_: Images) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(press)
+    run = fit(lambda _: {"pgd10": 0.5, "clean": 0.5})
+    assert len(losses) == 2  # none was made again
+    assert [row["pgd10"] for row in run.history] == [0.5]
 
 
 def test_a_run_refuses_to_continue_on_other_images(tmp_path: Path) -> None:

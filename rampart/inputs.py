@@ -1,0 +1,392 @@
+"""What a command names, looked at before torch is imported and data are read.
+
+Each check raises FileNotFoundError or ValueError that names the input and the remedy. None reads
+more than the head of a file.
+"""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from rampart.hardening.model.presence import ZIP, check_archive, check_file
+
+if TYPE_CHECKING:
+    from rampart.hardening.model.files import Precision
+    from rampart.hardening.model.pipeline import Variant
+
+# What torch's side builds and does, by name; tests hold these to the definitions there.
+NETWORKS = (
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
+    "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
+    "alexnet", "googlenet", "squeezenet1_1",
+)  # fmt: skip
+Method = Literal["standard", "nfgsm", "gat", "pgd", "trades", "mart", "rslad"]
+RUNGS = ("pgd20", "autoattack", "autoattack_short", "joint_apgd", "forced_rejection")
+TEAM = ("square", "simba", "hopskipjump", "boundary", "oars")
+ROWS = (
+    "classifier", "+ median", "+ bit_depth", "+ confidence", "+ energy", "+ feature_distance",
+    "+ residual", "+ consistency", "+ squeezing", "+ rectified", "lean", "+ purifier",
+    "+ purifier + reconstruction", "+ purifier + disagreement", "full",
+)  # fmt: skip
+AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
+PAGE = b"<"  # what a web page begins with
+
+
+def images(path: Path) -> None:
+    """Labelled images: an .npz file, CIFAR-10's folder, or a folder of class folders."""
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
+        return
+    if path.exists() and path.suffix != ".npz":
+        unpacked = f": unpack it, and pass the folder {path.with_suffix('')}"
+        packed = path.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz")
+        raise ValueError(
+            f"{path} is neither an .npz file nor a folder"
+            + (unpacked if packed else ": pass a folder with one sub-folder a class, or an .npz")
+        )
+    head = check_file(
+        path,
+        "data",
+        "pass an .npz file, a folder of class folders, or the folder that holds"
+        f" cifar-10-batches-py (`rampart download {path}` fetches it)",
+    )
+    if not head.startswith(ZIP):
+        raise ValueError(
+            f"{path} is not an .npz file, or cut: save it anew, with numpy.savez(FILE, image=...,"
+            " label=...)"
+        )
+
+
+def pictures(path: Path) -> None:
+    """A folder of pictures without labels."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder of pictures: pass one that holds what clients send")
+
+
+def picture(path: Path) -> None:
+    """One picture."""
+    check_file(path, "picture", "pass a JPEG, PNG or WebP file")
+
+
+def weights(path: Path) -> None:
+    """A state dict from elsewhere."""
+    head = check_file(path, "weights", "pass a .pth, .pt or .safetensors file")
+    if head.lstrip().startswith(PAGE):
+        raise ValueError(f"{path} is a web page: download the weights themselves, not their page")
+
+
+def checkpoint(path: Path) -> None:
+    """Weights as `rampart train`, `purifier` and `adopt` write them."""
+    from rampart.hardening.model.files import read_config
+
+    read_config(path)
+
+
+def folder(model: Path) -> None:
+    """A folder of a calibrated model."""
+    from rampart.hardening.model.files import read_config
+    from rampart.hardening.model.folder import calibrated
+
+    if model.suffix == ".mar":
+        raise ValueError(f"{model} is an archive: pass the folder of its model")
+    calibrated(model)
+    read_config(model / "weights.safetensors")
+
+
+def file(path: Path) -> None:
+    """A file that is read as it is."""
+    check_file(path, "file", "check the path")
+
+
+def twin(folder: Path) -> None:
+    """A folder with the weights of an undefended network."""
+    checkpoint(folder / "weights.safetensors")
+
+
+def archive(path: Path) -> None:
+    """An archive as `rampart archive` writes it."""
+    check_archive(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is cut or damaged: copy it anew, or build it anew")
+
+
+def text(path: Path) -> None:
+    """A document that gets a table."""
+    check_file(path, "document", "run this in the checkout, or name the document")
+
+
+def folder_to_write(path: Path) -> None:
+    """A folder to make, or to add to."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file, where a folder is wanted: name another place")
+    to_write(path)
+
+
+def to_write(path: Path) -> None:
+    """A file or folder to make: the folder that is to hold it must take files."""
+    home = path if path.is_dir() else path.absolute().parent
+    while not home.exists():
+        home = home.parent
+    if not home.is_dir():
+        raise ValueError(f"{path} cannot be written, since {home} is a file: name another place")
+    if not os.access(home, os.W_OK):
+        raise ValueError(f"{path} cannot be written: you have no right to write in {home}")
+
+
+def file_to_write(path: Path) -> None:
+    """A file to make."""
+    to_write(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, as {path / 'NAME'}")
+
+
+def new_archive(path: Path) -> None:
+    """An archive to make."""
+    from rampart.export.archive import check_name
+
+    check_name(path)
+    file_to_write(path)
+
+
+def graph(path: Path) -> None:
+    """An ONNX graph to make."""
+    if path.suffix == ".mar":
+        raise ValueError(
+            f"{path}: export writes one ONNX graph, as {path.with_suffix('.onnx')}. `rampart"
+            f" archive MODEL --out {path}` makes what is served"
+        )
+    file_to_write(path)
+
+
+def network(arch: str) -> None:
+    """The name of an architecture."""
+    if arch in NETWORKS or ":" in arch:
+        if arch.startswith("timm:") and find_spec("timm") is None:
+            raise ValueError(f"--arch {arch} needs timm: `pip install timm`")
+        return
+    raise ValueError(
+        f"--arch {arch}: choose one of {', '.join(NETWORKS)}, timm:NAME, or a factory of yours as"
+        " package.module:factory"
+    )
+
+
+def size(pixels: int) -> None:
+    """Pixels a side of the images that a network takes."""
+    if pixels < 16 or pixels % 8:
+        raise ValueError(f"--image-size {pixels}: take a multiple of 8 from 16 up")
+
+
+def row(name: str) -> None:
+    """A row of the ablation."""
+    among(name, ROWS, "row")
+
+
+def rung(name: str) -> None:
+    """A rung of the ladder."""
+    among(name, RUNGS, "attack")
+
+
+def augmentation(name: str) -> None:
+    """What is done to training images."""
+    among(name, AUGMENTATIONS, "augmentation")
+
+
+def attack(name: str) -> None:
+    """A black-box attack."""
+    among(name, TEAM, "attack")
+
+
+def among(name: str, names: Sequence[str], what: str) -> None:
+    """Raise ValueError where no `what` of these has that name."""
+    if name not in names:
+        raise ValueError(f"no {what} {name}: choose among {', '.join(names)}")
+
+
+def address(url: str) -> None:
+    """Where an endpoint takes predictions."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url} is no URL as http://127.0.0.1:8080/predictions/NAME")
+
+
+def training(
+    method: str, teacher: Path | None = None, smoothing: float = 0, steps: int = 1
+) -> None:
+    """What belongs together in a recipe of training."""
+    if (method == "rslad") != bool(teacher):
+        raise ValueError("--method rslad and --teacher go together: one distils, from the other")
+    if method == "rslad" and smoothing:
+        raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: an attack takes one step or more")
+
+
+def hardening(weights: Path | None, epochs: int, method: str) -> None:
+    """What belongs together on the whole way, in one process."""
+    if "RANK" in os.environ:
+        raise ValueError("torchrun starts `rampart train` and `rampart purifier`, not the others")
+    if not (weights or epochs):
+        raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
+    if method == "rslad":
+        raise ValueError("--method rslad wants a teacher: `rampart train` takes one, harden none")
+
+
+def sample(held: Path | None, part: str | None) -> None:
+    """What belongs together in images to measure on."""
+    if held and not part:
+        raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
+
+
+def evaluation(
+    *,
+    model: Path,
+    variant: str | None,
+    rung: Sequence[str] | None,
+    held: Path | None,
+    part: str | None,
+    int8: bool,
+    fp16: bool,
+) -> None:
+    """What belongs together in an evaluation."""
+    alone(variant, rung)
+    sample(held, part)
+    form(model, variant)
+    if int8:
+        lowered(model, variant, "int8")
+    if fp16:
+        lowered(model, variant, "fp16")
+
+
+def lowered(model: Path, variant: str | None, precision: "Precision") -> None:
+    """A form in lower precision that was made, of one variant or of all."""
+    from rampart.export.shipped import check_made
+    from rampart.hardening.model.folder import variants_in
+
+    for each in [variant] if variant else variants_in(model):
+        check_made(model, each, precision)
+
+
+def alone(variant: str | None, rung: Sequence[str] | None) -> None:
+    """A variant that is attacked alone."""
+    if variant and not rung:
+        raise ValueError("--variant goes with --rung: worst cases take the attacks on all variants")
+
+
+def ablation(row: Sequence[str] | None, test: Path | None, twin: Path | None) -> None:
+    """What belongs together in an ablation."""
+    if row and (test or twin):
+        raise ValueError("--row goes without --test and --twin, which have rows of their own")
+
+
+def form(model: Path, variant: str | None) -> None:
+    """A variant that a model is calibrated for."""
+    folder(model)
+    from rampart.hardening.model.folder import variants_in
+
+    if variant and variant not in variants_in(model):
+        raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
+
+
+def purifying(model: Path) -> None:
+    """A model that has a purifier."""
+    folder(model)
+    from rampart.hardening.model.folder import variants_in
+
+    if "full" not in variants_in(model):
+        raise ValueError(f"{model} has no purifier: name a --model that was made with one")
+
+
+def certifying(sigma: float, samples: int, alpha: float) -> None:
+    """What a certificate can be made with."""
+    if sigma <= 0 or samples < 1 or not 0 < alpha < 0.5:
+        raise ValueError(
+            f"--sigma {sigma:g} --samples {samples} --alpha {alpha:g}: the first two must be above"
+            " 0, and alpha between 0 and 0.5"
+        )
+
+
+def calibrating(
+    *,
+    folder: Path | None,
+    data: Path | None,
+    classifier: Path | None,
+    archive: Path | None,
+    images: Path | None,
+    out: Path | None,
+    purifier: Path | None,
+    held: Path | None,
+    data_name: str,
+    skip_bad: bool,
+) -> None:
+    """What belongs together in a calibration: of a model folder, or of an archive anew."""
+    made = folder or data or classifier
+    if archive and images:
+        if made or purifier or held or data_name or skip_bad:
+            raise ValueError(
+                "--archive and --images go alone, with --out: the archive has the rest"
+            )
+    elif not (folder and data and classifier) or archive or images or out:
+        raise ValueError(
+            "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
+            " FILE.mar --images FOLDER to calibrate an archive anew"
+        )
+
+
+def exporting(
+    *,
+    model: Path,
+    variant: "Variant | None",
+    precision: "Precision | None",
+    out: Path | None,
+    triton: Path | None,
+    tensorrt: Path | None,
+    ship: bool,
+    backend: str,
+) -> None:
+    """What belongs together in an export."""
+    if sum(target is not None for target in (out, triton, tensorrt)) + ship != 1:
+        raise ValueError(
+            "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
+            " FILE.plan, and --ship"
+        )
+    if backend == "python":
+        if not triton:
+            raise ValueError("--backend python goes with --triton FOLDER")
+    if model.suffix == ".mar" and backend == "python":
+        archive(model)
+        return
+    form(model, variant)
+    if tensorrt and precision == "int8":
+        raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+    if precision:
+        from rampart.hardening.model.folder import form as chosen
+
+        lowered(model, chosen(model, variant, precision)[0], precision)
+
+
+def packing(
+    *,
+    model: Path,
+    variant: str | None,
+    precision: "Precision | None",
+    out: Path | None,
+    model_version: str,
+    plan: Path | None,
+) -> None:
+    """What belongs together in an archive."""
+    from rampart.export.archive import check_request
+
+    form(model, variant)
+    check_request(out or Path(f"{model}.mar"), model_version, plan, precision or "fp32")
+
+
+def redteaming(url: str, i_own_this_endpoint: bool, eps: int, queries: int) -> None:
+    """What a red team is told of its endpoint."""
+    address(url)
+    if min(eps, queries) < 1:
+        raise ValueError(f"--eps {eps} --queries {queries}: both must be at least 1")
