@@ -231,7 +231,7 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert get_args(inputs.Method) == tuple(METHODS)
     assert tuple(rung.name for rung in RUNGS) == inputs.RUNGS
     assert tuple(ATTACKS) == inputs.TEAM
-    assert inputs.AUGMENTATIONS == (*AUGMENTATIONS, "none")
+    assert (*AUGMENTATIONS, "none") == inputs.AUGMENTATIONS
 
 
 def test_every_row_of_an_ablation_is_among_those_that_are_checked_early(
