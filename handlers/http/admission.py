@@ -74,7 +74,7 @@ class Buckets:
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def _open(self, name: str) -> int:
-        # A name may be as long as that of a file, or be "..".
+        # A name may be longer than that of a file.
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()}.bucket"
         self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self._files[name]

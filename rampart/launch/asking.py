@@ -22,9 +22,14 @@ def opener(certificate: Path | None) -> urllib.request.OpenerDirector:
 
 
 def authorization(tokens: Path) -> dict[str, str]:
-    """The header with the first token of a file; none where that cannot be read."""
+    """The header with a token of a file, of one without a rate if there is one.
+
+    There is none where the file cannot be read.
+    """
     with contextlib.suppress(OSError, ValueError):
-        return {"Authorization": f"Bearer {next(iter(read_tokens(tokens).names)).decode()}"}
+        names, rates = read_tokens(tokens)
+        token = min(names, key=lambda token: names[token] in rates)
+        return {"Authorization": f"Bearer {token.decode()}"}
     return {}
 
 

@@ -72,26 +72,38 @@ def test_messages_that_never_end_make_room_one_after_the_other() -> None:
     assert codes and set(codes) == {503}
 
 
-def test_connections_that_fill_up_do_not_hold_up_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_WAITING", 20)
-
+def test_connections_that_fill_up_do_not_hold_up_another() -> None:
     async def run() -> None:
         arrivals = Arrivals()
-        crowd = started(arrivals, never, AT_ONCE + 15) + started(arrivals, never, 9, "two")
+        crowd = started(arrivals, never, 200) + started(arrivals, never, 200, "two")
         await asyncio.sleep(0.01)
-        refused = [number for number, task in enumerate(crowd) if task.done()]
-        assert refused == list(range(AT_ONCE, AT_ONCE + 4))  # of the fullest, the oldest that wait
         for _ in range(3):
             began = time.monotonic()
             good = asyncio.create_task(arrivals.read(quick, "other"))
             await asyncio.sleep(0)
-            crowd += started(arrivals, never, 30)  # newer than the good one
+            crowd += started(arrivals, never, 200)  # newer than the good one
             assert await good == b"quick"
             assert time.monotonic() - began < SHARE_SECONDS * 2
         await ended(crowd)
         assert await asyncio.gather(*started(arrivals, quick, 3 * AT_ONCE))
 
     asyncio.run(run())
+
+
+def test_too_many_that_wait_are_refused_and_those_of_the_fullest_connection_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 20)
+
+    async def run() -> list[int]:
+        arrivals = Arrivals()
+        crowd = started(arrivals, never, AT_ONCE + 15) + started(arrivals, never, 9, "two")
+        await asyncio.sleep(0.01)
+        refused = [number for number, task in enumerate(crowd) if task.done()]
+        await ended(crowd)
+        return refused
+
+    assert asyncio.run(run()) == list(range(AT_ONCE, AT_ONCE + 4))  # the oldest that waited
 
 
 def test_calls_that_are_cancelled_give_their_places_back() -> None:

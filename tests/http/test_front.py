@@ -341,11 +341,15 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
             return verdict(requests.post(server.url, picture, timeout=10))
         return None
 
+    def is_back(old: list[psutil.Process]) -> bool:
+        assert server.process.poll() is None
+        return not set(old) & set(workers(server)) and answer() == expected
+
     def killed_and_back() -> None:
         old = workers(server)
         for worker in old:
             worker.kill()
-        wait(lambda: not set(old) & set(workers(server)) and answer() == expected, seconds=150)
+        wait(lambda: is_back(old), seconds=150)
 
     archive.write_bytes(b"broken")
     killed_and_back()  # perhaps before the launcher has looked at the archive
@@ -422,7 +426,7 @@ def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     answers = [requests.post(server.url, picture, headers=slow, timeout=10) for _ in range(20)]
     statuses = [answer.status_code for answer in answers]
     assert sorted(set(statuses)) == [200, 429] and statuses == sorted(statuses)
-    assert statuses.count(200) <= 11  # the launcher has asked once
+    assert statuses.count(200) == 12  # the launcher has shown the other
     last = answers[-1]
     assert last.json()["type"] == "too_many_requests" and int(last.headers["retry-after"]) >= 1
     assert requests.get(f"{server.root}/v2/health/ready", timeout=10).status_code == 200

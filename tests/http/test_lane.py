@@ -85,6 +85,7 @@ def test_a_deadline_is_told_when_it_comes_though_the_graph_still_runs() -> None:
     async def run() -> tuple[int, float]:
         lane: Any = Lane(echo)  # type: ignore[arg-type]
         began = time.monotonic()
+        threading.Timer(3.0, echo.go_on.set).start()
         status = (await ask(lane, b"0", seconds=0.1)).status
         took = time.monotonic() - began
         echo.go_on.set()
