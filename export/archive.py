@@ -21,14 +21,16 @@ from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Policy
-from rampart.hardening.model.card import read_card
+from rampart.hardening.model.card import failed_checks, no_better_than_chance, read_card
 from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
+from rampart.hardening.model.promise import finest_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rampart.hardening.model.pipeline import Variant
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # as torch-model-archiver wants it
 ARCHIVER = "0.12.0"  # the torch-model-archiver whose layout this is
 SETTINGS = {
     "minWorkers": 1,
@@ -76,18 +78,24 @@ def archive(
     plan: Path | None = None,
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
+    anyway: bool = True,
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
+    Not `anyway`, it raises ValueError for a model that fails its own checks or is at chance.
     `settings` override the top level of the model YAML, and their `rampart` the policy.
     """
     check_request(out, version, plan, precision)
+    if not anyway:
+        check_fit(folder)
     settings = settings or {}
-    policy = asdict(Policy()) | settings.get("rampart", {})
     config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
+    calibration = load_variant(folder, variant, precision)
+    usual = Policy(false_alarm_rate=finest_rate(calibration.images))
+    policy = asdict(usual) | settings.get("rampart", {})
     # The handler would refuse such a policy at start; refuse it before it is packed.
     rate = read_policy(policy).false_alarm_rate
-    load_variant(folder, variant, precision).check_rate(rate)
+    calibration.check_rate(rate)
     max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -111,10 +119,26 @@ def check_request(out: Path, version: str, plan: Path | None, precision: Precisi
     """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
     if out.suffix != ".mar":
         raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+    if not re.fullmatch(NAME, out.stem):
+        raise ValueError(
+            f"{str(out)!r}: the name of an archive becomes that of its model, in addresses: begin"
+            " with a letter or a digit, and take letters, digits, '_', '-' and '.'"
+        )
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name another archive, or move it away")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     if plan and precision == "int8":
         raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+
+
+def check_fit(folder: Path) -> None:
+    """Raise ValueError where a model fails its own checks, or is no better than chance."""
+    card = read_card(folder)
+    failed = failed_checks(card)
+    faults = [f"self-checks failed: {', '.join(failed)}"] if failed else []
+    if faults := faults + no_better_than_chance(card):
+        raise ValueError(f"{folder} is not packed: {'; '.join(faults)}. --anyway packs it")
 
 
 def add_sources(work: Path) -> None:

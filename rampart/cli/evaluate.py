@@ -37,7 +37,7 @@ def evaluate(
     twin: o.Twin = None,
     int8: Annotated[bool, Option("--int8", help="Attack the int8 graphs as well")] = False,
     fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
     cache: o.Cache = o.FOUND,
     gallery: Annotated[Path | None, Option(help="A second page with attacked images")] = None,
     device: o.Device = "auto",
@@ -81,7 +81,7 @@ def alarms(
     subject: o.Subject,
     source: o.Source,
     limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
     device: o.Device = "auto",
 ) -> None:
     """How often clean images are flagged, by the way they come and by the class they get."""
@@ -97,7 +97,7 @@ def outside(
     subject: o.Subject,
     images: o.Sample,
     limit: o.Limit = 200,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
     cache: o.Cache = o.FOUND,
     device: o.Device = "auto",
 ) -> None:
