@@ -1,8 +1,11 @@
 """Verbs that make networks, and the one that goes the whole way."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
 import rampart as rp
@@ -21,6 +24,10 @@ INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
 NORM += "ImageNet's above"
 KEEP = "Passes over the training images; 0 keeps --weights as they are"
+NO_PURIFIER = "Passes for the purifier; 0: none, and variant lean"
+FITS = "default what fits data and machine"
+YES = "Take what is proposed, without a question; so does a run without a terminal"
+QUESTION = "Go on with that?"
 ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
 
 verb, app = o.theme("Train")
@@ -35,33 +42,39 @@ def harden(
     source: o.Source,
     out: Annotated[Path, Option(help=ARCHIVE)],
     weights: Annotated[Path | None, Option(help="Yours, as `adopt` takes them")] = None,
-    arch: o.Arch = "resnet18",
-    image_size: o.Size = 32,
+    arch: Annotated[str | None, Option(help=f"{o.ARCH}; {FITS}", callback=o.take_factory)] = None,
+    image_size: Annotated[int | None, Option(help=f"{o.SIZE}; {FITS}")] = None,
     network: o.Network,
     method: o.Method = "nfgsm",
     threat: o.Threat,
-    epochs: Annotated[int, Option(min=0, help=KEEP)] = 30,
-    purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
+    epochs: Annotated[int | None, Option(min=0, help=f"{KEEP}; {FITS}")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help=f"Images a step; {FITS}")] = None,
+    lr: Annotated[float | None, Option(help=f"Largest learning rate, of one cycle; {FITS}")] = None,
+    mirror: Annotated[bool | None, Option(help=f"{MIRROR}; {FITS}")] = None,
+    purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
     runs: Annotated[Path, Option(help="Folder for what the stages make")] = Path("runs"),
     device: o.Device = "auto",
+    yes: Annotated[bool, Option("--yes", "-y", help=YES)] = False,
+    anyway: o.Anyway = False,
 ) -> None:
     """The whole way from images, and weights if you have some, to an archive that can be served.
 
-    Each stage is done once: the same command goes on where it was interrupted, and does again only
-    what other inputs change.
+    It looks at data and machine, proposes what you leave open, tries all that could fail later and
+    says how long it will take. Each stage is done once: the same command goes on where it was
+    interrupted, and does again only what other inputs change.
     """
-    from rampart.assembly import Plan
     from rampart.assembly import harden as go
-    from rampart.studies import insist
+    from rampart.proposal import Wishes
 
-    recipe = rp.Recipe(method, threat.ball(), epochs)
-    net = network.config(arch, image_size)
-    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device)
-    outcome = go(source.open(), out, plan, runs=runs, command=command_line())
+    net = network.config(arch or "resnet18", image_size or 32)
+    asked = (threat.ball(), method, arch, network.width, image_size, net, epochs, batch_size, lr)
+    wishes = Wishes(*asked, mirror, weights, purifier_epochs, evaluate_on, dtype, device)
+    agree = bool if yes or not sys.stdin.isatty() else partial(typer.confirm, QUESTION, abort=True)
+    go = partial(go, runs=runs, command=command_line(), agree=agree, anyway=anyway)
+    outcome = go(source.open(), out, wishes)
     say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
-    insist(outcome.card)
 
 
 @verb("train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30")
