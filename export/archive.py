@@ -21,7 +21,7 @@ from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Policy
-from rampart.hardening.model.card import failed_checks, no_better_than_chance, read_card
+from rampart.hardening.model.card import read_card, unfit
 from rampart.hardening.model.files import Precision, calibration_file, load_variant, read_config
 from rampart.hardening.model.promise import finest_rate
 
@@ -134,10 +134,7 @@ def check_request(out: Path, version: str, plan: Path | None, precision: Precisi
 
 def check_fit(folder: Path) -> None:
     """Raise ValueError where a model fails its own checks, or is no better than chance."""
-    card = read_card(folder)
-    failed = failed_checks(card)
-    faults = [f"self-checks failed: {', '.join(failed)}"] if failed else []
-    if faults := faults + no_better_than_chance(card):
+    if faults := unfit(read_card(folder)):
         raise ValueError(f"{folder} is not packed: {'; '.join(faults)}. --anyway packs it")
 
 

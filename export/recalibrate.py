@@ -20,11 +20,10 @@ from rampart.handlers.contents import HASHES
 from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.settings import read_policy
 from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
-from rampart.hardening.model.promise import spread
+from rampart.hardening.model.promise import least_images, spread
 from rampart.hardening.train.data import read_picture
 from rampart.hardening.train.listing import pictures_below
 
-FEWEST = 100  # for a false-alarm rate of 1%
 # Entries of the card that were measured with the old thresholds.
 OUTDATED = (
     "checks",
@@ -69,11 +68,12 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
         work = Path(scratch)
         hashes = unpack(archive, work)
         engine = Engine(work / "graph.onnx", device="cpu")
-        images, refused = read_pictures(pictures, engine.image_shape[0])
+        policy = read_policy(settings_of(work))
+        least = least_images(policy.false_alarm_rate)
+        images, refused = read_pictures(pictures, engine.image_shape[0], least)
         old = Calibration.load(work / "calibration.json")
         scores = engine.run(images).scores
         new = replace(old, combined=np.sort(combine(scores, old)), images=len(images))
-        policy = read_policy(settings_of(work))
         new.check_rate(policy.false_alarm_rate)
         p = p_values(scores, old)
         write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
@@ -84,7 +84,7 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
     return Recalibration(n, refused, flagged, rate, drift(p), chance, spread(rate, n))
 
 
-def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+def read_pictures(folder: Path, size: int, least: int) -> tuple[NDArray[np.uint8], list[str]]:
     """Pictures below `folder` as uint8 (N, size, size, 3), and what the endpoint would refuse."""
     files = pictures_below(folder)
     images, refused = [], []
@@ -93,10 +93,10 @@ def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]
             images.append(read_picture(file, size))
         except ValueError as error:
             refused.append(visible(str(error).removeprefix(f"{folder}/")))
-    if len(images) < FEWEST:
+    if len(images) < least:
         raise ValueError(
-            f"{folder} holds {len(images)} usable pictures: a false-alarm rate of 1% needs at"
-            f" least {FEWEST}, so pass more of what your clients send"
+            f"{folder} holds {len(images)} usable pictures: the archive's false-alarm rate needs"
+            f" at least {least}, so pass more of what your clients send"
         )
     return np.stack(images), refused
 

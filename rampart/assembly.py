@@ -21,7 +21,7 @@ from rampart.preflight import Faults, check_place
 from rampart.proposal import Plan, Proposal, Wishes, image_size, propose
 from rampart.provenance import PYTHON
 from rampart.sources import Source, sample_of
-from rampart.studies import Outcome, Study, evaluate, insist
+from rampart.studies import ChecksFailed, Outcome, Study, evaluate
 from rampart.training import (
     Run,
     Training,
@@ -116,8 +116,7 @@ def harden(
         model = way.model(out.stem, parts)
         if plan.evaluate_on:
             model = way.model_with_figures(model)
-        if not anyway:
-            insist(report.read_card(model), f"{model} holds it, unpacked")
+        check_fit(report.read_card(model), model, anyway=anyway)
 
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name)
@@ -130,6 +129,18 @@ def harden(
     card = report.read_card(model)
     note = f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"
     return Outcome(card, [*([note] if same else []), f"\n{report.markdown(card)}\n"])
+
+
+def check_fit(card: Mapping[str, Any], folder: Path, *, anyway: bool) -> None:
+    """Say what makes a model unfit to be served; without `anyway` raise ChecksFailed for it."""
+    if not (faults := report.unfit(card)):
+        return
+    say(f"\n{report.markdown(dict(card))}\n")
+    if not anyway:
+        raise ChecksFailed(
+            f"not packed: {'; '.join(faults)}. {folder} holds the model; --anyway packs it"
+        )
+    say(f"warning: {'; '.join(faults)}")
 
 
 def proposed(source: Source, wishes: Wishes) -> tuple[Plan, Faults]:
@@ -175,7 +186,7 @@ class Way(NamedTuple):
 
         Raises ValueError that lists what is wrong, with the `faults` of other checks.
         """
-        if faults.found or not self.trained():
+        if faults.found or not faults.of(self.trained):
             plan = self.plan
             if plan.evaluate_on:
                 import pyautoattack  # noqa: F401  # missing, it would be missed only after training

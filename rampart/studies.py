@@ -160,18 +160,10 @@ def write_pages(
     return lines
 
 
-def insist(card: Mapping[str, Any], note: str = "") -> None:
-    """Raise ChecksFailed where a self-check of the card failed; with a `note` on what is unpacked,
-    also for a model no better than chance.
-    """
-    failed = report.failed_checks(card)
-    faults = [f"self-checks failed: {', '.join(failed)}"] if failed else []
-    if note:
-        faults += report.no_better_than_chance(card)
-    if not faults:
-        return
-    end = f"{note}; --anyway packs it" if note else "Before you know why, do not use the figures"
-    raise ChecksFailed(f"{'; '.join(faults)}. {end}")
+def insist(card: Mapping[str, Any]) -> None:
+    """Raise ChecksFailed where a self-check of the card failed."""
+    if failed := report.failed_checks(card):
+        raise ChecksFailed(f"{failed[0]}. Before you know why, do not use the figures")
 
 
 def ablate(

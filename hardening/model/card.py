@@ -101,8 +101,9 @@ def main_figures(card: Row) -> list[Figure]:
 
 
 def failed_checks(card: Mapping[str, Any]) -> list[str]:
-    """The self-checks of a card that failed."""
-    return [f"{c['name']} ({c['subject']})" for c in card.get("checks", []) if not c["passed"]]
+    """One line that names the self-checks of a card that failed, if any did."""
+    failed = [f"{c['name']} ({c['subject']})" for c in card.get("checks", []) if not c["passed"]]
+    return [f"self-checks failed: {', '.join(failed)}"] if failed else []
 
 
 def no_better_than_chance(card: Mapping[str, Any]) -> list[str]:
@@ -115,6 +116,11 @@ def no_better_than_chance(card: Mapping[str, Any]) -> list[str]:
         f" most frequent class alone would be on {accuracy['chance']:.1%}: check labels and images,"
         " train longer or with more of them, or with a smaller --eps"
     ]
+
+
+def unfit(card: Mapping[str, Any]) -> list[str]:
+    """What makes a model unfit to be served, a line each."""
+    return [*failed_checks(card), *no_better_than_chance(card)]
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:

@@ -18,6 +18,11 @@ def finest_rate(images: int) -> float:
     return next((rate for rate in RATES if rate > 1 / (images + 1)), RATES[-1])
 
 
+def least_images(rate: float) -> int:
+    """How many calibration images a false-alarm rate needs."""
+    return max(FEWEST, math.floor(1 / rate + 1e-9)) if rate else FEWEST
+
+
 def flagged_ranks(rate: float, images: int) -> int:
     """How many of the images + 1 ranks are flagged at `rate`: those with p < `rate`."""
     return max(0, math.ceil(rate * (images + 1) - 1e-9) - 1)

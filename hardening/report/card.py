@@ -20,9 +20,9 @@ from rampart.hardening.model.card import (
 )
 from rampart.hardening.model.card import failed_checks as failed_checks
 from rampart.hardening.model.card import merge as merge
-from rampart.hardening.model.card import no_better_than_chance as no_better_than_chance
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
+from rampart.hardening.model.card import unfit as unfit
 from rampart.hardening.model.card import write_card as write_card
 
 # The rows that the documents show of a card.

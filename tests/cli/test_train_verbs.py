@@ -95,7 +95,7 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
         ("--purifier-epochs", "0"),
         ("--mirror", ""),
     ):
-        assert f"\n  {option}".ljust(20) + f"{value} " in table
+        assert f"\n  {option}".ljust(22) + f"{value} " in table
     assert "--epochs" not in table.replace("--purifier-epochs", "") and "--width" not in table
     card = report.read_card(Path("store/mine"))
     assert card["promise"]["lean, fp32"]["rate"] == 0.05

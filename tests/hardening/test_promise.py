@@ -19,6 +19,7 @@ def test_the_lowest_usual_rate_that_so_many_images_can_tell_is_promised(
         ("a",), np.array([[0.0, 1.0, 2.0]]), np.array([0.0, 1.0, 2.0]), ranks, images, "lean"
     )
     table.check_rate(rate)
+    assert promise.least_images(rate) <= images
     assert p_values(np.array([[9.0]]), table)[0] < rate  # it flags at all
 
 
