@@ -74,15 +74,15 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
 def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_told_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine of ten held-out images are of class 0, which one epoch does not beat."""
+    """Of 60 held-out images 59 are of class 0, which one epoch does not beat."""
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("train", 64, 0), ("held", 60, 1)):
         images = blobs(count, size=16, seed=seed)
-        label = np.arange(count) % (2 if name == "train" else 10) == 1
+        label = np.arange(count) % (2 if name == "train" else 60) == 1
         np.savez(name, image=images.image.numpy(), label=label.astype(int), classes=["cat", "dog"])
     data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
     command = ["harden", *data, "--epochs", 1, "--width", 0.125, "--out", "store/mine.mar"]
-    with pytest.raises(ChecksFailed, match=r"held-out images, where .* 90\.0%.*--anyway packs it"):
+    with pytest.raises(ChecksFailed, match=r"held-out images, where .* 98\.3%.*--anyway packs it"):
         run(*command)
     assert not Path("store").exists()
     told = run(*command, "--anyway")
