@@ -21,7 +21,7 @@ from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Policy
-from rampart.hardening.model.card import read_card
+from rampart.hardening.model.card import read_card, unfit
 from rampart.hardening.model.files import (
     SAMPLE,
     Precision,
@@ -29,6 +29,7 @@ from rampart.hardening.model.files import (
     load_variant,
     read_config,
 )
+from rampart.hardening.model.promise import finest_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,19 +85,25 @@ def archive(
     version: str = "1.0",
     settings: dict[str, Any] | None = None,
     sample: bool = True,
+    anyway: bool = True,
 ) -> Parity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
-    The folder's `sample` picture goes along, if it has one. `settings` override the top level of
-    the model YAML, and their `rampart` the policy.
+    The folder's `sample` picture goes along, if it has one. Not `anyway`, it raises ValueError for
+    a model that fails its own checks or is at chance. `settings` override the top level of the
+    model YAML, and their `rampart` the policy.
     """
     check_request(out, version, plan, precision)
+    if not anyway:
+        check_fit(folder)
     settings = settings or {}
-    policy = asdict(Policy()) | settings.get("rampart", {})
     config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
+    calibration = load_variant(folder, variant, precision)
+    usual = Policy(false_alarm_rate=finest_rate(calibration.images))
+    policy = asdict(usual) | settings.get("rampart", {})
     # The handler would refuse such a policy at start; refuse it before it is packed.
     rate = read_policy(policy).false_alarm_rate
-    load_variant(folder, variant, precision).check_rate(rate)
+    calibration.check_rate(rate)
     max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -121,6 +128,8 @@ def archive(
 def check_request(out: Path, version: str, plan: Path | None, precision: Precision) -> None:
     """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
     check_name(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name another archive, or move it away")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
     if plan and precision == "int8":
@@ -136,6 +145,12 @@ def check_name(out: Path) -> None:
             f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"
             " '.', '_' and '-' alone"
         )
+
+
+def check_fit(folder: Path) -> None:
+    """Raise ValueError where a model fails its own checks, or is no better than chance."""
+    if faults := unfit(read_card(folder)):
+        raise ValueError(f"{folder} is not packed: {'; '.join(faults)}. --anyway packs it")
 
 
 def add_sources(work: Path) -> None:

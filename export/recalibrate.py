@@ -4,7 +4,6 @@ holds again (split conformal: Vovk et al. 2005).
 """
 
 import json
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
 from tqdm import tqdm
 
 from rampart.export.archive import hash_tree, repack
@@ -22,12 +20,21 @@ from rampart.handlers.contents import HASHES
 from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.settings import read_policy
 from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
+from rampart.hardening.model.promise import least_images, spread
 from rampart.hardening.train.data import read_picture
 from rampart.hardening.train.listing import pictures_below
 
-FEWEST = 100  # for a false-alarm rate of 1%
 # Entries of the card that were measured with the old thresholds.
-OUTDATED = ("checks", "ablation", "test_ablation", "false_alarms", "outside", "fp16", "int8")
+OUTDATED = (
+    "checks",
+    "ablation",
+    "test_ablation",
+    "false_alarms",
+    "outside",
+    "fp16",
+    "int8",
+    "promise",
+)
 
 
 class Recalibration(NamedTuple):
@@ -61,11 +68,12 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
         work = Path(scratch)
         hashes = unpack(archive, work)
         engine = Engine(work / "graph.onnx", device="cpu")
-        images, refused = read_pictures(pictures, engine.image_shape[0])
+        policy = read_policy(settings_of(work))
+        least = least_images(policy.false_alarm_rate)
+        images, refused = read_pictures(pictures, engine.image_shape[0], least)
         old = Calibration.load(work / "calibration.json")
         scores = engine.run(images).scores
         new = replace(old, combined=np.sort(combine(scores, old)), images=len(images))
-        policy = read_policy(settings_of(work))
         new.check_rate(policy.false_alarm_rate)
         p = p_values(scores, old)
         write(work, new, data=f"{len(images)} pictures of {pictures.name}", command=command)
@@ -73,21 +81,10 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
     rate, n = policy.false_alarm_rate, len(images)
     chance = drift_by_chance(n, old.images)
     flagged = float((p < rate).mean())
-    return Recalibration(n, refused, flagged, rate, drift(p), chance, spread_of(rate, n))
+    return Recalibration(n, refused, flagged, rate, drift(p), chance, spread(rate, n))
 
 
-def spread_of(rate: float, images: int) -> tuple[float, float]:
-    """Middle 95% of the true false-alarm rate of a calibration on so many images: a beta
-    distribution (Vovk 2012, section 2).
-    """
-    ranks = math.ceil(rate * (images + 1) - 1e-9) - 1
-    if ranks < 1:
-        return 0.0, 0.0
-    low, high = beta(ranks, images + 1 - ranks).interval(0.95)
-    return float(low), float(high)
-
-
-def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+def read_pictures(folder: Path, size: int, least: int) -> tuple[NDArray[np.uint8], list[str]]:
     """Pictures below `folder` as uint8 (N, size, size, 3), and what the endpoint would refuse."""
     files = pictures_below(folder)
     images, refused = [], []
@@ -96,10 +93,10 @@ def read_pictures(folder: Path, size: int) -> tuple[NDArray[np.uint8], list[str]
             images.append(read_picture(file, size))
         except ValueError as error:
             refused.append(visible(str(error).removeprefix(f"{folder}/")))
-    if len(images) < FEWEST:
+    if len(images) < least:
         raise ValueError(
-            f"{folder} holds {len(images)} usable pictures: a false-alarm rate of 1% needs at"
-            f" least {FEWEST}, so pass more of what your clients send"
+            f"{folder} holds {len(images)} usable pictures: the archive's false-alarm rate needs"
+            f" at least {least}, so pass more of what your clients send"
         )
     return np.stack(images), refused
 

@@ -1,7 +1,7 @@
 """From the files of training to a model folder, and the whole way from images to an archive."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,28 +9,35 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from rampart import inputs
-from rampart.export import archive as archives
+from rampart.export.archive import check_request
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
-from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import spread
-from rampart.hardening.train.loop import Precision, Recipe
+from rampart.hardening.train.loop import say
 from rampart.hardening.train.provenance import collect
-from rampart.hardening.train.purifier import PurifierRecipe
 from rampart.hardening.train.stages import Stages, stages
 from rampart.model import Model, images_to_fit
+from rampart.preflight import Faults, check_place
+from rampart.proposal import Plan, Proposal, Wishes, image_size, propose
 from rampart.provenance import PYTHON
 from rampart.sources import Source, sample_of
-from rampart.studies import Outcome, Study, evaluate
-from rampart.training import Run, adopt, train_from, train_purifier_from
+from rampart.studies import ChecksFailed, Outcome, Study, evaluate
+from rampart.training import (
+    Run,
+    Training,
+    adopt,
+    pick_device,
+    prove_training,
+    train_from,
+    train_purifier_from,
+)
 
 CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
 FEW, SMALL = 32, 8192  # images of which one is the sample, and its bytes at most
-MANY = 100  # validation images that `harden` attacks
 
 
 def assemble(
@@ -46,6 +53,7 @@ def assemble(
 
     Without a purifier its one variant is lean. Raises ValueError where classes differ.
     """
+    check_place(folder, 0, "the model folder")
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
     train, out = source.read(net.config.image_size)
@@ -98,44 +106,36 @@ def past(files: Mapping[str, Path], command: str) -> dict[str, Any]:
     }
 
 
-class Plan(NamedTuple):
-    """What the whole way is to do."""
-
-    net: ClassifierConfig
-    recipe: Recipe
-    weights: Path | None = None  # yours, to begin with
-    purifier_epochs: int = 2  # 0: no purifier
-    evaluate_on: int = MANY  # validation images to attack; 0: none
-    dtype: Precision | None = None
-    device: str = "auto"
-    sample: bool = True  # whether a held-out picture goes into the archive
-
-    def check(self, out: Path) -> None:
-        """Raise ValueError where nothing would come of it."""
-        inputs.hardening(self.weights, self.recipe.epochs, self.recipe.method)
-        archives.check_name(out)
-
-    def stages(self) -> int:
-        """How many stages that makes."""
-        asked = (self.weights, self.recipe.epochs, self.purifier_epochs, self.evaluate_on)
-        return sum(map(bool, asked)) + 2  # calibrate, archive
-
-
 def harden(
-    source: Source, out: Path, plan: Plan, *, runs: Path = Path("runs"), command: str = PYTHON
+    source: Source,
+    out: Path,
+    wishes: Wishes,
+    *,
+    runs: Path = Path("runs"),
+    command: str = PYTHON,
+    agree: Callable[[], object] = bool,
+    anyway: bool = False,
 ) -> Outcome:
     """The whole way from images to an archive, the folder of its model beside it.
 
-    Each stage is done once: the same call goes on where it was interrupted, and does again only
-    what other inputs change.
+    What `wishes` leave open is proposed, and `agree` called before anything is trained. Each stage
+    is done once: the same call goes on where it was interrupted, and does again only what other
+    inputs change. Raises ChecksFailed, and packs nothing, for a model that is not fit to be served,
+    unless it is wanted `anyway`.
     """
-    plan.check(out)
+    plan, faults = proposed(source, wishes)
+    readable = not faults.found
+    faults.of(plan.check)
+    faults.of(partial(check_request, out, "1.0", None, "fp32"))
+    faults.of(partial(check_place, out.parent, 0, "--out"))
     with stages(runs / out.stem, plan.stages()) as job:
         way = Way(source, plan, job, command)
+        way.prove(faults, agree, readable=readable)
         parts = way.parts()
         model = way.model(out.stem, parts)
         if plan.evaluate_on:
             model = way.model_with_figures(model)
+        check_fit(report.read_card(model), model, anyway=anyway)
 
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name, sample=plan.sample)
@@ -148,6 +148,36 @@ def harden(
     card = report.read_card(model)
     note = f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"
     return Outcome(card, [*([note] if same else []), f"\n{report.markdown(card)}\n"])
+
+
+def check_fit(card: Mapping[str, Any], folder: Path, *, anyway: bool) -> None:
+    """Say what makes a model unfit to be served; without `anyway` raise ChecksFailed for it."""
+    if not (faults := report.unfit(card)):
+        return
+    say(f"\n{report.markdown(dict(card))}\n")
+    if not anyway:
+        raise ChecksFailed(
+            f"not packed: {'; '.join(faults)}. {folder} holds the model; --anyway packs it"
+        )
+    say(f"warning: {'; '.join(faults)}")
+
+
+def proposed(source: Source, wishes: Wishes) -> tuple[Plan, Faults]:
+    """A plan for a source's images, what it proposes printed, and what is wrong with them."""
+    faults, row = Faults(), None
+    gpu = pick_device(wishes.device).type == "cuda"
+    if wishes.image_size is None:
+        row = image_size(source.data, gpu=gpu)
+        wishes = wishes._replace(image_size=row.value)
+    assert wishes.image_size is not None
+    inputs.size(wishes.image_size)
+    inputs.hardening(wishes.weights, wishes.epochs, wishes.method)
+    data = faults.of(partial(source.read, wishes.image_size))
+    proposal = propose(wishes, data[0] if data else None, gpu=gpu)
+    if data:
+        for line in Proposal(proposal.plan, [*([row] if row else []), *proposal.rows]).lines():
+            say(line)
+    return proposal.plan, faults
 
 
 class Way(NamedTuple):
@@ -176,6 +206,32 @@ class Way(NamedTuple):
         """A training in the folder of its stage."""
         return Run(folder, self.plan.device, self.plan.dtype, command=self.command)
 
+    def prove(self, faults: Faults, agree: Callable[[], object], *, readable: bool) -> None:
+        """Try all that the stages ask for, unless they are trained already, and have it agreed to.
+
+        Raises ValueError that lists what is wrong, with the `faults` of other checks.
+        """
+        if faults.found or not faults.of(self.trained):
+            plan = self.plan
+            if plan.evaluate_on:
+                import pyautoattack  # noqa: F401  # missing, it would be missed only after training
+            run = self.run(self.job.home)
+            recipe = plan.recipe._replace(precision=run.arithmetic(run.join()))
+            purifier = plan.purifier if plan.purifier_epochs else None
+            data = faults.of(partial(self.source.read, plan.net.image_size)) if readable else None
+            trial = Training(plan.net, recipe, run, data, purifier=purifier, option="--runs")
+            prove_training(trial, faults)
+            agree()
+
+    def trained(self) -> bool:
+        """Whether the classifier is trained already."""
+        plan, init = self.plan, None
+        if plan.weights:
+            init = self.job.place("adopt", self.foreign_inputs(plan.weights)) / CLASSIFIER
+            if not init.is_file():
+                return False
+        return not plan.recipe.epochs or self.job.done("train", self.training_inputs(init))
+
     def parts(self) -> dict[str, Path]:
         """The files of classifier and purifier."""
         plan, parts = self.plan, dict[str, Path]()
@@ -189,23 +245,33 @@ class Way(NamedTuple):
 
     def foreign_classifier(self, weights: Path) -> Path:
         """Your weights as a classifier of ours."""
+        inputs = self.foreign_inputs(weights)
+        take = partial(adopt, weights, config=inputs["net"])
+        return self.job.once("adopt", inputs, lambda to: take(to / CLASSIFIER)) / CLASSIFIER
+
+    def foreign_inputs(self, weights: Path) -> dict[str, Any]:
+        """What the stage that adopts your weights depends on."""
         images, _ = self.source.read(self.plan.net.image_size)
         net = self.plan.net._replace(classes=len(images.classes))
-        take, inputs = partial(adopt, weights, config=net), {"net": net, "weights": weights}
-        return self.job.once("adopt", inputs, lambda to: take(to / CLASSIFIER)) / CLASSIFIER
+        return {"net": net, "weights": weights}
 
     def classifier(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""
+        train = partial(train_from, self.source, self.plan.net, self.plan.recipe, init=init)
+        make = partial(train, tried=True)
+        inputs = self.training_inputs(init)
+        return self.job.once("train", inputs, lambda to: make(run=self.run(to))) / CLASSIFIER
+
+    def training_inputs(self, init: Path | None) -> dict[str, object]:
+        """What the stage that trains the classifier depends on."""
         net, recipe, dtype = self.plan.net, self.plan.recipe, self.plan.dtype
-        inputs = self.attack_inputs(net=net, dtype=dtype, recipe=recipe, init=init)
-        train = partial(train_from, self.source, net, recipe, init=init)
-        return self.job.once("train", inputs, lambda to: train(run=self.run(to))) / CLASSIFIER
+        return self.attack_inputs(net=net, dtype=dtype, recipe=recipe, init=init)
 
     def purifier(self, classifier: Path) -> Path:
         """The purifier in front of a classifier."""
-        recipe = PurifierRecipe(self.plan.recipe.threat, self.plan.purifier_epochs)
+        recipe = self.plan.purifier
         inputs = self.attack_inputs(classifier=classifier, recipe=recipe, dtype=self.plan.dtype)
-        train = partial(train_purifier_from, self.source, classifier, recipe)
+        train = partial(train_purifier_from, self.source, classifier, recipe, tried=True)
         return self.job.once("purifier", inputs, lambda to: train(self.run(to))) / PURIFIER
 
     def model(self, name: str, parts: dict[str, Path]) -> Path:
@@ -229,4 +295,4 @@ class Way(NamedTuple):
         few = sample_of(model, self.source, part="validation", limit=plan.evaluate_on)
         study = Study(plan.recipe.threat, quick=True, device=plan.device, command=self.command)
         study = study._replace(into_card=True)
-        evaluate(model, few, study)
+        evaluate(model, few, study, notice=say)

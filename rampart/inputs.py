@@ -226,11 +226,11 @@ def training(
         raise ValueError(f"--steps {steps}: an attack takes one step or more")
 
 
-def hardening(weights: Path | None, epochs: int, method: str) -> None:
+def hardening(weights: Path | None, epochs: int | None, method: str) -> None:
     """What belongs together on the whole way, in one process."""
     if "RANK" in os.environ:
         raise ValueError("torchrun starts `rampart train` and `rampart purifier`, not the others")
-    if not (weights or epochs):
+    if epochs == 0 and not weights:
         raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
     if method == "rslad":
         raise ValueError("--method rslad wants a teacher: `rampart train` takes one, harden none")
@@ -354,9 +354,8 @@ def exporting(
             "pass one of --out FILE.onnx, --triton FOLDER for a model repository, --tensorrt"
             " FILE.plan, and --ship"
         )
-    if backend == "python":
-        if not triton:
-            raise ValueError("--backend python goes with --triton FOLDER")
+    if backend == "python" and not triton:
+        raise ValueError("--backend python goes with --triton FOLDER")
     if model.suffix == ".mar" and backend == "python":
         archive(model)
         return

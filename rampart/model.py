@@ -32,8 +32,9 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.evaluate import Evaluation
+from rampart.hardening.judge.metrics import wilson
 from rampart.hardening.model import calibrate as ranks
-from rampart.hardening.model import checkpoint
+from rampart.hardening.model import checkpoint, promise
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision
@@ -43,15 +44,17 @@ from rampart.hardening.model.files import ranges_file
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import Folder, spread
-from rampart.hardening.train.loop import draw
+from rampart.hardening.train.loop import accuracy, draw, say
 from rampart.provenance import PYTHON
 from rampart.training import pick_device
 
 WEIGHTS = "weights.safetensors"
 CPU = torch.device("cpu")
+MEASURED = 1500  # held-out images that accuracy is measured on, at most
 FOUND = Path("runs/found")  # where what attacks found is kept
 
 Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
@@ -129,16 +132,18 @@ class Model:
         calibrated_on: str = "",
         card: Mapping[str, Any] | None = None,
     ) -> "Model":
-        """Put the parts together and rank the held-out images: 200 or more, 800 for 1% alarms.
+        """Put the parts together and rank the held-out images: 40 or more, 200 for 1% alarms.
 
+        Prints what is promised, and how it fares on validation images, which rank nothing.
         The feature distance is fitted on training images where `held` has them, since every split
         of the others is measured, combined or ranked on. Raises ValueError for too few images.
         """
         source = held if isinstance(held, Held) else Held(held)
         check_classifier(classifier, source.images)
         whole = one_module(classifier, purifier, source)
+        whole_as = partial(pipelines.as_variant, whole)
         tables = {
-            Form(v): ranks.calibrate(pipelines.as_variant(whole, v), source.images, v)
+            Form(v): ranks.calibrate(whole_as(v), source.images, v)
             for v in (folders.VARIANTS if purifier else folders.VARIANTS[1:])
         }
         content: dict[str, Any] = {
@@ -151,7 +156,29 @@ class Model:
         content["commands"] = [PYTHON]
         model = cls(whole, source.images.classes, tables, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
+        for form, table in tables.items():
+            found = ranks.kept(whole_as(form.variant), table, source.validation, model.rate)
+            model.hold_to_promise(form, found)
+        model.card["accuracy"] = beside_chance(classifier, source.images)
+        say(report.accuracy_in_words(model.card["accuracy"]))
         return model
+
+    @property
+    def rate(self) -> float:
+        """The share of false alarms that all its calibrations can promise."""
+        return max(promise.finest_rate(table.images) for table in self.calibrations.values())
+
+    def chosen_rate(self, rate: float | None) -> float:
+        """`rate`, or what the model can promise."""
+        return self.rate if rate is None else rate
+
+    def hold_to_promise(self, form: Form, found: PromiseCheck) -> None:
+        """Say how the promise of a form fared, and put it into the card."""
+        if form.precision == "fp32":
+            say(f"{form.variant} promises {promise.in_words(found.rate, found.ranked)}")
+        say(f"{form}: {found.in_words()}")
+        rows = self.card.get("promise", {}) | {str(form): found.row()}
+        self.add_to_card({"promise": rows})
 
     @property
     def variants(self) -> list[Variant]:
@@ -254,7 +281,7 @@ class Model:
             pieces = [pipeline(part) for part in torch.split(pixels, 128)]
         outputs = [torch.cat([piece[i] for piece in pieces]).numpy() for i in range(3)]
         name = {"name": str(self.card["model"]), "version": "1.0"}
-        bench = Judge(self.classes, self.calibration(chosen), policy or Policy(), name)
+        bench = Judge(self.classes, self.calibration(chosen), policy or Policy(self.rate), name)
         return bench.verdicts(*outputs)
 
     def pixels(self, images: Pictures) -> Tensor:
@@ -390,7 +417,7 @@ class Model:
         `sample` picture in the model's folder goes along.
         Raises ValueError for a policy that the endpoint would refuse.
         """
-        terms = {"rampart": asdict(policy or Policy()) | dict(settings or {})}
+        terms = {"rampart": asdict(policy or Policy(self.rate)) | dict(settings or {})}
         write = partial(archives.archive, out=Path(path), plan=plan)
         write = partial(write, version=version, settings=terms, sample=sample)
         return self._write(write, form, images)
@@ -427,6 +454,18 @@ def check_classifier(classifier: Classifier, images: Images) -> None:
     here, there = len(images.classes), config.classes
     if here != there:
         raise ValueError(f"the images have {here} classes, the network tells {there} apart")
+
+
+def beside_chance(classifier: Classifier, images: Images) -> dict[str, Any]:
+    """How many held-out images a classifier labels right, beside the share of their largest class,
+    as the card has it.
+    """
+    few = spread(images, MEASURED)
+    value = accuracy(classifier, few)
+    largest = int(torch.bincount(few.label).max())
+    interval = [round(bound, 4) for bound in wilson(value, len(few))]
+    row = {"value": round(value, 6), "interval": interval, "n": len(few)}
+    return row | {"chance": round(largest / len(few), 6)}
 
 
 def to_engine(

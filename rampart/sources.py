@@ -11,7 +11,8 @@ import torch
 from rampart import inputs
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.detectors import FITTED
-from rampart.hardening.model.images import Images, hold_out, split
+from rampart.hardening.model.images import Images, hold_out, least_held, split
+from rampart.hardening.model.promise import FEWEST, RATES, finest_rate, held_for, in_words
 from rampart.hardening.model.provenance import check_unseen, trained_on
 from rampart.hardening.train.data import Folder, counted, load, load_training, spread, survey
 from rampart.hardening.train.loop import say
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rampart.model import Model
 
 Part = Literal["validation", "tuning", "calibration"]
-LEAST = 200  # held-out images that a calibration needs
 
 
 def load_images(path: Path | str, *, size: int, train: bool = True) -> Images | Folder:
@@ -64,14 +64,12 @@ class Source(NamedTuple):
             # Names in a folder are its own; only a file of twins names pictures of another.
             held_out = replace(apart.whole(), paths=()) if held.is_dir() else apart.whole()
         check_classes(data, images)
-        train, out = hold_out(images, held_out)
-        if len(out) < LEAST:
-            raise ValueError(
-                f"{held or data} leaves {len(out)} held-out images: calibration needs {LEAST} or"
-                " more, so pass at least 2,000 images as --data, or a set of its own as --held"
-            )
+        train, out = hold_out(images, held_out, least=least_held(len(images)))
+        check_held(held or data, out)
         check_trained(data, train)
         say(f"{len(train)} training images, {len(out)} held out")
+        for line in doubts(out):
+            say(line)
         return train, out
 
 
@@ -88,6 +86,37 @@ def check_classes(data: Path, images: Images | Folder) -> None:
             f"{data} has no image of {named(missing)}: number classes from 0 without gaps, or add"
             " images of each"
         )
+
+
+def check_held(name: Path, held: Images) -> None:
+    """Raise ValueError where so few images are held out that nothing can be promised."""
+    ranked = len(split(held, "calibration"))
+    if ranked < FEWEST:
+        least = held_for(FEWEST)
+        raise ValueError(
+            f"{name} leaves {len(held)} held-out images, {ranked} of them to calibrate on: even"
+            f" false alarms of {RATES[-1]:.0%} need {FEWEST}, so pass at least {2 * least} images"
+            f" as --data ({2 * held_for(100)} for {RATES[0]:.0%}; half of a small set is held out,"
+            f" a tenth from 2,000 images on), or a set of its own of {least} or more as --held"
+        )
+
+
+def doubts(held: Images) -> list[str]:
+    """What a small set of held-out images can promise, and of which classes it says nothing."""
+    ranked, lines = split(held, "calibration"), list[str]()
+    rate = finest_rate(len(ranked))
+    if rate > RATES[0]:
+        lines.append(
+            f"  warning: a small set; its promise: {in_words(rate, len(ranked))};"
+            f" {held_for(100)} held-out images allow {RATES[0]:.0%}"
+        )
+    present = set(ranked.label.tolist())
+    if missing := [name for i, name in enumerate(held.classes) if i not in present]:
+        lines.append(
+            f"  warning: no image of {named(missing)} is among those for calibration: false alarms"
+            " on such images are not known"
+        )
+    return lines
 
 
 def check_trained(data: Path, train: Images | Folder) -> None:

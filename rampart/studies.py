@@ -22,12 +22,14 @@ from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.files import load_variant
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
 from rampart.looks import picture
-from rampart.model import FOUND, Figures, Model, to_engine, twin_of
+from rampart.model import FOUND, Figures, Form, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, held_images
 from rampart.training import pick_device
@@ -43,7 +45,7 @@ class Study(NamedTuple):
     """How something is measured, whatever it is."""
 
     threat: Threat = Threat()
-    rate: float = 0.01  # false alarms on clean images
+    rate: float | None = None  # false alarms on clean images; None: what the model can promise
     quick: bool = False  # short attacks
     device: str = "auto"
     cache: Path = FOUND  # for what attacks found
@@ -90,7 +92,8 @@ def evaluate(
     measure = partial(evaluation.estimate, targets, images, study.threat, study.budget)
     seconds = measure(only=list(rungs))
     notice(f"{len(images)} images; about {seconds / 60:.0f} minutes, Ctrl-C is safe")
-    attack = partial(model.evaluate, threat=study.threat, rate=study.rate, cache=study.cache)
+    rate = model.chosen_rate(study.rate)
+    attack = partial(model.evaluate, threat=study.threat, rate=rate, cache=study.cache)
     attack = partial(attack, only=rungs, targets=targets, data=sample.name, device=study.device)
     figures = attack(images, study.budget, command=study.command)
     kept, own = enter_figures(model, figures, study, whole=not rungs)
@@ -142,8 +145,9 @@ def targets_of(
 ) -> list[Victim]:
     """What an evaluation attacks; with `variant` this alone, in the form that is asked for."""
     twin, device = twin_of(model, study.twin), pick_device(study.device)
-    targets = model.victims(rate=study.rate, device=device, twin=twin)
-    attacked = partial(model.lower_victims, rate=study.rate, device=device)
+    rate = model.chosen_rate(study.rate)
+    targets = model.victims(rate=rate, device=device, twin=twin)
+    attacked = partial(model.lower_victims, rate=rate, device=device)
     lower = [victim for form in forms for victim in attacked(form)]
     if variant:
         return [victim for victim in lower or targets if victim.subject.variant == variant]
@@ -175,7 +179,7 @@ def write_pages(
 
     found, lines = figures.evaluation, list[str]()
     pixels, pipeline = picture(None, model.image_size), model.pipeline()
-    look = look_at(pipeline, model.calibration(model.best_variant), study.rate)
+    look = look_at(pipeline, model.calibration(model.best_variant), model.chosen_rate(study.rate))
     source = f"scikit-image's CC0 cat (chelsea), decoded to {model.image_size}x{model.image_size}"
     attacked = fool(look, pixels, study.threat, QUICK)
     pictures = page.Pictures(pixels, attacked, ["cat"], source)
@@ -194,11 +198,8 @@ def write_pages(
 
 def insist(card: Mapping[str, Any]) -> None:
     """Raise ChecksFailed where a self-check of the card failed."""
-    failed = [f"{c['name']} ({c['subject']})" for c in card.get("checks", []) if not c["passed"]]
-    if failed:
-        raise ChecksFailed(
-            f"self-checks failed: {', '.join(failed)}. Before you know why, do not use the figures"
-        )
+    if failed := report.failed_checks(card):
+        raise ChecksFailed(f"{failed[0]}. Before you know why, do not use the figures")
 
 
 def ablate(
@@ -277,16 +278,17 @@ def alarms(
     every = [false.Judged(model.pipeline(v).to(where), table) for v, table in tables.items()]
     sample = spread(split(held, "calibration"), limit).to(where)
     unranked = split(held, "validation").to(where)
-    rows = list(false.false_alarms(every, sample, rate=study.rate))
-    rows += false.by_class(every, unranked, rate=study.rate)
+    rate = model.chosen_rate(study.rate)
+    rows = list(false.false_alarms(every, sample, rate=rate))
+    rows += false.by_class(every, unranked, rate=rate)
     others = strangers.drawn(model.image_size)
     for path in unlike:
         others[path.name] = load(path, train=False, size=model.image_size).image
-    foreign = list(strangers.flagged(every, others, rate=study.rate))
+    foreign = list(strangers.flagged(every, others, rate=rate))
     coverage = {v: list(false.coverage(table.combined)) for v, table in tables.items()}
     remedies = false.remedies(rows)
     name = f"calibration images of {source.name}; by class its validation images"
-    entry = {"data": name, "rate": study.rate, "rows": rows, "strangers": foreign}
+    entry = {"data": name, "rate": rate, "rows": rows, "strangers": foreign}
     entry |= {"coverage": coverage, "remedies": remedies, "command": study.command}
     points = [
         f"{variant}, promised {point['alpha']:.0%}: {false.in_words(point)}"
@@ -303,10 +305,11 @@ def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
     where = pick_device(study.device)
     images = sample.images.to(where)
     model.check_classes(images)
-    targets = model.victims(rate=study.rate, device=where)
+    rate = model.chosen_rate(study.rate)
+    targets = model.victims(rate=rate, device=where)
     rows = list(outside.rows(targets, images, QUICK, folder=study.cache))
     scaled = outside.scaling(images.image.shape[1])
-    entry = {"data": sample.name, "rate": study.rate, "rows": rows, "scaling": scaled}
+    entry = {"data": sample.name, "rate": rate, "rows": rows, "scaling": scaled}
     entry |= {"attack": f"{outside.ATTACKS}, {QUICK}", "command": study.command}
     kept = keep(model, {"outside": entry}, study)
     model.log({"data": sample.name, "n": len(images), "command": study.command})
@@ -319,11 +322,17 @@ def quantize(
 ) -> Outcome:
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
+    rate = model.chosen_rate(study.rate)
     held, card = held_images(model, source), model.card
     for variant in model.variants:
         form = partial(make_form, folder, variant, precision, held)
-        found = form(source=source.name, limit=limit, rate=study.rate)
+        found = form(source=source.name, limit=limit, rate=rate)
         lines.append(f"{variant}: {found}")
+        ranked, flagged = load_variant(folder, variant, precision).images, found.flagged[1]
+        kept = PromiseCheck.on(
+            round(flagged * found.images), found.images, rate=rate, ranked=ranked
+        )
+        model.hold_to_promise(Form(variant, precision), kept)
         digests = parts_of(folder, variant, precision)
         origin = {"data": f"validation split of {source.name}", "sha256": digests}
         # Figures of an earlier graph are not this one's.
@@ -332,6 +341,6 @@ def quantize(
             others = [r for r in beside if precision not in r["subject"]]
             model.keep({"metrics": others}, into_card=False)
         entry = {variant: found._asdict() | origin, "command": study.command}
-        entry = card.get(precision, {}) | entry
+        entry = model.card.get(precision, {}) | entry
         card = model.add_to_card({"metrics": rows, precision: entry})
     return Outcome(card, lines)

@@ -6,22 +6,25 @@ from typing import NamedTuple
 
 import torch
 
-from rampart import inputs
+from rampart import inputs, preflight
 from rampart.handlers.engine import cpu_features
 from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model.classifier import SMALL, TIMM, Classifier, ClassifierConfig
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.pipeline import load_classifier
-from rampart.hardening.model.purifier import PurifierConfig
-from rampart.hardening.train import distributed
+from rampart.hardening.model.purifier import PurifierConfig, of_config
+from rampart.hardening.train import changes, distributed
+from rampart.hardening.train import state as states
 from rampart.hardening.train.data import Folder
 from rampart.hardening.train.loop import Precision, Recipe, fast_precision, say, train_classifier
 from rampart.hardening.train.purifier import PurifierRecipe, train_purifier
+from rampart.preflight import Faults
 from rampart.provenance import PYTHON
 from rampart.sources import Source
 
 CIFAR10_NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+UNKNOWN = 10  # classes that a network is tried with where the images cannot be read
 IMAGENET_NORM = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -83,8 +86,11 @@ def train_from(
     *,
     init: Path | None = None,
     teacher: Path | None = None,
+    tried: bool = False,
 ) -> Path:
     """Train a classifier on a source's images, new or from the weights `init`; returns its file.
+
+    First all is tried that would fail later, unless it was `tried` before.
 
     The number of classes in `net` is that of the images; of `init` all of `net` but `rectified`.
     Raises ValueError where classes differ or what belongs together is missing.
@@ -94,6 +100,10 @@ def train_from(
     where = run.join()
     torch.manual_seed(recipe.seed)  # new layers of `init` are drawn from it too
     start = load_classifier(init, auxiliary=True, rectified=net.rectified) if init else None
+    if not tried:
+        faults, given = Faults(), recipe._replace(precision=run.arithmetic(where))
+        data = faults.of(partial(source.read, start.config.image_size if start else net.image_size))
+        prove_training(Training(net, given, run, data, start=start, teacher=teacher), faults)
     images, held = source.read(start.config.image_size if start else net.image_size)
     if start and start.config.classes != len(images.classes):
         raise ValueError(
@@ -111,21 +121,102 @@ def train_from(
         teacher=checkpoint.digest(robust) if robust else "",
         after=str(past.get("training", init.name)) if init else "",
     )
+    check_images(run.out, images, held)
     validation = split(held, "validation")[slice(run.validate_on)]
     commands, history = [*past.get("commands", []), run.command], past.get("history", [])
     learn = partial(train_classifier, teacher=robust, earlier=history, commands=commands)
     return learn(classifier, recipe, run.out, (images, validation))
 
 
-def train_purifier_from(source: Source, classifier: Path, recipe: PurifierRecipe, run: Run) -> Path:
-    """Train a purifier in front of the frozen network of a file; returns the purifier's file."""
+class Training(NamedTuple):
+    """A training that is tried before it begins."""
+
+    net: ClassifierConfig
+    recipe: Recipe
+    run: Run
+    data: tuple[Images | Folder, Images] | None  # for training and held out; None: cannot be read
+    start: Classifier | None = None  # with the weights to begin with
+    teacher: Path | None = None
+    purifier: PurifierRecipe | None = None  # of one that follows
+    option: str = "--out"  # that names the folder of the run
+
+
+def prove_training(training: Training, faults: Faults) -> None:
+    """Try all that a training asks for, and say how long it will take.
+
+    Raises ValueError that lists what is wrong, with the `faults` of other checks.
+    """
+    net, recipe, run, data, start, teacher, purifier, option = training
+    where, trials = run.join(), []
+    classifier = start or faults.of(partial(untrained, net, data))
+    need = preflight.WRITTEN * preflight.size_of(classifier) if classifier else 0
+    faults.of(partial(preflight.check_place, run.out, need, option))
+    if classifier:
+        robust = load_classifier(teacher).to(where) if teacher else None
+        classifier = classifier.to(where)
+        trials.append(faults.of(partial(preflight.try_classifier, classifier, recipe, robust)))
+        if purifier and trials[0]:
+            trials.append(faults.of(partial(preflight.try_purifier, classifier, purifier)))
+    faults.tell()
+    if data is None:
+        return
+    few = min(run.validate_on, len(split(data[1], "validation")))
+    for trial, how in zip(trials, (recipe, purifier), strict=False):
+        what = "classifier" if how is recipe else "purifier"
+        if trial and how and how.epochs:
+            say(trial.in_words(what, len(data[0]), few, how))
+
+
+def untrained(net: ClassifierConfig, data: tuple[Images | Folder, Images] | None) -> Classifier:
+    """A network as training begins with it; numbers that are drawn later stay as they are."""
+    with torch.random.fork_rng():
+        classes = len(data[0].classes) if data else net.classes or UNKNOWN
+        return Classifier(net._replace(classes=classes), auxiliary=True)
+
+
+def check_images(out: Path, images: Images | Folder, held: Images) -> None:
+    """Note in `out` what a run begins with. Raises ValueError where one there began with others."""
+    if not distributed.first():
+        return
+    if not states.unfinished(out):
+        changes.note(out, (images, held))
+    elif changed := changes.since(out, (images, held)):
+        raise ValueError(
+            f"the images have changed since the run in {out} began: {changed}. With the images as"
+            " they were this command goes on; with these choose another --out, which trains anew"
+        )
+
+
+def train_purifier_from(
+    source: Source, classifier: Path, recipe: PurifierRecipe, run: Run, *, tried: bool = False
+) -> Path:
+    """Train a purifier in front of the frozen network of a file; returns the purifier's file.
+
+    First all is tried that would fail later, unless it was `tried` before.
+    """
     where = run.join()
     net = load_classifier(classifier).to(where)
-    images, held = source.read(net.config.image_size)
-    validation = split(held, "validation")[slice(run.validate_on)]
     recipe = recipe._replace(precision=run.arithmetic(where))
+    if not tried:
+        prove_purifier(source, net, recipe, run)
+    images, held = source.read(net.config.image_size)
+    check_images(run.out, images, held)
+    validation = split(held, "validation")[slice(run.validate_on)]
     learn = partial(train_purifier, commands=[run.command])
     return learn(net, PurifierConfig(), recipe, run.out, (images, validation))
+
+
+def prove_purifier(source: Source, net: Classifier, recipe: PurifierRecipe, run: Run) -> None:
+    """As `prove_training`, for a purifier in front of a network that is trained."""
+    faults = Faults()
+    data = faults.of(partial(source.read, net.config.image_size))
+    need = preflight.WRITTEN * preflight.size_of(of_config(PurifierConfig()))
+    faults.of(partial(preflight.check_place, run.out, need, "--out"))
+    trial = faults.of(partial(preflight.try_purifier, net, recipe))
+    faults.tell()
+    assert data and trial
+    few = min(run.validate_on, len(split(data[1], "validation")))
+    say(trial.in_words("purifier", len(data[0]), few, recipe))
 
 
 def adopt(

@@ -134,8 +134,43 @@ def test_images_of_other_classes_are_refused(small: rp.Model) -> None:
 
 
 def test_too_few_images_do_not_calibrate(small: rp.Model) -> None:
-    with pytest.raises(ValueError, match="hold out 200 or more"):
-        rp.Model.calibrate(small.classifier, rp.Held(blobs(100, size=16), blobs(400, size=16)))
+    with pytest.raises(ValueError, match=r"hold out 40 or more \(200 or more for 1%\)"):
+        rp.Model.calibrate(small.classifier, rp.Held(blobs(30, size=16), blobs(400, size=16)))
+
+
+def test_a_small_set_makes_a_weaker_promise_that_its_archive_keeps_to(
+    small: rp.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = rp.Model.calibrate(
+        small.classifier, rp.Held(blobs(100, size=16, seed=3), blobs(99, size=16))
+    )
+    assert model.rate == 0.02 and small.rate == 0.01
+    assert "promises at most 2.0%" in (said := capsys.readouterr().out)
+    assert "for this one of 52 images up to 5.6% with 95% confidence" in said
+    found = model.card["promise"]["lean, fp32"]
+    assert (found["rate"], found["calibration_images"], found["n"]) == (0.02, 52, 29)
+    assert f"{found['flagged']} of 29 validation images flagged" in said
+    model.archive(tmp_path / "small.mar")
+    with ZipFile(tmp_path / "small.mar") as packed:
+        assert "false_alarm_rate: 0.02" in packed.read("model-config.yaml").decode()
+    report.check_card(model.card)
+    assert len(model.predict(blobs(2, size=16).image)) == 2
+    with pytest.raises(ValueError, match=r"choose a rate above 0\.0189"):
+        model.archive(tmp_path / "strict.mar", policy=rp.Policy(0.01))
+
+
+def test_a_promise_that_validation_images_break_is_told_with_its_numbers(
+    small: rp.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = blobs(400, size=16, seed=4)
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, images.image.shape))
+    last = torch.arange(400)[:, None, None, None] >= 400 * 1500 // 5170  # all but validation
+    mixed = torch.where(last, images.image // 8, noise.byte())
+    unlike = rp.Images(mixed, images.label, images.classes)
+    model = rp.Model.calibrate(small.classifier, rp.Held(unlike, blobs(50, size=16)))
+    found = model.card["promise"]["lean, fp32"]
+    assert found["flagged"] > 50 and found["chance"] < 1e-4
+    assert "Warning: if calibration and validation images were alike" in capsys.readouterr().out
 
 
 def test_the_variant_that_the_ablation_chose_is_taken_where_there_is_one(

@@ -161,3 +161,32 @@ def test_a_model_whose_training_left_out_bad_pictures_does_so_when_it_is_sample_
     report.write_card(lean_only, card | made)
     sample = sample_of(Model.load(lean_only), Source(home), part="validation")
     assert len(sample.images) == 60
+
+
+def test_a_small_set_is_told_at_once_what_it_can_promise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held = Source(save(tmp_path / "few.npz", [0, 1] * 60)).read(32)
+    assert (len(train), len(held)) == (60, 60)
+    said = capsys.readouterr().out
+    assert (
+        "60 training images, 60 held out\n  warning: a small set; its promise: at most 5.0%" in said
+    )
+    assert (
+        "for this one of 31 images up to 9.2% with 95% confidence; 200 held-out images allow 1%"
+        in said
+    )
+    Source(save(tmp_path / "more.npz", [0, 1] * 500)).read(32)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_class_without_images_for_calibration_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"classes": ["a", "b", "c"]}
+    files = (
+        save(tmp_path / "train.npz", [0, 1, 2] * 20, **named),
+        save(tmp_path / "held.npz", [0, 1] * 105, **named),
+    )
+    Source(*files).read(32)
+    assert "warning: no image of class c is among those for calibration" in capsys.readouterr().out

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rampart.handlers.engine import Engine
-from rampart.handlers.verdict import Calibration, combine
+from rampart.handlers.verdict import Calibration, combine, p_values
 from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.files import Precision as Precision
 from rampart.hardening.model.files import calibration_file as calibration_file
 from rampart.hardening.model.files import load_variant as load_variant
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import DefendedClassifier, Outputs, Variant
+from rampart.hardening.model.promise import PromiseCheck, check_enough
 
 KNOTS = 33
 
@@ -55,19 +56,27 @@ def calibrate(
     pipeline: DefendedClassifier, held: Images, variant: Variant, engine: Engine | None = None
 ) -> Calibration:
     """Tables from the tuning split of `held`, ranks from its calibration split; through its
-    `engine` for fp16 or int8. Raises ValueError where `held` is too small for a false-alarm rate of
-    1%.
+    `engine` for fp16 or int8. Raises ValueError where `held` is too small for any promise.
     """
     ranked = split(held, "calibration")
-    if len(ranked) < 100:
-        raise ValueError(
-            f"{len(held)} held-out images leave {len(ranked)} to calibrate on: a false-alarm rate"
-            " of 1% needs at least 100, so hold out 200 or more"
-        )
+    check_enough(len(held), len(ranked))
     knots, surprise = tables(scores_of(pipeline, split(held, "tuning").image, engine))
     unranked = Calibration(pipeline.detectors.names, knots, surprise, np.zeros(1), 1, variant)
     combined = np.sort(combine(scores_of(pipeline, ranked.image, engine), unranked))
     return replace(unranked, combined=combined, images=len(ranked))
+
+
+def kept(
+    pipeline: DefendedClassifier,
+    calibration: Calibration,
+    images: Images,
+    rate: float,
+    engine: Engine | None = None,
+) -> PromiseCheck:
+    """How the promise of `rate` fares on clean `images` that ranked nothing."""
+    scores = scores_of(pipeline, images.image, engine)
+    flagged = int((p_values(scores, calibration) < rate).sum())
+    return PromiseCheck.on(flagged, len(images), rate=rate, ranked=calibration.images)
 
 
 def write(folder: Path, calibration: Calibration, data: str, precision: Precision = "fp32") -> Path:

@@ -1,7 +1,7 @@
 """What was measured of a model: card.json beside its weights, and the typed figures in it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,35 @@ class Figure:
 
 
 def main_figures(card: Row) -> list[Figure]:
-    """The figures under the card's threat model or of clean images, at the usual rate."""
+    """The figures under the card's threat model or of clean images, at the rate it promises."""
     figures = map(Figure.of, card.get("metrics", []))
     threats = (None, card.get("threat_model"))
-    return [figure for figure in figures if figure.rate is None and figure.threat in threats]
+    promised = card.get("promise", {}).items()
+    rates = {None, *(entry["rate"] for form, entry in promised if form.endswith(FP32))}
+    return [figure for figure in figures if figure.rate in rates and figure.threat in threats]
+
+
+def failed_checks(card: Mapping[str, Any]) -> list[str]:
+    """One line that names the self-checks of a card that failed, if any did."""
+    failed = [f"{c['name']} ({c['subject']})" for c in card.get("checks", []) if not c["passed"]]
+    return [f"self-checks failed: {', '.join(failed)}"] if failed else []
+
+
+def no_better_than_chance(card: Mapping[str, Any]) -> list[str]:
+    """One line where a card's accuracy is what its most frequent class alone would reach."""
+    accuracy = card.get("accuracy")
+    if not accuracy or accuracy["value"] > accuracy["chance"]:
+        return []
+    return [
+        f"it is right on {accuracy['value']:.1%} of {accuracy['n']:,} held-out images, where the"
+        f" most frequent class alone would be on {accuracy['chance']:.1%}: check labels and images,"
+        " train longer or with more of them, or with a smaller --eps"
+    ]
+
+
+def unfit(card: Mapping[str, Any]) -> list[str]:
+    """What makes a model unfit to be served, a line each."""
+    return [*failed_checks(card), *no_better_than_chance(card)]
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:

@@ -16,6 +16,7 @@ from rampart.hardening.model.provenance import fingerprints
 # Shares of the held-out images: (split, first, last) in parts of 5,170. Checkpoints are chosen on
 # validation, detectors combined on tuning, thresholds set on calibration.
 PARTS = 5170
+ENOUGH = 200  # held-out images, which leave 103 for calibration: enough for false alarms of 1%
 S = TypeVar("S", bound="Source")
 SPLITS = {"validation": (0, 1500), "tuning": (1500, 2500), "calibration": (2500, 5170)}
 
@@ -49,8 +50,10 @@ class Images:
             yield self.image[index], self.label[index]
 
     def hold_out(self, held: "Images | None" = None, *, seed: int = 0) -> "tuple[Images, Held]":
-        """(training images, those held out), as the function `hold_out` divides them."""
-        train, rest = hold_out(self, held, seed=seed)
+        """(training images, those held out), as the function `hold_out` divides them; of a small
+        set half.
+        """
+        train, rest = hold_out(self, held, seed=seed, least=least_held(len(self)))
         return train, Held(rest, train)
 
     def whole(self) -> "Images":
@@ -114,12 +117,17 @@ class Held(NamedTuple):
         return split(self.images, "calibration")
 
 
-def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Images]:
+def least_held(count: int) -> int:
+    """How many of `count` images are held out at least: 200, which promise 1%, or half of them."""
+    return min(ENOUGH, count // 2)
+
+
+def hold_out(images: S, held: Images | None, *, seed: int = 0, least: int = 0) -> tuple[S, Images]:
     """Divide into (training images, held-out images).
 
     `held` images leave training by `paths` (the lossless twins of JPEG images) or pixels. Without
-    them a tenth, at most 5,170, is drawn with `seed`, and other images of the same pixels leave
-    too. Raises ValueError where classes differ, or no twin is found.
+    them a tenth, at most 5,170, or `least` where that is more, is drawn with `seed`, and other
+    images of the same pixels leave too. Raises ValueError for other classes, or without any twin.
     """
     if held is not None:
         if held.classes != images.classes:
@@ -134,7 +142,7 @@ def hold_out(images: S, held: Images | None, *, seed: int = 0) -> tuple[S, Image
             )
         return images[keep.nonzero().flatten()], held
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    count = min(PARTS, math.ceil(len(images) / 10))
+    count = min(PARTS, max(least, math.ceil(len(images) / 10)))
     out, rest = images[order[:count]].whole(), images[order[count:]]
     return rest[rest.unlike(out).nonzero().flatten()], out
 

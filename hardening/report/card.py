@@ -9,12 +9,23 @@ from pathlib import Path
 from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.judge.metrics import Metric, wilson
-from rampart.hardening.model.card import FILE, NO_VARIANT, RATE, Figure, Row, Subject, main_figures
+from rampart.hardening.model.card import (
+    FILE,
+    NO_VARIANT,
+    RATE,
+    Figure,
+    Row,
+    Subject,
+    cell_text,
+    main_figures,
+)
 from rampart.hardening.model.card import MEASURED as MEASURED
+from rampart.hardening.model.card import failed_checks as failed_checks
 from rampart.hardening.model.card import merge as merge
 from rampart.hardening.model.card import outnumbered as outnumbered
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
+from rampart.hardening.model.card import unfit as unfit
 from rampart.hardening.model.card import write_card as write_card
 
 # The rows that the documents show of a card.
@@ -76,6 +87,16 @@ def log_evaluation(folder: Path, entry: Row) -> None:
         stream.write(json.dumps(stamp | entry) + "\n")
 
 
+def accuracy_in_words(accuracy: Row) -> str:
+    """What a card says of accuracy on held-out images, beside chance."""
+    low, chance = accuracy["interval"][0], accuracy["chance"]
+    text = f"accuracy {cell_text(accuracy)} on {accuracy['n']:,} held-out images, the most frequent"
+    text += f" class alone would be {chance:.1%}"
+    if accuracy["value"] <= chance:
+        return f"{text}. Warning: at or below chance"
+    return text if low > chance else f"{text}. Warning: not beyond doubt above chance"
+
+
 def table(rows: Iterable[Row]) -> str:
     """The metrics of a card as an aligned text table."""
     lines = [("subject", "variant", "figure", "threat", "value", "95% interval", "n")]
@@ -116,7 +137,8 @@ def one_table(lowest: Lowest) -> str:
     columns = {"clean accuracy": "clean", "clean rejection": "clean_rejection"}
     columns |= {attack.title: attack.name for attack in ladder.RUNGS if attack.title}
     columns |= {"worst case, label right": "robust"}
-    columns |= {"worst case, right or rejected": "robust_with_rejection@1%"}
+    rejecting = [name for name in names if name.startswith("robust_with_rejection@")]
+    columns |= dict(zip(["worst case, right or rejected"], sorted(rejecting), strict=False))
     shown = {title: name for title, name in columns.items() if name in names}
     body = []
     for subject, title in SUBJECTS.items():

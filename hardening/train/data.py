@@ -31,7 +31,7 @@ from rampart.handlers.errors import ImageError
 from rampart.handlers.image import Picture, examine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
-from rampart.hardening.model.images import Held, Images, Source, hold_out
+from rampart.hardening.model.images import Held, Images, Source, hold_out, least_held
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
@@ -138,8 +138,10 @@ class Folder:
         return image, found
 
     def hold_out(self, held: Images | None = None, *, seed: int = 0) -> "tuple[Folder, Held]":
-        """(training images, those held out), as the function `hold_out` divides them."""
-        train, rest = hold_out(self, held, seed=seed)
+        """(training images, those held out), as the function `hold_out` divides them; of a small
+        set half.
+        """
+        train, rest = hold_out(self, held, seed=seed, least=least_held(len(self)))
         return train, Held(rest, train)
 
     def unlike(self, held: Images) -> Tensor:

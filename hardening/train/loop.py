@@ -7,6 +7,7 @@ overfitting, Gowal et al. 2020 (section 4.3); BatchNorm in eval mode while craft
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,6 +43,7 @@ Precision = Literal["bf16", "fp32"]
 History = list[dict[str, float]]  # a row an epoch
 WARMUP = 0.2  # part of a run
 AGREE = 8  # steps after which several processes ask each other whether to stop
+SETTING = re.compile(r"(\w+)=('[^']*'|\([^)]*\)|[\w.+-]+)(?=[,)])")  # in the text of a recipe
 # What a run's state holds beside its parts.
 POSITION = ("settings", "history", "loss", "epoch", "done", "steps", "minutes")
 
@@ -182,9 +184,10 @@ class Run:
         if state is None:
             return
         if state["settings"] != self.settings:
+            which = different(state["settings"], self.settings)
             raise ValueError(
-                f"{self.folder} holds a run with other settings or images: {state['settings']}."
-                " Continue it with those, or choose another --out"
+                f"{self.folder} holds a run with other settings or images ({which}):"
+                f" {state['settings']}. Continue it with those, or choose another --out"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -272,6 +275,15 @@ class Run:
         self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
         self.save()
         draw([*self.earlier, self.history], self.folder / "curve.png")
+
+
+def different(before: str, now: str) -> str:
+    """Which settings of a run are others now."""
+    old, new = (dict(SETTING.findall(settings)) for settings in (before, now))
+    changed = [
+        f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]
+    ]
+    return "; ".join(changed) or "its weights or images are others"
 
 
 def draw(runs: Sequence[History], file: Path) -> None:

@@ -16,6 +16,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     partial.replace(folder / FILE)
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether there is a state in `folder` to go on from."""
+    return (folder / FILE).is_file()
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """What `save` wrote last, on the CPU, or None. ValueError for an unreadable or older state."""
     file = folder / FILE

@@ -25,12 +25,13 @@ def attack(
     threat: o.Threat,
     out: Annotated[Path, Option(help="Folder for the pictures"), inputs.folder_to_write] = ATTACKED,
     variant: o.Variant = None,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
 ) -> None:
     """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution."""
     from rampart import looks
 
     model, ball = rp.Model.load(look.model), threat.ball()
+    rate = model.chosen_rate(rate)
     say(*looks.attack(model, look.image, out, threat=ball, variant=variant, rate=rate))
 
 
@@ -40,12 +41,13 @@ def purify(
     out: Annotated[Path, Option(help=BEFORE), inputs.file_to_write] = PURIFIED,
     project: Annotated[bool, Option("--project", help=PROJECT)] = False,
     hide: Annotated[tuple[int, int, int, int] | None, Option(help=HIDE)] = None,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
 ) -> None:
     """What the purifier makes of a picture, and how the verdict changes with it."""
     from rampart import looks
 
     model = rp.Model.load(look.model)
+    rate = model.chosen_rate(rate)
     say(*looks.purify(model, look.image, out, projected=project, hide=hide, rate=rate))
 
 

@@ -85,7 +85,8 @@ ARCH += " package.module:factory, code of yours that gives a network; --head goe
 Arch = Annotated[str, Option(help=ARCH, callback=take_factory), inputs.network]
 OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
-Size = Annotated[int, Option(help="Pixels a side, a multiple of 8 from 16 up"), inputs.size]
+SIZE = "Pixels a side, a multiple of 8 from 16 up"
+Size = Annotated[int, Option(help=SIZE), inputs.size]
 CHANNELS = "Of your own network: 1 where it takes pictures in gray"
 LAST = "Of your own network: it takes (N, H, W, channels)"
 METHOD = "How attacks are made and learned from; standard: no defence"
@@ -99,17 +100,23 @@ Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
 LearningRate = Annotated[float, Option("--lr", help="Largest learning rate, of one cycle")]
 
 
+ANYWAY = "Pack it even where it fails its own checks, or is no better than chance"
+Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
+WIDTH = "Factor on the channels of a ResNet or VGG; default 1, in a proposal less"
+
+
 class Network(NamedTuple):
     """What a network is built with, besides its architecture and the size of its images."""
 
-    width: Annotated[float, Option(help="Factor on the channels of a ResNet or VGG")] = 1.0
+    width: Annotated[float | None, Option(help=WIDTH)] = None
     head: Annotated[str, Option(help="Of your own network: the layer of the logits, as fc")] = ""
     channels: Annotated[int, Option(min=1, max=3, help=CHANNELS)] = 3
     channels_last: Annotated[bool, Option("--channels-last", help=LAST)] = False
 
     def config(self, arch: str, image_size: int, classes: int = 0) -> "rp.ClassifierConfig":
         """The same in the library; 0 classes stand for as many as the images have."""
-        return rp.ClassifierConfig(arch, classes, image_size=image_size, **self._asdict())
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return rp.ClassifierConfig(arch, classes, image_size=image_size, **given)
 
 
 RUN = "Folder of this run; an unfinished run there continues"
@@ -133,8 +140,9 @@ class Training(NamedTuple):
 
 
 EPS = "Radius of the threat: n/255 for Linf (default 8), plain for L2 (default 0.5)"
-RATE = "Share of clean images that may be flagged"
-Rate = Annotated[float, Option("--rate", min=0, max=0.99, help=RATE)]
+RATE = "Share of clean images that may be flagged; default 0.01, or what fewer than 100 calibration"
+RATE += " images can promise"
+Rate = Annotated[float | None, Option("--rate", min=0, max=0.99, help=RATE)]
 
 
 class Threat(NamedTuple):

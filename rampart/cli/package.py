@@ -35,6 +35,8 @@ Finished = Annotated[Path | None, Option("--archive", "--model", help=FINISHED),
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
+UNSAID = ("max_pixels", "false_alarm_rate")  # settings that follow from the model
+
 verb, app = o.theme("Package")
 
 
@@ -59,7 +61,7 @@ class Form(NamedTuple):
 class Settings(NamedTuple):
     """What the archive tells its endpoint."""
 
-    false_alarm_rate: o.Rate = 0.01
+    false_alarm_rate: o.Rate = None
     on_detection: Annotated[Detection, Option(help="shadow counts, and says nothing")] = "flag"
     on_failure: Annotated[Literal["closed", "open"], Option(help=FAILURE)] = "closed"
     detail: Annotated[Literal["full", "public"], Option(help=DETAIL)] = "full"
@@ -115,7 +117,7 @@ def quantize(
     source: o.Source,
     precision: Annotated[Literal["int8", "fp16"], Option(help="For CPUs, for GPUs")] = "int8",
     limit: Annotated[int, Option(min=1, help="So many tuning images give the ranges")] = 512,
-    rate: o.Rate = 0.01,
+    rate: o.Rate = None,
 ) -> None:
     """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
     from rampart.studies import Study
@@ -177,6 +179,7 @@ def archive(
     plan: Annotated[Path | None, Option(help=PLANNED), inputs.file] = None,
     model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
     sample: o.WithSample = True,
+    anyway: o.Anyway = False,
 ) -> None:
     """Export, check and pack a model folder as one TorchServe archive."""
     # A shipped graph is packed as it is, so this must not need torch.
@@ -185,10 +188,10 @@ def archive(
 
     target = out or form.model.parent / f"{form.model.name}.mar"
     variant, precision = chosen(form.model, form.variant, form.precision)
-    policy = {k: v for k, v in settings._asdict().items() if k != "max_pixels" or v}
+    policy = {k: v for k, v in settings._asdict().items() if k not in UNSAID or v is not None}
     few, terms = form.gate(), {"rampart": policy}
     pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
-    pack = partial(pack, sample=sample)
+    pack = partial(pack, sample=sample, anyway=anyway)
     say(pack(form.model, target, variant=variant, precision=precision, settings=terms))
     say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")
 

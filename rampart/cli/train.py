@@ -1,8 +1,11 @@
 """Verbs that make networks, and the one that goes the whole way."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
 import rampart as rp
@@ -14,7 +17,8 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
-AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable; default flip and crop. "
+AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable; default flip and crop, "
+AUGMENT += "for harden what fits the classes. "
 AUGMENT += "Mirrored signs, letters and digits are others: no flip for them"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
@@ -28,9 +32,18 @@ STATE = "state dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
 STAGES = "Folder for what the stages make"
 YOURS = "Yours, as `adopt` takes them"
+NO_PURIFIER = "Passes for the purifier; 0: none, and variant lean"
+FITS = "default what fits data and machine"
+YES = "Take what is proposed, without a question; so does a run without a terminal"
+QUESTION = "Go on with that?"
 ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
 
 verb, app = o.theme("Train")
+
+
+def chosen(augment: list[str]) -> tuple[str, ...]:
+    """The augmentations that options name."""
+    return tuple(name for name in augment if name != "none")
 
 
 @verb(
@@ -43,34 +56,43 @@ def harden(
     source: o.Source,
     out: Annotated[Path, Option(help=ARCHIVE), inputs.new_archive],
     weights: Annotated[Path | None, Option(help=YOURS), inputs.weights] = None,
-    arch: o.Arch = "resnet18",
-    image_size: o.Size = 32,
+    arch: Annotated[
+        str | None, Option(help=f"{o.ARCH}; {FITS}", callback=o.take_factory), inputs.network
+    ] = None,
+    image_size: Annotated[int | None, Option(help=f"{o.SIZE}; {FITS}"), inputs.size] = None,
     network: o.Network,
     method: o.Method = "nfgsm",
     threat: o.Threat,
-    epochs: Annotated[int, Option(min=0, help=KEEP)] = 30,
-    purifier_epochs: Annotated[int, Option(min=0, help="0: no purifier, variant lean")] = 2,
+    epochs: Annotated[int | None, Option(min=0, help=f"{KEEP}; {FITS}")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help=f"Images a step; {FITS}")] = None,
+    lr: Annotated[float | None, Option(help=f"Largest learning rate, of one cycle; {FITS}")] = None,
+    augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
+    purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
     sample: o.WithSample = True,
     runs: Annotated[Path, Option(help=STAGES), inputs.folder_to_write] = Path("runs"),
     device: o.Device = "auto",
+    yes: Annotated[bool, Option("--yes", "-y", help=YES)] = False,
+    anyway: o.Anyway = False,
 ) -> None:
     """The whole way from images, and weights if you have some, to an archive that can be served.
 
-    Each stage is done once: the same command goes on where it was interrupted, and does again only
-    what other inputs change.
+    It looks at data and machine, proposes what you leave open, tries all that could fail later and
+    says how long it will take. Each stage is done once: the same command goes on where it was
+    interrupted, and does again only what other inputs change.
     """
-    from rampart.assembly import Plan
     from rampart.assembly import harden as go
-    from rampart.studies import insist
+    from rampart.proposal import Wishes
 
-    recipe = rp.Recipe(method, threat.ball(), epochs)
-    net = network.config(arch, image_size)
-    plan = Plan(net, recipe, weights, purifier_epochs, evaluate_on, dtype, device, sample)
-    outcome = go(source.open(), out, plan, runs=runs, command=command_line())
+    net = network.config(arch or "resnet18", image_size or 32)
+    asked = (threat.ball(), method, arch, network.width, image_size, net, epochs, batch_size, lr)
+    how = chosen(augment) if augment else None
+    wishes = Wishes(*asked, how, weights, purifier_epochs, evaluate_on, dtype, device, sample)
+    agree = bool if yes or not sys.stdin.isatty() else partial(typer.confirm, QUESTION, abort=True)
+    go = partial(go, runs=runs, command=command_line(), agree=agree, anyway=anyway)
+    outcome = go(source.open(), out, wishes)
     say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
-    insist(outcome.card)
 
 
 @verb(
@@ -109,7 +131,7 @@ def train(
     recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size, lr, ema=ema, seed=run.seed)
     recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps)
     if augment:
-        recipe = recipe._replace(augment=tuple(name for name in augment if name != "none"))
+        recipe = recipe._replace(augment=chosen(augment))
     net = network.config(arch, image_size)._replace(rectified=rectify)
     place = run.place()._replace(compiled=compile)
     best = train_from(source.open(), net, recipe, place, init=init, teacher=teacher)

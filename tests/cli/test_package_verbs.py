@@ -63,6 +63,9 @@ def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     assert ": lean, fp32, " in run("archive", lean_only, "--out", tmp_path / "a.mar")
     output = run("quantize", lean_only, "--data", held, "--held", held, "--rate", 0.05)
     assert output.splitlines()[-1].startswith("lean: int8 beside fp32 on 174 images: ")
+    kept = report.read_card(lean_only)["promise"]["lean, int8"]
+    assert (kept["rate"], kept["calibration_images"], kept["n"]) == (0.05, 310, 174)
+    assert f"lean, int8: {kept['flagged']} of 174 validation images flagged, " in output
     options = ["--part", "validation", "--limit", 8, "--rung", "pgd20", "--int8", "--rate", 0.05]
     options += ["--into-card"]
     run("evaluate", lean_only, "--images", held, *options, "--cache", tmp_path / "found")

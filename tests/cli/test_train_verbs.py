@@ -1,4 +1,8 @@
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -15,6 +19,7 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.report import card as report
+from rampart.studies import ChecksFailed
 from rampart.training import pick_device
 
 
@@ -28,7 +33,7 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
         np.savez(name, image=images.image.numpy(), label=images.label.numpy())
     data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
     net = ["--arch", "resnet10", "--width", 0.125, "--image-size", 16, "--epochs", 1]
-    command = ["harden", *data, *net, "--out", "store/mine.mar", "--purifier-epochs"]
+    command = ["harden", *data, *net, "--out", "store/mine.mar", "--anyway", "--purifier-epochs"]
     first = run(*command, 1)
     assert [line for line in first.splitlines() if line.startswith("[")] == [
         "[1/4] train",
@@ -63,6 +68,63 @@ def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     assert "ablation" not in report.read_card(Path("store/mine"))  # it was another model
     assert not Path("store/mine/report.html").exists()
     assert Path("store/mine/evaluations.jsonl").read_text() == "logged since\n"
+
+
+@pytest.mark.training
+def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 held-out images 59 are of class 0, which one epoch does not beat."""
+    monkeypatch.chdir(tmp_path)
+    for name, count, seed in (("train", 64, 0), ("held", 60, 1)):
+        images = blobs(count, size=16, seed=seed)
+        label = np.arange(count) % (2 if name == "train" else 60) == 1
+        np.savez(name, image=images.image.numpy(), label=label.astype(int), classes=["cat", "dog"])
+    data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
+    command = ["harden", *data, "--epochs", 1, "--width", 0.125, "--out", "store/mine.mar"]
+    with pytest.raises(ChecksFailed, match=r"held-out images, where .* 98\.3%.*--anyway packs it"):
+        run(*command)
+    assert not Path("store").exists()
+    told = run(*command, "--anyway")
+    assert Path("store/mine.mar").is_file() and "train: done before" in told
+    table = told[told.index("proposed, where you said nothing:") : told.index("[1/3] train")]
+    for option, value in (
+        ("--image-size", "16"),
+        ("--arch", "resnet10"),
+        ("--batch-size", "8"),
+        ("--purifier-epochs", "0"),
+        ("--augment", "flip, crop"),
+    ):
+        assert f"\n  {option}".ljust(22) + f"{value} " in table
+    assert "--epochs" not in table.replace("--purifier-epochs", "") and "--width" not in table
+    card = report.read_card(Path("store/mine"))
+    assert card["promise"]["lean, fp32"]["rate"] == 0.05
+    report.check_card(card)
+    with ZipFile("store/mine.mar") as archive:
+        assert "false_alarm_rate: 0.05" in archive.read("model-config.yaml").decode()
+    with pytest.raises(ValueError, match=r"store/mine is not packed: it is right on .* --anyway"):
+        run("archive", "store/mine", "--out", "again.mar")
+    assert "again.mar: lean, fp32" in run("archive", "store/mine", "--out", "again.mar", "--anyway")
+
+
+@pytest.mark.training
+def test_without_a_yes_on_a_terminal_harden_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = blobs(90, size=16)
+    np.savez("data", image=images.image.numpy(), label=images.label.numpy() % 2)
+    command = ["-m", "rampart", "harden", "--data", "data.npz", "--out", "mine.mar"]
+    command += ["--device", "cpu", "--evaluate-on", "0"]
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "wb") as keys:
+        keys.write(b"n\n")
+        keys.flush()
+        asked = subprocess.run([sys.executable, *command], stdin=follower, capture_output=True)
+    os.close(follower)
+    assert b"Go on with that?" in asked.stdout and asked.returncode == 1
+    assert b"classifier: about " in asked.stdout
+    assert not list(Path("runs").glob("*/train-*"))
 
 
 def test_what_cannot_be_shared_out_refuses_torchrun(
@@ -124,9 +186,9 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
 
 
 def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:
-    images = blobs(300)
+    images = blobs(60)
     np.savez(tmp_path / "few.npz", image=images.image.numpy(), label=images.label.numpy())
-    with pytest.raises(ValueError, match="2,000 images"):
+    with pytest.raises(ValueError, match=r"leaves 30 held-out images.* at least 80 .*2,000 images"):
         run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c")
 
 
@@ -194,5 +256,5 @@ def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_ou
     command = [verb, *options[verb], "--data", "data"]
     with pytest.raises(ValueError, match=r"2 of 22 pictures .*\n.*empty\.png.*\n.*cut\.png"):
         run(*command)
-    with pytest.raises(ValueError, match="leaves 2 held-out images"):
+    with pytest.raises(ValueError, match="leaves 10 held-out images, 6 of them to calibrate on"):
         run(*command, "--skip-bad")

@@ -1,0 +1,288 @@
+"""Before the first step: what would fail after hours fails now, and how long it will take."""
+
+import copy
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model import pipeline as pipelines
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.detectors import FULL
+from rampart.hardening.model.images import Images
+from rampart.hardening.model.purifier import PurifierConfig
+from rampart.hardening.train import distributed
+from rampart.hardening.train.data import Batch
+from rampart.hardening.train.loop import Recipe, Trainer, accuracy
+from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
+
+T = TypeVar("T")
+STEPS, SECONDS = 5, 3.0  # most steps that are tried, and how long
+LAYERS = 160  # a network of more takes longer to export than one waits for: 7 s for 127 layers
+WRITTEN = 16  # times its weights that is written: the state of training, twice, and copies
+SEEN = 32  # images that validation is timed on
+FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError, TypeError, IndexError, KeyError)
+
+
+class Faults:
+    """Runs checks, and says at once what all of them found."""
+
+    def __init__(self) -> None:
+        self.found: list[Exception] = []
+
+    def of(self, check: Callable[[], T]) -> T | None:
+        """What `check` returns, or None where it failed."""
+        try:
+            return check()
+        except FAILURES as error:
+            self.found.append(error)
+            return None
+
+    def tell(self) -> None:
+        """Raise what one check found as it is, and of several one ValueError with all."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = "".join(f"\n  {i}. {error}" for i, error in enumerate(self.found, 1))
+            raise ValueError(f"{len(self.found)} things to put right before it can start:{lines}")
+
+
+class Trial(NamedTuple):
+    """What steps of a training took on this machine."""
+
+    step: float  # seconds
+    look: float  # seconds that validation spends on an image
+    memory: int  # bytes at most
+
+    def seconds(self, images: int, validation: int, recipe: Recipe | PurifierRecipe) -> float:
+        """How long the whole training takes."""
+        steps = max(1, images // recipe.batch_size)
+        return recipe.epochs * (steps * self.step + validation * self.look)
+
+    def in_words(
+        self, what: str, images: int, validation: int, recipe: Recipe | PurifierRecipe
+    ) -> str:
+        """The same for people."""
+        steps = max(1, images // recipe.batch_size)
+        each = f"{self.step:.2g} s" if self.step > 0.01 else "under 0.01 s"
+        return (
+            f"{what}: about {duration(self.seconds(images, validation, recipe))} on this machine"
+            f" ({recipe.epochs} epochs of {steps:,} steps, {each} each, and validation), up to"
+            f" {self.memory / 1e9:.1f} GB of memory"
+        )
+
+
+def check_place(folder: Path, need: float, option: str) -> None:
+    """Raise ValueError where `folder` cannot be written, or `need` bytes are more than is free."""
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise ValueError(f"{option} {folder}: {home} is a file and no folder; name another")
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {folder}: nothing can be written into {home} ({error.strerror})"
+        ) from error
+    if (free := shutil.disk_usage(home).free) < need:
+        raise ValueError(
+            f"{option} {folder}: about {need / 1e6:,.0f} MB will be written where"
+            f" {free / 1e6:,.0f} MB are free: free some, or name a folder on another disk"
+        )
+
+
+def size_of(net: nn.Module) -> int:
+    """Bytes of a network's weights."""
+    return sum(value.numel() * value.element_size() for value in net.state_dict().values())
+
+
+def check_network(net: Classifier) -> None:
+    """Raise ValueError where a network cannot be attacked, exported or trusted.
+
+    It must answer an image with K logits and F features that are numbers, the same ones each time
+    and in any company, and its logits must have a gradient.
+    """
+    arch, size = net.config.arch, net.config.image_size
+    draws = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, size, size, generator=draws).to(net.mean.device)
+    net = copy.deepcopy(net).eval()
+    try:
+        logits, features, again, alone = answers(net, x)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{arch} does not take images of {size}x{size} pixels, or has more than one head:"
+            f" {first_line(error)}: take another --arch or --image-size"
+        ) from error
+    wanted, found = (2, net.config.classes), tuple(logits.shape)
+    if found != wanted or features.shape != (2, net.feature_size):
+        raise ValueError(
+            f"{arch} gives logits {found} of features {tuple(features.shape)} where one head makes"
+            f" {wanted} of {(2, net.feature_size)}: take a network with one head"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"{arch} gives logits that are no numbers: take other weights")
+    if not alike(logits, again, 1e-4):
+        raise ValueError(
+            f"{arch} answers the same image differently each time: it must draw nothing at random"
+            " in eval mode (nn.Dropout, or F.dropout with training=self.training)"
+        )
+    if not alike(logits[:1], alone, 1e-2):
+        raise ValueError(
+            f"{arch} answers an image differently in other company: in eval mode normalize by"
+            " running statistics, and not by those of the batch"
+        )
+    check_gradient(net, x)
+
+
+def answers(net: Classifier, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x (2, 3, H, W): logits, features, logits again, and those of the first image alone."""
+    with torch.no_grad():
+        if not isinstance(net.backbone((x - net.mean) / net.std), Tensor):
+            raise TypeError("it returns more than one tensor")
+        return net(x), net.embed(x), net(x), net(x[:1])
+
+
+def alike(one: Tensor, other: Tensor, most: float) -> bool:
+    """Whether two tensors differ by at most so large a part of their largest value."""
+    return float((one - other).abs().max()) <= most * float(one.abs().max())
+
+
+def check_gradient(net: Classifier, x: Tensor) -> None:
+    """Raise ValueError where features do not depend on the pixels of x (N, 3, H, W)."""
+    x = x.clone().requires_grad_()
+    try:
+        features = net.embed(x).float()  # a head may begin with zeros
+        weight = torch.linspace(1, 2, features.shape[1], device=x.device)
+        (gradient,) = torch.autograd.grad((features * weight).sum(), x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{net.config.arch} passes no gradient to its input ({first_line(error)}): neither"
+            " training nor an attack can use it. Compute in torch, without detach or no_grad"
+        ) from error
+    if not torch.isfinite(gradient).all() or not gradient.any():
+        raise ValueError(
+            f"{net.config.arch} has a gradient that is zero or no number at random images: neither"
+            " training nor an attack can use it"
+        )
+
+
+def check_export(net: Classifier) -> None:
+    """Raise ValueError where ONNX Runtime does not answer as the network, once it is exported.
+
+    Of a very deep network, which takes long to export, a small one stands in.
+    """
+    layers = sum(not any(module.children()) for module in net.modules())
+    if layers > LAYERS:
+        net = Classifier(ClassifierConfig("resnet10", net.config.classes, width=0.125))
+    net = copy.deepcopy(net).cpu()
+    whole = pipelines.DefendedClassifier(net, None, FULL).eval().requires_grad_(False)
+    pipeline, size = pipelines.as_variant(whole, "lean"), net.config.image_size
+    image = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), device="cpu").run(image)
+    except Exception as error:  # the exporter's own, of any kind
+        raise ValueError(
+            f"{net.config.arch} cannot be exported to ONNX, so it could not be served:"
+            f" {first_line(error)}"
+        ) from error
+    with torch.no_grad():
+        own = pipeline(torch.from_numpy(image)).logits.numpy()
+    gap = float(np.abs(found.logits - own).max())
+    if not gap <= 1e-3 * max(1.0, float(np.abs(own).max())):
+        raise ValueError(
+            f"{net.config.arch} answers differently once exported to ONNX (logits by {gap:.2g}):"
+            " look for branches on values, and for what is drawn at random"
+        )
+
+
+def try_steps(
+    trainer: Trainer | PurifierTrainer,
+    classifier: Classifier,
+    threat: Threat,
+    *,
+    look_at: nn.Module | None = None,
+) -> Trial:
+    """Time some steps of a trainer on random images, and validation of `look_at` on some.
+
+    Both are then to be thrown away. Raises ValueError where the batch is too large or too small.
+    """
+    size, world = trainer.recipe.batch_size, distributed.place()[1]
+    times, config = list[float](), classifier.config
+    batch = random_batch(size // world, config, trainer.device)
+    try:
+        while not times or (len(times) < (2 if world > 1 else STEPS) and sum(times) < SECONDS):
+            start = time.monotonic()
+            loss = float(trainer.step(batch, 0.5))
+            times.append(time.monotonic() - start)
+        images = Images((batch.x * 255).byte().permute(0, 2, 3, 1), batch.label, ())
+        few = images[slice(min(SEEN, size // world))]
+        start = time.monotonic()
+        accuracy((look_at or classifier).eval(), few, threat=threat)
+        look = (time.monotonic() - start) / len(few)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise ValueError(f"a step with --batch-size {size} fails: {first_line(error)}") from error
+    if not np.isfinite(loss):
+        raise ValueError(f"the loss of the first steps is {loss}: lower --lr, or other weights")
+    return Trial(min(times[1:] or times), look, peak(trainer.device))
+
+
+def try_classifier(net: Classifier, recipe: Recipe, teacher: Classifier | None = None) -> Trial:
+    """Put a network through all that its training and its archive ask of it; it stays as it is."""
+    with torch.random.fork_rng():
+        check_network(net)
+        if distributed.first():
+            check_export(net)
+        if not recipe.epochs:
+            return Trial(0, 0, peak(net.mean.device))
+        own = copy.deepcopy(net)
+        return try_steps(Trainer(own, recipe, Path(), teacher), own, recipe.threat)
+
+
+def try_purifier(net: Classifier, recipe: PurifierRecipe) -> Trial:
+    """Time the steps of a purifier in front of a network, which stays as it is."""
+    with torch.random.fork_rng():
+        own = copy.deepcopy(net)
+        trainer = PurifierTrainer(own, PurifierConfig(), recipe, Path())
+        both = nn.Sequential(trainer.ema, own)
+        return try_steps(trainer, own, recipe.threat, look_at=both)
+
+
+def random_batch(size: int, config: ClassifierConfig, device: torch.device) -> Batch:
+    """Images that nobody took, with labels."""
+    draws, side = torch.Generator().manual_seed(0), config.image_size
+    x = torch.rand(size, 3, side, side, generator=draws)
+    label = torch.randint(config.classes, (size,), generator=draws)
+    return Batch(x.to(device), label.to(device), Noise(torch.arange(size).to(device)))
+
+
+def peak(device: torch.device) -> int:
+    """The most memory, in bytes, that was in use: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, shortly."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def duration(seconds: float) -> str:
+    """A time in words, no finer than it is known."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
