@@ -20,7 +20,7 @@ from rampart.handlers.contents import GRAPH, HANDLER, HASHES, PLAN, SOURCES
 from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
-from rampart.handlers.verdict import Policy
+from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model.card import read_card, unfit
 from rampart.hardening.model.files import (
     SAMPLE,
@@ -99,11 +99,7 @@ def archive(
     config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
     calibration = load_variant(folder, variant, precision)
-    usual = Policy(false_alarm_rate=finest_rate(calibration.images))
-    policy = asdict(usual) | settings.get("rampart", {})
-    # The handler would refuse such a policy at start; refuse it before it is packed.
-    rate = read_policy(policy).false_alarm_rate
-    calibration.check_rate(rate)
+    policy, rate = policy_for(calibration, settings.get("rampart", {}))
     max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -123,6 +119,18 @@ def archive(
         (work / "model-config.yaml").write_text(model_yaml)
         pack(work, out, version=version)
     return parity
+
+
+def policy_for(calibration: Calibration, wanted: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The policy and its false-alarm rate: what is `wanted`, else what so many images can promise.
+
+    Raises ValueError for one that the handler would refuse at start.
+    """
+    usual = Policy(false_alarm_rate=finest_rate(calibration.images))
+    policy = asdict(usual) | wanted
+    rate = read_policy(policy).false_alarm_rate
+    calibration.check_rate(rate)
+    return policy, rate
 
 
 def check_request(out: Path, version: str, plan: Path | None, precision: Precision) -> None:

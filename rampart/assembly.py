@@ -141,13 +141,17 @@ def harden(
             Model.load(model).archive(folder / out.name, sample=plan.sample)
 
         packed = job.once("archive", way.archive_inputs(model), pack)
-    same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
-    if not same:  # whole or not at all
-        partial_copy = shutil.copy(packed / out.name, out.with_suffix(".partial"))
-        Path(partial_copy).replace(out)
-    card = report.read_card(model)
-    note = f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"
-    return Outcome(card, [*([note] if same else []), f"\n{report.markdown(card)}\n"])
+    card, notes = report.read_card(model), deliver(model, packed / out.name, out)
+    return Outcome(card, [*notes, f"\n{report.markdown(card)}\n"])
+
+
+def deliver(model: Path, packed: Path, out: Path) -> list[str]:
+    """Bring a model folder and its archive to where they are wanted, with words where one stays."""
+    if folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model):
+        return [f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"]
+    # Whole or not at all.
+    Path(shutil.copy(packed, out.with_suffix(".partial"))).replace(out)
+    return []
 
 
 def check_fit(card: Mapping[str, Any], folder: Path, *, anyway: bool) -> None:

@@ -151,9 +151,8 @@ class Model:
             "data": data,
             "training": {"classifier": "not recorded"},
         }
-        content |= {"history": [], "classifier": classifier.config._asdict()}
-        content["calibration_images"] = next(iter(tables.values())).images
-        content["commands"] = [PYTHON]
+        content |= {"history": [], "classifier": classifier.config._asdict(), "commands": [PYTHON]}
+        content |= {"calibration_images": next(iter(tables.values())).images}
         model = cls(whole, source.images.classes, tables, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
         for form, table in tables.items():

@@ -45,13 +45,16 @@ class Source(NamedTuple):
         """What a card calls the held-out images."""
         return (self.held or self.data).name
 
-    @lru_cache(maxsize=1)  # noqa: B019  # the stages of `harden` read the same
     def read(self, size: int) -> tuple[Images | Folder, Images]:
         """(training images, held-out images), `size` pixels a side.
 
         Prints what there is. Raises ValueError where the held-out ones lie among those of training
         or are too few, or where a class has no image to train on.
         """
+        return self._read(size, Path.cwd())
+
+    @lru_cache(maxsize=1)  # noqa: B019  # the stages of `harden` read the same, in the same folder
+    def _read(self, size: int, _: Path) -> tuple[Images | Folder, Images]:
         data, held, skip_bad = self
         if held and held.is_dir() and held.resolve().is_relative_to(data.resolve()):
             raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")

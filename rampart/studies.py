@@ -227,8 +227,7 @@ def ablate(
     few = spread(attacked, limit).to(where)
     pipeline = model.pipeline(model.variants[0])
     arm = partial(ablation.arm, to_engine=partial(to_engine, threads=1), device=where)
-    setups = ablation.chosen(pipeline, rows, test=test is not None)
-    every = [arm(pipeline, setup, held) for setup in setups]
+    every = [arm(pipeline, s, held) for s in ablation.chosen(pipeline, rows, test=bool(test))]
     if (control := twin_of(model, study.twin)) and not (test or rows):
         victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
@@ -237,14 +236,14 @@ def ablate(
     title = test.name if test else f"validation images of {source.name}"
     how = {"data": f"{len(few)} {title}", "command": study.command}
     entry = ablation.entry(outcomes, study.threat, budget, len(few.classes), **how)
-    if rows or test:
-        lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
-        if not test:
-            return Outcome(model.card, lines)
-        model.log({name: entry[name] for name in ("data", "n", "command")})
-        kept = keep(model, {"test_ablation": entry}, study)
-        return Outcome(kept.content, [*lines, *kept.lines])
-    return enter_ablation(model, entry, outcomes, study)
+    if not (rows or test):
+        return enter_ablation(model, entry, outcomes, study)
+    lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
+    if not test:
+        return Outcome(model.card, lines)
+    model.log({name: entry[name] for name in ("data", "n", "command")})
+    kept = keep(model, {"test_ablation": entry}, study)
+    return Outcome(kept.content, [*lines, *kept.lines])
 
 
 def enter_ablation(

@@ -105,11 +105,8 @@ def train_from(
         data = faults.of(partial(source.read, start.config.image_size if start else net.image_size))
         prove_training(Training(net, given, run, data, start=start, teacher=teacher), faults)
     images, held = source.read(start.config.image_size if start else net.image_size)
-    if start and start.config.classes != len(images.classes):
-        raise ValueError(
-            f"--init {init} tells {start.config.classes} classes apart, but {source.data} has"
-            f" {len(images.classes)}: train from new weights, without --init"
-        )
+    if start and init:
+        check_classes(start, init, images, source)
     net = net._replace(classes=len(images.classes))
     classifier = (start or Classifier(net, auxiliary=True)).to(where)
     if run.compiled:
@@ -126,6 +123,15 @@ def train_from(
     commands, history = [*past.get("commands", []), run.command], past.get("history", [])
     learn = partial(train_classifier, teacher=robust, earlier=history, commands=commands)
     return learn(classifier, recipe, run.out, (images, validation))
+
+
+def check_classes(start: Classifier, init: Path, images: Images | Folder, source: Source) -> None:
+    """Raise ValueError where weights to go on from tell other classes apart than the images."""
+    if start.config.classes != len(images.classes):
+        raise ValueError(
+            f"--init {init} tells {start.config.classes} classes apart, but {source.data} has"
+            f" {len(images.classes)}: train from new weights, without --init"
+        )
 
 
 class Training(NamedTuple):

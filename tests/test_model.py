@@ -167,7 +167,9 @@ def test_a_promise_that_validation_images_break_is_told_with_its_numbers(
     last = torch.arange(400)[:, None, None, None] >= 400 * 1500 // 5170  # all but validation
     mixed = torch.where(last, images.image // 8, noise.byte())
     unlike = rp.Images(mixed, images.label, images.classes)
-    model = rp.Model.calibrate(small.classifier, rp.Held(unlike, blobs(50, size=16)))
+    train = blobs(50, size=16)
+    dark = rp.Images(train.image // 8, train.label, train.classes)
+    model = rp.Model.calibrate(small.classifier, rp.Held(unlike, dark))
     found = model.card["promise"]["lean, fp32"]
     assert found["flagged"] > 50 and found["chance"] < 1e-4
     assert "Warning: if calibration and validation images were alike" in capsys.readouterr().out

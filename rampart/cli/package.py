@@ -43,7 +43,7 @@ verb, app = o.theme("Package")
 class Form(NamedTuple):
     """What is exported of a model, and what proves it."""
 
-    model: o.Model
+    model: Annotated[Path, Argument(help=o.FOLDER)]
     variant: o.Variant = None
     precision: o.Precision = None
     images: o.Gated = None

@@ -41,9 +41,15 @@ ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands b
 verb, app = o.theme("Train")
 
 
-def chosen(augment: list[str]) -> tuple[str, ...]:
-    """The augmentations that options name."""
-    return tuple(name for name in augment if name != "none")
+def ask() -> None:
+    """End where the answer is no."""
+    if not typer.confirm(QUESTION):
+        raise typer.Exit(1)
+
+
+def chosen(augment: list[str] | None) -> tuple[str, ...] | None:
+    """The augmentations that options name; None where there are no such options."""
+    return tuple(name for name in augment if name != "none") if augment else None
 
 
 @verb(
@@ -85,11 +91,10 @@ def harden(
     from rampart.assembly import harden as go
     from rampart.proposal import Wishes
 
-    net = network.config(arch or "resnet18", image_size or 32)
+    net, how = network.config(arch or "resnet18", image_size or 32), chosen(augment)
     asked = (threat.ball(), method, arch, network.width, image_size, net, epochs, batch_size, lr)
-    how = chosen(augment) if augment else None
     wishes = Wishes(*asked, how, weights, purifier_epochs, evaluate_on, dtype, device, sample)
-    agree = bool if yes or not sys.stdin.isatty() else partial(typer.confirm, QUESTION, abort=True)
+    agree = bool if yes or not sys.stdin.isatty() else ask
     go = partial(go, runs=runs, command=command_line(), agree=agree, anyway=anyway)
     outcome = go(source.open(), out, wishes)
     say(*outcome.lines, f"{out}: serve it with `rampart serve --archive {out}`")
@@ -130,8 +135,8 @@ def train(
 
     recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size, lr, ema=ema, seed=run.seed)
     recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps)
-    if augment:
-        recipe = recipe._replace(augment=chosen(augment))
+    if (how := chosen(augment)) is not None:
+        recipe = recipe._replace(augment=how)
     net = network.config(arch, image_size)._replace(rectified=rectify)
     place = run.place()._replace(compiled=compile)
     best = train_from(source.open(), net, recipe, place, init=init, teacher=teacher)

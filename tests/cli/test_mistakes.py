@@ -186,7 +186,11 @@ def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("rampart.model.Model.load", interrupted)
-    assert cli.main() == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        assert cli.main() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     (line,) = capsys.readouterr().err.splitlines()
     goes_on = f"; what was done is kept, and this goes on: rampart {shlex.join(words)}"
     assert line == f"rampart: interrupted{'' if verb == 'alarms' else goes_on}"

@@ -174,7 +174,7 @@ def test_an_archive_that_was_tampered_with_is_refused(
     with pytest.raises(ValueError, match=r"forged\.mar: labels\.json is not the file"):
         recalibrate(forged, traffic, tmp_path / "new.mar", command="")
     (tmp_path / "text.mar").write_text("no archive")
-    with pytest.raises(ValueError, match="not an archive"):
+    with pytest.raises(ValueError, match="not a TorchServe archive"):
         recalibrate(tmp_path / "text.mar", traffic, tmp_path / "new.mar", command="")
     with pytest.raises(FileNotFoundError, match="rampart archive"):
         recalibrate(tmp_path / "none.mar", traffic, tmp_path / "new.mar", command="")
