@@ -20,7 +20,8 @@ def save(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
     partial.unlink(missing_ok=True)
     partial.touch()  # with the rights that the umask leaves; safetensors gives the owner's alone
     mode = partial.stat().st_mode
-    save_file(state, partial, {"format": FORMAT, "config": json.dumps(config)})
+    # One entry, since safetensors writes several in an order of chance: other bytes each time.
+    save_file(state, partial, {"config": json.dumps({"format": FORMAT} | config)})
     partial.chmod(mode)
     partial.replace(path)
 

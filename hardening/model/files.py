@@ -49,7 +49,7 @@ def read_config(weights: Path) -> dict[str, Any]:
             metadata = json.loads(file.read(length)).get("__metadata__", {})
     except (struct.error, ValueError, AttributeError) as error:
         raise ValueError(f"{weights} is not a safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
+    config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+    if metadata.get("format", config.pop("format", None)) != FORMAT:
         raise ValueError(f"{weights} carries no Rampart config: only files of `rampart train` load")
-    config: dict[str, Any] = json.loads(metadata["config"])
     return config

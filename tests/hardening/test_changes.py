@@ -84,11 +84,11 @@ def test_a_run_with_one_picture_more_says_which_and_goes_on_without_it(tmp_path:
     run(*command, 1)
     extra = home / "a" / "extra.png"
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(extra)
-    Source.read.cache_clear()  # as another process begins
+    Source._read.cache_clear()  # as another process begins
     with pytest.raises(ValueError, match=r"began: 1 new \(data/a/extra\.png\)\. With"):
         run(*command, 1)
     extra.unlink()
-    Source.read.cache_clear()
+    Source._read.cache_clear()
     assert "continuing" in run(*command, 1)
     with pytest.raises(ValueError, match=r"other settings or images \(epochs 1, now 2\)"):
         run(*command, 2)

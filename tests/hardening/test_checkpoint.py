@@ -55,3 +55,11 @@ def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int,
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == mode
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_the_same_weights_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    layer = torch.nn.Linear(3, 2)
+    for file in files:
+        checkpoint.save(file, layer, {"size": [3, 2]})
+    assert len({file.read_bytes() for file in files}) == 1
