@@ -238,13 +238,18 @@ def try_steps(
     return Trial(min(times[1:] or times), look, peak(trainer.device))
 
 
-def try_classifier(net: Classifier, recipe: Recipe, teacher: Classifier | None = None) -> Trial:
-    """Put a network through all that its training and its archive ask of it; it stays as it is."""
+def try_classifier(
+    net: Classifier, recipe: Recipe, teacher: Classifier | None = None, *, timed: bool = True
+) -> Trial:
+    """Put a network through all that its training and its archive ask of it; it stays as it is.
+
+    Not `timed`, it takes no steps: with a large network they are what takes long.
+    """
     with torch.random.fork_rng():
         check_network(net)
         if distributed.first():
             check_export(net)
-        if not recipe.epochs:
+        if not (recipe.epochs and timed):
             return Trial(0, 0, peak(net.mean.device))
         own = copy.deepcopy(net)
         return try_steps(Trainer(own, recipe, Path(), teacher), own, recipe.threat)

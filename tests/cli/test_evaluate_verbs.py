@@ -159,6 +159,7 @@ def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
     assert '"data": "6 test.npz"' in (model / "evaluations.jsonl").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
     tmp_path: Path, lean_only: Path

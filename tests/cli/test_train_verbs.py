@@ -140,6 +140,7 @@ def test_harden_without_weights_or_training_says_what_to_pass(tmp_path: Path) ->
         run("harden", "--data", tmp_path, "--out", tmp_path / "mine.mar", "--epochs", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_a_second_head_is_the_same_whenever_the_command_runs(tmp_path: Path) -> None:
     images = blobs(2000, size=16)

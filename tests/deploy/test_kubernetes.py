@@ -71,6 +71,7 @@ def schema_of(folder: Path, kind: str) -> Definition:
     raise AssertionError(f"{folder} has no {kind}")
 
 
+@pytest.mark.slow
 def test_kserve_takes_the_runtime_and_the_example(rampart_schemas: Path) -> None:
     for file in (RUNTIME, EXAMPLE):
         document = yaml.safe_load(file.read_text())

@@ -33,7 +33,10 @@ def images(count: int) -> Tensor:
 
 
 # Residuals and strides; max-pooling; concatenation.
-@pytest.mark.parametrize(("arch", "width"), [("resnet18", 0.125), ("vgg11_bn", 0.125)])
+@pytest.mark.parametrize(
+    ("arch", "width"),
+    [("resnet10", 0.125), pytest.param("vgg11_bn", 0.125, marks=pytest.mark.slow)],
+)
 def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
     arch: str, width: float, tmp_path: Path
 ) -> None:

@@ -91,7 +91,10 @@ def test_a_graph_of_another_net_is_not_taken_for_a_form_of_this_one(
             parity.check_close(before, (constant, table), tiny_images.image[:32])
 
 
-@pytest.mark.parametrize(("precision", "size"), [("int8", 0.6), ("fp16", 0.65)])
+@pytest.mark.parametrize(
+    ("precision", "size"),
+    [("int8", 0.6), pytest.param("fp16", 0.65, marks=pytest.mark.slow)],
+)
 def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answers(
     precision: Precision,
     size: float,

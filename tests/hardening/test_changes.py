@@ -76,6 +76,7 @@ def test_a_stage_that_is_begun_anew_says_why(
     assert "with other epochs, held, images;" in said
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_a_run_with_one_picture_more_says_which_and_goes_on_without_it(tmp_path: Path) -> None:
     home = pictures(tmp_path / "data", 90)

@@ -68,6 +68,7 @@ def test_without_gradients_the_int8_graph_alone_is_run(engine: Engine, tiny_imag
         np.testing.assert_array_equal(made.label_logits(x), own.logits)
 
 
+@pytest.mark.slow
 def test_the_int8_graph_is_a_victim_of_its_own(
     engine: Engine,
     tiny_pipeline: DefendedClassifier,

@@ -324,6 +324,7 @@ def test_a_replaced_archive_is_served_without_a_failed_request(
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_is_taken(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:

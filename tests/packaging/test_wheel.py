@@ -169,6 +169,7 @@ def image() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_a_container_serves_with_a_read_only_root_no_home_and_a_user_that_nobody_knows(
     wheel: Path, tiny_archive: Path, image: Path
 ) -> None:
