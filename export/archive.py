@@ -109,16 +109,22 @@ def archive(
             policy["device"] = "plan"
             add_plan(plan, work)
         add_sources(work)
-        if sample and (folder / SAMPLE).is_file():
-            shutil.copy(folder / SAMPLE, work)
-        shutil.copy(calibration_file(folder, variant, precision), work / "calibration.json")
-        (work / "labels.json").write_text(json.dumps(config["classes"]))
+        calibrated = calibration_file(folder, variant, precision)
+        add_data(work, calibrated, config["classes"], sample=sample)
         names = {"name": out.stem, "variant": variant, "precision": precision}
         add_card(work, folder, names | {"max_pixels": max_pixels})
         model_yaml = yaml.safe_dump(SETTINGS | settings | {"rampart": policy})
         (work / "model-config.yaml").write_text(model_yaml)
         pack(work, out, version=version)
     return parity
+
+
+def add_data(work: Path, calibrated: Path, classes: list[str], *, sample: bool) -> None:
+    """Calibration and labels, and the sample picture of their folder where it is wanted."""
+    shutil.copy(calibrated, work / "calibration.json")
+    (work / "labels.json").write_text(json.dumps(classes))
+    if sample and calibrated.with_name(SAMPLE).is_file():
+        shutil.copy(calibrated.with_name(SAMPLE), work)
 
 
 def policy_for(calibration: Calibration, wanted: dict[str, Any]) -> tuple[dict[str, Any], float]:

@@ -239,8 +239,11 @@ def ablate(
     if not (rows or test):
         return enter_ablation(model, entry, outcomes, study)
     lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
-    if not test:
-        return Outcome(model.card, lines)
+    return enter_test(model, entry, study, lines) if test else Outcome(model.card, lines)
+
+
+def enter_test(model: Model, entry: dict[str, Any], study: Study, lines: list[str]) -> Outcome:
+    """Keep an ablation on test images."""
     model.log({name: entry[name] for name in ("data", "n", "command")})
     kept = keep(model, {"test_ablation": entry}, study)
     return Outcome(kept.content, [*lines, *kept.lines])

@@ -90,39 +90,37 @@ def train_from(
 ) -> Path:
     """Train a classifier on a source's images, new or from the weights `init`; returns its file.
 
-    First all is tried that would fail later, unless it was `tried` before.
-
-    The number of classes in `net` is that of the images; of `init` all of `net` but `rectified`.
-    Raises ValueError where classes differ or what belongs together is missing.
+    First all is tried that would fail later, unless it was `tried` before. The number of classes in
+    `net` is that of the images; of `init` all of `net` but `rectified`. Raises ValueError where
+    classes differ or what belongs together is missing.
     """
     inputs.size(net.image_size)
     inputs.training(recipe.method, teacher, recipe.smoothing, recipe.steps)
     where = run.join()
     torch.manual_seed(recipe.seed)  # new layers of `init` are drawn from it too
     start = load_classifier(init, auxiliary=True, rectified=net.rectified) if init else None
+    size = start.config.image_size if start else net.image_size
+    recipe = recipe._replace(precision=run.arithmetic(where))
     if not tried:
-        faults, given = Faults(), recipe._replace(precision=run.arithmetic(where))
-        data = faults.of(partial(source.read, start.config.image_size if start else net.image_size))
-        prove_training(Training(net, given, run, data, start=start, teacher=teacher), faults)
-    images, held = source.read(start.config.image_size if start else net.image_size)
+        faults = Faults()
+        data = faults.of(partial(source.read, size))
+        prove_training(Training(net, recipe, run, data, start=start, teacher=teacher), faults)
+    images, held = source.read(size)
     if start and init:
         check_classes(start, init, images, source)
-    net = net._replace(classes=len(images.classes))
-    classifier = (start or Classifier(net, auxiliary=True)).to(where)
+    new = net._replace(classes=len(images.classes))
+    classifier = (start or Classifier(new, auxiliary=True)).to(where)
     if run.compiled:
         classifier.backbone.compile()
     robust = load_classifier(teacher).to(where) if teacher else None
     past = checkpoint.read(init)[0] if init else {}
-    recipe = recipe._replace(
-        precision=run.arithmetic(where),
-        teacher=checkpoint.digest(robust) if robust else "",
-        after=str(past.get("training", init.name)) if init else "",
-    )
+    after = str(past.get("training", init.name)) if init else ""
+    recipe = recipe._replace(teacher=checkpoint.digest(robust) if robust else "", after=after)
     check_images(run.out, images, held)
-    validation = split(held, "validation")[slice(run.validate_on)]
+    both = images, split(held, "validation")[slice(run.validate_on)]
     commands, history = [*past.get("commands", []), run.command], past.get("history", [])
     learn = partial(train_classifier, teacher=robust, earlier=history, commands=commands)
-    return learn(classifier, recipe, run.out, (images, validation))
+    return learn(classifier, recipe, run.out, both)
 
 
 def check_classes(start: Classifier, init: Path, images: Images | Folder, source: Source) -> None:
