@@ -31,6 +31,7 @@ def test_the_endpoint_answers_as_the_torch_pipeline_on_every_image(
     assert "clean images flagged: " in said
 
 
+@pytest.mark.slow
 def test_an_archive_says_of_every_image_what_an_older_one_said(
     tmp_path: Path,
     tiny_shipped: Path,

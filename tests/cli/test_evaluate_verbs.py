@@ -72,6 +72,7 @@ def test_a_failed_self_check_is_named_and_a_passed_one_is_not() -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) -> None:
     held = lean_only.with_name("held.npz")
     found = lean_only.with_name("found")
@@ -118,6 +119,7 @@ def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) 
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_the_ablation_goes_into_the_card_and_chooses_the_default_variant(
     tmp_path: Path, lean_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

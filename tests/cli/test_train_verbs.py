@@ -108,6 +108,7 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_without_a_yes_on_a_terminal_harden_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_second_head_is_the_same_whenever_the_command_runs(tmp_path: Path) -> 
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

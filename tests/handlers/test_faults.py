@@ -42,6 +42,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
     launch: Callable[..., Server],
     tiny_archive: Path,
@@ -80,6 +81,7 @@ def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_bodies_that_never_end_fill_java_and_no_more_and_service_comes_back(
     launch: Callable[..., Server],
     tiny_archive: Path,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import requests
 import yaml
 from jsonschema import Draft202012Validator
@@ -18,6 +19,7 @@ FILE = Path("deploy/openapi.yaml")
 STATUSES = "[checks.negative_data_rejection]\nexpected-statuses = [400, 404, 413, 415, 422]\n"
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_answer_that_the_description_does_not_allow(
     server: Server, tmp_path: Path
 ) -> None:

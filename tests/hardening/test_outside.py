@@ -47,6 +47,7 @@ def test_a_corruption_changes_the_picture_and_not_beyond_recognition(name: str) 
     assert 0.5 / 255 < (after - x).abs().mean() < 0.3
 
 
+@pytest.mark.slow
 def test_what_is_found_against_one_victim_counts_for_all(
     tiny_folder: Path, tiny_images: Images, tmp_path: Path
 ) -> None:

@@ -291,6 +291,7 @@ def test_a_killed_worker_is_replaced_and_its_counters_stay(
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_replaced_archive_is_served_without_a_failed_request(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:

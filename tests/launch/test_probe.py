@@ -15,6 +15,7 @@ from servers import Server
 from rampart.launch.probe import probe
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_told_from_one_that_lives(server: Server) -> None:
     address = f"http://127.0.0.1:{server.port + 2}/metrics"
     deadline = time.monotonic() + 10
