@@ -18,10 +18,12 @@ import torch
 from blobs import blobs
 from trajectory import STEPS, start, trajectory
 
+from rampart import preflight
 from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.train import distributed
 from rampart.hardening.train import state as states
-from rampart.hardening.train.loop import Run, one_part
+from rampart.hardening.train.loop import Recipe, Run, Trainer, one_part
 
 pytestmark = pytest.mark.training
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -90,6 +92,21 @@ def test_processes_that_begin_with_other_images_are_stopped(tmp_path: Path) -> N
         worker.join()
         assert worker.exitcode == 1
     assert log.read_text().count("do not begin with the same images and weights") == 2
+
+
+def try_steps_with_no_patience_in_one(folder: Path) -> None:
+    preflight.SECONDS = 0.0 if distributed.place()[0] else 60.0
+    net = Classifier(ClassifierConfig("resnet10", 2, 0.125, image_size=16))
+    recipe = Recipe("nfgsm", batch_size=8)
+    print(preflight.try_steps(Trainer(net, recipe, folder), net, recipe.threat))
+
+
+def test_processes_try_as_many_steps_however_long_they_take(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for worker in start(2, log, try_steps_with_no_patience_in_one, tmp_path):
+        worker.join()
+        assert worker.exitcode == 0, log.read_text()
+    assert log.read_text().count("Trial(") == 2
 
 
 def show(*arguments: object) -> None:
