@@ -291,15 +291,19 @@ def test_a_killed_worker_is_replaced_and_its_counters_stay(
     assert server.end() == 0
 
 
+def archive_with_news(tiny_archive: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of an archive, and a newer one that promises another rate."""
+    archive, news = Path(shutil.copy(tiny_archive, folder)), folder / "news.mar"
+    rates = "false_alarm_rate: 0.01", "false_alarm_rate: 0.07"
+    repack(tiny_archive, news, "model-config.yaml", *rates)
+    return archive, news
+
+
 @pytest.mark.slow
 def test_a_replaced_archive_is_served_without_a_failed_request(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
-    archive, news = tmp_path / "tiny.mar", tmp_path / "news.mar"
-    shutil.copy(tiny_archive, archive)
-    repack(
-        tiny_archive, news, "model-config.yaml", "false_alarm_rate: 0.01", "false_alarm_rate: 0.07"
-    )
+    archive, news = archive_with_news(tiny_archive, tmp_path)
     server = start(archive)
     server.read()
     statuses: list[int] = []
@@ -329,11 +333,7 @@ def test_a_replaced_archive_is_served_without_a_failed_request(
 def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_is_taken(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
-    archive, news = tmp_path / "tiny.mar", tmp_path / "news.mar"
-    shutil.copy(tiny_archive, archive)
-    repack(
-        tiny_archive, news, "model-config.yaml", "false_alarm_rate: 0.01", "false_alarm_rate: 0.07"
-    )
+    archive, news = archive_with_news(tiny_archive, tmp_path)
     server = start(archive, workers=2)
     server.read()
     expected = verdict(requests.post(server.url, picture, timeout=10))
