@@ -25,6 +25,9 @@ LIBRARIES = {
     "cuda": "the libraries of CUDA 13 and cuDNN 9 (they come with torch)",
     "tensorrt": "the libraries of TensorRT 10 besides those of CUDA 13 and cuDNN 9",
 }
+# What a graph's metadata call the bits of its integer weights, and how many they may have where a
+# CPU adds two products with activations in 16 bits: 2 * 255 * 64 < 2**15.
+WEIGHT_BITS, SAFE_BITS = "rampart_weight_bits", 7
 BEST_BATCH = 8  # what TensorRT tunes for
 
 
@@ -127,6 +130,23 @@ def dots_bytes(features: set[str]) -> bool:
     return bool(features & {"avx_vnni", "avx512_vnni", "asimddp"})
 
 
+def overflows(graph: Path, features: set[str]) -> bool:
+    """Whether a CPU with these features adds products of this graph's bytes in 16 bits, and they
+    are too large for that: those of 8-bit weights are, those of 7-bit weights are not.
+    """
+    if dots_bytes(features):
+        return False
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception:  # ONNX Runtime's exceptions have no common type; who loads the graph says so
+        return True
+    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return metadata.get(WEIGHT_BITS) != str(SAFE_BITS)
+
+
 def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
@@ -139,8 +159,8 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
             f"no {device.upper()} device for onnxruntime: its {PROVIDERS[device]} is missing,"
             " install onnxruntime-gpu"
         )
-    if not dots_bytes(cpu_features()):
-        # It sums in 16 bits, which overflow. On other CPUs the option would double the time.
+    if overflows(path, cpu_features()):
+        # The option doubles the time.
         options.add_session_config_entry("session.x64quantprecision", "1")
     providers = _providers(path, device, device_id)
     try:

@@ -1,11 +1,15 @@
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from onnx.numpy_helper import to_array
 
 from rampart.export.quantize import classifier_nodes, quantize
+from rampart.handlers.engine import overflows
 from rampart.hardening.model.images import Images
 
 
@@ -40,6 +44,30 @@ def test_the_classifier_is_quantized_and_what_surrounds_it_is_not(graph: Path, i
 def test_ranges_that_were_kept_give_the_same_graph_again(graph: Path, int8: Path) -> None:
     again = quantize(graph, graph.with_name("ranges.json"), graph.with_name("again.onnx"))
     assert again.read_bytes() == int8.read_bytes()
+
+
+def test_weights_have_7_bits_and_need_no_guard_where_products_are_added_in_16(int8: Path) -> None:
+    model = onnx.load(int8)
+    weights = [
+        to_array(value)
+        for value in model.graph.initializer
+        if value.data_type == TensorProto.INT8 and value.name.endswith("quantized")
+    ]
+    assert len(weights) > 5
+    assert max(np.abs(one.astype(int)).max() for one in weights) in (63, 64)
+    assert not overflows(int8, {"avx2"})
+
+
+def test_ranges_of_8_bits_give_8_bits_again_with_their_guard(
+    graph: Path, int8: Path, tmp_path: Path
+) -> None:
+    ranges = json.loads(graph.with_name("ranges.json").read_text())
+    assert ranges.pop("rampart_weight_bits") == 7
+    (tmp_path / "ranges.json").write_text(json.dumps(ranges))
+    before = quantize(graph, tmp_path / "ranges.json", tmp_path / "before.onnx")
+    weights = [to_array(value) for value in onnx.load(before).graph.initializer]
+    assert max(np.abs(one.astype(int)).max() for one in weights if one.dtype == np.int8) == 127
+    assert overflows(before, {"avx2"}) and not overflows(before, {"avx2", "avx512_vnni"})
 
 
 def test_without_ranges_the_command_that_makes_them_is_named(graph: Path, tmp_path: Path) -> None:
