@@ -104,7 +104,8 @@ wheel: .venv/dev
 
 # Builds the graphs that model folders ship anew, once the code that exports has changed.
 graphs: .venv/dev
-	$(BIN)/rampart export model_store/cifar10 --ship
+	for model in $(sort $(dir $(wildcard model_store/*/graph-*.onnx))); do \
+	    $(BIN)/rampart export $$model --ship || exit 1; done
 
 .venv/peers: .venv/dev requirements/peers.txt
 	@$(BIN)/python -m pip install -q --require-hashes -r requirements/peers.txt

@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from rampart.hardening.attack.ladder import QUICK, fool
-from rampart.hardening.attack.objectives import look_at
+from rampart.hardening.attack.objectives import View, look_at
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import certify as certificates
 from rampart.hardening.judge.certify import Certificate
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.project import project
@@ -23,6 +25,13 @@ from rampart.hardening.train.data import read_picture
 from rampart.model import Model
 from rampart.training import pick_device
 
+# What the pictures of an attack are, by the names of their files.
+TITLES = {
+    "clean": "as sent",
+    "attacked-twin": "attack on the undefended twin, {}",
+    "attacked": "attack that knows all of Rampart, {}",
+    "also": "another picture",
+}
 TABBY = "cat"  # what scikit-image's picture shows, where a model knows it
 Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
@@ -36,6 +45,12 @@ class Noise(NamedTuple):
     alpha: float = 0.001  # how often the certificate may be wrong
 
 
+def shown(model: Model, file: Path | None) -> Tensor:
+    """A picture as uint8 (1, size, size, 3); without a file the model's own, else the cat."""
+    own = model.folder and model.folder / SAMPLE
+    return picture(file or (own if own and own.is_file() else None), model.image_size)
+
+
 def picture(file: Path | None, size: int) -> Tensor:
     """A picture as uint8 (1, size, size, 3); without a file scikit-image's cat."""
     from skimage.data import data_dir
@@ -43,27 +58,40 @@ def picture(file: Path | None, size: int) -> Tensor:
     return torch.from_numpy(read_picture(file or Path(data_dir) / "chelsea.png", size))[None]
 
 
+class Aim(NamedTuple):
+    """What an attack on one picture may do, and what is shown beside."""
+
+    threat: Threat
+    twin: Classifier | None = None  # an undefended network, attacked as well
+    also: Path | None = None  # another picture, shown as it is
+    rate: float = 0.01
+
+
 def attack(
-    model: Model,
-    image: Path | None,
-    out: Path,
-    *,
-    threat: Threat,
-    variant: Variant | None = None,
-    rate: float = 0.01,
+    model: Model, image: Path | None, out: Path, aim: Aim, variant: Variant | None = None
 ) -> list[str]:
     """White-box attack on one picture: 8-bit PNGs in the folder `out`, at the model's size."""
     chosen = model.chosen_variant(variant)
-    pipeline, pixels = model.pipeline(chosen), picture(image, model.image_size)
-    attacked = fool(look_at(pipeline, model.calibration(chosen), rate), pixels, threat, QUICK)
-    views = {"clean": pixels, "attacked": attacked}
-    panels = verdict_panels(model, chosen, views, rate=rate)
+    pipeline, pixels = model.pipeline(chosen), shown(model, image)
+    views = {"clean": pixels}
+    if twin := aim.twin:
+        views["attacked-twin"] = fool(lambda x: View(twin(x)), pixels, aim.threat, QUICK)
+    look = look_at(pipeline, model.calibration(chosen), aim.rate)
+    views["attacked"] = attacked = fool(look, pixels, aim.threat, QUICK)
+    if aim.also:
+        views["also"] = picture(aim.also, model.image_size)
+    panels = verdict_panels(model, chosen, views, rate=aim.rate)
+    if aim.twin:
+        panels = [beside(panel, aim.twin, model.classes) for panel in panels]
     out.mkdir(parents=True, exist_ok=True)
     for name, view, _ in panels:
         Image.fromarray(view).save(out / f"{name}.png")
-    lines = [f"{out / name}.png: {caption}" for name, _, caption in panels]
+    lines = [f"{out / name}.png: {caption.replace(chr(10), '; ')}" for name, _, caption in panels]
     if pipeline.purifier is not None:
         panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
+    panels = [
+        (TITLES.get(name, name).format(aim.threat), view, text) for name, view, text in panels
+    ]
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
 
@@ -78,13 +106,23 @@ def verdict_panels(
     ]
 
 
+def beside(panel: Panel, twin: Classifier, classes: Sequence[str]) -> Panel:
+    """A panel whose caption also has what the undefended network says."""
+    title, view, caption = panel
+    with torch.no_grad():
+        logits = twin(to_float(torch.from_numpy(view)[None]))
+    confidence, index = logits.softmax(1)[0].max(0)
+    said = f"undefended: {classes[int(index)]} {float(confidence):.0%}"
+    return title, view, f"Rampart: {caption}\n{said}"
+
+
 def purify(
     model: Model, image: Path | None, out: Path, *, projected: bool, hide: Box | None, rate: float
 ) -> list[str]:
     """What the purifier makes of a picture, drawn into `out`, and how the verdict changes."""
     pipeline = model.pipeline("full")
     assert pipeline.purifier is not None
-    pixels = picture(image, model.image_size)
+    pixels = shown(model, image)
     views = {"as sent": pixels, "purified": pipeline(pixels).purified}
     if projected or hide:
         visible = window(hide, pixels.shape[1])
@@ -123,7 +161,7 @@ def certify(
         raise ValueError(f"--label {label}: the model tells {', '.join(model.classes)} apart")
     net = model.pipeline("lean").classifier.to(pick_device(device))
     sigma, samples, alpha = noise or Noise()
-    x = to_float(picture(image, model.image_size)).to(net.mean.device)
+    x = to_float(shown(model, image)).to(net.mean.device)
     found = certificates.certify(net, x, sigma=sigma, samples=samples, alpha=alpha)
     if image is None and TABBY in model.classes:
         label = label or TABBY

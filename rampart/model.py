@@ -109,6 +109,12 @@ class Model:
     def __str__(self) -> str:
         return str(self.folder or self.card.get("model", "the model"))
 
+    @property
+    def threat(self) -> Threat:
+        """What it was first evaluated against; before that, what it was trained against."""
+        told = self.card.get("threat_model") or self.card.get("training", {}).get("classifier")
+        return Threat.parse(str(told)) or Threat()
+
     @classmethod
     def load(cls, folder: Path | str) -> "Model":
         """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -237,3 +238,31 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), scope)
     assert (tmp_path / "mine.mar").is_file()
+
+
+@pytest.mark.parametrize(
+    ("card", "threat"),
+    [
+        ({}, rp.Threat("Linf", 8 / 255)),
+        ({"training": {"classifier": "not recorded"}}, rp.Threat("Linf", 8 / 255)),
+        (
+            {"training": {"classifier": repr(rp.Recipe(threat=rp.Threat("L2", 0.25)))}},
+            rp.Threat("L2", 0.25),
+        ),
+        (
+            {"training": {"classifier": repr(rp.Recipe(threat=rp.Threat(eps=4 / 255)))}},
+            rp.Threat(eps=4 / 255),
+        ),
+        (
+            {"threat_model": "Linf 2/255", "training": {"classifier": "L2 1"}},
+            rp.Threat(eps=2 / 255),
+        ),
+        ({"threat_model": "L2 0.5"}, rp.Threat("L2", 0.5)),
+    ],
+)
+def test_a_models_threat_is_what_it_was_evaluated_or_trained_against(
+    tiny_folder: Path, card: dict[str, Any], threat: rp.Threat
+) -> None:
+    model = rp.Model.load(tiny_folder)
+    model.card = card
+    assert model.threat == threat

@@ -3,6 +3,7 @@ Sources: PGD, Madry et al. 2018 (section 2.1); N-FGSM, de Jorge et al. 2022 (alg
 Croce and Hein 2020 (section 3, algorithm 1).
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,12 @@ class Threat(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.norm} {self.eps * 255:g}/255" if self.norm == "Linf" else f"L2 {self.eps:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Threat | None":
+        """The first threat in `text`, as str or repr spells it; None without one."""
+        match = re.search(r"(Linf|L2)\W+(?:eps=)?([\d.]+(?:e-\d+)?)(/255)?", text)
+        return cls(match[1], float(match[2]) / (255 if match[3] else 1)) if match else None
 
 
 def flat_norm(d: Tensor) -> Tensor:

@@ -31,16 +31,25 @@ def describe(
 
 def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path) -> Path:
     """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
-    side, margin, line = 288, 12, 26
+    side, margin, line = 288, 16, 24
+    lines = max(caption.count("\n") + 1 for _, _, caption in panels)
     width = len(panels) * (side + margin) + margin
-    sheet = Image.new("RGB", (width, side + 2 * line + 2 * margin), "white")
+    sheet = Image.new("RGB", (width, side + (1 + lines) * line + 2 * margin), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=15)
+    font = fitting([text for title, _, caption in panels for text in (title, caption)], side)
     for number, (title, image, caption) in enumerate(panels):
         left = margin + number * (side + margin)
         large = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(large, (left, margin + line))
         draw.text((left, margin), title, fill="black", font=font)
-        draw.text((left, margin + line + side + 4), caption, fill="black", font=font)
+        draw.text((left, margin + line + side + 6), caption, fill="black", font=font, spacing=8)
     sheet.save(path)
     return path
+
+
+def fitting(texts: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font up to 15 pixels in which no line of `texts` is wider than `width`."""
+    lines = [line for text in texts for line in text.split("\n")]
+    fonts = (ImageFont.load_default(size=size) for size in range(15, 8, -1))
+    small = ImageFont.load_default(size=8)
+    return next((f for f in fonts if max(map(f.getlength, lines)) <= width), small)

@@ -56,7 +56,7 @@ def evaluate(
 
     model = rp.Model.load(subject.model)
     sample = images.read(model, limit or (100 if quick else None))
-    study = studies.Study(threat.ball(), rate, quick, device, cache, twin, command_line())
+    study = studies.Study(threat.ball(model), rate, quick, device, cache, twin, command_line())
     study = study._replace(into_card=into_card)
     attack = partial(studies.evaluate, rungs=rung or [], variant=variant, gallery=gallery)
     outcome = attack(model, sample, study, forms=studies.forms(int8=int8, fp16=fp16), notice=say)
@@ -81,9 +81,9 @@ def ablate(
     """What each part adds under attack, and costs; in the card, it chooses the default variant."""
     from rampart import studies
 
-    study = studies.Study(threat.ball(), device=device, cache=cache, twin=twin)
-    ablate = partial(studies.ablate, limit=limit, steps=steps, test=test, rows=row or [])
     model = rp.Model.load(subject.model)
+    study = studies.Study(threat.ball(model), device=device, cache=cache, twin=twin)
+    ablate = partial(studies.ablate, limit=limit, steps=steps, test=test, rows=row or [])
     study = study._replace(command=command_line(), into_card=into_card)
     say(*ablate(model, source.open(), study).lines)
 

@@ -10,6 +10,7 @@ from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 
+ALSO = "Another picture, shown as it is; as one of nothing that the model knows"
 HIDE = "LEFT TOP WIDTH HEIGHT to project without, in pixels at model resolution"
 BEFORE = "The picture of before and after"
 ATTACKED, PURIFIED = Path("attacked"), Path("purified.png")
@@ -19,20 +20,26 @@ PROJECT = "Also the generator's own image nearest to it"
 verb, app = o.theme("Look")
 
 
-@verb("attack", "attack cat.jpg --model model_store/mine --eps 4", together=inputs.form)
+@verb("attack", "attack stop.png --model model_store/mine --eps 4", together=inputs.form)
 def attack(
     look: o.Look,
     threat: o.Threat,
     out: Annotated[Path, Option(help="Folder for the pictures"), inputs.folder_to_write] = ATTACKED,
+    twin: o.Twin = None,
+    also: Annotated[Path | None, Option(help=ALSO), inputs.picture] = None,
     variant: o.Variant = None,
     rate: o.Rate = None,
 ) -> None:
-    """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution."""
-    from rampart import looks
+    """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution.
 
-    model, ball = rp.Model.load(look.model), threat.ball()
-    rate = model.chosen_rate(rate)
-    say(*looks.attack(model, look.image, out, threat=ball, variant=variant, rate=rate))
+    Where an undefended twin is at hand, a second attack is on that, and both answer each picture.
+    """
+    from rampart import looks
+    from rampart.model import twin_of
+
+    model = rp.Model.load(look.model)
+    aim = looks.Aim(threat.ball(model), twin_of(model, twin), also, model.chosen_rate(rate))
+    say(*looks.attack(model, look.image, out, aim, variant))
 
 
 @verb("purify cat.jpg --hide 0 0 8 8", together=inputs.purifying)

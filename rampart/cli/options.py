@@ -139,7 +139,7 @@ class Training(NamedTuple):
         return Run(self.out, self.device, self.dtype, self.validate_on, command=command_line())
 
 
-EPS = "Radius of the threat: n/255 for Linf (default 8), plain for L2 (default 0.5)"
+EPS = "Radius of the threat: n/255 for Linf, plain for L2; default that of the model, else 8 or 0.5"
 RATE = "Share of clean images that may be flagged; default 0.01, or what fewer than 100 calibration"
 RATE += " images can promise"
 Rate = Annotated[float | None, Option("--rate", min=0, max=0.99, help=RATE)]
@@ -151,8 +151,10 @@ class Threat(NamedTuple):
     norm: Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")] = "Linf"
     eps: Annotated[float | None, Option(min=0, help=EPS)] = None
 
-    def ball(self) -> "rp.Threat":
-        """The same in the library."""
+    def ball(self, model: "rp.Model | None" = None) -> "rp.Threat":
+        """The same in the library; the eps that is not given is that of the `model`."""
+        if self.eps is None and model and model.threat.norm == self.norm:
+            return model.threat
         if self.norm == "Linf":
             return rp.Threat(self.norm, (8 if self.eps is None else self.eps) / 255)
         return rp.Threat(self.norm, 0.5 if self.eps is None else self.eps)
@@ -176,7 +178,8 @@ class Subject(NamedTuple):
     arch: Own = None
 
 
-PICTURE, SHIPPED = "Picture; default scikit-image's cat", Path("model_store/cifar10")
+PICTURE = "Picture; default the model's own sample, else scikit-image's cat"
+SHIPPED = Path("model_store/cifar10")
 
 
 class Look(NamedTuple):

@@ -1,4 +1,6 @@
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,29 @@ def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
     run("attack", "--model", tiny_folder, "--out", tmp_path, "--variant", "lean")
     with Image.open(tmp_path / "panel.png") as panel:  # it has no purifier to show
         assert 2 * 288 < panel.size[0] < 3 * 288
+
+
+@pytest.mark.training
+def test_attack_shows_what_an_undefended_twin_says_and_another_picture(
+    tmp_path: Path, tiny_folder: Path, encode: Callable[..., bytes]
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(tiny_folder, own)
+    pixels = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (1, 32, 3))
+    (own / "sample.png").write_bytes(encode(pixels))
+    (tmp_path / "red.png").write_bytes(encode(np.full((32, 32, 3), (255, 0, 0), np.uint8)))
+    out = tmp_path / "out"
+    more = ["--twin", tiny_folder, "--also", tmp_path / "red.png", "--variant", "lean"]
+    lines = run("attack", "--model", own, "--out", out, "--eps", 4, *more).splitlines()
+    names = ["clean", "attacked-twin", "attacked", "also"]
+    assert [Path(line.split(":")[0]).stem for line in lines] == [*names, "panel"]
+    for line in lines[:4]:
+        # The twin is the model's own network: both say the same.
+        rampart, twin = re.findall(r"(?:Rampart|undefended): (\w+ \d+%)", line)
+        assert rampart == twin
+    found = {name: np.asarray(Image.open(out / f"{name}.png")).astype(int) for name in names}
+    assert (found["clean"] == pixels).all() and (found["also"] == (255, 0, 0)).all()
+    assert 1 <= np.abs(found["attacked-twin"] - found["clean"]).max() <= 4
 
 
 @pytest.mark.parametrize("verb", ["attack", "certify", "purify"])
