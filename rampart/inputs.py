@@ -53,7 +53,7 @@ def images(path: Path) -> None:
         path,
         "data",
         "pass an .npz file, a folder of class folders, or the folder that holds"
-        f" cifar-10-batches-py (`rampart download {path}` fetches it)",
+        f" cifar-10-batches-py (`rampart download cifar10 {path}` fetches it)",
     )
     if not head.startswith(ZIP):
         raise ValueError(

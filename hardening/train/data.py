@@ -185,7 +185,7 @@ def survey(
     else:
         raise FileNotFoundError(
             f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
-            " holds cifar-10-batches-py (`rampart download PATH` fetches it)"
+            " holds cifar-10-batches-py (`rampart download cifar10 PATH` fetches it)"
         )
     height, width = images.image.shape[1:3]
     if (height, width) != (size, size):
@@ -259,7 +259,7 @@ def load_cifar10(path: Path, *, train: bool = True) -> Images:
     except RuntimeError as error:  # files are missing, or have other hashes
         raise ValueError(
             f"{path / 'cifar-10-batches-py'} is not whole: remove it, and fetch it again with"
-            f" `rampart download {path}`"
+            f" `rampart download cifar10 {path}`"
         ) from error
     return Images(torch.from_numpy(data.data), torch.tensor(data.targets), CIFAR10_CLASSES)
 

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -37,6 +37,9 @@ FITS = "default what fits data and machine"
 YES = "Take what is proposed, without a question; so does a run without a terminal"
 QUESTION = "Go on with that?"
 ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
+
+DATA_SETS = "cifar10 (170 MB), or gtsrb, German traffic signs (280 MB)"
+INTO = "Where to put it; default a folder of that name"
 
 verb, app = o.theme("Train")
 
@@ -183,15 +186,22 @@ def adopt(
     say(f"{out}: {arch}, mean {config.mean}, std {config.std}")
 
 
-@verb("download cifar10/")
+@verb("download cifar10", "download gtsrb data/signs")
 def download(
-    folder: Annotated[Path, Argument(help="Where to put it"), inputs.folder_to_write],
+    data: Annotated[Literal["cifar10", "gtsrb"], Argument(help=DATA_SETS)],
+    folder: Annotated[Path | None, Argument(help=INTO), inputs.folder_to_write] = None,
 ) -> None:
-    """Fetch CIFAR-10 (170 MB) into FOLDER with torchvision."""
-    from rampart.hardening.train.data import download_cifar10
+    """Fetch a data set with torchvision."""
+    home = folder or Path(data)
+    if data == "gtsrb":
+        from rampart.hardening.train import gtsrb
 
-    images = download_cifar10(folder)
-    say(f"{len(images)} training images in {folder}: pass it as --data")
+        for part, count in gtsrb.download(home).items():
+            say(f"{home / part}.npz: {count} images of {gtsrb.SIZE}x{gtsrb.SIZE} pixels")
+    else:
+        from rampart.hardening.train.data import download_cifar10
+
+        say(f"{len(download_cifar10(home))} training images in {home}: pass it as --data")
 
 
 @verb("digits digits/")

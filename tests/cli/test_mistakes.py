@@ -129,7 +129,8 @@ MISTAKES = [
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
     ("table nothing", "nothing", "rampart calibrate"),
     ("probe --metrics http://127.0.0.1:1/metrics", "127.0.0.1:1", "start a server"),
-    ("download words.txt", "words.txt", "name another place"),
+    ("download mnist", "mnist", "cifar10"),
+    ("download cifar10 words.txt", "words.txt", "name another place"),
 ]
 
 
