@@ -73,22 +73,19 @@ def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | N
             extra_options={"CalibPercentile": PERCENTILE},
             calibration_cache_path=ranges,
         )
-    if bits == SAFE_BITS:
-        keep_bits(ranges, out)
+    if images is not None:
+        note = json.loads(ranges.read_text()) | {WEIGHT_BITS: SAFE_BITS}
+        ranges.write_text(json.dumps(note))
+    if bits == SAFE_BITS:  # for Engine to see
+        model = onnx.load(out)
+        model.metadata_props.add(key=WEIGHT_BITS, value=str(SAFE_BITS))
+        onnx.save(model, out)
     return out
 
 
 def bits_of(ranges: Path) -> int:
     """The bits of weights that these ranges were measured for; files of before say none: 8."""
     return int(json.loads(ranges.read_text()).get(WEIGHT_BITS, 8))
-
-
-def keep_bits(ranges: Path, graph: Path) -> None:
-    """Write the bits of weights into `ranges`, for the next time, and into `graph`, for Engine."""
-    ranges.write_text(json.dumps(json.loads(ranges.read_text()) | {WEIGHT_BITS: SAFE_BITS}))
-    model = onnx.load(graph)
-    model.metadata_props.add(key=WEIGHT_BITS, value=str(SAFE_BITS))
-    onnx.save(model, graph)
 
 
 def classifier_nodes(graph: onnx.GraphProto) -> list[str]:
