@@ -178,6 +178,14 @@ def model_cells(folder: Path, card: Row) -> list[str]:
     return out
 
 
+def with_figures(text: str, folders: Sequence[Path]) -> str:
+    """`text` with the figures of each model that it has a place for, named "figures of NAME"."""
+    for folder in folders:
+        if f"<!-- figures of {folder.name}:" in text:
+            text = fenced(text, f"figures of {folder.name}", markdown(read_card(folder)))
+    return text
+
+
 def fenced(text: str, name: str, content: str) -> str:
     """`text` with `content` between the two comment lines of `name`; ValueError without those."""
     first = f"<!-- {name}: made by `rampart table`, do not edit -->"

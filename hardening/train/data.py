@@ -37,6 +37,7 @@ from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.listing import list_classes
+from rampart.hardening.train.store import Store, fits
 from rampart.hardening.train.survey import Size, Survey
 
 ARRAYS = ("image", "label", "classes", "jpeg_path")  # of an .npz file
@@ -55,7 +56,9 @@ LISTED = 100  # bad pictures that an error names
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures on disk, decoded to `size` when they are needed; `device` is where batches go."""
+    """Pictures on disk, decoded to `size` when they are needed; `device` is where batches go. A
+    `store` keeps what was decoded.
+    """
 
     files: tuple[Path, ...]
     label: Tensor  # (N,) int64
@@ -63,6 +66,7 @@ class Folder:
     paths: tuple[str, ...]
     size: int
     device: torch.device
+    store: Store | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -74,7 +78,17 @@ class Folder:
     def __getitem__(self, index: Tensor) -> "Folder":
         rows = index.tolist()
         files, paths = tuple(self.files[i] for i in rows), tuple(self.paths[i] for i in rows)
-        return replace(self, files=files, label=self.label[index], paths=paths)
+        return replace(self, files=files, label=self.label[index], paths=paths, store=None)
+
+    def stored(self, folder: Path) -> "Folder":
+        """The same pictures, kept in a file of `folder` once decoded, where its disk has room."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"pixels-{self.digest()[:16]}"
+        if self.store or not (file.is_file() or fits(folder, len(self), self.size)):
+            return self
+        for other in set(folder.glob("pixels-*")) - {file}:  # of a run before
+            other.unlink(missing_ok=True)
+        return replace(self, store=Store(file, len(self), self.size))
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads."""
@@ -82,9 +96,12 @@ class Folder:
         waiting: deque[tuple[Tensor, list[Future[Pixels]]]] = deque()
         try:
             for index in rows:
-                files = [self.files[row] for row in index.tolist()]
-                pictures = [pool.submit(read_picture, file, self.size) for file in files]
-                waiting.append((index, pictures))
+                own = index.cpu().numpy()
+                if self.store and self.store.has(own):
+                    parts = [pool.submit(self.store.read, own)]
+                else:
+                    parts = [pool.submit(self.picture, row) for row in own.tolist()]
+                waiting.append((index, parts))
                 if len(waiting) > AHEAD:
                     yield self.collect(*waiting.popleft())
             while waiting:
@@ -92,9 +109,16 @@ class Folder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def collect(self, index: Tensor, pictures: list[Future[Pixels]]) -> tuple[Tensor, Tensor]:
-        """(image, label) of a batch on the device."""
-        image = torch.from_numpy(np.stack([picture.result() for picture in pictures]))
+    def picture(self, row: int) -> Pixels:
+        """One picture as (1, size, size, 3), decoded, and stored where there is a store."""
+        pixels = read_picture(self.files[row], self.size)
+        if self.store:
+            self.store.keep(row, pixels)
+        return pixels[None]
+
+    def collect(self, index: Tensor, parts: list[Future[Pixels]]) -> tuple[Tensor, Tensor]:
+        """(image, label) of a batch on the device, of its parts (B, size, size, 3)."""
+        image = torch.from_numpy(np.concatenate([part.result() for part in parts]))
         return self.send(image), self.send(self.label[index])
 
     def send(self, tensor: Tensor) -> Tensor:

@@ -417,6 +417,8 @@ def fit(
     """Run all epochs; `file` gets the averaged weights of the one where `net` has the `best`."""
     recipe, run = trainer.recipe, trainer.run
     train, validation = images[0].to(trainer.device), images[1].to(trainer.device)
+    if isinstance(train, Folder):
+        train = train.stored(file.parent)
     origin = {"training": repr(recipe), "images": provenance.note(file.parent, train, validation)}
 
     def keep() -> None:
@@ -428,3 +430,5 @@ def fit(
 
     size = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
     run.fit(train, trainer.step, evaluate, chosen_on=validation, keep=keep, best=best, **size)
+    if isinstance(train, Folder) and train.store and distributed.first():
+        train.store.file.unlink()

@@ -23,7 +23,10 @@ RUNG = "Only this attack, as pgd20; repeatable"
 LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
 SAME = "Folder of this run; the same one goes on"
 FOLDERS = "Folders of models, the default one first"
-ALL, FIRST = "Gets a table of all models", "Gets the figures of the first"
+ALL, FIGURES = (
+    "Gets a table of all models",
+    "Gets the figures of each model that it has a place for",
+)
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 
 verb, app = o.theme("Evaluate")
@@ -166,12 +169,12 @@ def redteam(
 def table(
     models: Annotated[list[Path], Argument(help=FOLDERS), inputs.folder],
     readme: Annotated[Path, Option(help=ALL), inputs.text] = README,
-    results: Annotated[Path, Option(help=FIRST), inputs.text] = RESULTS,
+    results: Annotated[Path, Option(help=FIGURES), inputs.text] = RESULTS,
 ) -> None:
     """Bring the tables in README.md and docs/results.md up to date with the models' cards."""
     from rampart.hardening.report import card as report
 
-    overview, figures = report.model_table(models), report.markdown(report.read_card(models[0]))
+    overview = report.model_table(models)
     readme.write_text(report.fenced(readme.read_text(), "models", overview))
-    results.write_text(report.fenced(results.read_text(), "figures", figures))
+    results.write_text(report.with_figures(results.read_text(), models))
     say(overview)

@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -346,6 +347,46 @@ def test_a_folder_that_fills_memory_is_read_while_training_and_gives_the_same_ba
     ):
         assert torch.equal(one.x, other.x)
         assert torch.equal(one.label, other.label)
+
+
+def test_pictures_that_were_decoded_once_are_read_from_the_store_by_every_process(
+    tmp_path: Path,
+) -> None:
+    path = picture_folder(tmp_path / "pictures", 40)
+    run, rows = tmp_path / "run", torch.split(torch.randperm(40), 7)
+    plain = data.find_pictures(path, size=16)
+    folder, beside = plain.stored(run), plain.stored(run)
+    first = list(folder.read(rows[:3]))  # 21 of them
+    (file,) = run.iterdir()
+    assert file.stat().st_size == 40 * (16 * 16 * 3 + 1)
+    expected = dict(zip(range(40), plain.whole().image, strict=True))
+    for picture in plain.files:
+        if plain.files.index(picture) in torch.cat(rows[:3]).tolist():
+            picture.write_bytes(b"gone bad")
+    for pixels in (first, list(beside.read(rows[:3]))):
+        for index, (image, label) in zip(rows, pixels, strict=False):
+            assert torch.equal(image, torch.stack([expected[row] for row in index.tolist()]))
+            assert torch.equal(label, plain.label[index])
+    with pytest.raises(ValueError, match="not a JPEG"):
+        list(plain.read(rows[:3]))
+    assert beside.store and not beside.store.marks.all()
+    assert [image.shape[0] for image, _ in beside.read(rows)] == [7, 7, 7, 7, 7, 5]
+    assert folder.store and folder.store.marks.all()  # what the other one decoded
+    assert folder[torch.arange(3)].store is None  # whose rows are others
+
+
+def test_a_store_makes_room_for_that_of_other_pictures_and_spares_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    folder = data.find_pictures(picture_folder(tmp_path / "pictures", 40), size=16).stored(run)
+    assert folder.store
+    fewer = data.find_pictures(picture_folder(tmp_path / "fewer", 30), size=16).stored(run)
+    assert fewer.store and list(run.iterdir()) == [fewer.store.file]
+    full = shutil.disk_usage(tmp_path)._replace(free=30 * 16 * 16 * 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    assert fewer.stored(run).store  # which is there
+    assert data.find_pictures(tmp_path / "fewer", size=16).stored(tmp_path / "b").store is None
 
 
 def test_a_picture_that_breaks_while_training_is_named(tmp_path: Path) -> None:
