@@ -22,13 +22,14 @@ from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
-from rampart.hardening.model.files import load_variant
+from rampart.hardening.model.card import Subject
+from rampart.hardening.model.files import SAMPLE, load_variant
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
-from rampart.looks import picture
+from rampart.looks import shown
 from rampart.model import FOUND, Figures, Form, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, held_images
@@ -178,13 +179,18 @@ def write_pages(
     from rampart.hardening.report import page
 
     found, lines = figures.evaluation, list[str]()
-    pixels, pipeline = picture(None, model.image_size), model.pipeline()
+    pixels, pipeline = shown(model, None), model.pipeline()
     look = look_at(pipeline, model.calibration(model.best_variant), model.chosen_rate(study.rate))
-    source = f"scikit-image's CC0 cat (chelsea), decoded to {model.image_size}x{model.image_size}"
+    own = bool(model.folder and (model.folder / SAMPLE).is_file())
+    source = f"{SAMPLE} of the model's folder" if own else "scikit-image's CC0 cat (chelsea)"
+    source += f", decoded to {model.image_size}x{model.image_size}."
     attacked = fool(look, pixels, study.threat, QUICK)
-    pictures = page.Pictures(pixels, attacked, ["cat"], source)
+    pictures = page.Pictures(pixels, attacked, ["sample" if own else "cat"], source)
     pipeline = pipeline.to(pick_device(study.device))
+    variant, precision = model.form()
+    served = Subject("pipeline", variant, precision)
     write = partial(page.write, card=model.card | kept.content, rows=figures.rows, evaluation=found)
+    write = partial(write, served=served)
     file = kept.file(model, "report.html")
     if own and file:
         lines.append(str(write(file, pipeline=pipeline, pictures=pictures)))

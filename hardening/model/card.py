@@ -44,6 +44,14 @@ class Subject:
         """What people call it."""
         return self.text if self.variant == NO_VARIANT else f"{self.text} {self.variant}"
 
+    @property
+    def title(self) -> str:
+        """What pages call it."""
+        if self.variant == NO_VARIANT:
+            return {"undefended": "undefended twin"}.get(self.kind, "classifier alone")
+        form = self.variant if self.precision == FP32 else f"{self.variant} in {self.precision}"
+        return f"{form}, rejecting by max-softmax" if self.kind == "max_softmax" else form
+
 
 @dataclass(frozen=True)
 class Figure:

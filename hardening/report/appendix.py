@@ -113,7 +113,7 @@ def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
     body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
     commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))
     body += [("measured by", command) for command in commands]
-    table = Table("Card", ("what", "value"), body)
+    table = Table("Card", ("what", "value"), body, folded=True)
     return Section("Threat model and recipe", words, tables=[table])
 
 

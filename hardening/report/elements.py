@@ -15,6 +15,22 @@ from rampart.hardening.model.card import Figure
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.report.plots import Shares
 
+# What figures are called, by the first part of their names, beside the rungs of the ladder.
+TITLES = {
+    "clean": "clean accuracy",
+    "clean_rejection": "clean images rejected",
+    "transfer": "images made against the twin",
+    "robust": "worst case, label right",
+    "robust_with_rejection": "worst case, right or rejected",
+    "accepted_and_wrong": "worst case, accepted and wrong",
+    "gain_over_max_softmax": "gain over max-softmax",
+    "gain_over_classifier": "gain over the classifier",
+    "stratified": "worst case, rejections count",
+    "tpr": "TPR",
+    "caught": "wrong images caught",
+    "auroc": "AUROC",
+    "forced_rejection": "attack on the detectors",
+}
 # What stands behind the first part of a figure's name, beside the rungs of the ladder.
 MEANINGS = {
     "clean_rejection": "clean images rejected",
@@ -42,11 +58,12 @@ class Drawing(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The first cell of a row is its heading."""
+    """The first cell of a row is its heading; what is `folded` opens when it is asked for."""
 
     caption: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    folded: bool = False
 
 
 class Section(NamedTuple):
@@ -70,6 +87,19 @@ def meaning(name: str) -> str:
     every = MEANINGS | {attack.name: attack.meaning for attack in rungs.RUNGS}
     starts = [start for start in every if name.startswith(start)]
     return every[max(starts, key=len)] if starts else ""
+
+
+def title(name: str) -> str:
+    """What a metric is called on the page: name[@where][:attack] is how the card spells it."""
+    attacks = {attack.name: attack.title for attack in rungs.RUNGS if attack.title}
+    whole, _, attack = name.partition(":")
+    start, _, place = whole.partition("@")
+    text = (attacks | TITLES).get(start, start)
+    if start == "stratified":
+        text += f" beyond {place.removesuffix('eps')} eps"
+    elif place:
+        text += f"@{place.upper()}" if start == "tpr" else f" at {place}"
+    return f"{text}, {attacks.get(attack, attack).partition(',')[0]}" if attack else text
 
 
 def in_words(row: Figure) -> tuple[str, str]:

@@ -135,7 +135,7 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
     ]
     shares = zip(names, every[0].value, every[1].value, strict=True)
     alt = " ".join(f"{name}: {one:.0%} clean, {two:.0%} worst case." for name, one, two in shares)
-    caption = f"{record.victim.name}: label right by class, with 95% intervals."
+    caption = f"{record.victim.subject.title}: label right by class, with 95% intervals."
     drawing = Drawing(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
     attack = record.everything().effort
     fewest = min(int((label == index).sum()) for index in shown)

@@ -14,10 +14,9 @@ from rampart.hardening.report.plots import Shares
 MAIN = ("clean", "transfer", "robust", "robust_with_rejection")
 
 
-def verdict(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[str]:
-    """What the figures say, in sentences."""
-    for record in elements.pipelines(evaluation):
-        yield from verdict_on(rows, record.victim.name, evaluation.threat)
+def verdict(rows: Sequence[Figure], evaluation: Evaluation, who: str) -> Iterator[str]:
+    """What the figures say of the victim `who`, which is served, in sentences."""
+    yield from verdict_on(rows, who, evaluation.threat)
     control, clean = (pick(rows, name, "undefended") for name in ("robust", "clean"))
     if control:
         yield (
@@ -33,16 +32,17 @@ def verdict_on(rows: Sequence[Figure], who: str, threat: Threat) -> Iterator[str
     kept, safe = pick(rows, "robust", who), pick(rows, "robust_with_rejection", who)
     if not (kept and safe):
         return
+    name = plots.title(who)
     yield (
-        f"{who}: in the worst case over these attacks up to {threat}, the label of {both(kept)} of"
+        f"{name}: in the worst case over these attacks up to {threat}, the label of {both(kept)} of"
         f" {kept.n} images stays right, and {both(safe)} are right or rejected."
     )
-    for name, other in (
+    for figure, other in (
         ("gain_over_classifier", "the bare classifier"),
         ("gain_over_max_softmax", "rejecting low confidence at the same clean rate"),
     ):
-        if gain := pick(rows, name, who):
-            yield f"Counting rejections as safe, {who} beside {other} {adds(gain)}."
+        if gain := pick(rows, figure, who):
+            yield f"Counting rejections as safe, {name} beside {other} {adds(gain)}."
     # Detectors that reject whatever is touched look perfect until this is asked.
     if strict := pick(rows, "stratified@0.25eps", who):
         yield f"Where rejecting an image moved by up to eps/4 is an error, {both(strict)} remain."
@@ -56,22 +56,58 @@ def adds(gain: Figure) -> str:
     return f"is {'better' if low > 0 else 'worse'}: {both(gain)}"
 
 
-def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Table | None:
-    """Worst cases of every victim beside its clean figures."""
+def main_bars(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing | None:
+    """Clean accuracy of every victim beside its worst case, the control first."""
+    found = {}
+    for who in sorted(evaluation.records, key=lambda name: name != "undefended"):
+        pair = pick(rows, "clean", who), worst_of(rows, who)
+        if pair[0] and pair[1]:
+            found[plots.title(who)] = (pair[0], pair[1])
+    if not found:
+        return None
+    clean, worst = zip(*found.values(), strict=True)
+    places = [float(place) for place in range(len(found))]
+    every = [
+        elements.listed("clean", places, clean),
+        elements.listed("worst case", places, worst),
+    ]
+    said = "; ".join(
+        f"{name}: clean {both(pair[0])}, worst case {both(pair[1])}" for name, pair in found.items()
+    )
+    caption = f"Labels that are right, clean and in the worst case up to {evaluation.threat}, each"
+    caption += " with its 95% interval. The attacker knows every part."
+    return Drawing(plots.bars(list(found), every), f"Bar chart. {said}.", caption)
+
+
+def worst_of(rows: Sequence[Figure], who: str) -> Figure | None:
+    """Labels that a victim keeps in the worst case, or under its strongest attack."""
+    if worst := pick(rows, "robust", who):
+        return worst
+    on_labels = [attack.name for attack in rungs.RUNGS if attack.aim == "label"]
+    mine = [row for row in rows if row.subject.name == who and row.name in on_labels]
+    return min(mine, key=lambda row: row.value, default=None)
+
+
+def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+    """Worst cases of every victim beside its clean figures, and what those say."""
     columns = ("robust", "robust_with_rejection", "clean", "clean_rejection")
     body = []
     for who in evaluation.records:
         figures = [pick(rows, name, who) for name in columns]
         if worst := next((row for row in figures[:2] if row), None):
-            note = " (control)" if who == "undefended" else ""
             cells = (both(row, between="\n") for row in figures)
-            body.append((f"{who}{note}", *cells, str(worst.n)))
+            body.append((plots.title(who), *cells, str(worst.n)))
     rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
-    right = "robust: label right in the worst case"
-    safe = f"robust_with_rejection@{rate}: right or rejected in the worst case"
-    head = ("victim", right, safe, "clean accuracy", "clean rejection", "images")
+    right, safe = "worst case, label right", f"worst case, right or rejected at {rate}"
+    head = ("", right, safe, "clean accuracy", "clean images rejected", "images")
     caption = f"Share and 95% interval, {evaluation.threat}; the attacker knows every part"
-    return Table(caption, head, body) if body else None
+    words = [
+        line
+        for record in elements.pipelines(evaluation)
+        for line in verdict_on(rows, record.victim.name, evaluation.threat)
+    ]
+    if body:
+        yield Section("All forms side by side", words, tables=[Table(caption, head, body)])
 
 
 def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
@@ -84,8 +120,9 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
         body = []
         for row in (row for row in rows if row.subject.name == who):
             what = f"{elements.meaning(row.name)}\n{row.attack or ''}"
-            body.append((row.name, *elements.in_words(row), row.threat or "-", str(row.n), what))
-        tables.append(Table(f"All figures of {who}", head, body))
+            name, threat = elements.title(row.name), row.threat or "-"
+            body.append((name, *elements.in_words(row), threat, str(row.n), what))
+        tables.append(Table(f"All figures of {plots.title(who)}", head, body, folded=True))
     words = [
         "Each attack looks for images that beat its victim, and every image that any of them finds"
         " is then put to every victim: the worst case counts an image only if nothing beat it, in"
@@ -107,7 +144,8 @@ def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
         "Dot plot of the main figures of every victim with their intervals; the tables of this"
         " section hold the same numbers."
     )
-    source = plots.dots(labels, every, x_label="share of images")
+    titles = [elements.title(name) for name in labels]
+    source = plots.dots(titles, every, x_label="share of images")
     return Drawing(source, alt, "Main figures with 95% intervals.")
 
 
@@ -136,7 +174,7 @@ def curves(every: Sequence[Shares], y_label: str, x_label: str, caption: str) ->
     points = []
     for s in every:
         values = (f"{y:.1%} at {x:g}" for x, y in zip(s.place, s.value, strict=True))
-        points.append(f"{s.name}: {', '.join(values)}")
+        points.append(f"{plots.title(s.name)}: {', '.join(values)}")
     source = plots.lines(every, x_label=x_label, y_label=y_label)
     return Drawing(source, f"Line plot of {y_label} by {x_label}. {'; '.join(points)}.", caption)
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rampart.hardening.judge.evaluate import Evaluation
-from rampart.hardening.model.card import Figure, Row
+from rampart.hardening.model.card import Figure, Row, Subject
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.report.appendix import alarms, outside_threat, parts, recipe, self_checks
 from rampart.hardening.report.images import Pictures, classes, features, gallery, grid
-from rampart.hardening.report.ladder import headline, ladder, over_eps, verdict
+from rampart.hardening.report.ladder import headline, ladder, main_bars, over_eps, verdict
 from rampart.hardening.report.rejection import detection, rejection, suspicion
+from rampart.hardening.report.summary import measured, tiles
 
 __all__ = ["Pictures", "gallery", "template", "write"]
 
@@ -24,31 +25,38 @@ def write(
     pipeline: DefendedClassifier,
     *,
     pictures: Pictures | None,
+    served: Subject | None = None,
 ) -> Path:
-    """Write the page to `path`; `rows` are its metrics, and only `pictures` puts images into it."""
+    """Write the page to `path`; `rows` are its metrics, and only `pictures` puts images into it.
+    `served` is what is served by default; without it the variant of `pipeline` in fp32.
+    """
     figures = [Figure.of(row) for row in rows]
+    served = served or Subject("pipeline", "full" if pipeline.purifier else "lean")
+    who = measured(evaluation, served)
     sections = [
-        *ladder(figures, evaluation),
+        *grid(evaluation, pipeline, pictures),
         *over_eps(figures, evaluation),
+        *classes(evaluation, pipeline),
+        *headline(figures, evaluation),
+        *parts(card),
         *rejection(evaluation),
         *detection(figures, evaluation),
         *suspicion(evaluation),
         *features(evaluation, pipeline),
-        *grid(evaluation, pipeline, pictures),
-        *classes(evaluation, pipeline),
-        *parts(card),
         *alarms(card),
         *outside_threat(card),
         *self_checks(evaluation.checks),
+        *ladder(figures, evaluation),
         recipe(card, evaluation),
     ]
     texts = {"model": card.get("model", path.stem), "data": figures[0].data if figures else ""}
     html = template().render(
         texts,
         evaluation=evaluation,
-        verdict=verdict(figures, evaluation),
+        tiles=tiles(figures, evaluation, served, who),
+        bars=main_bars(figures, evaluation),
+        verdict=verdict(figures, evaluation, who),
         failed=[check for check in evaluation.checks if not check.passed],
-        headline=headline(figures, evaluation),
         sections=sections,
     )
     path.write_text(html, encoding="utf-8")

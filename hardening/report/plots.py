@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from PIL import Image
 
 from rampart.hardening.model.arrays import Floats, Pixels
+from rampart.hardening.model.card import NO_VARIANT, Subject
 from rampart.hardening.model.pixels import as_file
 from rampart.hardening.model.style import STYLE
 
@@ -60,6 +61,20 @@ INKS = {
 CURVES = {"+ confidence": "max_softmax full", "lean": "pipeline lean", "full": "pipeline full"}
 
 
+def title(name: str) -> str:
+    """What a legend calls what INKS calls `name`."""
+    text, _, variant = name.partition(" ")
+    if text.partition(":")[0] not in (
+        "classifier",
+        "undefended",
+        "pipeline",
+        "graph",
+        "max_softmax",
+    ):
+        return {"pgd20": "PGD-20", "joint_apgd": "joint attack"}.get(name, name)
+    return Subject.parse(text, variant or NO_VARIANT).title
+
+
 class Curve(NamedTuple):
     """Points of what INKS calls `name`."""
 
@@ -88,10 +103,10 @@ def png(image: Pixels) -> str:
     return uri("png", as_file(Image.fromarray(image)))
 
 
-def svg(draw: Callable[[Axes], None], *, height: float = 3.2) -> str:
+def svg(draw: Callable[[Axes], None], *, height: float = 3.2, width: float = WIDTH) -> str:
     """What `draw` puts on axes `height` inches high, as a data URI; the legend stands above."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         figure.legend(loc="outside upper left", ncols=2, handlelength=3.5)
@@ -109,7 +124,7 @@ def lines(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
             # Shifted a little, so that equal figures do not hide each other.
             x = s.place + 0.012 * (number - (len(every) - 1) / 2)
             axes.vlines(x, s.low, s.high, color=ink.colour, lw=1)
-            axes.plot(x, s.value, ink.marker, label=s.name, color=ink.colour, ls=ink.line)
+            axes.plot(x, s.value, ink.marker, label=title(s.name), color=ink.colour, ls=ink.line)
         axes.set(ylim=(-0.02, 1.02), xlabel=x_label, ylabel=y_label)
         places = sorted({place for s in every for place in s.place.tolist()})
         axes.xaxis.set_major_locator(FixedLocator(places))
@@ -128,7 +143,8 @@ def over_rate(every: Sequence[Curve], marks: Sequence[Curve], *, y_label: str) -
         for s in every:
             ink = INKS[s.name]
             x = s.x.clip(left)
-            axes.step(x, s.y, where="post", label=s.name, color=ink.colour, ls=ink.line, lw=1.7)
+            look: dict[str, Any] = {"color": ink.colour, "ls": ink.line, "lw": 1.7}
+            axes.step(x, s.y, where="post", label=title(s.name), **look)
         for s in marks:
             ink = INKS[s.name]
             axes.plot(s.x.clip(left), s.y, ink.marker, color=ink.colour, ms=8, clip_on=False)
@@ -151,7 +167,7 @@ def histogram(scores: dict[str, Floats], threshold: float | None) -> str:
         for name, score in scores.items():
             ink = INKS[name]
             heights = np.histogram(score.clip(edges[0], edges[-1]), edges)[0] / len(score)
-            axes.stairs(heights, edges, label=name, color=ink.colour, ls=ink.line, lw=1.7)
+            axes.stairs(heights, edges, label=title(name), color=ink.colour, ls=ink.line, lw=1.7)
         if threshold is not None:
             axes.axvline(threshold, color="#000000", lw=1, label="rejected from here on")
         axes.set(xlabel="suspicion", ylabel="share of images")
@@ -166,7 +182,8 @@ def scatter(every: Sequence[Curve]) -> str:
     def draw(axes: Axes) -> None:
         for s in every:
             ink = INKS[s.name]
-            axes.plot(s.x, s.y, ink.marker, label=s.name, color=ink.colour, mfc="none", ms=4)
+            look: dict[str, Any] = {"color": ink.colour, "mfc": "none", "ms": 4}
+            axes.plot(s.x, s.y, ink.marker, label=title(s.name), **look)
         axes.set(xticks=[], yticks=[])
 
     return svg(draw, height=4.4)
@@ -180,7 +197,7 @@ def dots(labels: Sequence[str], every: Sequence[Shares], *, x_label: str) -> str
             ink = INKS[s.name]
             y = s.place + 0.7 * ((number + 0.5) / len(every) - 0.5)
             axes.hlines(y, s.low, s.high, color=ink.colour, lw=1)
-            axes.plot(s.value, y, ink.marker, label=s.name, color=ink.colour, ms=5)
+            axes.plot(s.value, y, ink.marker, label=title(s.name), color=ink.colour, ms=5)
         axes.hlines(np.arange(1, len(labels)) - 0.5, 0, 1, color="#bbbbbb", lw=0.6)
         axes.set(xlim=(-0.02, 1.02), ylim=(len(labels) - 0.5, -0.5), xlabel=x_label)
         axes.set_yticks(range(len(labels)), labels)
@@ -188,6 +205,31 @@ def dots(labels: Sequence[str], every: Sequence[Shares], *, x_label: str) -> str
         axes.xaxis.set_major_formatter(PERCENT)
 
     return svg(draw, height=1.2 + len(labels) * (0.12 + 0.09 * len(every)))
+
+
+def bars(labels: Sequence[str], every: Sequence[Shares]) -> str:
+    """Shares as bars with their values, a group a label; `place` counts the labels."""
+    height = 0.8 / len(every)
+
+    def draw(axes: Axes) -> None:
+        for number, s in enumerate(every):
+            ink, hatch = INKS[s.name], "//" if number else ""
+            y = s.place + height * (number - (len(every) - 1) / 2)
+            wide = axes.barh(y, s.value, height * 0.92, label=s.name, color=ink.colour, lw=0)
+            for bar in wide:
+                bar.set(hatch=hatch, edgecolor="white")
+            axes.hlines(y, s.low, s.high, color="#111111", lw=1)
+            for place, value, high in zip(y, s.value, s.high, strict=True):
+                axes.text(high + 0.012, place, f"{value:.1%}", va="center", weight="bold")
+        axes.set(xlim=(0, 1.1), ylim=(len(labels) - 0.5, -0.5))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xticks(np.arange(0, 1.01, 0.2))
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_formatter(PERCENT)
+
+    return svg(draw, height=0.9 + 0.62 * len(labels), width=7.2)
 
 
 def setup_labels(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:

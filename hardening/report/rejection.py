@@ -58,13 +58,13 @@ def rejection_figure(every: Sequence[Record]) -> Drawing:
         lost = (wrong & after.deployed.accepted).mean()
         marks.append(Curve(record.victim.name, np.array([rejected]), np.array([lost])))
     points = " ".join(
-        f"{s.name} rejects {s.x[0]:.1%} of clean images and accepts {s.y[0]:.1%} of the attacked"
-        " ones with a wrong label."
+        f"{plots.title(s.name)} rejects {s.x[0]:.1%} of clean images and accepts {s.y[0]:.1%} of"
+        " the attacked ones with a wrong label."
         for s in marks
     )
     source = plots.over_rate(curves, marks, y_label="accepted and wrong")
     alt = f"Curves of accepted and wrong images over clean rejection. At the markers: {points}"
-    return Drawing(source, alt, f"{every[0].victim.name} under its joint attack. {points}")
+    return Drawing(source, alt, f"{every[0].victim.subject.title} under its joint attack. {points}")
 
 
 def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
@@ -77,10 +77,11 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
         clean, score = record.clean.deployed.suspicion, mine[1].deployed.suspicion[wrong]
         curve = Curve(STATIC, *roc(clean, score))
         source = plots.over_rate([curve], [], y_label="wrong images flagged")
-        alt = f"ROC curve of {who}; the table below holds its main points."
-        figures.append(Drawing(source, alt, f"{who}: receiver operating curve."))
-        cells = [pick(rows, f"{name}:{attack}", who) for name, attack in DETECTED]
-        body.append((who, str(len(score)), *map(both, cells)))
+        name = plots.title(who)
+        alt = f"ROC curve of {name}; the table below holds its main points."
+        figures.append(Drawing(source, alt, f"{name}: receiver operating curve."))
+        cells = [pick(rows, f"{figure}:{attack}", who) for figure, attack in DETECTED]
+        body.append((name, str(len(score)), *map(both, cells)))
     if figures:
         head = ("victim", "wrong images", "caught jointly", "TPR at 1%", "TPR at 5%", "AUROC")
         words = [
@@ -103,7 +104,7 @@ def suspicion(evaluation: Evaluation) -> Iterator[Section]:
                 scores[name] = mine[1].deployed.suspicion
         medians = ", ".join(f"{name} {np.median(score):.2f}" for name, score in scores.items())
         source = plots.histogram(scores, threshold(record))
-        caption = f"{record.victim.name}: suspicion of all images. Medians: {medians}."
+        caption = f"{record.victim.subject.title}: suspicion of all images. Medians: {medians}."
         figures.append(Drawing(source, f"Histogram. {caption}", caption))
     if figures:
         words = ["Suspicion adds up all detectors; what lies right of the line is rejected."]

@@ -26,8 +26,8 @@ from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.report import card as report
+from rampart.hardening.report import elements, ladder, page, plots, rejection, summary
 from rampart.hardening.report import images as sections
-from rampart.hardening.report import ladder, page, plots, rejection
 
 THREAT = Threat("Linf", 8 / 255)
 FAILED = Check("more_steps", "classifier", False, "robust 1.0% after 5, 9.0% after 20 steps")
@@ -194,19 +194,20 @@ def test_the_page_needs_nothing_but_itself(full_page: str) -> None:
 def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
     names = headings(full_page)
     assert names == [
-        "Verdict",
-        "The ladder",
+        "What the figures say",
         "Robust accuracy over eps",
+        "Classes",
+        "All forms side by side",
+        "What each part adds",
+        "What rejection adds on test images",
         "Rejection",
         "Detectors",
         "Suspicion",
         "Features",
-        "Classes",
-        "What each part adds",
-        "What rejection adds on test images",
         "False alarms",
         "Outside the threat model",
         "Self-checks",
+        "The ladder",
         "Threat model and recipe",
     ]
     ids = re.findall(r'id="([^"]*)"', full_page)
@@ -220,8 +221,9 @@ def test_every_figure_of_the_card_is_shown_as_the_card_has_it(
 ) -> None:
     tables = cells(full_page)
     for row in rows_of(seen):
-        who = row["subject"] + ("" if row["variant"] == "-" else f" {row['variant']}")
-        (shown,) = (r for r in tables[f"All figures of {who}"] if r[0] == row["name"])
+        who = Subject.parse(row["subject"], row["variant"]).title
+        table, name = tables[f"All figures of {who}"], elements.title(row["name"])
+        (shown,) = (r for r in table if r[0] == name)
         number = float(re.match(r"[+-]?[\d.]+", shown[1])[0])  # type: ignore[index]
         unit = 1 if row["name"].startswith("auroc") else 100
         assert number == pytest.approx(unit * row["value"], abs=0.0501 * unit / 100)
@@ -269,7 +271,7 @@ def test_every_picture_has_words(
 ) -> None:
     html = write(tmp_path, seen, tiny_pipeline, pictures=page.gallery(seen, tiny_pipeline))
     images = re.findall("<img[^>]*>", html)
-    assert len(images) == 16 + 4 * sections.SHOWN
+    assert len(images) == 17 + 4 * sections.SHOWN
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
 
 
@@ -278,7 +280,7 @@ def test_a_failed_check_is_said_in_words_at_the_top_and_in_its_place(
 ) -> None:
     assert "A self-check FAILED" in full_page
     assert [row[0] for row in cells(full_page)["Self-checks"]] == ["result", "passed", "FAILED"]
-    assert full_page.index(FAILED.seen) < full_page.index("The ladder")
+    assert full_page.index(FAILED.seen) < full_page.index("What the figures say")
     passed = write(tmp_path, seen._replace(checks=CHECKS[:1]), tiny_pipeline)
     assert "FAILED" not in passed
 
@@ -328,7 +330,11 @@ def test_what_was_not_seen_is_left_out(
     (names, rungs), lost = GONE[what]
     html = write(tmp_path, without(seen, names, rungs), tiny_pipeline)
     assert headings(html) == [name for name in headings(full_page) if name not in lost]
-    assert not any(f'<th scope="row">{name}' in html for name in names)
+    every = cells(html)
+    (forms,) = [rows for rows in every.values() if rows[0][-1] == "images" and rows[0][0] == ""]
+    for title in map(plots.title, names):
+        assert f"All figures of {title}" not in every
+        assert title not in [row[0] for row in forms]
 
 
 def test_a_part_of_the_ladder_gives_no_verdict(
@@ -340,12 +346,57 @@ def test_a_part_of_the_ladder_gives_no_verdict(
     assert "Self-checks" not in headings(html)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("clean", "clean accuracy"),
+        ("autoattack_short", "AutoAttack, short"),
+        ("robust_with_rejection@1%", "worst case, right or rejected at 1%"),
+        ("stratified@0.25eps", "worst case, rejections count beyond 0.25 eps"),
+        ("tpr@5%fpr:pgd20", "TPR@5%FPR, PGD-20"),
+        ("auroc:pgd20", "AUROC, PGD-20"),
+        ("caught:joint_apgd", "wrong images caught, joint attack"),
+    ],
+)
+def test_figures_have_names_for_people(name: str, words: str) -> None:
+    assert elements.title(name) == words
+
+
+def test_the_box_at_the_top_has_what_is_served_beside_the_control(
+    seen: Evaluation, full_page: str
+) -> None:
+    top = unescape(full_page[: full_page.index("What the figures say")])
+    found = re.findall(r"<span>([^<]*)</span><strong>([^<]*)</strong>", top)
+    metrics = {(m.subject.name, m.name): m.value for m in seen.metrics}
+    assert found == [
+        ("served by default", "full"),
+        ("right on clean images", f"{metrics['pipeline full', 'clean']:.1%}"),
+        ("right under attack", f"{metrics['pipeline full', 'robust']:.1%}"),
+        ("undefended twin under attack", f"{metrics['undefended', 'robust']:.1%}"),
+        ("clean images rejected", f"{metrics['pipeline full', 'clean_rejection']:.1%}"),
+        ("self-checks passed", "1 of 2"),
+    ]
+    for who in ("undefended twin", "classifier alone", "full", "lean"):
+        assert re.search(rf'alt="Bar chart\.[^"]*\b{who}: clean \d', top)
+
+
+def test_what_was_not_attacked_itself_is_told_by_the_figures_of_its_fp32_form(
+    seen: Evaluation,
+) -> None:
+    served = Subject("pipeline", "lean", "int8")
+    who = summary.measured(seen, served)
+    assert who == "pipeline lean"
+    rows = [Figure.of(row) for row in rows_of(seen)]
+    first = next(summary.tiles(rows, seen, served, who))
+    assert first[1:3] == ("lean in int8", "figures of lean")
+
+
 def test_the_verdict_says_what_the_figures_do(seen: Evaluation, full_page: str) -> None:
     said = unescape(full_page)
     for m in seen.metrics:
         value = f"{m.value:.1%} ("
         if m.subject.kind == "pipeline" and m.name == "robust":
-            start = f"{m.subject.name}: in the worst case over these attacks up to Linf 8/255,"
+            start = f"{m.subject.title}: in the worst case over these attacks up to Linf 8/255,"
             assert f"{start} the label of {value}" in said
         if m.subject.kind == "pipeline" and m.name == "stratified@0.25eps":
             assert f"moved by up to eps/4 is an error, {value}" in said
