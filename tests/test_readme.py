@@ -1,19 +1,24 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import typer
 
 from rampart import cli
+from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.report import card as report
 
 ROOT = Path(cli.__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CODE_OF_CONDUCT", "SECURITY")]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda file: file.name)
 def test_files_that_a_document_links_to_exist(document: Path) -> None:
     text = document.read_text()
     assert "@@" not in text
@@ -38,6 +43,31 @@ def test_the_tables_in_the_documents_are_those_of_the_cards() -> None:
     for name in ("cifar10",):
         assert f"<!-- figures of {name}:" in results
     assert report.with_figures(results, models) == results
+
+
+@pytest.mark.parametrize("section", ["Add a detector", "Add an attack"])
+def test_what_the_guide_for_contributors_shows_runs(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rampart.hardening.attack import ladder
+    from rampart.hardening.model import detectors
+
+    monkeypatch.setattr(detectors, "DETECTORS", dict(detectors.DETECTORS))
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## {section}\n")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, section, "exec"), names)
+    x = torch.full((2, 3, 8, 8), 0.25)
+    if section == "Add a detector":
+        assert detectors.DETECTORS["darkness"] is names["Darkness"]
+        views = SimpleNamespace(x=x)
+        assert names["Darkness"](10, 4)(views).tolist() == [0.75, 0.75]
+    else:
+        assert isinstance(names["whitening"], ladder.Attack)
+        label = torch.zeros(2, dtype=torch.int64)
+        craft = names["whitening"].craft
+        attacked = craft(None, x, label, threat=Threat(eps=0.5), budget=ladder.QUICK)
+        assert (attacked == 0.75).all()
 
 
 def documented() -> list[str]:
