@@ -159,11 +159,16 @@ class Page:
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def complaints(self) -> list[str]:
-        """What the page's console has said: exceptions, and what the security policy forbade."""
+        """Exceptions of the page's script, and what its security policy forbade."""
         self.js("0")  # what was on its way has come
         events = [e for e in self._pipe.events if e.get("sessionId") == self._session]
-        kinds = ("Runtime.exceptionThrown", "Log.entryAdded")
-        return [json.dumps(e["params"]) for e in events if e["method"] in kinds]
+        wrong = {"security", "javascript"}
+        return [
+            json.dumps(e["params"])
+            for e in events
+            if e["method"] == "Runtime.exceptionThrown"
+            or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["source"] in wrong)
+        ]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Watched:
             lead = margin(logits, self.label)
         else:
             lead = -margin(logits, self.target)
-        guard = None if view.margin is None else round(float(view.margin), 4)
+        guard = None if view.margin is None else round(float(view.margin.detach()), 4)
         return {"kind": "step", "step": self.steps, "lead": round(float(lead), 4), "guard": guard}
 
 
