@@ -32,6 +32,12 @@ from rampart.play.bench import Bench, data_uri, timed
 from rampart.play.pictures import Offer
 
 PATIENCE = 2.0  # seconds for which an attack waits until one that was stopped has ended
+# What is answered belongs to the page alone: no other may embed it, and no cache keeps it.
+PRIVATE = (
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+)
 ELSEWHERE = ImageError(
     403, "not_this_machine", "the playground answers this machine alone: ask http://127.0.0.1"
 )
@@ -77,7 +83,13 @@ class Guard:
         answer = self._app
         if scope["type"] == "http" and not is_own(dict(scope["headers"])):
             answer = shown(ELSEWHERE)
-        await answer(scope, receive, send)
+
+        async def give(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *PRIVATE]
+            await send(message)
+
+        await answer(scope, receive, give)
 
 
 def is_own(headers: Mapping[bytes, bytes]) -> bool:
@@ -216,10 +228,7 @@ def headers_for(html: str) -> dict[str, str]:
         "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; connect-src"
         f" 'self'; img-src 'self' data: blob:; script-src 'sha256-{digest}'; base-uri 'none';"
         " form-action 'none'; frame-ancestors 'none'",
-        "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "cross-origin-resource-policy": "same-origin",
-        "cache-control": "no-store",
     }
 
 

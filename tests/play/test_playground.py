@@ -193,6 +193,16 @@ def test_the_page_may_load_nothing_from_elsewhere(playground: Playground) -> Non
         assert word not in answer.text
 
 
+@pytest.mark.parametrize("path", ["/", "/api/pictures/0", "/api/model", "/nowhere"])
+def test_no_other_page_may_embed_an_answer_and_no_cache_keeps_it(
+    path: str, playground: Playground
+) -> None:
+    headers = requests.get(playground.root + path, timeout=10).headers
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+
+
 def test_one_attack_at_a_time_and_who_goes_away_ends_it(playground: Playground) -> None:
     with long_attack(playground) as begun:
         lines = begun.iter_lines()

@@ -55,6 +55,10 @@ def attack(page: Page, *, eps: int = 8, steps: int = 3, victim: str = "undefende
     page.click("#go")
 
 
+def inactive(page: Page, selector: str) -> bool:
+    return page.js(f"document.querySelector('{selector}').ariaDisabled") == "true"
+
+
 def test_the_page_begins_with_a_picture_that_is_judged_in_words(page: Page) -> None:
     said = page.text("#words")
     assert re.match(r"(Accepted|Flagged)\n", said)
@@ -153,6 +157,13 @@ def test_an_attack_shows_pictures_answers_and_its_course(page: Page) -> None:
     assert not page.visible("#outcome")
 
 
+def test_one_button_below_the_verdict_tries_to_fool_the_model(page: Page) -> None:
+    page.click("#try")
+    page.wait(DONE)
+    assert page.focused() == "go"
+    assert page.js("document.querySelector('#title-attack').getBoundingClientRect().top") < 900
+
+
 def test_an_attack_on_a_variant_has_a_course_of_suspicion_and_a_row_of_the_twin(
     page: Page,
 ) -> None:
@@ -181,10 +192,10 @@ def test_an_attack_can_be_stopped_and_begun_anew(page: Page) -> None:
     page.js(f"document.querySelector('#target').value = {unlikely}; 0")
     attack(page, eps=1, steps=100, victim="full")
     page.wait("trace.length > 2")
-    assert page.js("document.querySelector('#go').disabled")
+    assert inactive(page, "#go")
     page.click("#stop")
     page.wait("document.querySelector('#progress').innerText.startsWith('Stopped after')")
-    assert page.js("document.querySelector('#stop').disabled")
+    assert inactive(page, "#stop")
     page.js("document.querySelector('#target').value = ''; 0")
     attack(page)
     page.wait(DONE)
@@ -222,6 +233,7 @@ def test_bad_files_are_told_and_the_page_goes_on(page: Page, tmp_path: Path) -> 
     assert not page.visible("#problem-choose")
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_told_and_taken_up_again_when_it_is_back(
     pipe: Pipe, twinned: Path, tmp_path: Path
 ) -> None:
@@ -236,7 +248,7 @@ def test_a_server_that_goes_away_is_told_and_taken_up_again_when_it_is_back(
     page.click("#go")
     page.wait(PROBLEM.format("attack"))
     assert "start `rampart play` again" in page.text("#problem-attack")
-    assert not page.js("document.querySelector('#go').disabled")
+    assert not inactive(page, "#go")
     page.click("#detectors input")
     page.wait("document.querySelector('#switched').innerText.includes('does not answer')")
     port = own.root.rpartition(":")[2]
@@ -259,8 +271,8 @@ def test_a_server_that_dies_during_an_attack_leaves_the_page_usable(
         os.kill(own.process.pid, signal.SIGKILL)
         page.wait(PROBLEM.format("attack"))
     assert "does not answer" in page.text("#problem-attack")
-    assert not page.js("document.querySelector('#go').disabled")
-    assert page.js("document.querySelector('#stop').disabled")
+    assert not inactive(page, "#go")
+    assert inactive(page, "#stop")
 
 
 @pytest.mark.parametrize(("button", "code"), [("#copy-verdict", "#curl-verdict")])
@@ -374,11 +386,32 @@ def test_no_verdict_is_told_by_colour_alone(page: Page) -> None:
     pill = "document.querySelector('#words .pill')"
     assert page.js(f"{pill}.innerText") in ("Accepted", "Flagged")
     shapes = page.js("[ICONS.good, ICONS.warn, ICONS.bad]")
-    assert len(set(shapes)) == 3 and page.js(f"{pill}.querySelector('path').getAttribute('d')")
+    assert len(set(shapes)) == 3
+    assert page.js(f"{pill}.querySelector('path').getAttribute('d')") in shapes
+    assert page.js(f"{pill}.querySelector('svg').getBoundingClientRect().width") > 12
     attack(page)
     page.wait(DONE)
     assert page.js("document.querySelector('#outcome path').getAttribute('d')") in shapes
-    assert {"→"} >= set(re.findall("→", page.text("#answers")))
+    assert page.js("document.querySelector('#outcome svg').getBoundingClientRect().width") > 12
+    changed, moved = (page.text("#answers").count(word) for word in ("label changed", "\u2192"))
+    assert changed == moved
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (1, "100 of 100"),
+        (0.357, "36 of 100"),
+        (0.1, "10 of 100"),
+        (0.0202, "2 of 100"),
+        (0.029, "29 of 1,000"),
+        (0.0062, "6 of 1,000"),
+        (0.00037, "4 of 10,000"),
+        (1e-9, "1 of 10,000"),
+    ],
+)
+def test_shares_are_told_as_so_many_of_so_many(share: float, words: str, page: Page) -> None:
+    assert page.js(f"outOf({share})") == words
 
 
 def test_signs_are_offered_to_a_model_that_knows_them_and_drawn_anew(
