@@ -83,11 +83,11 @@ class Calibration:
             )
 
 
-def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
-    """How suspicious each image is over all detectors: scores (N, D) to float64 (N,).
+def surprises(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
+    """How surprising each score is among clean images: scores (N, D) to float64 (N, D).
 
-    The sum of each score's surprise: interpolated between the knots, 0 up to the first, linear
-    beyond the last. A NaN score is infinitely suspicious.
+    Interpolated between the knots, 0 up to the first, linear beyond the last. A NaN score is
+    infinitely surprising.
     """
     scores = np.asarray(scores, dtype=np.float64)  # (N, D)
     if scores.ndim != 2 or scores.shape[1] != len(calibration.detectors):
@@ -100,7 +100,14 @@ def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floa
     slope = (surprise[-1] - surprise[len(surprise) // 2]) / np.maximum(last - middle, 1e-6)
     beyond = surprise[-1] + slope * (scores - last)
     inside = np.where(scores > last, beyond, between)
-    total: Floats = np.where(scores <= first, 0.0, inside).sum(axis=1)
+    return np.where(scores <= first, 0.0, inside)
+
+
+def combine(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Floats:
+    """How suspicious each image is over all detectors, the sum of its surprises: scores (N, D) to
+    float64 (N,).
+    """
+    total: Floats = surprises(scores, calibration).sum(axis=1)
     return total
 
 

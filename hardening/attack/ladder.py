@@ -6,6 +6,7 @@ attacks, Tramer et al. 2020 and Bryniarski et al. 2022.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -137,6 +138,19 @@ def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
     for rank in range(min(budget.targets, target.shape[1] - 1)):
         loss = targeted(label, target[:, rank])
         hunt.try_all(mislead(look, loss, label, handling="selective"))
+    return hunt.found
+
+
+def targeted_apgd(
+    look: Look, x: Tensor, label: Tensor, target: Tensor, threat: Threat, *, steps: int
+) -> Tensor:
+    """Be taken for `target` (N,) and accepted: Auto-PGD with every handling of the detectors."""
+    with torch.no_grad():
+        rejects = look(x).margin is not None
+    aim = partial(mislead, look, targeted(label, target), label, target=target)
+    hunt = Hunt(aim(), x, threat, steps=steps)
+    for handling in HANDLINGS if rejects else HANDLINGS[:1]:
+        hunt.try_all(aim(handling=handling))
     return hunt.found
 
 

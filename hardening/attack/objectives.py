@@ -66,14 +66,23 @@ def targeted(label: Tensor, target: Tensor) -> ClassLoss:
 
 
 def mislead(
-    look: Look, loss: ClassLoss, label: Tensor, *, handling: str = "selective", weight: float = 1.0
+    look: Look,
+    loss: ClassLoss,
+    label: Tensor,
+    *,
+    handling: str = "selective",
+    weight: float = 1.0,
+    target: Tensor | None = None,
 ) -> Objective:
-    """Be wrong about `label` (N,) and accepted; `handling` (one of HANDLINGS) weighs the two."""
+    """Be wrong about `label` (N,) and accepted; `handling` (one of HANDLINGS) weighs the two.
+
+    With `target` (N,) nothing but that label counts as wrong.
+    """
 
     def objective(x: Tensor, rows: Tensor) -> Outcome:
         view = look(x)
-        values = loss(view.logits, rows)
-        wrong = view.logits.argmax(1) != label[rows]
+        values, guess = loss(view.logits, rows), view.logits.argmax(1)
+        wrong = guess != label[rows] if target is None else guess == target[rows]
         if view.margin is None:
             return Outcome(values, values, wrong)
         won = wrong & (view.margin <= 0)

@@ -26,6 +26,7 @@ START = """Rampart turns an image classifier into a hardened inference endpoint.
   make serve                                        serve the shipped model
   rampart harden --data my_images/ --out mine.mar   defend your own
   rampart attack                                    look at an attack on one picture
+  rampart play                                      show it pictures in a browser, attack them
   rampart --help                                    all verbs
 """
 # Errors whose text is for people, but for those among them whose text names no input.

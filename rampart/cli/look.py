@@ -15,6 +15,7 @@ HIDE = "LEFT TOP WIDTH HEIGHT to project without, in pixels at model resolution"
 BEFORE = "The picture of before and after"
 ATTACKED, PURIFIED = Path("attacked"), Path("purified.png")
 SHOWN = "The class that the picture shows, to tell whether the certified one is right"
+OFFERED = "Picture to begin with; others are on offer"
 PROJECT = "Also the generator's own image nearest to it"
 
 verb, app = o.theme("Look")
@@ -73,6 +74,25 @@ def certify(
     noise = looks.Noise(sigma, samples, alpha)
     model = rp.Model.load(look.model)
     say(*looks.certify(model, look.image, noise, label=label, device=device))
+
+
+@verb("play", "play cat.jpg --model model_store/mine")
+def play(
+    model: Annotated[Path, Option(help="Folder of the model"), inputs.folder] = o.SHIPPED,
+    image: Annotated[Path | None, Argument(help=OFFERED), inputs.picture] = None,
+    twin: o.Twin = None,
+    arch: o.Own = None,
+    rate: o.Rate = None,
+    port: Annotated[int, Option(min=0, max=65535, help="On loopback; 0 takes a free one")] = 8090,
+    browser: Annotated[bool, Option(help="Open the page in a browser")] = True,
+) -> None:
+    """A page on this machine: drop, draw or pick a picture, see its verdict, attack it.
+
+    Ctrl-C ends it.
+    """
+    from rampart.play.server import play
+
+    play(model, image, twin=twin, rate=rate, port=port, browser=browser)
 
 
 @verb("samples signs/", "samples signs/ --count 10")

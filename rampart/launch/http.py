@@ -80,8 +80,8 @@ def serve(front: Front) -> int:
         models = [read_model(archive) for archive in front.archives]
         _check(front, models)
         if front.grpc_port:
-            _listen(front.host, front.grpc_port).close()  # each worker opens its own
-        listener = _listen(front.host, front.port)
+            listen(front.host, front.grpc_port).close()  # each worker opens its own
+        listener = listen(front.host, front.port)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -183,7 +183,8 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
         raise LaunchError(str(error)) from error
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address. Raises LaunchError where it cannot be used."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)

@@ -16,6 +16,7 @@ from rampart.handlers.verdict import (
     drift,
     drift_by_chance,
     p_values,
+    surprises,
 )
 
 RNG = np.random.default_rng(0)
@@ -49,12 +50,14 @@ def by_hand(score: float, knots: list[float], surprise: list[float]) -> float:
 
 def test_combination_is_the_sum_of_interpolated_surprises() -> None:
     scores = np.stack([RNG.uniform(-1, 6, 200), RNG.uniform(-2, 1, 200)], axis=1)
-    expected = [
-        by_hand(first, list(KNOTS[0]), list(SURPRISE))
-        + by_hand(second, list(KNOTS[1]), list(SURPRISE))
-        for first, second in scores
-    ]
-    np.testing.assert_allclose(combine(scores, calibration()), expected, rtol=1e-12)
+    expected = np.array(
+        [
+            [by_hand(score, list(KNOTS[i]), list(SURPRISE)) for i, score in enumerate(row)]
+            for row in scores
+        ]
+    )
+    np.testing.assert_allclose(surprises(scores, calibration()), expected, rtol=1e-12)
+    np.testing.assert_allclose(combine(scores, calibration()), expected.sum(1), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

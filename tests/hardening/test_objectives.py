@@ -45,6 +45,16 @@ def test_only_a_wrong_label_that_is_accepted_wins(learned: Learned) -> None:
         assert out.won.tolist() == [False, False, True, False]
 
 
+def test_with_a_target_no_other_wrong_label_wins(learned: Learned) -> None:
+    x, guess = learned.x[:3], learned.model(learned.x[:3]).argmax(1)
+    label, rows = (guess + 1) % 10, torch.arange(3)
+    target = torch.stack([guess[0], (guess[1] + 2) % 10, label[2]])
+    for handling in HANDLINGS:
+        loss = targeted(label, target)
+        aim = mislead(learned.look, loss, label, handling=handling, target=target)
+        assert aim(x.clone().requires_grad_(), rows).won.tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("handling", ["selective", "orthogonal"])
 def test_staged_values_rank_right_below_rejected_below_won(handling: str, learned: Learned) -> None:
     x = torch.stack([learned.x[0], learned.x[0] * 0.1, torch.ones_like(learned.x[0])])

@@ -33,6 +33,20 @@ def test_every_rung_stays_in_the_ball_and_in_range(name: str, learned: Learned) 
     assert found.max() <= 1
 
 
+def test_the_targeted_attack_reaches_its_targets_within_the_ball(learned: Learned) -> None:
+    look, x, label = guarded(learned), learned.x, learned.label
+    target, threat = (label + 1) % 10, Threat("Linf", 3 * learned.threat.eps)
+    found = rungs.targeted_apgd(look, x, label, target, threat, steps=20)
+    assert float((found - x).abs().max()) <= threat.eps + 1e-6
+    assert found.min() >= 0 and found.max() <= 1
+    view = look(found)
+    assert view.margin is not None
+    reached = (view.logits.argmax(1) == target) & (view.margin <= 0)
+    untargeted = rungs.joint_apgd(look, x, label, threat, SMALL)
+    by_chance = look(untargeted).logits.argmax(1) == target
+    assert reached.float().mean() > 0.7 > by_chance.float().mean()
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_images_that_are_wrong_already_leave_nothing_to_attack(norm: str, learned: Learned) -> None:
     wrong = (learned.label + 1) % 10

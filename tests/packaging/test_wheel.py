@@ -71,7 +71,8 @@ def test_a_wheel_puts_one_name_at_the_top_and_holds_its_data(wheel: Path) -> Non
         <= data
         == {file.name for file in (ROOT / "rampart" / "data").iterdir()}
     )
-    assert {"rampart/handlers/defended.py", "rampart/export/archive.py"} <= set(names)
+    pages = {"rampart/play/page.html", "rampart/hardening/report/page.html"}
+    assert {"rampart/handlers/defended.py", "rampart/export/archive.py", *pages} <= set(names)
 
 
 def test_serving_installs_no_torch_and_no_other_module(scripts: Path, tmp_path: Path) -> None:

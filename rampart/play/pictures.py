@@ -1,0 +1,59 @@
+"""Pictures that the playground offers: drawn, or those that come with scikit-image."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.pixels import as_file
+from rampart.model import Model
+from rampart.samples import SIGNS, sample
+
+
+class Offer(NamedTuple):
+    """A picture that may be picked: a file out of a seed, which tells drawn ones apart."""
+
+    file: Callable[[int], bytes]
+    drawn: bool
+
+
+FEW = 3  # signs that a model must know to be shown signs
+# Photographs without rights (docs/play.md), for models that know no signs.
+PHOTOGRAPHS = {"cat": "chelsea.png", "rocket": "rocket.jpg", "coffee": "coffee.png"}
+
+
+def offered(model: Model, own: Path | None = None) -> dict[str, Offer]:
+    """What one may pick, by name; `own` is a picture file that stands first."""
+    found: dict[str, Offer] = {}
+    if own is not None:
+        found[own.name] = always(own)
+    signs = [name for name in SIGNS if name in model.classes]
+    if len(signs) >= FEW:
+        found |= {name: Offer(partial(sign, name), True) for name in signs}
+    else:
+        from skimage.data import data_dir
+
+        found |= {name: always(Path(data_dir) / file) for name, file in PHOTOGRAPHS.items()}
+    if model.folder is not None and (model.folder / SAMPLE).is_file():
+        found["the model's sample"] = always(model.folder / SAMPLE)
+    return found | {"noise": Offer(noise, True)}
+
+
+def always(file: Path) -> Offer:
+    """The same file whatever the seed."""
+    return Offer(lambda _: file.read_bytes(), False)
+
+
+def sign(name: str, seed: int) -> bytes:
+    """A traffic sign as a PNG."""
+    return as_file(sample(name, seed))
+
+
+def noise(seed: int) -> bytes:
+    """Nothing that any model knows, as a PNG."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    return as_file(Image.fromarray(pixels))
