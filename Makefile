@@ -2,7 +2,7 @@
 # The newest Python that this machine has, of those that we run on.
 PYTHON ?= $(or $(firstword $(foreach p,python3.13 python3.12 python3.11,$(shell $(p) -c pass \
     2>/dev/null && echo $(p)))),python3.13)
-MODEL ?= cifar10
+MODEL ?= traffic-signs
 PORT ?= 8080
 BIN := .venv/bin
 # Lock files are complete, and what is never imported need not be compiled.

@@ -4,10 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import run
 from PIL import Image
 
+import rampart as rp
+from rampart.handlers.image import fit
+from rampart.hardening.attack.ladder import QUICK, fool
+from rampart.hardening.attack.objectives import look_at
+from rampart.hardening.attack.victims import label_victim
+from rampart.hardening.model.images import Images
 from rampart.samples import SIDE, SIGNS, sample
+
+STORE = Path(rp.__file__).parents[1] / "model_store"
 
 
 @pytest.mark.parametrize("name", SIGNS)
@@ -35,3 +44,48 @@ def test_samples_writes_as_many_of_each_as_are_asked_for(tmp_path: Path) -> None
     assert "24 pictures" in output
     with Image.open(tmp_path / "signs" / "stop-3.png") as file:
         assert np.array_equal(np.asarray(file), np.asarray(sample("stop", 3)))
+
+
+@pytest.fixture(scope="module")
+def signs() -> tuple[Images, rp.Model, rp.Model]:
+    """All drawn signs as the model sees them, the shipped model, and its undefended twin."""
+    model, twin = (
+        rp.Model.load(STORE / name) for name in ("traffic-signs", "traffic-signs-undefended")
+    )
+    drawn = [np.asarray(sample(name)) for name in SIGNS]
+    pixels = np.stack([fit(picture, model.image_size) for picture in drawn])
+    label = torch.tensor([model.classes.index(name) for name in SIGNS])
+    return Images(torch.from_numpy(pixels), label, model.classes), model, twin
+
+
+def test_the_shipped_model_names_every_drawn_sign(
+    signs: tuple[Images, rp.Model, rp.Model],
+) -> None:
+    images, model, _ = signs
+    verdicts = model.predict(images)
+    assert [verdict.label for verdict in verdicts] == list(SIGNS)
+    assert {verdict.decision for verdict in verdicts} == {"accept"}
+
+
+@pytest.mark.slow
+def test_drawn_signs_that_fool_an_undefended_twin_do_not_fool_the_shipped_model(
+    signs: tuple[Images, rp.Model, rp.Model],
+) -> None:
+    images, model, twin = signs
+    look = label_victim("undefended", twin.classifier, "").label_look
+    attacked = fool(look, images.image, model.threat, QUICK)
+    assert int((attacked.int() - images.image.int()).abs().max()) == 4
+    fooled = [
+        verdict.label != name for verdict, name in zip(twin.predict(attacked), SIGNS, strict=True)
+    ]
+    assert sum(fooled) >= 4
+    assert [verdict.label for verdict in model.predict(attacked)] == list(SIGNS)
+    # An attack that knows all of it fools it on few.
+    known = fool(
+        look_at(model.pipeline("lean"), model.calibration("lean"), model.rate),
+        images.image,
+        model.threat,
+        QUICK,
+    )
+    labels = [verdict.label for verdict in model.predict(known)]
+    assert sum(map(str.__eq__, labels, SIGNS)) >= 10

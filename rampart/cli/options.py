@@ -179,7 +179,7 @@ class Subject(NamedTuple):
 
 
 PICTURE = "Picture; default the model's own sample, else scikit-image's cat"
-SHIPPED = Path("model_store/cifar10")
+SHIPPED = Path("model_store/traffic-signs")
 
 
 class Look(NamedTuple):

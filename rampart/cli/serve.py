@@ -8,7 +8,7 @@ from typer import Option
 
 from rampart.cli import options as o
 
-SHIPPED = Path("model_store/cifar10.mar")
+SHIPPED = Path("model_store/traffic-signs.mar")
 ARCHIVE = "The .mar to serve, or a folder of them; http serves several, of other names or versions"
 SERVER = "http is Rampart's own"
 DEFAULT = "torchserve on loopback, else http"

@@ -18,7 +18,10 @@ from rampart.hardening.model.files import Precision, graph_file, load_variant
 from rampart.launch.endpoint import ANY
 
 STORE = Path(__file__).parents[2] / "model_store"
-SHIPPED: list[tuple[str, str, Precision]] = [("cifar10", "lean", "int8")]
+SHIPPED: list[tuple[str, str, Precision]] = [
+    ("cifar10", "lean", "int8"),
+    ("traffic-signs", "lean", "int8"),
+]
 
 # Of `views`, by the archive that was exported before graphs were shipped.
 LABELS = [8, 8, 0, 8]

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,16 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"0" * 1_500_000)
         report.write_card(tmp_path / name, card_of(*figures) | more)
-    lines = report.model_table([tmp_path / "first", tmp_path / "second"]).splitlines()
+    shutil.copytree(tmp_path / "second", tmp_path / "third")
+    weak = Metric(Subject("classifier"), "pgd20", 0.8, 100, Threat(), "PGD")
+    report.write_card(tmp_path / "third", card_of(figures[1], weak))
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    lines = report.model_table(folders).splitlines()
     assert lines[2].startswith("| `first` | resnet10 x 0.125 | 1.5 MB | 5 epochs, 1.5 h | 70.0% (")
     assert lines[3].startswith("| `second` | resnet10 x 0.125 | 1.5 MB | - | 70.0% (")
-    assert lines[2].endswith("n = 100 | 40.0% (30.9% to 49.8%), n = 100, Linf 8/255 |")
+    said = "n = 100 | 40.0% (30.9% to 49.8%), n = 100, standard AutoAttack, Linf 8/255 |"
+    assert lines[2].endswith(said)
+    assert "n = 100 | 80.0% (" in lines[4] and lines[4].endswith("n = 100, PGD-20, Linf 8/255 |")
 
 
 def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:

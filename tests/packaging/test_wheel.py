@@ -99,7 +99,7 @@ def test_an_installed_rampart_serves_an_archive_from_anywhere(
 def test_an_installed_rampart_packs_a_shipped_model_without_torch(
     scripts: Path, tmp_path: Path
 ) -> None:
-    model, out = ROOT / "model_store" / "cifar10", tmp_path / "cifar10.mar"
+    model, out = ROOT / "model_store" / "traffic-signs", tmp_path / "traffic-signs.mar"
     said = quietly(scripts / "rampart", "archive", model, "--out", out, cwd=tmp_path)
     assert "labels differ on 0" in said
     archive(model, tmp_path / "ours.mar", variant="lean", precision="int8")
