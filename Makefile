@@ -22,7 +22,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test slow quick check format wheel graphs lock audit clean
+.PHONY: serve test slow quick check format wheel docs graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
@@ -99,6 +99,16 @@ endef
 	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
 	    -r requirements/triton.txt
 
+.venv/docs: requirements/docs.txt
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/docs.txt
+	@touch $@
+
+# The site, in build/site; a broken link is an error.
+docs: .venv/docs
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv/docs/bin/mkdocs build -q
+
 wheel: .venv/dev
 	@$(BIN)/python -m build --no-isolation
 
@@ -122,6 +132,7 @@ lock:
 	$(LOCK) pyproject.toml --extra harden -c requirements/dev.txt -o requirements/harden.txt
 	$(LOCK) pyproject.toml $(SERVING) --extra gpu --no-emit-package onnxruntime \
 	    -c requirements/dev.txt -o requirements/gpu.txt
+	$(LOCK) pyproject.toml --extra docs -c requirements/dev.txt -o requirements/docs.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
 	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
 	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+import yaml
 
 from rampart import cli
 from rampart.hardening.attack.pgd import Threat
@@ -69,6 +70,29 @@ def test_what_the_guide_for_contributors_shows_runs(
         craft = names["whitening"].craft
         attacked = craft(None, x, label, threat=Threat(eps=0.5), budget=ladder.QUICK)
         assert (attacked == 0.75).all()
+
+
+def test_the_reference_names_every_error_and_every_metric() -> None:
+    errors, metrics = (
+        (ROOT / "docs" / "reference" / f"{name}.md").read_text() for name in ("answers", "metrics")
+    )
+    files = [*(ROOT / "handlers").rglob("*.py"), *(ROOT / "rampart" / "launch").glob("*.py")]
+    code = "".join(file.read_text() for file in files)
+    kinds = set(re.findall(r'ImageError\(\s*(\d{3}),\s*"(\w+)"', code))
+    assert len(kinds) > 35
+    assert set(re.findall(r"^\| (\d{3}) \| `(\w+)`", errors, re.MULTILINE)) == kinds
+    listed = yaml.safe_load((ROOT / "rampart" / "data" / "metrics.yaml").read_text())
+    every = {row["name"] for rows in listed["model_metrics"].values() for row in rows}
+    ours = {
+        re.sub("_(bucket|sum|count)$", "", name) for name in every if name.startswith("rampart_")
+    }
+    assert set(re.findall(r"^\| `(rampart_\w+)`", metrics, re.MULTILINE)) == ours
+
+
+def test_the_site_has_a_place_for_every_document() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    for document in DOCUMENTS[1:]:
+        assert f": {document.relative_to(ROOT / 'docs')}" in site
 
 
 def documented() -> list[str]:
