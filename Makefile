@@ -99,6 +99,13 @@ endef
 	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
 	    -r requirements/triton.txt
 
+# A real Ray.
+.venv/ray: .venv/dev requirements/ray.txt
+	@rm -rf $@
+	@$(BIN)/python -m venv $@
+	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/ray.txt
+
 wheel: .venv/dev
 	@$(BIN)/python -m build --no-isolation
 
@@ -122,6 +129,7 @@ lock:
 	$(LOCK) pyproject.toml $(SERVING) --extra gpu --no-emit-package onnxruntime \
 	    -c requirements/dev.txt -o requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
+	$(LOCK) pyproject.toml --extra ray -c requirements/dev.txt -o requirements/ray.txt
 	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
 	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
 	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt
