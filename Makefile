@@ -80,7 +80,7 @@ $(ARCHIVE): $(PACKER) $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@echo "Installing what tests and benchmarks need (about 6 GB, a few minutes) ..."
 	@$(PIP) --require-hashes -r requirements/dev.txt
 	@$(only_runtime)
-	@# KServe's client wants other versions of what we have: it gets a place of its own.
+	@# KServe wants other versions of what we have: it gets a place of its own.
 	@$(BIN)/python -m venv .venv/kserve
 	@.venv/kserve/bin/python -m pip install -q --require-hashes -r requirements/kserve.txt
 	@touch $@
@@ -130,7 +130,7 @@ lock:
 	    -c requirements/dev.txt -o requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
 	$(LOCK) pyproject.toml --extra ray -c requirements/dev.txt -o requirements/ray.txt
-	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
+	$(LOCK) pyproject.toml --extra kserve --no-annotate -o requirements/kserve.txt
 	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
 	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt
 

@@ -203,9 +203,15 @@ async def _abort(
     error: Mapping[str, Any],
     headers: Sequence[tuple[str, str]] = (),
 ) -> None:
-    status = STATUSES.get(code, StatusCode.INVALID_ARGUMENT)
     kind = ("error-type", str(error["type"]))
-    await context.abort(status, error["message"], (kind, ("http-status", str(code)), *headers))
+    await context.abort(
+        status_of(code), error["message"], (kind, ("http-status", str(code)), *headers)
+    )
+
+
+def status_of(code: int) -> StatusCode:
+    """The status of gRPC that stands for one of HTTP."""
+    return STATUSES.get(code, StatusCode.INVALID_ARGUMENT)
 
 
 def as_http(request: Any, headers: Mapping[str, str]) -> Incoming:
