@@ -22,6 +22,7 @@ from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
 from rampart.handlers.http.metadata import Models
 from rampart.handlers.http.tokens import Tokens
+from rampart.handlers.http.traces import open_traces
 from rampart.handlers.telemetry import Metrics
 from rampart.launch.opening import open_archive, openapi
 
@@ -65,13 +66,14 @@ def open_application() -> Starlette:
 
 def _application(job: Job) -> Starlette:
     lanes: dict[tuple[str, str], Lane] = {}
+    traces = open_traces()
     figures: list[tuple[str, Metrics]] = []
     for index, archive in enumerate(map(Path, job.archives)):
         metrics = Metrics()
         service, name, version = open_archive(
             archive, metrics, copy=job.copy_of(index), workers=job.workers
         )
-        lanes[name, version] = Lane(service, delay=job.delay)
+        lanes[name, version] = Lane(service, delay=job.delay, traces=traces)
         figures.append((name, metrics))
     exposition = Exposition(figures, Path(job.folder))
     admission = Admission(Tokens(Path(job.tokens)), Path(job.folder)) if job.tokens else None
@@ -87,6 +89,8 @@ def _application(job: Job) -> Starlette:
         watch.cancel()
         for lane in lanes.values():
             await asyncio.to_thread(lane.close)
+        if traces:
+            await asyncio.to_thread(traces.close)
         exposition.save()
 
     app.router.lifespan_context = lifespan
