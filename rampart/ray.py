@@ -41,7 +41,7 @@ class Rampart:
         if cores := os.environ.get("OMP_NUM_THREADS"):
             os.environ.setdefault("RAMPART_THREADS", cores)
         self._folder = tempfile.TemporaryDirectory(prefix="rampart-")  # of buckets of tokens
-        metrics = Metrics()
+        self._metrics = metrics = Metrics()
         service, self._name, self._version = open_archive(Path(archive), metrics)
         self._lane = Lane(service)
         self._tokens = Tokens(Path(tokens)) if tokens else None
@@ -50,7 +50,8 @@ class Rampart:
     def __serve_build_asgi_app__(self) -> Starlette:
         """As Ray calls it in a replica. Figures are among Ray's own, and not at /metrics."""
         models, folder = {(self._name, self._version): self._lane}, Path(self._folder.name)
-        admission = Admission(self._tokens, folder) if self._tokens else None
+        tokens = self._tokens
+        admission = Admission(tokens, folder, self._metrics) if tokens else None
         return application(models, Exposition((), folder), openapi(models.keys()), admission)
 
     async def predict(self, picture: bytes) -> dict[str, Any]:

@@ -75,8 +75,9 @@ def _application(job: Job) -> Starlette:
         )
         lanes[name, version] = Lane(service, delay=job.delay, traces=traces)
         figures.append((name, metrics))
-    exposition = Exposition(figures, Path(job.folder))
-    admission = Admission(Tokens(Path(job.tokens)), Path(job.folder)) if job.tokens else None
+    folder, refused = Path(job.folder), Metrics()  # before it is known which model is asked
+    exposition = Exposition([*figures, ("", refused)], folder)
+    admission = Admission(Tokens(Path(job.tokens)), folder, refused) if job.tokens else None
     app = application(lanes, exposition, openapi(lanes.keys()), admission)
 
     @contextlib.asynccontextmanager

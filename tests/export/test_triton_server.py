@@ -131,14 +131,30 @@ def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.nd
         client.infer("tiny", [encoded(module, *[b"a"] * 33)])
 
 
-def count(triton: Triton, name: str) -> float:
-    """A counter of the model's, of all its versions."""
+def count(triton: Triton, name: str, label: str = "") -> float:
+    """A counter of the model's, of all its versions; those alone that have a label."""
     text = requests.get(f"http://127.0.0.1:{triton.metrics}/metrics", timeout=10).text
     return sum(
         float(line.rpartition(" ")[2])
         for line in text.splitlines()
-        if line.startswith(f"{name}{{") and 'model="tiny"' in line
+        if line.startswith(f"{name}{{") and 'model="tiny"' in line and label in line
     )
+
+
+def test_decisions_and_errors_are_among_tritons_own_figures(
+    triton: Triton, encode: Encode, pixels: np.ndarray
+) -> None:
+    kinds = [("images", 'decision="error"'), ("errors", 'type="corrupt_image"'), ("images", "")]
+
+    def counted() -> list[float]:
+        return [count(triton, f"rampart_{name}_total", label) for name, label in kinds]
+
+    before = counted()
+    image = encoded(tritonclient.http, encode(pixels), encode(pixels)[:90], encode(pixels))
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{triton.port}") as client:
+        for _ in range(3):
+            client.infer("tiny", [image])
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [3, 3, 9]
 
 
 def test_pictures_and_pixels_of_several_clients_share_a_batch(

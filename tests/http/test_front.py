@@ -434,6 +434,8 @@ def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     assert requests.get(f"{server.root}/v2/health/ready", timeout=10).status_code == 200
     for _ in range(20):
         assert requests.post(server.url, picture, headers=free, timeout=10).status_code == 200
+    line = f'rampart_requests_total{{model="",status="429"}} {statuses.count(429)}.0'
+    wait(lambda: line in requests.get(f"{server.root}/metrics", headers=free, timeout=10).text)
     assert server.end() == 0
 
 
