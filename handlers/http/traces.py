@@ -57,7 +57,7 @@ class Traces:
 
 
 def open_traces(environment: Mapping[str, str] = os.environ) -> Traces | None:
-    """Traces as OpenTelemetry's own variables say. Raises ValueError for what is not spoken."""
+    """Traces as OpenTelemetry's own variables say; where they cannot be sent, the log says why."""
     wanted = any(environment.get(name) for name in ENDPOINTS)
     off = (
         environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -67,7 +67,8 @@ def open_traces(environment: Mapping[str, str] = os.environ) -> Traces | None:
         return None
     protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), SPOKEN)
     if protocol != SPOKEN:
-        raise ValueError(f"traces are sent by {SPOKEN} and not by {protocol}: set {PROTOCOLS[0]}")
+        logger.warning("No traces: they go by %s alone, so set %s", SPOKEN, PROTOCOLS[0])
+        return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

@@ -148,13 +148,18 @@ def test_requests_of_one_batch_have_spans_each(
     assert max(batches) > 1
 
 
-def test_without_an_endpoint_or_where_they_are_turned_off_there_are_no_traces() -> None:
+def test_without_an_endpoint_or_where_they_are_turned_off_there_are_no_traces(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     endpoint = {ENDPOINT: "http://127.0.0.1:1"}
     assert open_traces({}) is None
     assert open_traces(endpoint | {"OTEL_SDK_DISABLED": "true"}) is None
     assert open_traces(endpoint | {"OTEL_TRACES_EXPORTER": "none"}) is None
-    with pytest.raises(ValueError, match=r"by http/protobuf and not by grpc: set OTEL_EXP"):
-        open_traces(endpoint | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+    assert not caplog.messages
+    assert open_traces(endpoint | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}) is None
+    assert caplog.messages == [
+        "No traces: they go by http/protobuf alone, so set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+    ]
 
 
 def test_without_the_extra_there_are_no_traces_and_the_log_says_so() -> None:
