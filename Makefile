@@ -22,7 +22,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test slow quick check format wheel graphs lock audit clean
+.PHONY: serve test slow quick servers check format wheel graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
@@ -31,7 +31,7 @@ serve: $(ARCHIVE)
 # imports torch compiles it anew, and the suite takes half as long again.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test slow quick: export PYTHONDONTWRITEBYTECODE :=
+test slow quick servers: export PYTHONDONTWRITEBYTECODE :=
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
@@ -45,6 +45,10 @@ slow: .venv/dev
 
 quick: .venv/dev
 	@$(PYTEST) -q -m "not server and not training and not slow"
+
+# Writes docs/servers.md by what passes.
+servers: .venv/dev .venv/triton .venv/ray
+	@$(PYTEST) -q -m feature --servers=docs/servers.md
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """A real Ray of two nodes, in an environment of its own: `make .venv/ray` installs it."""
 
+import json
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from servers import free_port
 
 PYTHON = Path(sys.prefix) / "ray" / "bin" / "python"
 CONFIG = Path("deploy/ray/serve.yaml")
+TOKEN = "a" * 20
 
 
 class Ray:
@@ -45,6 +48,7 @@ class Ray:
             stdout=self._log,
             stderr=self._log,
             env=environment,
+            text=True,
         )
 
     def _configuration(self, archive: Path) -> Path:
@@ -52,7 +56,9 @@ class Ray:
         config["http_options"] = {"host": "127.0.0.1", "port": self.port}
         config["proxy_location"] = "HeadOnly"  # the nodes of one machine cannot share a port
         (application,) = config["applications"]
-        application["args"] = {"archive": str(archive)}
+        tokens = self._temp / "tokens"
+        tokens.write_text(f"team {TOKEN}\n")
+        application["args"] |= {"archive": str(archive), "tokens": str(tokens)}
         written = self._temp / "serve.yaml"
         written.write_text(yaml.safe_dump(config))
         return written
@@ -81,6 +87,21 @@ class Ray:
         (host,) = re.findall("^host (.+)$", self.log(), re.MULTILINE)
         addresses = {f"http://{host}:{file.read_text()}/metrics" for file in files}
         return "".join(requests.get(address, timeout=10).text for address in addresses)
+
+    def verdict(self, picture: Path) -> dict[str, Any]:
+        """What another deployment would get by the handle."""
+        assert self._nodes.stdin is not None
+        known, end = len(self._verdicts()), time.monotonic() + 60
+        self._nodes.stdin.write(f"{picture}\n")
+        self._nodes.stdin.flush()
+        while len(self._verdicts()) == known:
+            assert self._nodes.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.1)
+        found: dict[str, Any] = json.loads(self._verdicts()[-1])
+        return found
+
+    def _verdicts(self) -> list[str]:
+        return re.findall(r"^verdict (.+)$", self.log(), re.MULTILINE)
 
     def log(self) -> str:
         """What Ray has said."""

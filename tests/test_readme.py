@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from features import FEATURES, SERVERS
 
 from rampart import cli
 from rampart.hardening.report import card as report
@@ -37,6 +38,29 @@ def test_the_tables_in_the_documents_are_those_of_the_cards() -> None:
     assert report.fenced(text, "models", report.model_table(models)) == text
     figures = report.markdown(report.read_card(models[0]))
     assert report.fenced(results, "figures", figures) == results
+
+
+def test_the_table_of_servers_says_yes_where_a_test_is_marked_and_nowhere_else() -> None:
+    marked = {
+        (name, server)
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name, servers in re.findall(
+            r'^@feature\("(.+?)", (.+)\)$', file.read_text(), re.MULTILINE
+        )
+        for server in re.findall(r'"(.+?)"', servers)
+    }
+    lines = (ROOT / "docs" / "servers.md").read_text().splitlines()
+    (_, *servers), _, *rows = [
+        [cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")
+    ]
+    assert tuple(servers) == SERVERS and tuple(row[0] for row in rows) == FEATURES
+    told = {
+        (name, server): cell
+        for name, *cells in rows
+        for server, cell in zip(servers, cells, strict=True)
+    }
+    assert {place for place, cell in told.items() if cell} == marked
+    assert {cell for cell in told.values() if cell} == {"yes"}
 
 
 def documented() -> list[str]:

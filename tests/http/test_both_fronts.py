@@ -2,10 +2,19 @@
 
 import gzip
 
+import pytest
 from sent import Sent, ask
 from servers import Server
 
+feature = pytest.mark.feature
 
+
+@feature("The verdicts of every other server", "TorchServe", "Rampart")
+@feature("Pictures as they are, and forms", "TorchServe", "Rampart")
+@feature("KServe v1", "TorchServe", "Rampart")
+@feature("Open Inference v2, JSON", "TorchServe", "Rampart")
+@feature("Open Inference v2, binary tensors", "TorchServe", "Rampart")
+@feature("A picture at fault harms no other", "TorchServe", "Rampart")
 def test_both_fronts_give_the_same_answers(
     server: Server, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
@@ -17,6 +26,7 @@ def test_both_fronts_give_the_same_answers(
     assert {200, 400, 415, 422} <= statuses
 
 
+@feature("Compressed bodies", "TorchServe", "Rampart")
 def test_a_compressed_body_gets_the_same_answer(
     server: Server, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:

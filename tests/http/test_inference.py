@@ -21,6 +21,8 @@ from rampart.handlers.http.bodies import MAX_BODY
 from rampart.handlers.http.messages import CLASSES, MESSAGES
 from rampart.launch.probe import probe
 
+feature = pytest.mark.feature
+
 Encode = Callable[..., bytes]
 OUTPUTS = ["label", "index", "confidence", "decision", "p_value"]
 
@@ -64,6 +66,7 @@ def test_the_messages_are_those_of_tritons_client() -> None:
             assert kinds[0] == kinds[1], f"{name}.{field.name}"
 
 
+@feature("Health and metadata of the protocol", "Rampart")
 def test_health_and_metadata_are_told(client: triton.InferenceServerClient) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
     assert client.is_model_ready("tiny", "1.0")
@@ -77,6 +80,7 @@ def test_health_and_metadata_are_told(client: triton.InferenceServerClient) -> N
     assert [output.name for output in metadata.outputs] == OUTPUTS
 
 
+@feature("Open Inference v2, gRPC", "Rampart")
 def test_a_verdict_is_that_of_http_in_pictures_and_in_pixels(
     client: triton.InferenceServerClient, spoken: Server, picture: bytes, pixels: np.ndarray
 ) -> None:
@@ -198,6 +202,7 @@ def test_a_message_that_is_none_and_a_call_without_one_are_told(channel: grpc.Ch
         assert dict(caught.value.trailing_metadata())["error-type"] == "malformed_message"
 
 
+@feature("Deadlines of clients", "Rampart")
 def test_the_deadline_of_a_call_counts(channel: grpc.Channel, picture: bytes) -> None:
     request = infer({"bytes_contents": [picture]}, [1])
     method = channel.unary_unary(
@@ -229,6 +234,8 @@ def test_headers_that_http_repeats_come_back_as_metadata(
     assert ("x-request-id", "abc") in [(k, v) for k, v in answered.trailing_metadata()]
 
 
+@feature("Tokens", "Rampart")
+@feature("TLS", "Rampart")
 def test_tokens_and_tls_hold_for_grpc(
     start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
@@ -304,6 +311,7 @@ class Stream:
         self.client.close()
 
 
+@feature("Open Inference v2, gRPC streams", "Rampart")
 def test_a_stream_answers_in_order_and_a_fault_ends_it_not(
     spoken: Server, client: triton.InferenceServerClient, picture: bytes
 ) -> None:
@@ -321,6 +329,7 @@ def test_a_stream_answers_in_order_and_a_fault_ends_it_not(
     stream.close()
 
 
+@feature("Rates of tokens", "Rampart")
 def test_each_request_of_a_stream_counts_for_its_tokens_rate(
     start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:

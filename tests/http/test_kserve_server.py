@@ -18,6 +18,8 @@ from tritonclient.utils import InferenceServerException
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
 
+feature = pytest.mark.feature
+
 pytestmark = pytest.mark.server
 Encode = Callable[..., bytes]
 OUTPUTS = ("label", "index", "confidence", "decision", "p_value")
@@ -40,6 +42,10 @@ def client(kserve: KServe) -> Iterator[Any]:
         yield client
 
 
+@feature("The verdicts of every other server", "KServe")
+@feature("KServe v1", "KServe")
+@feature("Open Inference v2, JSON", "KServe")
+@feature("A picture at fault harms no other", "KServe")
 def test_kserve_gives_the_answers_of_our_own_front(
     kserve: KServe, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
@@ -64,6 +70,7 @@ def plain(answer: Any) -> Any:
     return float(np.float32(answer)) if isinstance(answer, float) else answer
 
 
+@feature("Open Inference v2, gRPC", "KServe")
 def test_verdicts_over_grpc_are_the_services_packed_as_the_request_is(
     client: Any, unpacked: Path, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -97,6 +104,8 @@ def test_faults_over_grpc_have_our_message_and_status(client: Any) -> None:
         client.infer("tiny", [tensor, tensor])
 
 
+@feature("Health and metadata of the protocol", "KServe")
+@feature("Figures for Prometheus", "KServe")
 def test_health_metadata_and_figures_are_told(kserve: KServe, client: Any) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
     told = requests.get(f"{kserve.root}/v2/models/tiny", timeout=10).json()

@@ -22,6 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from rampart.handlers.http.traces import open_traces
 
+feature = pytest.mark.feature
+
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 Encode = Callable[..., bytes]
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -106,6 +108,7 @@ def assert_whole(spans: list[tuple[str, Any]], status: int) -> None:
     assert whole == sorted(whole) and whole[0] > time.time_ns() - 120e9
 
 
+@feature("Traces", "Rampart")
 def test_the_stages_of_a_request_are_spans_under_its_callers(
     traced: Server, receiver: Receiver, encode: Encode, pixels: Any
 ) -> None:
@@ -126,6 +129,7 @@ def test_a_call_by_grpc_and_a_fault_have_spans_too(traced: Server, receiver: Rec
     assert_whole(receiver.wait(4, other), 415)
 
 
+@feature("Clients share a run of the graph", "Rampart")
 def test_requests_of_one_batch_have_spans_each(
     traced: Server, receiver: Receiver, encode: Encode, pixels: Any
 ) -> None:
