@@ -22,7 +22,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test slow quick check format wheel docs graphs lock audit clean
+.PHONY: serve test slow quick servers check format wheel docs graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
@@ -31,7 +31,7 @@ serve: $(ARCHIVE)
 # imports torch compiles it anew, and the suite takes half as long again.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test slow quick: export PYTHONDONTWRITEBYTECODE :=
+test slow quick servers: export PYTHONDONTWRITEBYTECODE :=
 
 test: .venv/dev
 	@echo "Running the test suite (a few minutes; TorchServe is started for real) ..."
@@ -45,6 +45,10 @@ slow: .venv/dev
 
 quick: .venv/dev
 	@$(PYTEST) -q -m "not server and not training and not slow"
+
+# Writes docs/servers.md by what passes.
+servers: .venv/dev .venv/triton .venv/ray
+	@$(PYTEST) -q -m feature --servers=docs/servers.md
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -80,7 +84,7 @@ $(ARCHIVE): $(PACKER) $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@echo "Installing what tests and benchmarks need (about 6 GB, a few minutes) ..."
 	@$(PIP) --require-hashes -r requirements/dev.txt
 	@$(only_runtime)
-	@# KServe's client wants other versions of what we have: it gets a place of its own.
+	@# KServe wants other versions of what we have: it gets a place of its own.
 	@$(BIN)/python -m venv .venv/kserve
 	@.venv/kserve/bin/python -m pip install -q --require-hashes -r requirements/kserve.txt
 	@touch $@
@@ -109,6 +113,13 @@ endef
 docs: .venv/docs
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv/docs/bin/mkdocs build -q
 
+# A real Ray.
+.venv/ray: .venv/dev requirements/ray.txt
+	@rm -rf $@
+	@$(BIN)/python -m venv $@
+	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/ray.txt
+
 wheel: .venv/dev
 	@$(BIN)/python -m build --no-isolation
 
@@ -134,7 +145,8 @@ lock:
 	    -c requirements/dev.txt -o requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra docs -c requirements/dev.txt -o requirements/docs.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
-	echo kserve | $(LOCK) - --no-annotate -o requirements/kserve.txt
+	$(LOCK) pyproject.toml --extra ray -c requirements/dev.txt -o requirements/ray.txt
+	$(LOCK) pyproject.toml --extra kserve --no-annotate -o requirements/kserve.txt
 	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
 	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -35,12 +36,20 @@ def pack(model: Path, out: Path, *options: str) -> Path:
 
 
 @contextlib.contextmanager
-def endpoint(archive: Path, *options: str, port: int = 0) -> Iterator[str]:
-    """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready."""
+def endpoint(archive: Path, *options: str, port: int = 0, log: Path | None = None) -> Iterator[str]:
+    """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready.
+
+    What it says of mistakes goes to `log`, or where ours goes.
+    """
     port = port or free_ports()
     command = [sys.executable, "-m", "rampart", "serve", "--archive", str(archive)]
     command += ["--port", str(port), "--device", "cpu", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        Path(log or os.devnull).open("w") as said,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said if log else None, text=True
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             if not any("Rampart is ready" in line for line in process.stdout):

@@ -61,6 +61,8 @@ class Service:
     ) -> None:
         self.summary = summary(card)  # what a client may ask about
         self.detail = judge.policy.detail
+        # When each stage of the last batch began and ended, in ns since 1970.
+        self.stages: dict[str, tuple[int, int]] = {}
         self._engine, self._judge, self._metrics = engine, judge, metrics
         self._size = engine.image_shape[0]
         self._max_pixels = read_max_pixels(settings, self._size)
@@ -114,6 +116,7 @@ class Service:
 
     def answer(self, batch: Sequence[Incoming]) -> list[Reply]:
         """A reply to each request of a batch."""
+        self.stages.clear()
         self._budget.begin()
         with self._timed("decode"):
             requests = self._read(batch)
@@ -272,8 +275,9 @@ class Service:
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time_ns()
         yield
+        self.stages[stage] = (at, time.time_ns())
         self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, stage)
 
 

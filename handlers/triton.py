@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,16 @@ from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.protocols.open_inference import OUTPUTS
 from rampart.handlers.service import Service
 from rampart.handlers.settings import override
+from rampart.handlers.telemetry import COUNTERS, Key, Metrics
 from rampart.handlers.types import Answer, Images
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[2]  # of one version in the repository
 ENCODED, DECODED = "image", "pixels"  # inputs, of which a request has one
 KINDS: Mapping[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32}
 AT_FAULT = {"label": "", "index": -1, "confidence": 0.0, "decision": "error", "p_value": np.nan}
+COUNTED = ("rampart_images_total", "rampart_errors_total", "rampart_query_alerts_total")
 TOO_LARGE = ImageError(
     413, "body_too_large", f"a picture may have {MAX_BODY} bytes: send a smaller one"
 )
@@ -43,9 +48,12 @@ class TritonPythonModel:
         settings = override(settings.get("rampart") or {}, os.environ)
         if args["model_instance_kind"] == "GPU":
             settings = {"device": "cuda"} | settings
+        self._metrics = Metrics()
+        self._counters = Counters(backend, args["model_name"])
         self._service = Service.open(
             FOLDER,
             settings,
+            self._metrics,
             name=args["model_name"],
             version=args["model_version"],
             workers=sum(group.get("count", 1) for group in config["instance_group"]),
@@ -57,6 +65,7 @@ class TritonPythonModel:
         """Answer a batch of requests, each of one picture or several."""
         read = [self._images(request) for request in requests]
         answers = iter(self._service.answer_images([images for images in read if images]))
+        self._counters.add(self._metrics.take())
         return [self._response(next(answers)) if images else self._refusal() for images in read]
 
     def _images(self, request: Any) -> Images:
@@ -87,6 +96,34 @@ class TritonPythonModel:
     def _refusal(self) -> Any:
         error = self._backend.TritonError(ONE_INPUT, self._backend.TritonError.INVALID_ARG)
         return self._backend.InferenceResponse(error=error)
+
+
+class Counters:
+    """Our counters among Triton's own figures, where it shows some; all versions add up."""
+
+    def __init__(self, backend: Any, model: str) -> None:
+        self._model, self._metrics = model, dict[Key, Any]()
+        try:
+            kind = backend.MetricFamily.COUNTER
+            self._families = {
+                name: backend.MetricFamily(name=name, description=name, kind=kind)
+                for name in COUNTED
+            }
+        except backend.TritonModelException:  # of --allow-metrics=false
+            logger.warning("Triton shows no metrics, so Rampart has none either")
+            self._families = {}
+
+    def add(self, changes: Mapping[Key, float]) -> None:
+        """Count what has changed."""
+        for key, change in changes.items():
+            name, labels = key
+            if name in self._families:
+                if key not in self._metrics:
+                    named = dict(
+                        zip(("model", *COUNTERS[name]), (self._model, *labels), strict=True)
+                    )
+                    self._metrics[key] = self._families[name].Metric(labels=named)
+                self._metrics[key].increment(change)
 
 
 def value(name: str, answer: Answer) -> object:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from features import pytest_addoption, pytest_configure, tell  # noqa: F401
 from servers import encode, launch, pixels, redis, repack, server, unpacked, wait_gone  # noqa: F401
 
 # Fixtures import what needs torch themselves: xdist's controller reads this file and runs no test.
@@ -60,6 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     long = set()
     for item in items:
+        tell(item)
         if SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker("server")
         if item.path.name in TRAINING:

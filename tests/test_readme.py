@@ -8,6 +8,7 @@ import pytest
 import torch
 import typer
 import yaml
+from features import FEATURES, SERVERS
 
 from rampart import cli
 from rampart.hardening.attack.pgd import Threat
@@ -93,6 +94,29 @@ def test_the_site_has_a_place_for_every_document() -> None:
     site = (ROOT / "mkdocs.yml").read_text()
     for document in DOCUMENTS[1:]:
         assert f": {document.relative_to(ROOT / 'docs')}" in site
+
+
+def test_the_table_of_servers_says_yes_where_a_test_is_marked_and_nowhere_else() -> None:
+    marked = {
+        (name, server)
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name, servers in re.findall(
+            r'^@feature\("(.+?)", (.+)\)$', file.read_text(), re.MULTILINE
+        )
+        for server in re.findall(r'"(.+?)"', servers)
+    }
+    lines = (ROOT / "docs" / "servers.md").read_text().splitlines()
+    (_, *servers), _, *rows = [
+        [cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")
+    ]
+    assert tuple(servers) == SERVERS and tuple(row[0] for row in rows) == FEATURES
+    told = {
+        (name, server): cell
+        for name, *cells in rows
+        for server, cell in zip(servers, cells, strict=True)
+    }
+    assert {place for place, cell in told.items() if cell} == marked
+    assert {cell for cell in told.values() if cell} == {"yes"}
 
 
 def documented() -> list[str]:

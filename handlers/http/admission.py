@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rampart.handlers.errors import ImageError
 from rampart.handlers.http.tokens import Rate, Tokens
+from rampart.handlers.telemetry import Metrics
 
 NO_TOKEN = ImageError(
     401, "no_token", "send a token that this endpoint knows: Authorization: Bearer TOKEN"
@@ -31,13 +32,22 @@ class Refusal(NamedTuple):
 
 
 class Admission:
-    """Lets requests in by their tokens; the buckets are in `folder`, which all workers have."""
+    """Lets requests in by their tokens; the buckets are in `folder`, which all workers have.
 
-    def __init__(self, tokens: Tokens, folder: Path) -> None:
-        self._tokens, self._buckets = tokens, Buckets(folder)
+    Refused requests count in `metrics`.
+    """
+
+    def __init__(self, tokens: Tokens, folder: Path, metrics: Metrics) -> None:
+        self._tokens, self._buckets, self._metrics = tokens, Buckets(folder), metrics
 
     def refusal(self, authorization: bytes) -> Refusal | None:
         """Why who sent this header is not let in; None lets a request in, and counts it."""
+        refusal = self._judge(authorization)
+        if refusal:
+            self._metrics.count("rampart_requests_total", str(refusal.error.code))
+        return refusal
+
+    def _judge(self, authorization: bytes) -> Refusal | None:
         name = self._tokens.holder(authorization)
         if name is None:
             return Refusal(NO_TOKEN, {"www-authenticate": "Bearer"})

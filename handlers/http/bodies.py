@@ -1,6 +1,7 @@
 """Bodies of HTTP requests: read within bounds, and forms taken apart."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 
 from python_multipart.exceptions import MultipartParseError
@@ -8,6 +9,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from rampart.handlers.errors import BUSY, ImageError
 from rampart.handlers.protocols.content_encoding import MAX_BODY
+
+# Its warnings are about what clients send, and could fill a disk.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 MAX_BUFFERED = 64 << 20  # bytes of all that are on their way
 MAX_PARTS = 64  # of a form

@@ -19,7 +19,7 @@ from rampart.handlers.http.metadata import SERVER, Models, find, tensors
 from rampart.handlers.protocols.choice import MAX_NUMBERS
 from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.protocols.open_inference import wrong
-from rampart.handlers.types import Incoming
+from rampart.handlers.types import Incoming, Reply
 
 MAX_LISTED = 16  # inputs, outputs, or sides of a shape: checked before they become JSON
 OPEN = {f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"}  # need no token, as over HTTP
@@ -62,7 +62,7 @@ def listen(
     """
     interceptors = [Gate(admission)] if admission else []
     server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
-    server.add_generic_rpc_handlers((Servicer(models).handlers(),))
+    server.add_generic_rpc_handlers((Servicer(models, admission).handlers(),))
     try:
         if tls:
             chain, key = (path.read_bytes() for path in tls)
@@ -82,11 +82,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(self, continuation: Any, call: Any) -> Any:
         """As grpc.aio calls it."""
-        sent = dict(call.invocation_metadata).get("authorization", "")
-        token = sent if isinstance(sent, bytes) else sent.encode()
+        token = _token(call.invocation_metadata)
         if call.method not in OPEN and (refusal := self._admission.refusal(token)):
             return _refusing(refusal)
         return await continuation(call)
+
+
+def _token(metadata: Any) -> bytes:
+    sent: str | bytes = dict(metadata or ()).get("authorization", "")
+    return sent if isinstance(sent, bytes) else sent.encode()
 
 
 def _refusing(refusal: Refusal) -> Any:
@@ -102,8 +106,8 @@ def _refusing(refusal: Refusal) -> Any:
 class Servicer:
     """What answers each method."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, admission: Admission | None) -> None:
+        self._models, self._admission = models, admission
         self._arrivals = Arrivals()
 
     def handlers(self) -> Any:
@@ -123,6 +127,9 @@ class Servicer:
             )
             for name, method in methods.items()
         }
+        known["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self.stream, response_serializer=CLASSES["ModelStreamInferResponse"].SerializeToString
+        )
         return grpc.method_handlers_generic_handler(SERVICE, known)
 
     def _respond(
@@ -169,24 +176,64 @@ class Servicer:
 
     async def infer(self, request: Any, context: Context) -> Any:
         """Verdicts on the images of a request."""
-        lane = find(self._models, request.model_name, request.model_version)
         raw = bool(request.raw_input_contents)
-        sent = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
-        try:
-            incoming = as_http(request, sent)
-        except ImageError as error:
-            reply = lane.service.refuse(Incoming(sent, ()), error)
-        else:
-            left = context.time_remaining()
-            seconds = ANSWER_SECONDS if left is None else min(ANSWER_SECONDS, left)
-            request.Clear()  # its pictures need be held but once while they wait
-            reply = await lane.answer(incoming, seconds=seconds)
+        reply = await self._reply(request, context)
         headers = [item for item in reply.headers.items() if item[0] != "content-type"]
         content = json.loads(reply.body)
         if reply.status != 200:
             await _abort(context, reply.status, content, headers)
         context.set_trailing_metadata(tuple(headers))
         return as_message(content, raw=raw)
+
+    async def stream(self, _: Any, context: Context) -> None:
+        """Answers to one request after the other, as long as they come; an error ends none."""
+        first = True
+        while True:
+            try:
+                data = await self._arrivals.read(context.read, context.peer())
+                if data is grpc.aio.EOF:
+                    return
+                request = _parsed(CLASSES["ModelInferRequest"], data)
+            except ImageError as error:
+                await _abort(context, error.code, error.to_dict())
+            answer = {"id": request.id, "model_name": request.model_name}
+            try:
+                if not first:
+                    self._admit(context)  # the first came in with the call
+                first = False
+                message = await self._streamed(request, context)
+            except ImageError as error:
+                message = {"error_message": error.message, "infer_response": answer}
+            await context.write(CLASSES["ModelStreamInferResponse"](**message))
+
+    def _admit(self, context: Context) -> None:
+        """Count one more request of a call. Raises ImageError."""
+        if not self._admission:
+            return
+        if refusal := self._admission.refusal(_token(context.invocation_metadata())):
+            raise refusal.error.bare()
+
+    async def _streamed(self, request: Any, context: Context) -> dict[str, Any]:
+        """The fields of one answer of a stream. Raises ImageError."""
+        raw = bool(request.raw_input_contents)
+        reply = await self._reply(request, context)
+        content = json.loads(reply.body)
+        if reply.status != 200:
+            raise ImageError(reply.status, content["type"], content["message"])
+        return {"infer_response": as_message(content, raw=raw)}
+
+    async def _reply(self, request: Any, context: Context) -> Reply:
+        """The reply over HTTP; the request is empty after that. Raises ImageError."""
+        lane = find(self._models, request.model_name, request.model_version)
+        sent = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
+        try:
+            incoming = as_http(request, sent)
+        except ImageError as error:
+            return lane.service.refuse(Incoming(sent, ()), error)
+        left = context.time_remaining()
+        seconds = ANSWER_SECONDS if left is None else min(ANSWER_SECONDS, left)
+        request.Clear()  # its pictures need be held but once while they wait
+        return await lane.answer(incoming, seconds=seconds)
 
 
 def _parsed(kind: Any, data: Any) -> Any:
@@ -203,9 +250,15 @@ async def _abort(
     error: Mapping[str, Any],
     headers: Sequence[tuple[str, str]] = (),
 ) -> None:
-    status = STATUSES.get(code, StatusCode.INVALID_ARGUMENT)
     kind = ("error-type", str(error["type"]))
-    await context.abort(status, error["message"], (kind, ("http-status", str(code)), *headers))
+    await context.abort(
+        status_of(code), error["message"], (kind, ("http-status", str(code)), *headers)
+    )
+
+
+def status_of(code: int) -> StatusCode:
+    """The status of gRPC that stands for one of HTTP."""
+    return STATUSES.get(code, StatusCode.INVALID_ARGUMENT)
 
 
 def as_http(request: Any, headers: Mapping[str, str]) -> Incoming:

@@ -8,6 +8,7 @@ from collections import deque
 from typing import NamedTuple
 
 from rampart.handlers.errors import BUSY, INTERNAL, TOO_LATE
+from rampart.handlers.http.traces import Traces
 from rampart.handlers.service import Service
 from rampart.handlers.telemetry import Pulse
 from rampart.handlers.types import Incoming, Reply
@@ -26,17 +27,21 @@ class Waiting(NamedTuple):
     incoming: Incoming
     reply: "asyncio.Future[Reply]"
     deadline: float  # of time.monotonic
+    came: int  # in ns since 1970
 
 
 class Lane:
     """What has come while a batch ran is the next batch, so nothing waits while the graph idles.
 
-    With `delay` a batch waits so many seconds for company: where a GPU is, that may pay.
+    With `delay` a batch waits so many seconds for company: where a GPU is, that may pay. What is
+    answered goes into `traces`.
     """
 
-    def __init__(self, service: Service, *, delay: float = 0.0) -> None:
+    def __init__(
+        self, service: Service, *, delay: float = 0.0, traces: Traces | None = None
+    ) -> None:
         self.service, self._pulse = service, Pulse()
-        self._delay = delay
+        self._delay, self._traces = delay, traces
         self._waiting: deque[Waiting] = deque()
         self._news = threading.Condition()
         self._held = 0
@@ -51,7 +56,8 @@ class Lane:
             return self.service.refuse(incoming, BUSY)
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         with self._news:
-            self._waiting.append(Waiting(incoming, reply, time.monotonic() + seconds))
+            deadline = time.monotonic() + seconds
+            self._waiting.append(Waiting(incoming, reply, deadline, time.time_ns()))
             self._news.notify()
         self._held += size
         try:
@@ -78,6 +84,9 @@ class Lane:
             with self._pulse.busy():
                 replies = self._replies(batch)
             batch[0].reply.get_loop().call_soon_threadsafe(_give, replies)
+            if self._traces:
+                spans = [(one.incoming, one.came, reply) for one, reply in replies]
+                self._traces.add(spans, self.service.stages)
 
     def _next(self) -> list[Waiting]:
         """The next batch; none when the lane is closed and empty."""

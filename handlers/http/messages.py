@@ -77,6 +77,8 @@ MESSAGES: dict[str, tuple[str, ...]] = {
         "shape 3 int64*",
         "contents 5 InferTensorContents",
     ),
+    # Triton's extension: grpc_service.proto.
+    "ModelStreamInferResponse": ("error_message 1 string", "infer_response 2 ModelInferResponse"),
 }
 
 

@@ -9,14 +9,11 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
-import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from starlette.applications import Starlette
 
 from rampart.handlers.http.admission import Admission
@@ -24,15 +21,13 @@ from rampart.handlers.http.application import application
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import Lane
 from rampart.handlers.http.metadata import Models
-from rampart.handlers.http.pages import Api
 from rampart.handlers.http.tokens import Tokens
-from rampart.handlers.service import Service
-from rampart.handlers.settings import override
+from rampart.handlers.http.traces import open_traces
 from rampart.handlers.telemetry import Metrics
+from rampart.launch.opening import open_archive, openapi
 
 logger = logging.getLogger(__name__)
 
-API = Path(__file__).parents[1] / "data" / "openapi.yaml"
 CONFIG = "RAMPART_WORKER"  # variable of the environment with a Job in JSON
 GRACE = 20.0  # seconds that gRPC's last requests may take
 FAILED = 3  # the exit code of a worker that need not be started again, as uvicorn has it
@@ -71,15 +66,19 @@ def open_application() -> Starlette:
 
 def _application(job: Job) -> Starlette:
     lanes: dict[tuple[str, str], Lane] = {}
+    traces = open_traces()
     figures: list[tuple[str, Metrics]] = []
     for index, archive in enumerate(map(Path, job.archives)):
         metrics = Metrics()
-        service, name, version = _open(archive, job.copy_of(index), job, metrics)
-        lanes[name, version] = Lane(service, delay=job.delay)
+        service, name, version = open_archive(
+            archive, metrics, copy=job.copy_of(index), workers=job.workers
+        )
+        lanes[name, version] = Lane(service, delay=job.delay, traces=traces)
         figures.append((name, metrics))
-    exposition = Exposition(figures, Path(job.folder))
-    admission = Admission(Tokens(Path(job.tokens)), Path(job.folder)) if job.tokens else None
-    app = application(lanes, exposition, _api(lanes), admission)
+    folder, refused = Path(job.folder), Metrics()  # before it is known which model is asked
+    exposition = Exposition([*figures, ("", refused)], folder)
+    admission = Admission(Tokens(Path(job.tokens)), folder, refused) if job.tokens else None
+    app = application(lanes, exposition, openapi(lanes.keys()), admission)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -91,6 +90,8 @@ def _application(job: Job) -> Starlette:
         watch.cancel()
         for lane in lanes.values():
             await asyncio.to_thread(lane.close)
+        if traces:
+            await asyncio.to_thread(traces.close)
         exposition.save()
 
     app.router.lifespan_context = lifespan
@@ -109,39 +110,6 @@ async def _serve_grpc(job: Job, lanes: Models, admission: Admission | None) -> A
     return server
 
 
-def _api(lanes: Mapping[tuple[str, str], Lane]) -> Api:
-    """The OpenAPI document, with the names of what is served."""
-    api: dict[str, Any] = yaml.safe_load(API.read_text(encoding="utf-8"))
-    names = list(dict.fromkeys(name for name, _ in lanes))
-    api["components"]["parameters"]["model"]["schema"]["enum"] = names
-    versions = list(dict.fromkeys(version for _, version in lanes))
-    api["components"]["parameters"]["version"]["schema"]["enum"] = versions
-    for path, operations in api["paths"].items():
-        if path.startswith("/predictions/"):  # curl -T sends PUT
-            name = f"{operations['post']['operationId']}ByPut"
-            operations["put"] = operations["post"] | {"operationId": name}
-    return api | {"servers": [{"url": "/"}]}
-
-
-def _open(archive: Path, copy: Path, job: Job, metrics: Metrics) -> tuple[Service, str, str]:
-    """The service of a copy of an archive, its model's name and version."""
-    with tempfile.TemporaryDirectory(prefix="rampart-") as scratch:
-        folder = Path(scratch)
-        try:
-            with zipfile.ZipFile(copy) as packed:
-                packed.extractall(folder)
-            model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-            config: Any = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
-            name, version = str(model["modelName"]), str(model["modelVersion"])
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
-            raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
-        settings = override(config.get("rampart") or {}, os.environ)
-        opened = Service.open(
-            folder, settings, metrics, name=name, version=version, workers=job.workers
-        )
-    return opened, name, version
-
-
 def try_archive(index: int, copy: str) -> None:
     """Open `copy`, which is to replace an archive; ends this process with one line where it fails.
 
@@ -151,7 +119,8 @@ def try_archive(index: int, copy: str) -> None:
     job = Job(**json.loads(os.environ[CONFIG]))
     tempfile.tempdir = job.folder  # which goes with the launcher
     try:
-        _open(Path(job.archives[index]), Path(copy), job, Metrics())
+        archive = Path(job.archives[index])
+        open_archive(archive, Metrics(), copy=Path(copy), workers=job.workers)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)

@@ -148,6 +148,14 @@ def test_containers_run_a_command_that_there_is_with_the_ports_and_tokens_of_the
         assert str(parsed["tokens"]) == f"{mount['mountPath']}/tokens"
 
 
+def test_kuberay_is_given_the_configuration_that_ray_serve_is_tested_with() -> None:
+    service = yaml.safe_load((DEPLOY / "ray" / "rayservice.yaml").read_text())
+    own = yaml.safe_load((DEPLOY / "ray" / "serve.yaml").read_text())
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == own
+    version = service["spec"]["rayClusterConfig"]["rayVersion"]
+    assert f"\nray=={version} " in Path("requirements/ray.txt").read_text()
+
+
 def test_all_that_selects_pods_selects_these() -> None:
     kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
     assert kustomization["labels"] == [{"pairs": NAME, "includeSelectors": True}]

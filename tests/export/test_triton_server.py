@@ -2,6 +2,7 @@
 
 import gc
 import json
+import queue
 import shutil
 import threading
 import time
@@ -24,6 +25,8 @@ from rampart.export.to_triton_python import to_triton_python
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
 
+feature = pytest.mark.feature
+
 pytestmark = pytest.mark.server
 OUTPUTS = ["label", "index", "confidence", "decision", "p_value", "error"]
 Encode = Callable[..., bytes]
@@ -41,6 +44,7 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = Triton(repository, tmp_path_factory.mktemp("triton"), free_port())
     server.wait()
     yield server
+    gc.collect()  # clients over HTTP, in the thread that they are of
     assert server.end() == 0
 
 
@@ -85,6 +89,7 @@ def assert_is(row: dict[str, Any], verdict: dict[str, Any]) -> None:
     assert row["p_value"] == pytest.approx(verdict["detail"]["p_value"], abs=1e-5)
 
 
+@feature("Health and metadata of the protocol", "Triton")
 def test_health_and_metadata_are_told(speak: tuple[Any, Any]) -> None:
     client, _ = speak
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
@@ -97,6 +102,10 @@ def test_health_and_metadata_are_told(speak: tuple[Any, Any]) -> None:
     assert [output["name"] for output in metadata["outputs"]] == OUTPUTS
 
 
+@feature("The verdicts of every other server", "Triton")
+@feature("Open Inference v2, binary tensors", "Triton")
+@feature("Open Inference v2, gRPC", "Triton")
+@feature("A picture at fault harms no other", "Triton")
 def test_verdicts_are_those_of_the_service_and_a_bad_picture_harms_no_other(
     speak: tuple[Any, Any], service: Service, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -131,16 +140,49 @@ def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.nd
         client.infer("tiny", [encoded(module, *[b"a"] * 33)])
 
 
-def count(triton: Triton, name: str) -> float:
-    """A counter of the model's, of all its versions."""
+def count(triton: Triton, name: str, label: str = "") -> float:
+    """A counter of the model's, of all its versions; those alone that have a label."""
     text = requests.get(f"http://127.0.0.1:{triton.metrics}/metrics", timeout=10).text
     return sum(
         float(line.rpartition(" ")[2])
         for line in text.splitlines()
-        if line.startswith(f"{name}{{") and 'model="tiny"' in line
+        if line.startswith(f"{name}{{") and 'model="tiny"' in line and label in line
     )
 
 
+@feature("Open Inference v2, gRPC streams", "Triton")
+def test_a_stream_is_answered_too(triton: Triton, encode: Encode, pixels: np.ndarray) -> None:
+    module, answers = tritonclient.grpc, queue.Queue[tuple[Any, Any]]()
+    image = encoded(module, encode(pixels))
+    with module.InferenceServerClient(f"127.0.0.1:{triton.grpc}") as client:
+        (expected,) = rows(client.infer("tiny", [image]))
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for _ in range(3):
+            client.async_stream_infer("tiny", [image])
+        for _ in range(3):
+            result, error = answers.get(timeout=30)
+            assert error is None and rows(result) == [expected]
+        client.stop_stream()
+
+
+@feature("Figures for Prometheus", "Triton")
+def test_decisions_and_errors_are_among_tritons_own_figures(
+    triton: Triton, encode: Encode, pixels: np.ndarray
+) -> None:
+    kinds = [("images", 'decision="error"'), ("errors", 'type="corrupt_image"'), ("images", "")]
+
+    def counted() -> list[float]:
+        return [count(triton, f"rampart_{name}_total", label) for name, label in kinds]
+
+    before = counted()
+    image = encoded(tritonclient.http, encode(pixels), encode(pixels)[:90], encode(pixels))
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{triton.port}") as client:
+        for _ in range(3):
+            client.infer("tiny", [image])
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [3, 3, 9]
+
+
+@feature("Clients share a run of the graph", "Triton")
 def test_pictures_and_pixels_of_several_clients_share_a_batch(
     triton: Triton, service: Service, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -179,6 +221,8 @@ def test_pictures_and_pixels_of_several_clients_share_a_batch(
     assert count(triton, "nv_inference_exec_count") - before[1] < 180  # each alone without batches
 
 
+@feature("A new version without a restart", "Triton")
+@feature("Several models or versions", "Triton")
 def test_a_new_version_is_taken_up_when_triton_is_told_and_a_damaged_one_is_not(
     triton: Triton, repository: Path, tiny_shipped: Path, tmp_path: Path, encode: Encode
 ) -> None:

@@ -26,6 +26,8 @@ from rampart.handlers.summary import summary
 from rampart.handlers.wire import TOO_MANY
 from rampart.hardening.model.images import Images
 
+feature = pytest.mark.feature
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves its version file open
     from ts.context import Context, RequestProcessor
@@ -265,6 +267,7 @@ def test_an_archive_that_cannot_be_served_ends_the_worker_in_one_line(unpacked: 
     assert "\n" not in str(error.value)
 
 
+@feature("Clients share a run of the graph", "TorchServe")
 def test_concurrent_requests_share_runs_of_the_graph(server: Server, pixels: np.ndarray) -> None:
     def images_and_runs() -> tuple[float, float]:
         time.sleep(2.5)  # figures are handed over once a second

@@ -17,6 +17,8 @@ from servers import Server, peak_memory
 
 from rampart.export.archive import archive
 
+feature = pytest.mark.feature
+
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_and_its_client_told(
@@ -42,6 +44,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     assert server.end() == 0
 
 
+@feature("What dies is replaced", "TorchServe")
 @pytest.mark.slow
 def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
     launch: Callable[..., Server],

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from clients import Attack, Target, disturbed, every_attack, good_answers
 
+feature = pytest.mark.feature
+
 pytestmark = pytest.mark.server
 
 
@@ -23,6 +25,7 @@ def undisturbed(target: Target, body: bytes) -> int:
     return good_answers(target, body)
 
 
+@feature("Hostile clients hold up no other", "TorchServe")
 @every_attack()
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Attack, target: Target, server: object, body: bytes, undisturbed: int

@@ -7,6 +7,7 @@ import pytest
 from rampart.handlers.http import admission
 from rampart.handlers.http.admission import Admission, Buckets
 from rampart.handlers.http.tokens import Rate, Tokens
+from rampart.handlers.telemetry import Metrics
 
 
 class Clock:
@@ -51,7 +52,8 @@ def test_a_name_may_be_longer_than_that_of_a_file(tmp_path: Path) -> None:
 def test_a_refusal_says_why_and_when_to_come_again(tmp_path: Path, clock: Clock) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"free {'a' * 16}\nslow {'b' * 16} 0.1 1\n")
-    admit = Admission(Tokens(file), tmp_path).refusal
+    metrics = Metrics()
+    admit = Admission(Tokens(file), tmp_path, metrics).refusal
     free, slow = b"Bearer " + b"a" * 16, b"Bearer " + b"b" * 16
     assert all(admit(free) is None for _ in range(1000))
     assert admit(slow) is None
@@ -62,3 +64,5 @@ def test_a_refusal_says_why_and_when_to_come_again(tmp_path: Path, clock: Clock)
         401,
         {"www-authenticate": "Bearer"},
     )
+    name = "rampart_requests_total"
+    assert metrics.take() == {(name, ("429",)): 1, (name, ("401",)): 1}

@@ -142,10 +142,13 @@ def test_files_of_a_form_come_in_order_and_fields_do_not_count() -> None:
         (b"--x\r\nA: " + b"b" * 5_000_000 + b"\r\n\r\n\r\n--x--", "broken_form"),
     ],
 )
-def test_a_form_that_cannot_be_used_is_told(data: bytes, kind: str) -> None:
+def test_a_form_that_cannot_be_used_is_told_to_its_client_and_not_to_the_log(
+    data: bytes, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ImageError) as caught:
         parts({"content-type": "multipart/form-data; boundary=x"}, data)
     assert caught.value.type == kind
+    assert not caplog.messages
 
 
 def test_a_form_without_a_boundary_is_told() -> None:

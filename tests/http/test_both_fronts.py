@@ -1,108 +1,37 @@
 """The same requests to TorchServe's front and to our own: the same answers."""
 
-import base64
 import gzip
-import json
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
-import requests
+from sent import Sent, ask
 from servers import Server
 
-Encode = Callable[..., bytes]
-Sent = tuple[str, bytes, dict[str, str]]  # path, body, headers
+feature = pytest.mark.feature
 
 
-@pytest.fixture(scope="session")
-def requests_of_all_kinds(encode: Encode, pixels: np.ndarray) -> dict[str, Sent]:
-    """Requests of every protocol, good and bad, by name."""
-    picture, large = encode(pixels), encode(np.tile(pixels, (7, 9, 1)), "JPEG")
-    noise = encode(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8), "WEBP")
-    alpha = encode(np.dstack([pixels, pixels[..., 0]]))
-    text = base64.b64encode(picture).decode()
-    route, v1, v2 = "/predictions/tiny", "/v1/models/tiny:predict", "/v2/models/tiny/infer"
-    json_kind = {"Content-Type": "application/json"}
-
-    def tensor(**changes: object) -> bytes:
-        one = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]} | changes
-        return json.dumps({"id": "7", "inputs": [one]}).encode()
-
-    many = json.dumps({"instances": [{"b64": text}, {"b64": "bm8="}, {"b64": "!"}, 5]}).encode()
-    header = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "image",
-                    "datatype": "BYTES",
-                    "shape": [1],
-                    "parameters": {"binary_data_size": len(picture) + 4},
-                }
-            ]
-        }
-    ).encode()
-    binary = header + len(picture).to_bytes(4, "little") + picture
-    flat = {"datatype": "UINT8", "shape": [1, 32, 32, 3], "data": pixels.flatten().tolist()}
-    form = (
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n'
-        b"Content-Type: image/png\r\n\r\n" + picture + b"\r\n--x--\r\n"
-    )
-    two = form.removesuffix(b"--x--\r\n") + form.replace(b'name="image"', b'name="other"')
-    multipart = {"Content-Type": "multipart/form-data; boundary=x"}
-    return {
-        "png": (route, picture, {}),
-        "jpeg": (route, large, {"Content-Type": "image/jpeg"}),
-        "webp": (route, noise, {"Content-Type": "application/octet-stream"}),
-        "form": (route, form, multipart),
-        "form of two": (route, two, multipart),
-        "v1 on predictions": (route, many, json_kind),
-        "v1": (v1, json.dumps({"instances": [{"b64": text}]}).encode(), json_kind),
-        "v1 of many": (v1, many, json_kind),
-        "v1 without instances": (v1, b"{}", json_kind),
-        "v2": (v2, tensor(), json_kind),
-        "v2 on predictions": (route, tensor(), json_kind),
-        "v2 of pixels": (v2, tensor(**flat), json_kind),
-        "v2 binary": (v2, binary, {"Inference-Header-Content-Length": str(len(header))}),
-        "v2 malformed": (v2, tensor(shape=[2]), json_kind),
-        "v2 of another type": (v2, tensor(datatype="FP32"), json_kind),
-        "raw on v1": (v1, picture, {}),
-        "alpha": (route, alpha, {}),
-        "text": (route, b"hello", {}),
-        "half": (route, picture[: len(picture) // 2], {}),
-        "no JSON": (route, b"{", json_kind),
-        "too deep": (route, b"[" * 10_000, json_kind),
-        "traced": (
-            route,
-            picture,
-            {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
-        ),
-    }
-
-
-def ask(server: Server, sent: Sent) -> tuple[int, Any, dict[str, str | None]]:
-    path, body, headers = sent
-    answer = requests.post(server.root + path, body, headers=headers, timeout=60)
-    kept = ("content-type", "retry-after", "traceparent")
-    return answer.status_code, answer.json(), {name: answer.headers.get(name) for name in kept}
-
-
+@feature("The verdicts of every other server", "TorchServe", "Rampart")
+@feature("Pictures as they are, and forms", "TorchServe", "Rampart")
+@feature("KServe v1", "TorchServe", "Rampart")
+@feature("Open Inference v2, JSON", "TorchServe", "Rampart")
+@feature("Open Inference v2, binary tensors", "TorchServe", "Rampart")
+@feature("A picture at fault harms no other", "TorchServe", "Rampart")
 def test_both_fronts_give_the_same_answers(
     server: Server, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
     statuses = set()
     for name, sent in requests_of_all_kinds.items():
-        ours, theirs = ask(front, sent), ask(server, sent)
+        ours, theirs = ask(front.root, sent), ask(server.root, sent)
         assert ours == theirs, name
         statuses.add(ours[0])
     assert {200, 400, 415, 422} <= statuses
 
 
+@feature("Compressed bodies", "TorchServe", "Rampart")
 def test_a_compressed_body_gets_the_same_answer(
     server: Server, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
     for name in ("png", "v1 of many", "v2", "text"):
         path, body, headers = requests_of_all_kinds[name]
         packed = (path, gzip.compress(body), headers | {"Content-Encoding": "gzip"})
-        plain = ask(server, (path, body, headers))
-        assert ask(front, packed) == ask(server, packed) == plain, name
+        plain = ask(server.root, (path, body, headers))
+        assert ask(front.root, packed) == ask(server.root, packed) == plain, name

@@ -23,6 +23,8 @@ import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families as parse
 from servers import Server
 
+feature = pytest.mark.feature
+
 Start = Callable[..., Server]
 Encode = Callable[..., bytes]
 
@@ -143,6 +145,7 @@ def test_what_is_not_there_is_told_in_our_form(
     assert names == {"content-type", "content-length", *({"allow"} if code == 405 else ())}
 
 
+@feature("Deadlines of clients", "Rampart")
 def test_a_clients_own_deadline_counts(front: Server, picture: bytes) -> None:
     late = requests.post(front.url, picture, headers={"X-Request-Timeout-Ms": "0"}, timeout=10)
     assert (late.status_code, late.json()["type"]) == (504, "too_late")
@@ -266,6 +269,7 @@ def settled(server: Server) -> float:
     return counts.pop()
 
 
+@feature("Figures for Prometheus", "Rampart")
 def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     before = settled(front)
     for _ in range(20):  # each by a connection of its own
@@ -273,6 +277,7 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     wait(lambda: answered(front) == before + 20)
 
 
+@feature("What dies is replaced", "Rampart")
 def test_a_killed_worker_is_replaced_and_its_counters_stay(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -299,6 +304,7 @@ def archive_with_news(tiny_archive: Path, folder: Path) -> tuple[Path, Path]:
     return archive, news
 
 
+@feature("A new version without a restart", "Rampart")
 @pytest.mark.slow
 def test_a_replaced_archive_is_served_without_a_failed_request(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
@@ -365,6 +371,7 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     assert server.end() == 0
 
 
+@feature("What has come is answered before the end", "Rampart")
 def test_a_request_that_has_come_is_answered_before_the_end(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -400,6 +407,7 @@ def test_a_request_on_a_connection_of_before_is_answered_while_the_server_ends(
     assert server.end() == 0
 
 
+@feature("Tokens", "Rampart")
 def test_tokens_are_wanted_and_may_change(
     start: Start, tiny_archive: Path, picture: bytes, tokens: Path
 ) -> None:
@@ -418,6 +426,7 @@ def test_tokens_are_wanted_and_may_change(
     assert server.end() == 0
 
 
+@feature("Rates of tokens", "Rampart")
 def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     start: Start, tiny_archive: Path, picture: bytes, tokens: Path
 ) -> None:
@@ -434,6 +443,8 @@ def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     assert requests.get(f"{server.root}/v2/health/ready", timeout=10).status_code == 200
     for _ in range(20):
         assert requests.post(server.url, picture, headers=free, timeout=10).status_code == 200
+    line = f'rampart_requests_total{{model="",status="429"}} {statuses.count(429)}.0'
+    wait(lambda: line in requests.get(f"{server.root}/metrics", headers=free, timeout=10).text)
     assert server.end() == 0
 
 
@@ -460,6 +471,7 @@ def test_what_cannot_be_served_is_told_in_a_line(
     assert "labels.json is not the file that was packed" in refused(start, changed)
 
 
+@feature("Several models or versions", "Rampart")
 def test_several_models_and_versions_are_served_together(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:

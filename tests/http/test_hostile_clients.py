@@ -8,6 +8,8 @@ import pytest
 from hostile.clients import Attack, Target, disturbed, every_attack, good_answers
 from servers import Server
 
+feature = pytest.mark.feature
+
 
 @pytest.fixture(scope="module")
 def body(encode: Callable[..., bytes], pixels: np.ndarray) -> bytes:
@@ -28,6 +30,7 @@ def undisturbed(single: Server, body: bytes) -> int:
     return good_answers(Target(single.port, 0, "tiny"), body)
 
 
+@feature("Hostile clients hold up no other", "Rampart")
 @every_attack(grpc=False)
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Attack, single: Server, body: bytes, undisturbed: int

@@ -1,6 +1,8 @@
 """Open Inference Protocol v2 over gRPC, by Triton's own client and by bare calls."""
 
+import queue
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ from servers import Server, free_port
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from rampart.handlers.http.arrivals import AT_ONCE
 from rampart.handlers.http.bodies import MAX_BODY
 from rampart.handlers.http.messages import CLASSES, MESSAGES
 from rampart.launch.probe import probe
+
+feature = pytest.mark.feature
 
 Encode = Callable[..., bytes]
 OUTPUTS = ["label", "index", "confidence", "decision", "p_value"]
@@ -61,6 +66,7 @@ def test_the_messages_are_those_of_tritons_client() -> None:
             assert kinds[0] == kinds[1], f"{name}.{field.name}"
 
 
+@feature("Health and metadata of the protocol", "Rampart")
 def test_health_and_metadata_are_told(client: triton.InferenceServerClient) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
     assert client.is_model_ready("tiny", "1.0")
@@ -74,6 +80,7 @@ def test_health_and_metadata_are_told(client: triton.InferenceServerClient) -> N
     assert [output.name for output in metadata.outputs] == OUTPUTS
 
 
+@feature("Open Inference v2, gRPC", "Rampart")
 def test_a_verdict_is_that_of_http_in_pictures_and_in_pixels(
     client: triton.InferenceServerClient, spoken: Server, picture: bytes, pixels: np.ndarray
 ) -> None:
@@ -195,6 +202,7 @@ def test_a_message_that_is_none_and_a_call_without_one_are_told(channel: grpc.Ch
         assert dict(caught.value.trailing_metadata())["error-type"] == "malformed_message"
 
 
+@feature("Deadlines of clients", "Rampart")
 def test_the_deadline_of_a_call_counts(channel: grpc.Channel, picture: bytes) -> None:
     request = infer({"bytes_contents": [picture]}, [1])
     method = channel.unary_unary(
@@ -226,6 +234,8 @@ def test_headers_that_http_repeats_come_back_as_metadata(
     assert ("x-request-id", "abc") in [(k, v) for k, v in answered.trailing_metadata()]
 
 
+@feature("Tokens", "Rampart")
+@feature("TLS", "Rampart")
 def test_tokens_and_tls_hold_for_grpc(
     start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
@@ -277,3 +287,76 @@ def test_a_port_that_is_taken_is_told(
     server = start(tiny_archive, grpc_port=spoken.grpc)
     assert server.finish() == 1
     assert f"error: port {spoken.grpc} on 127.0.0.1 cannot be used" in "".join(server.lines)
+
+
+class Stream:
+    """A stream of one client's, whose answers come into a queue."""
+
+    def __init__(self, port: int, **options: Any) -> None:
+        self.client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+        self._answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self.client.start_stream(
+            lambda result, error: self._answers.put((result, error)), **options
+        )
+
+    def ask(self, picture: bytes, name: str) -> None:
+        self.client.async_stream_infer("tiny", [encoded(picture)], request_id=name)
+
+    def answer(self) -> tuple[Any, Any]:
+        """The next result, or why there is none."""
+        return self._answers.get(timeout=30)
+
+    def close(self) -> None:
+        self.client.stop_stream()
+        self.client.close()
+
+
+@feature("Open Inference v2, gRPC streams", "Rampart")
+def test_a_stream_answers_in_order_and_a_fault_ends_it_not(
+    spoken: Server, client: triton.InferenceServerClient, picture: bytes
+) -> None:
+    expected = client.infer("tiny", [encoded(picture)]).as_numpy("p_value")
+    stream = Stream(spoken.grpc)
+    for number in range(20):
+        stream.ask(b"text" if number == 7 else picture, str(number))
+    for number in range(20):
+        result, error = stream.answer()
+        if number == 7:
+            assert "not a JPEG, PNG or WebP" in str(error)
+            continue
+        assert error is None and result.get_response().id == str(number)
+        assert result.as_numpy("p_value") == expected
+    stream.close()
+
+
+@feature("Rates of tokens", "Rampart")
+def test_each_request_of_a_stream_counts_for_its_tokens_rate(
+    start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"slow {'a' * 20} 0.01 5\nfree {'b' * 20}\n")
+    port = free_port()
+    server = start(tiny_archive, port=port, grpc_port=port + 1, tokens=str(tokens))
+    assert "Rampart is ready" in server.read(until="  curl")
+    stream = Stream(server.grpc, headers={"authorization": f"Bearer {'a' * 20}"})
+    for number in range(9):
+        stream.ask(picture, str(number))
+    errors = [stream.answer()[1] for _ in range(9)]
+    stream.close()
+    assert errors[:5] == [None] * 5
+    assert all("more requests than its rate" in str(error) for error in errors[5:])
+    assert server.end() == 0
+
+
+def test_streams_that_say_nothing_stop_no_other_call_and_are_told(
+    spoken: Server, client: triton.InferenceServerClient, picture: bytes
+) -> None:
+    streams = [Stream(spoken.grpc) for _ in range(3 * AT_ONCE)]
+    for _ in range(10):
+        began = time.monotonic()
+        client.infer("tiny", [encoded(picture)])
+        assert time.monotonic() - began < 10
+    result, error = streams[0].answer()
+    assert result is None and error.status() == "StatusCode.UNAVAILABLE"
+    for stream in streams:
+        stream.close()

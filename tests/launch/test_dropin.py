@@ -20,6 +20,8 @@ from servers import free_port
 
 from rampart.launch.java import METRICS
 
+feature = pytest.mark.feature
+
 pytestmark = pytest.mark.server
 THEIRS = "def handle(data, context):\n    return [b'theirs' for _ in data or []]\n"
 
@@ -70,6 +72,7 @@ def ask_until(url: str, body: bytes, status: int) -> requests.Response:
     raise AssertionError(f"{url} never answered {status}")
 
 
+@feature("Figures for Prometheus", "TorchServe")
 @pytest.mark.parametrize("declared", [True, False], ids=["with our metrics", "without"])
 def test_predictions_work_and_so_do_metrics_where_they_are_declared(
     declared: bool,

@@ -14,7 +14,11 @@ from servers import Server
 
 from rampart.export.archive import archive
 
+feature = pytest.mark.feature
 
+
+@feature("A new version without a restart", "TorchServe")
+@feature("Several models or versions", "TorchServe")
 @pytest.mark.slow
 def test_a_version_is_swapped_under_load_without_a_failed_request(
     launch: Callable[..., Server],

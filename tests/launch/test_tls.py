@@ -22,6 +22,8 @@ from servers import Server, free_port
 
 from rampart.launch.endpoint import LaunchError, check_tls
 
+feature = pytest.mark.feature
+
 
 def signed(key: Any, authority: Any, issuer: str) -> bytes:
     """A certificate of `key` for 127.0.0.1 by `authority`, PEM."""
@@ -80,6 +82,8 @@ def taken(port: int) -> int:
     return sent
 
 
+@feature("TLS", "TorchServe")
+@feature("Tokens", "TorchServe")
 def test_predictions_are_served_by_modern_https_to_who_has_a_token(
     launch: Callable[..., Server],
     tiny_archive: Path,

@@ -1,0 +1,64 @@
+"""An archive opened for a server of any kind, and the OpenAPI document of what is served."""
+
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rampart.handlers.service import Service
+from rampart.handlers.settings import override
+from rampart.handlers.telemetry import Metrics
+
+API = Path(__file__).parents[1] / "data" / "openapi.yaml"
+
+
+class Opened(NamedTuple):
+    """A service, and its model's name and version."""
+
+    service: Service
+    name: str
+    version: str
+
+
+def open_archive(
+    archive: Path, metrics: Metrics, *, copy: Path | None = None, workers: int = 1
+) -> Opened:
+    """The service of an archive, or of a `copy` of it; all `workers` share the cores.
+
+    Raises ValueError on one line, OSError.
+    """
+    with tempfile.TemporaryDirectory(prefix="rampart-") as scratch:
+        folder = Path(scratch)
+        try:
+            with zipfile.ZipFile(copy or archive) as packed:
+                packed.extractall(folder)
+            model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+            config: Any = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
+            name, version = str(model["modelName"]), str(model["modelVersion"])
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
+            raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
+        settings = override(config.get("rampart") or {}, os.environ)
+        service = Service.open(
+            folder, settings, metrics, name=name, version=version, workers=workers
+        )
+    return Opened(service, name, version)
+
+
+def openapi(models: Collection[tuple[str, str]]) -> dict[str, Any]:
+    """The OpenAPI document, with the names and versions of what is served."""
+    api: dict[str, Any] = yaml.safe_load(API.read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(name for name, _ in models))
+    api["components"]["parameters"]["model"]["schema"]["enum"] = names
+    versions = list(dict.fromkeys(version for _, version in models))
+    api["components"]["parameters"]["version"]["schema"]["enum"] = versions
+    for path, operations in api["paths"].items():
+        if path.startswith("/predictions/"):  # curl -T sends PUT
+            name = f"{operations['post']['operationId']}ByPut"
+            operations["put"] = operations["post"] | {"operationId": name}
+    return api | {"servers": [{"url": "/"}]}

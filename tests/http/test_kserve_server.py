@@ -1,0 +1,131 @@
+"""An archive as the model of KServe's real ModelServer."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import requests
+import tritonclient.grpc
+from kserve_server import KServe
+from sent import Sent, ask
+from servers import Server
+from tritonclient.utils import InferenceServerException
+
+from rampart.handlers.service import Service
+from rampart.handlers.types import Incoming
+
+feature = pytest.mark.feature
+
+pytestmark = pytest.mark.server
+Encode = Callable[..., bytes]
+OUTPUTS = ("label", "index", "confidence", "decision", "p_value")
+# What KServe answers by itself: it makes text of a binary BYTES tensor, and reads all that has no
+# content type as JSON.
+OWN = {"v2 binary", "raw on v1"}
+
+
+@pytest.fixture(scope="module")
+def kserve(tiny_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KServe]:
+    server = KServe(tiny_archive, tmp_path_factory.mktemp("kserve"))
+    server.wait()
+    yield server
+    assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def client(kserve: KServe) -> Iterator[Any]:
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{kserve.grpc}") as client:
+        yield client
+
+
+@feature("The verdicts of every other server", "KServe")
+@feature("KServe v1", "KServe")
+@feature("Open Inference v2, JSON", "KServe")
+@feature("A picture at fault harms no other", "KServe")
+def test_kserve_gives_the_answers_of_our_own_front(
+    kserve: KServe, front: Server, requests_of_all_kinds: dict[str, Sent]
+) -> None:
+    compared = set()
+    for name, sent in requests_of_all_kinds.items():
+        if sent[0].startswith("/predictions") or name in OWN:
+            continue
+        status, theirs, _ = ask(kserve.root, sent)
+        expected, ours, _ = ask(front.root, sent)
+        theirs = theirs if status == 200 else theirs.get("detail", theirs)
+        assert (status, plain(theirs)) == (expected, plain(ours)), name
+        compared.add(name)
+    assert {"v1", "v1 of many", "v1 without instances", "v2", "v2 of pixels"} <= compared
+
+
+def plain(answer: Any) -> Any:
+    """An answer without KServe's own fields, its numbers in FP32, as KServe packs them."""
+    if isinstance(answer, dict):
+        return {k: plain(v) for k, v in answer.items() if v is not None}
+    if isinstance(answer, list):
+        return [plain(one) for one in answer]
+    return float(np.float32(answer)) if isinstance(answer, float) else answer
+
+
+@feature("Open Inference v2, gRPC", "KServe")
+def test_verdicts_over_grpc_are_the_services_packed_as_the_request_is(
+    client: Any, unpacked: Path, encode: Encode, pixels: np.ndarray
+) -> None:
+    service = Service.open(unpacked, name="tiny", version="1.0")
+    picture = encode(np.tile(pixels, (3, 4, 1)), "JPEG")
+    expected = [
+        json.loads(service.answer([Incoming({}, [one])])[0].body)
+        for one in (picture, encode(pixels))
+    ]
+    encoded = tritonclient.grpc.InferInput("image", [1], "BYTES")
+    encoded.set_data_from_numpy(np.array([picture], dtype=object))
+    decoded = tritonclient.grpc.InferInput("image", [1, 32, 32, 3], "UINT8")
+    decoded.set_data_from_numpy(pixels[None])
+    for tensor, verdict in zip((encoded, decoded), expected, strict=True):
+        result = client.infer("tiny", [tensor], request_id="7")
+        assert result.get_response().id == "7"
+        label, index, confidence, decision, p_value = (result.as_numpy(name)[0] for name in OUTPUTS)
+        assert (label.decode(), index) == (verdict["label"], verdict["index"])
+        assert decision.decode() == verdict["decision"]
+        assert confidence == pytest.approx(verdict["confidence"], abs=1e-5)
+        assert p_value == pytest.approx(verdict["detail"]["p_value"], abs=1e-5)
+
+
+def test_faults_over_grpc_have_our_message_and_status(client: Any) -> None:
+    tensor = tritonclient.grpc.InferInput("image", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([b"no picture"], dtype=object))
+    with pytest.raises(InferenceServerException, match="not a JPEG, PNG or WebP") as error:
+        client.infer("tiny", [tensor])
+    assert error.value.status() == str(grpc.StatusCode.INVALID_ARGUMENT)
+    with pytest.raises(InferenceServerException, match="exactly one input"):
+        client.infer("tiny", [tensor, tensor])
+
+
+@feature("Health and metadata of the protocol", "KServe")
+@feature("Figures for Prometheus", "KServe")
+def test_health_metadata_and_figures_are_told(kserve: KServe, client: Any) -> None:
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
+    told = requests.get(f"{kserve.root}/v2/models/tiny", timeout=10).json()
+    assert [one["name"] for one in told["outputs"]] == list(OUTPUTS)
+    assert told["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+
+    def counted() -> float:
+        text = requests.get(f"{kserve.root}/metrics", timeout=10).text
+        name = 'rampart_requests_total{model="tiny",status="415"}'
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    before = counted()
+    path = f"{kserve.root}/v1/models/tiny:predict"
+    answer = requests.post(path, b"text", headers={"Content-Type": "image/png"}, timeout=10)
+    assert answer.status_code == 415 and counted() == before + 1
+
+
+def test_an_archive_that_is_none_is_told_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.mar").write_bytes(b"none")
+    server = KServe(tmp_path / "a.mar", tmp_path)
+    assert server.finish() == 1
+    assert server.log().splitlines()[-1].endswith("is no archive of Rampart: build it anew")
+    assert "Traceback" not in server.log()

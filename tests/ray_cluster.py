@@ -1,0 +1,124 @@
+"""A real Ray of two nodes, in an environment of its own: `make .venv/ray` installs it."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+from servers import free_port
+
+PYTHON = Path(sys.prefix) / "ray" / "bin" / "python"
+CONFIG = Path("deploy/ray/serve.yaml")
+TOKEN = "a" * 20
+
+
+class Ray:
+    """Serves an archive by deploy/ray/serve.yaml, a replica on each node."""
+
+    def __init__(self, archive: Path) -> None:
+        if not PYTHON.exists():
+            pytest.skip("needs Ray: `make .venv/ray` installs it")
+        self.port = free_port()
+        self.root = f"http://127.0.0.1:{self.port}"
+        self._temp = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want a short path
+        environment = os.environ | {
+            "PYTHONPATH": str(Path.cwd()),
+            "RAY_TMPDIR": str(self._temp),
+            # Nodes listen on this machine's own address, whatever one asks for.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "1000",
+        }
+        self._log = (self._temp / "log").open("w")
+        self._nodes = subprocess.Popen(
+            [PYTHON, "tests/ray_nodes.py", self._configuration(archive)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            text=True,
+        )
+
+    def _configuration(self, archive: Path) -> Path:
+        config = yaml.safe_load(CONFIG.read_text())
+        config["http_options"] = {"host": "127.0.0.1", "port": self.port}
+        config["proxy_location"] = "HeadOnly"  # the nodes of one machine cannot share a port
+        (application,) = config["applications"]
+        tokens = self._temp / "tokens"
+        tokens.write_text(f"team {TOKEN}\n")
+        application["args"] |= {"archive": str(archive), "tokens": str(tokens)}
+        written = self._temp / "serve.yaml"
+        written.write_text(yaml.safe_dump(config))
+        return written
+
+    def wait(self, replicas: int) -> None:
+        """Return when so many replicas run and one answers."""
+        end = time.monotonic() + 120
+        while len(self.replicas()) < replicas or not self._answers():
+            assert self._nodes.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.root}/v2/health/ready", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes that answer."""
+        family = psutil.Process(self._nodes.pid).children(recursive=True)
+        return [one for one in family if _title(one).startswith("ray::ServeReplica")]
+
+    def figures(self) -> str:
+        """What Prometheus would read of all nodes."""
+        files = self._temp.glob("ray/session_*/metrics_export_port_*")
+        (host,) = re.findall("^host (.+)$", self.log(), re.MULTILINE)
+        addresses = {f"http://{host}:{file.read_text()}/metrics" for file in files}
+        return "".join(requests.get(address, timeout=10).text for address in addresses)
+
+    def verdict(self, picture: Path) -> dict[str, Any]:
+        """What another deployment would get by the handle."""
+        assert self._nodes.stdin is not None
+        known, end = len(self._verdicts()), time.monotonic() + 60
+        self._nodes.stdin.write(f"{picture}\n")
+        self._nodes.stdin.flush()
+        while len(self._verdicts()) == known:
+            assert self._nodes.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.1)
+        found: dict[str, Any] = json.loads(self._verdicts()[-1])
+        return found
+
+    def _verdicts(self) -> list[str]:
+        return re.findall(r"^verdict (.+)$", self.log(), re.MULTILINE)
+
+    def log(self) -> str:
+        """What Ray has said."""
+        return (self._temp / "log").read_text()
+
+    def end(self) -> int:
+        """Stop all nodes; the exit code."""
+        assert self._nodes.stdin is not None
+        self._nodes.stdin.close()
+        code = self._nodes.wait(60)
+        self._log.close()
+        shutil.rmtree(self._temp)
+        return code
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
