@@ -108,11 +108,22 @@ def serve(front: Front) -> int:
         return _supervise(front, samples, archives, listener)
 
 
+class Workers(Multiprocess):
+    """uvicorn's supervisor, which notices at once when a worker dies that it waits for."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace each worker that is gone."""
+        for worker in self.processes:
+            # While this end is open here, a killed worker's pipe has no end: HUNG would pass.
+            worker.child_conn.close()
+        super().keep_subprocess_alive()
+
+
 def _supervise(
     front: Front, samples: dict[str, Path], archives: Archives, listener: socket.socket
 ) -> int:
     """Run workers until the end; returns the exit code."""
-    supervisor = Multiprocess(_config(front), [listener])
+    supervisor = Workers(_config(front), [listener])
     # The end of the terminal is the end; uvicorn would begin anew.
     signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
     ready = threading.Event()

@@ -296,6 +296,22 @@ def test_a_killed_worker_is_replaced_and_its_counters_stay(
     assert server.end() == 0
 
 
+def test_a_worker_that_dies_while_the_launcher_waits_for_it_is_replaced_at_once(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, workers=1)
+    server.read()
+    (victim,) = workers(server)
+    victim.suspend()
+    time.sleep(2)  # the launcher has asked it by now
+    victim.kill()
+    begin = time.monotonic()
+    wait(lambda: [worker for worker in workers(server) if worker != victim])
+    wait(lambda: requests.post(server.url, picture, timeout=10).status_code == 200)
+    assert time.monotonic() - begin < 30  # not only after the 60 s of a worker that hangs
+    assert server.end() == 0
+
+
 def archive_with_news(tiny_archive: Path, folder: Path) -> tuple[Path, Path]:
     """A copy of an archive, and a newer one that promises another rate."""
     archive, news = Path(shutil.copy(tiny_archive, folder)), folder / "news.mar"
