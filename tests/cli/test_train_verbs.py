@@ -22,6 +22,8 @@ from rampart.hardening.report import card as report
 from rampart.studies import ChecksFailed
 from rampart.training import pick_device
 
+SMALL = ("--arch", "resnet10", "--width", 0.125, "--image-size", 16)  # tried in a second
+
 
 @pytest.mark.training
 def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
@@ -188,11 +190,12 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
         run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
 
 
+@pytest.mark.training
 def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:
-    images = blobs(60)
+    images = blobs(60, size=16)
     np.savez(tmp_path / "few.npz", image=images.image.numpy(), label=images.label.numpy())
     with pytest.raises(ValueError, match=r"leaves 30 held-out images.* at least 80 .*2,000 images"):
-        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c")
+        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c", *SMALL)
 
 
 @pytest.mark.training
@@ -236,6 +239,7 @@ def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Pat
     assert (config["mean"], config["std"]) == ([*half], [*half])
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("verb", ["train", "harden", "purifier", "calibrate"])
 def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_out(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,11 +252,11 @@ def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_ou
         Image.fromarray(image).save(file)
     Path("data/0/empty.png").touch()
     Path("data/1/cut.png").write_bytes(file.read_bytes()[:100])
-    net = Classifier(ClassifierConfig("resnet10", 2, width=0.125))
+    net = Classifier(ClassifierConfig("resnet10", 2, width=0.125, image_size=16))
     checkpoint.save(Path("c.safetensors"), net, {"classifier": net.config._asdict()})
     options = {
-        "train": ["--out", "run"],
-        "harden": ["--out", "mine.mar"],
+        "train": ["--out", "run", *SMALL],
+        "harden": ["--out", "mine.mar", *SMALL],
         "purifier": ["--out", "run", "--classifier", "c.safetensors"],
         "calibrate": ["mine", "--classifier", "c.safetensors"],
     }
