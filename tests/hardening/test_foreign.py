@@ -208,6 +208,24 @@ def test_weights_that_no_training_leaves_are_refused(
         adopt(tmp_path / "w.pth", CONFIG)
 
 
+def test_all_that_is_wrong_with_weights_is_told_at_once(net: nn.Module, tmp_path: Path) -> None:
+    state = changed(net.state_dict(), "layer1.0.bn1.bias", float("inf"))
+    state = changed(changed(state, "bn1.running_var", -1.0), "layer2.0.conv1.weight", 0.0)
+    del state["layer4.1.conv2.weight"]
+    torch.save(prefixed(state, "model.") | norm(0.5, 0.0), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"^6 things to put right") as told:
+        adopt(tmp_path / "w.pth", CONFIG._replace(classes=7))
+    for fault in (
+        "divides by a std of 0 or less",
+        "lacks 1 of the network's tensors, as layer4.1.conv2.weight, and has no other",
+        "fc.weight does not fit resnet18: expected (7, 512), found (5, 512). Check --classes",
+        "NaN or infinity in layer1.0.bn1.bias",
+        "variances below 0 in bn1.running_var",
+        "nothing but 0 in layer2.0.conv1.weight",
+    ):
+        assert fault in str(told.value)
+
+
 def norm(mean: float, std: float) -> State:
     return {"normalize.mean": torch.full((3,), mean), "normalize.std": torch.full((3,), std)}
 
