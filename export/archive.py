@@ -21,7 +21,7 @@ from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
 from rampart.handlers.verdict import Calibration, Policy
-from rampart.hardening.model.card import read_card, unfit
+from rampart.hardening.model.card import check_fit, read_card
 from rampart.hardening.model.files import (
     SAMPLE,
     Precision,
@@ -94,7 +94,7 @@ def archive(
     """
     check_request(out, version, plan, precision)
     if not anyway:
-        check_fit(folder)
+        check_fit(read_card(folder), f"{folder} is not packed")
     settings = settings or {}
     config = read_config(folder / "weights.safetensors")
     check_made(folder, variant, precision)
@@ -159,12 +159,6 @@ def check_name(out: Path) -> None:
             f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"
             " '.', '_' and '-' alone"
         )
-
-
-def check_fit(folder: Path) -> None:
-    """Raise ValueError where a model fails its own checks, or is no better than chance."""
-    if faults := unfit(read_card(folder)):
-        raise ValueError(f"{folder} is not packed: {'; '.join(faults)}. --anyway packs it")
 
 
 def add_sources(work: Path) -> None:

@@ -8,20 +8,23 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from rampart import inputs
-from rampart.export.archive import check_request
-from rampart.hardening.model import checkpoint
+from rampart import inputs, preflight
+from rampart.export.archive import check_name, check_request
+from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
+from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import spread
 from rampart.hardening.train.loop import say
 from rampart.hardening.train.provenance import collect
 from rampart.hardening.train.stages import Stages, stages
 from rampart.model import Model, images_to_fit
-from rampart.preflight import Faults, check_place
+from rampart.preflight import check_place
 from rampart.proposal import Plan, Proposal, Wishes, image_size, propose
 from rampart.provenance import PYTHON
 from rampart.sources import Source, sample_of
@@ -34,9 +37,11 @@ from rampart.training import (
     prove_training,
     train_from,
     train_purifier_from,
+    usually_normalized,
 )
 
 CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
+COPIES = 3  # of its weights that a model folder takes while it is written
 FEW, SMALL = 32, 8192  # images of which one is the sample, and its bytes at most
 
 
@@ -48,14 +53,17 @@ def assemble(
     *,
     data_name: str = "",
     command: str = PYTHON,
+    tried: bool = False,
 ) -> Model:
     """Put what training wrote together as a calibrated model, saved in `folder`.
 
-    Without a purifier its one variant is lean. Raises ValueError where classes differ.
+    Without a purifier its one variant is lean. First all is tried that would fail later, unless it
+    was `tried` before. Raises ValueError that lists what is wrong, as classes that differ.
     """
-    check_place(folder, 0, "the model folder")
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
+    if not tried:
+        prove_parts(folder, source, net, generator)
     train, out = source.read(net.config.image_size)
     held = Held(out, train if len(train) else None)
     files = {"classifier": classifier} | ({"purifier": purifier} if purifier else {})
@@ -73,6 +81,24 @@ def assemble(
     images = collect(folder, list(files.values()), train, fitted=images_to_fit(held), held=out)
     model.add_to_card({"images": images})
     return model
+
+
+def prove_parts(folder: Path, source: Source, net: Classifier, purifier: Purifier | None) -> None:
+    """Try all that a model folder and its archive ask of their parts.
+
+    Raises ValueError that lists what is wrong.
+    """
+    faults, size = Faults(), net.config.image_size
+    faults.of(partial(check_name, folder.absolute().with_name(f"{folder.absolute().name}.mar")))
+    need = COPIES * sum(preflight.size_of(part) for part in (net, purifier) if part)
+    faults.of(partial(check_place, folder, need, "the model folder"))
+    data = faults.of(partial(source.read, size))
+    if data:
+        faults.of(partial(preflight.check_classes, net, data[0].classes))
+    faults.of(partial(preflight.try_network, net))
+    if purifier:
+        faults.of(partial(preflight.check_purifier, purifier, size))
+    faults.tell()
 
 
 def write_sample(model: Model, held: Images, file: Path) -> None:
@@ -135,10 +161,10 @@ def harden(
         model = way.model(out.stem, parts)
         if plan.evaluate_on:
             model = way.model_with_figures(model)
-        check_fit(report.read_card(model), model, anyway=anyway)
+        insist_fit(report.read_card(model), model, anyway=anyway)
 
         def pack(folder: Path) -> None:
-            Model.load(model).archive(folder / out.name, sample=plan.sample)
+            Model.load(model).archive(folder / out.name, sample=plan.sample, anyway=True)
 
         packed = job.once("archive", way.archive_inputs(model), pack)
     card, notes = report.read_card(model), deliver(model, packed / out.name, out)
@@ -154,7 +180,7 @@ def deliver(model: Path, packed: Path, out: Path) -> list[str]:
     return []
 
 
-def check_fit(card: Mapping[str, Any], folder: Path, *, anyway: bool) -> None:
+def insist_fit(card: Mapping[str, Any], folder: Path, *, anyway: bool) -> None:
     """Say what makes a model unfit to be served; without `anyway` raise ChecksFailed for it."""
     if not (faults := report.unfit(card)):
         return
@@ -223,6 +249,9 @@ class Way(NamedTuple):
             recipe = plan.recipe._replace(precision=run.arithmetic(run.join()))
             purifier = plan.purifier if plan.purifier_epochs else None
             data = faults.of(partial(self.source.read, plan.net.image_size)) if readable else None
+            if plan.weights and data:
+                net = usually_normalized(plan.net._replace(classes=len(data[0].classes)))
+                faults.of(partial(foreign.take, plan.weights, net))
             trial = Training(plan.net, recipe, run, data, purifier=purifier, option="--runs")
             prove_training(trial, faults)
             agree()
@@ -276,6 +305,7 @@ class Way(NamedTuple):
         recipe = self.plan.purifier
         inputs = self.attack_inputs(classifier=classifier, recipe=recipe, dtype=self.plan.dtype)
         train = partial(train_purifier_from, self.source, classifier, recipe, tried=True)
+        train = partial(train, augment=recipe.augment)
         return self.job.once("purifier", inputs, lambda to: train(self.run(to))) / PURIFIER
 
     def model(self, name: str, parts: dict[str, Path]) -> Path:
@@ -283,7 +313,7 @@ class Way(NamedTuple):
         files = parts["classifier"], parts.get("purifier")
 
         def make(folder: Path) -> None:
-            assemble(folder / name, self.source, *files, command=self.command)
+            assemble(folder / name, self.source, *files, command=self.command, tried=True)
 
         return self.job.once("calibrate", self.inputs(name=name, **parts), make) / name
 

@@ -32,7 +32,6 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.evaluate import Evaluation
-from rampart.hardening.judge.metrics import wilson
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import checkpoint, promise
 from rampart.hardening.model import folder as folders
@@ -42,19 +41,18 @@ from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL
 from rampart.hardening.model.files import ranges_file
 from rampart.hardening.model.images import Held, Images
-from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import Folder, spread
-from rampart.hardening.train.loop import accuracy, draw, say
+from rampart.hardening.train.loop import draw, say
+from rampart.preflight import check_classes
 from rampart.provenance import PYTHON
-from rampart.training import pick_device
+from rampart.training import beside_chance, pick_device
 
 WEIGHTS = "weights.safetensors"
 CPU = torch.device("cpu")
-MEASURED = 1500  # held-out images that accuracy is measured on, at most
 FOUND = Path("runs/found")  # where what attacks found is kept
 
 Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
@@ -145,7 +143,7 @@ class Model:
         of the others is measured, combined or ranked on. Raises ValueError for too few images.
         """
         source = held if isinstance(held, Held) else Held(held)
-        check_classifier(classifier, source.images)
+        check_classes(classifier, source.images.classes)
         whole = one_module(classifier, purifier, source)
         whole_as = partial(pipelines.as_variant, whole)
         tables = {
@@ -415,17 +413,19 @@ class Model:
         version: str = "1.0",
         settings: Mapping[str, object] | None = None,
         sample: bool = True,
+        anyway: bool = False,
     ) -> Parity:
         """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
 
         `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
         `sample` picture in the model's folder goes along.
-        Raises ValueError for a policy that the endpoint would refuse.
+        Raises ValueError for a policy that the endpoint would refuse; and, unless it is wanted
+        `anyway`, for a model that fails its own checks or is no better than chance.
         """
         terms = {"rampart": asdict(policy or Policy(self.rate)) | dict(settings or {})}
         write = partial(archives.archive, out=Path(path), plan=plan)
         write = partial(write, version=version, settings=terms, sample=sample)
-        return self._write(write, form, images)
+        return self._write(partial(write, anyway=anyway), form, images)
 
     def _write(self, write: Callable[..., T], form: Form | None, images: Gate) -> T:
         """What `write` makes of the model's folder, held to the gate on 64 of the images."""
@@ -448,29 +448,6 @@ def images_to_fit(source: Held) -> Images:
     if source.train is not None and len(source.train):
         return spread(source.train, FITTED)
     return source.validation
-
-
-def check_classifier(classifier: Classifier, images: Images) -> None:
-    """Raise ValueError where images have more or fewer classes than the network tells apart, or
-    where its mean and std are none of pixels in [0, 1].
-    """
-    config = classifier.config
-    Normalization(config.mean, config.std).check("the classifier's normalization")
-    here, there = len(images.classes), config.classes
-    if here != there:
-        raise ValueError(f"the images have {here} classes, the network tells {there} apart")
-
-
-def beside_chance(classifier: Classifier, images: Images) -> dict[str, Any]:
-    """How many held-out images a classifier labels right, beside the share of their largest class,
-    as the card has it.
-    """
-    few = spread(images, MEASURED)
-    value = accuracy(classifier, few)
-    largest = int(torch.bincount(few.label).max())
-    interval = [round(bound, 4) for bound in wilson(value, len(few))]
-    row = {"value": round(value, 6), "interval": interval, "n": len(few)}
-    return row | {"chance": round(largest / len(few), 6)}
 
 
 def to_engine(

@@ -5,9 +5,9 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,41 +21,17 @@ from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import FULL
 from rampart.hardening.model.images import Images
-from rampart.hardening.model.purifier import PurifierConfig
+from rampart.hardening.model.normalization import Normalization
+from rampart.hardening.model.purifier import Purifier, PurifierConfig
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch
 from rampart.hardening.train.loop import Recipe, Trainer, accuracy
 from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 
-T = TypeVar("T")
 STEPS, SECONDS = 5, 3.0  # most steps that are tried, and how long
 LAYERS = 160  # a network of more takes longer to export than one waits for: 7 s for 127 layers
 WRITTEN = 16  # times its weights that is written: the state of training, twice, and copies
 SEEN = 32  # images that validation is timed on
-FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError, TypeError, IndexError, KeyError)
-
-
-class Faults:
-    """Runs checks, and says at once what all of them found."""
-
-    def __init__(self) -> None:
-        self.found: list[Exception] = []
-
-    def of(self, check: Callable[[], T]) -> T | None:
-        """What `check` returns, or None where it failed."""
-        try:
-            return check()
-        except FAILURES as error:
-            self.found.append(error)
-            return None
-
-    def tell(self) -> None:
-        """Raise what one check found as it is, and of several one ValueError with all."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            lines = "".join(f"\n  {i}. {error}" for i, error in enumerate(self.found, 1))
-            raise ValueError(f"{len(self.found)} things to put right before it can start:{lines}")
 
 
 class Trial(NamedTuple):
@@ -240,6 +216,37 @@ def try_steps(
     return Trial(min(times[1:] or times), look, peak(trainer.device))
 
 
+def check_classes(net: Classifier, classes: Sequence[str]) -> None:
+    """Raise ValueError where images have more or fewer classes than the network tells apart, or
+    where its mean and std are none of pixels in [0, 1].
+    """
+    config = net.config
+    Normalization(config.mean, config.std).check("the classifier's normalization")
+    if len(classes) != config.classes:
+        raise ValueError(
+            f"the images have {len(classes)} classes, the network tells {config.classes} apart"
+        )
+
+
+def check_purifier(purifier: Purifier, size: int) -> None:
+    """Raise ValueError where a purifier does not give images of `size` pixels as it takes them."""
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        purified = purifier.eval()(x)
+    if purified.shape != x.shape or not torch.isfinite(purified).all():
+        raise ValueError(
+            f"the purifier makes images {tuple(purified.shape)} of {tuple(x.shape)}, or such that"
+            " are no numbers: train it anew"
+        )
+
+
+def try_network(net: Classifier) -> None:
+    """Put a network that is trained through all that its archive asks of it."""
+    check_network(net)
+    if distributed.first():
+        check_export(net)
+
+
 def try_classifier(
     net: Classifier, recipe: Recipe, teacher: Classifier | None = None, *, timed: bool = True
 ) -> Trial:
@@ -248,9 +255,7 @@ def try_classifier(
     Not `timed`, it takes no steps: with a large network they are what takes long.
     """
     with torch.random.fork_rng():
-        check_network(net)
-        if distributed.first():
-            check_export(net)
+        try_network(net)
         if not (recipe.epochs and timed):
             return Trial(0, 0, peak(net.mean.device))
         own = copy.deepcopy(net)

@@ -1,7 +1,6 @@
 """What `harden` proposes where you say nothing: what fits the data and the machine, and why."""
 
 import zipfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +11,7 @@ from PIL import Image
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.images import Images
+from rampart.hardening.train.augmentation import mirroring, suited
 from rampart.hardening.train.data import Folder
 from rampart.hardening.train.listing import pictures_below
 from rampart.hardening.train.loop import Precision, Recipe
@@ -28,8 +28,6 @@ EPOCHS = (60, 15, 30)  # at most; at least on a CPU; at least on a GPU
 BATCH, SMALLEST = 128, 8  # images a step
 RATE = 0.2  # learning rate at BATCH
 LOOKED_AT = 200  # pictures whose size is looked at
-# Words in the names of classes that differ from their mirror images.
-SIDED = ("left", "right", "sign", "letter", "digit", "number", "arrow", "turn", "text")
 
 
 class Wishes(NamedTuple):
@@ -78,7 +76,8 @@ class Plan(NamedTuple):
     @property
     def purifier(self) -> PurifierRecipe:
         """How its purifier is trained."""
-        return PurifierRecipe(self.recipe.threat, self.purifier_epochs)
+        recipe = self.recipe
+        return PurifierRecipe(recipe.threat, self.purifier_epochs, augment=recipe.augment)
 
 
 class Row(NamedTuple):
@@ -166,8 +165,8 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     why = f"{FEW:,} images or more" if count >= FEW else f"with fewer than {FEW:,} images it"
     why += " allow one" if count >= FEW else " withstands only static attacks"
     cleaned = pick("--purifier-epochs", wishes.purifier_epochs, 2 if count >= FEW else 0, why)
-    flips, why = mirroring(train.classes if train is not None else ())
-    augment = pick("--augment", wishes.augment, ("flip", "crop") if flips else ("crop",), why)
+    classes = train.classes if train is not None else ()
+    augment = pick("--augment", wishes.augment, suited(classes), mirroring(classes)[1])
     recipe = Recipe(wishes.method, wishes.threat, epochs, batch, lr, augment=augment)
     rest = (wishes.weights, cleaned, wishes.evaluate_on, wishes.dtype, wishes.device)
     return Proposal(Plan(net, recipe, *rest, wishes.sample), rows)
@@ -208,21 +207,3 @@ def epochs_for(count: int, batch: int, *, gpu: bool) -> int:
     most, on_cpu, on_gpu = EPOCHS
     wanted = -(-STEPS // max(1, count // batch))
     return min(most, max(on_gpu if gpu else on_cpu, wanted))
-
-
-def mirroring(classes: Sequence[str]) -> tuple[bool, str]:
-    """Whether images may be flipped, and why: not where a mirrored one is of another class."""
-    words = [name.lower() for name in classes]
-    plain = bool(words) and all(len(word) == 1 or word.isdigit() for word in words)
-    sided = [name for name in words if any(part in SIDED for part in split_words(name))]
-    if plain:
-        return False, f"classes {', '.join(classes[:3])} ... may be digits, letters or signs"
-    if sided:
-        return False, f"class {sided[0]} may differ from its mirror image"
-    return True, "flip mirrors half of the images: leave it out where that changes the class"
-
-
-def split_words(name: str) -> list[str]:
-    """The words of a class name, also one of their plurals."""
-    parts = "".join(c if c.isalnum() else " " for c in name).split()
-    return [word for part in parts for word in (part, part.removesuffix("s"))]

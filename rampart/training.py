@@ -1,29 +1,42 @@
 """Networks and purifiers from images of a source: behind the verbs that train."""
 
+import copy
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from rampart import inputs, preflight
 from rampart.handlers.engine import cpu_features
+from rampart.hardening.judge.metrics import wilson
 from rampart.hardening.model import checkpoint, foreign
+from rampart.hardening.model.card import check_fit
 from rampart.hardening.model.classifier import SMALL, TIMM, Classifier, ClassifierConfig
+from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.model.purifier import PurifierConfig, of_config
 from rampart.hardening.train import changes, distributed
 from rampart.hardening.train import state as states
-from rampart.hardening.train.data import Folder
-from rampart.hardening.train.loop import Precision, Recipe, fast_precision, say, train_classifier
+from rampart.hardening.train.augmentation import suited
+from rampart.hardening.train.data import Folder, spread
+from rampart.hardening.train.loop import (
+    Precision,
+    Recipe,
+    accuracy,
+    augmentations_of,
+    fast_precision,
+    say,
+    train_classifier,
+)
 from rampart.hardening.train.purifier import PurifierRecipe, train_purifier
-from rampart.preflight import Faults
 from rampart.provenance import PYTHON
 from rampart.sources import Source
 
 CIFAR10_NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+MEASURED = 1500  # held-out images that accuracy is measured on, at most
 UNKNOWN = 10  # classes that a network is tried with where the images cannot be read
 IMAGENET_NORM = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -64,18 +77,40 @@ def train(
     out: Path | str,
     device: str = "auto",
     teacher: Classifier | None = None,
+    anyway: bool = False,
 ) -> Classifier:
     """Train `classifier` by a recipe, in the folder `out`; returns the epoch that validates best.
 
     Called again, it goes on where it was cut off. Raises ValueError where `out` holds another run,
-    or where the classifier's mean and std are none of pixels in [0, 1].
+    where the classifier's mean and std are none of pixels in [0, 1], and, unless it is wanted
+    `anyway`, where it ends no better than chance on the validation images.
     """
     config = classifier.config
     Normalization(config.mean, config.std).check("the classifier's normalization")
     where = distributed.join(pick_device(device))
     learn = partial(train_classifier, teacher=teacher, commands=[PYTHON])
-    data = images, validation
-    return load_classifier(learn(classifier.to(where), recipe or Recipe(), Path(out), data))
+    data, first = (images, validation), copy.deepcopy(classifier.state_dict())
+    file = learn(classifier.to(where), recipe or Recipe(), Path(out), data)
+    best = load_classifier(file)
+    if not anyway:
+        try:
+            check_fit({"accuracy": beside_chance(best, validation)}, f"{file} is not taken")
+        except ValueError:
+            classifier.load_state_dict(first)  # so that the same call takes it anyway
+            raise
+    return best
+
+
+def beside_chance(classifier: Classifier, images: Images) -> dict[str, Any]:
+    """How many held-out images a classifier labels right, beside the share of their largest class,
+    as the card has it.
+    """
+    few = spread(images, MEASURED)
+    value = accuracy(classifier, few)
+    largest = int(torch.bincount(few.label).max())
+    interval = [round(bound, 4) for bound in wilson(value, len(few))]
+    row = {"value": round(value, 6), "interval": interval, "n": len(few)}
+    return row | {"chance": round(largest / len(few), 6)}
 
 
 def train_from(
@@ -194,11 +229,18 @@ def check_images(out: Path, images: Images | Folder, held: Images) -> None:
 
 
 def train_purifier_from(
-    source: Source, classifier: Path, recipe: PurifierRecipe, run: Run, *, tried: bool = False
+    source: Source,
+    classifier: Path,
+    recipe: PurifierRecipe,
+    run: Run,
+    *,
+    augment: tuple[str, ...] | None = None,
+    tried: bool = False,
 ) -> Path:
     """Train a purifier in front of the frozen network of a file; returns the purifier's file.
 
-    First all is tried that would fail later, unless it was `tried` before.
+    First all is tried that would fail later, unless it was `tried` before. Without `augment` images
+    are augmented as those of the network were; where its file does not tell, as classes allow.
     """
     where = run.join()
     net = load_classifier(classifier).to(where)
@@ -206,6 +248,12 @@ def train_purifier_from(
     if not tried:
         prove_purifier(source, net, recipe, run)
     images, held = source.read(net.config.image_size)
+    if augment is None:
+        augment = augmentations_of(str(checkpoint.read(classifier)[0].get("training", "")))
+    if augment is None:
+        augment = suited(images.classes)
+    recipe = recipe._replace(augment=augment)
+    say(f"augmentation: {', '.join(augment) or 'none'}")
     check_images(run.out, images, held)
     validation = split(held, "validation")[slice(run.validate_on)]
     learn = partial(train_purifier, commands=[run.command])
@@ -216,9 +264,13 @@ def prove_purifier(source: Source, net: Classifier, recipe: PurifierRecipe, run:
     """As `prove_training`, for a purifier in front of a network that is trained."""
     faults = Faults()
     data = faults.of(partial(source.read, net.config.image_size))
+    if data:
+        faults.of(partial(preflight.check_classes, net, data[0].classes))
     need = preflight.WRITTEN * preflight.size_of(of_config(PurifierConfig()))
     faults.of(partial(preflight.check_place, run.out, need, "--out"))
-    trial = faults.of(partial(preflight.try_purifier, net, recipe))
+    faults.of(partial(preflight.try_network, net))
+    attempt = partial(preflight.try_purifier, net, recipe)
+    trial = None if faults.found else faults.of(attempt)
     faults.tell()
     assert data and trial
     few = min(run.validate_on, len(split(data[1], "validation")))
@@ -238,13 +290,17 @@ def adopt(
     Prints which entry and normalization it takes. Without `mean` and `std` those of the file count,
     else timm's own for its networks, CIFAR-10's up to 64 pixels a side and ImageNet's above.
     """
-    usual = CIFAR10_NORM if config.image_size <= SMALL else IMAGENET_NORM
-    if config.arch.startswith(TIMM):
-        usual = foreign.timm_normalization(config.arch) or usual
-    config = config._replace(**usual._asdict())
-    net, lines = foreign.take(weights, config, mean=mean, std=std)
+    net, lines = foreign.take(weights, usually_normalized(config), mean=mean, std=std)
     for line in lines:
         say(line)
     content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
     checkpoint.save(out, net, content)
     return net.config
+
+
+def usually_normalized(config: ClassifierConfig) -> ClassifierConfig:
+    """A network with the normalization that weights of its kind were trained with, mostly."""
+    usual = CIFAR10_NORM if config.image_size <= SMALL else IMAGENET_NORM
+    if config.arch.startswith(TIMM):
+        usual = foreign.timm_normalization(config.arch) or usual
+    return config._replace(**usual._asdict())

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Fixtures that start one, wherever they are used.
 SERVERS = {"launch", "server", "target", "redis"}
+# Fixtures that train a network to attack.
+TRAINED = {"learned"}
 # Files in which most tests train, attack, export or run a whole command for seconds.
 TRAINING = {
     "test_ablation.py",
@@ -54,6 +56,12 @@ TRAINING = {
 }
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files that only train alone where nothing of them is to run: imports take seconds."""
+    left_out = "not training" in config.getoption("markexpr")
+    return True if left_out and collection_path.name in TRAINING else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out, and let files that have some of it go first.
 
@@ -62,9 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = set()
     for item in items:
         tell(item)
-        if SERVERS & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if SERVERS & fixtures:
             item.add_marker("server")
-        if item.path.name in TRAINING:
+        if item.path.name in TRAINING or TRAINED & fixtures:
             item.add_marker("training")
         if any(item.iter_markers("server")) or any(item.iter_markers("training")):
             long.add(item.path)

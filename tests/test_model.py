@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -151,13 +152,51 @@ def test_a_small_set_makes_a_weaker_promise_that_its_archive_keeps_to(
     found = model.card["promise"]["lean, fp32"]
     assert (found["rate"], found["calibration_images"], found["n"]) == (0.02, 52, 29)
     assert f"{found['flagged']} of 29 validation images flagged" in said
-    model.archive(tmp_path / "small.mar")
+    model.archive(tmp_path / "small.mar", anyway=True)
     with ZipFile(tmp_path / "small.mar") as packed:
         assert "false_alarm_rate: 0.02" in packed.read("model-config.yaml").decode()
     report.check_card(model.card)
     assert len(model.predict(blobs(2, size=16).image)) == 2
     with pytest.raises(ValueError, match=r"choose a rate above 0\.0189"):
-        model.archive(tmp_path / "strict.mar", policy=rp.Policy(0.01))
+        model.archive(tmp_path / "strict.mar", policy=rp.Policy(0.01), anyway=True)
+
+
+def at_chance(model: rp.Model) -> rp.Model:
+    """The same model with a card that says so."""
+    accuracy = {"value": 0.1, "interval": [0.05, 0.2], "n": 99, "chance": 0.1}
+    card = model.card | {"accuracy": accuracy}
+    return rp.Model(model.whole, model.classes, model.calibrations, card=card)
+
+
+def test_a_model_that_is_no_better_than_chance_or_fails_its_checks_is_not_packed(
+    small: rp.Model, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine.mar"
+    with pytest.raises(ValueError, match=r"is not packed: it is right on 10\.0%.* anyway=True"):
+        at_chance(small).archive(out)
+    check = {"name": "more steps", "subject": "lean", "passed": False}
+    bad = rp.Model(
+        small.whole, small.classes, small.calibrations, card={"model": "a", "history": []}
+    )
+    bad.card["checks"] = [check]
+    with pytest.raises(ValueError, match=r"self-checks failed: more steps \(lean\)\. --anyway"):
+        bad.archive(out)
+    assert not out.exists()
+
+
+@pytest.mark.training
+def test_training_that_ends_at_chance_is_refused_unless_it_is_wanted_anyway(
+    tmp_path: Path,
+) -> None:
+    images = blobs(64, size=16)
+    alike = rp.Images(images.image, images.label % 2, ("cat", "dog"))
+    held = rp.Images(images.image, images.label * 0, ("cat", "dog"))  # chance is 100%
+    net = rp.Classifier(rp.ClassifierConfig("resnet10", 2, width=0.125, image_size=16))
+    train = partial(rp.train, net, alike, held, rp.Recipe(epochs=1, batch_size=32))
+    train = partial(train, out=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"classifier\.safetensors is not taken: it is right on"):
+        train()
+    assert train(anyway=True).config.classes == 2
 
 
 def test_a_promise_that_validation_images_break_is_told_with_its_numbers(

@@ -15,8 +15,9 @@ import rampart as rp
 from rampart import preflight
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.faults import Faults
 from rampart.hardening.train.loop import Recipe
-from rampart.preflight import Faults, check_export, check_network, check_place, try_classifier
+from rampart.preflight import check_export, check_network, check_place, try_classifier
 
 
 class Net(nn.Module):

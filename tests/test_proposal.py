@@ -7,7 +7,8 @@ from PIL import Image
 
 from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.images import Images
-from rampart.proposal import Wishes, batch_for, epochs_for, image_size, mirroring, propose
+from rampart.hardening.train.augmentation import mirroring, suited
+from rampart.proposal import Wishes, batch_for, epochs_for, image_size, propose
 
 
 def images(count: int, *classes: str) -> Images:
@@ -94,6 +95,7 @@ def test_what_may_be_signs_letters_or_digits_is_not_mirrored(
     classes: list[str], mirrored: bool
 ) -> None:
     assert mirroring(classes)[0] is mirrored
+    assert ("flip" in suited(classes)) is mirrored and "crop" in suited(classes)
 
 
 def test_batches_and_epochs_of_small_sets_give_steps_enough() -> None:

@@ -6,7 +6,6 @@ score intervals, Wilson 1927; robust accuracy with rejection and its stratified 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest, rankdata
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.arrays import Bools, Floats
@@ -27,6 +26,8 @@ class Metric(NamedTuple):
 
 def wilson(value: float, n: int) -> tuple[float, float]:
     """95% interval of a share `value` of `n` images."""
+    from scipy.stats import binomtest  # half a second, which a mistake need not wait for
+
     interval = binomtest(round(value * n), n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -82,6 +83,7 @@ def tpr_at_fpr(flagged: Floats, caught: Floats, rate: float) -> float:
 
 def roc(clean: Floats, attacked: Floats) -> tuple[Floats, Floats]:
     """Shares of `clean` (N,) and `attacked` (M,) that each threshold flags, infinite ones too."""
+    from scipy.stats import rankdata
     from sklearn.metrics import roc_curve  # training and export do without
 
     rank = rankdata(np.concatenate([clean, attacked]), "dense")

@@ -15,6 +15,7 @@ MEASURED = "measured.json"  # beside it: what was measured and not put into the 
 Row = dict[str, Any]  # of card.json
 NO_VARIANT = "-"  # of what nothing stands in front of
 FP32 = "fp32"
+ANYWAY = "--anyway packs it, and anyway=True in Python takes it as it is"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,12 @@ def no_better_than_chance(card: Mapping[str, Any]) -> list[str]:
 def unfit(card: Mapping[str, Any]) -> list[str]:
     """What makes a model unfit to be served, a line each."""
     return [*failed_checks(card), *no_better_than_chance(card)]
+
+
+def check_fit(card: Mapping[str, Any], refusal: str) -> None:
+    """Raise ValueError that begins with a `refusal` where a model is unfit to be served."""
+    if faults := unfit(card):
+        raise ValueError(f"{refusal}: {'; '.join(faults)}. {ANYWAY}")
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:

@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from rampart.hardening.model.classifier import TIMM, Classifier, ClassifierConfig, each_channel
+from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.presence import check_file
 
@@ -61,13 +63,18 @@ def take(
     """As `adopt`, with what was taken."""
     weights, lines = tensors(contents(path), path)
     normalization, origin = normalization_of(config, weights, mean, std)
-    normalization.check(f"the normalization in {path}")
     lines.append(f"normalization{origin}: mean {normalization.mean}, std {normalization.std}")
     net = Classifier(config._replace(**normalization._asdict()))
     own = library_names(net)
     state = without_prefix(respelled(weights, own), own, path, config.arch)
-    check_sizes(path, config, own, state)
-    check_values(path, {name: state[name] for name in own})
+    there = {name: state[name] for name in own if name in state}
+    faults = Faults()
+    faults.of(partial(normalization.check, f"the normalization in {path}"))
+    faults.of(partial(check_names, path, own, state))
+    faults.of(partial(check_sizes, path, config, own, there))
+    for check in (check_finite, check_variances, check_layers):
+        faults.of(partial(check, path, there))
+    faults.tell()
     for name, tensor in own.items():
         tensor.copy_(state[name])
     return Adopted(net.eval().requires_grad_(False), lines)
@@ -75,7 +82,7 @@ def take(
 
 def check_sizes(path: Path, config: ClassifierConfig, own: State, state: State) -> None:
     """Raise ValueError where a tensor has another size than the network's."""
-    wrong = [name for name, tensor in own.items() if state[name].shape != tensor.shape]
+    wrong = [name for name, tensor in state.items() if own[name].shape != tensor.shape]
     if wrong:
         name = wrong[0]
         expected, size = tuple(own[name].shape), tuple(state[name].shape)
@@ -86,17 +93,25 @@ def check_sizes(path: Path, config: ClassifierConfig, own: State, state: State) 
         raise ValueError(f"{path}: {misfit}. Check {check}")
 
 
-def check_values(path: Path, state: State) -> None:
-    """Raise ValueError for values that no training leaves."""
+def check_finite(path: Path, state: State) -> None:
+    """Raise ValueError for values that are no numbers."""
     endless = [name for name, t in state.items() if not t.isfinite().all()]
     if endless:
         raise ValueError(
             f"{path} holds NaN or infinity in {some(endless)}: its training went astray, so take an"
             " earlier checkpoint"
         )
+
+
+def check_variances(path: Path, state: State) -> None:
+    """Raise ValueError for variances that no training leaves."""
     below = [n for n, t in state.items() if n.endswith("running_var") and (t < 0).any()]
     if below:
         raise ValueError(f"{path} holds variances below 0 in {some(below)}: the file is damaged")
+
+
+def check_layers(path: Path, state: State) -> None:
+    """Raise ValueError for layers that were never trained."""
     layers = {name: t for name, t in state.items() if name.endswith("weight") and t.dim() > 1}
     empty = [name for name, t in layers.items() if not t.any()]
     if empty:
@@ -249,7 +264,11 @@ def without_prefix(weights: State, own: State, path: Path, arch: str) -> State:
     counts = Counter(prefix for _, prefix in ends)
     prefix = min(counts, key=lambda p: (-counts[p], len(p)))
     state = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")}
-    state |= {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    return state | {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+
+
+def check_names(path: Path, own: State, state: State) -> None:
+    """Raise ValueError where tensors are missing, or are none of the network's."""
     rest = {n: t for n, t in state.items() if n not in own and not n.startswith(UNUSED)}
     unknown = [n for n, t in rest.items() if n.split(".")[-1] not in NORMALIZERS or t.numel() != 3]
     if missing := [name for name in own if name not in state]:
@@ -263,4 +282,3 @@ def without_prefix(weights: State, own: State, path: Path, arch: str) -> State:
             f"{path} holds {len(unknown)} tensors that the network has no place for, as"
             f" {unknown[0]}: check --arch"
         )
-    return state

@@ -14,6 +14,9 @@ from rampart.hardening.attack.noise import Noise
 
 TURN, ZOOM, LIGHT = math.radians(12), 0.12, 0.35  # the most that `warp` changes, either way
 
+# Words in the names of classes that differ from their mirror images.
+SIDED = ("left", "right", "sign", "letter", "digit", "number", "arrow", "turn", "text")
+
 
 def flip(x: Tensor, noise: Noise) -> Tensor:
     """Mirror each image of x (N, 3, H, W) with probability 1/2."""
@@ -78,3 +81,26 @@ def check_augmentations(names: Sequence[str]) -> None:
     if unknown := sorted(set(names) - set(AUGMENTATIONS)):
         known = ", ".join(AUGMENTATIONS)
         raise ValueError(f"unknown augmentation {unknown[0]!r}: choose among {known}, or none")
+
+
+def suited(classes: Sequence[str]) -> tuple[str, ...]:
+    """The augmentations that images of these classes bear, by their names."""
+    return ("flip", "crop") if mirroring(classes)[0] else ("crop",)
+
+
+def mirroring(classes: Sequence[str]) -> tuple[bool, str]:
+    """Whether images may be flipped, and why: not where a mirrored one is of another class."""
+    words = [name.lower() for name in classes]
+    plain = bool(words) and all(len(word) == 1 or word.isdigit() for word in words)
+    sided = [name for name in words if any(part in SIDED for part in split_words(name))]
+    if plain:
+        return False, f"classes {', '.join(classes[:3])} ... may be digits, letters or signs"
+    if sided:
+        return False, f"class {sided[0]} may differ from its mirror image"
+    return True, "flip mirrors half of the images: leave it out where that changes the class"
+
+
+def split_words(name: str) -> list[str]:
+    """The words of a class name, also one of their plurals."""
+    parts = "".join(c if c.isalnum() else " " for c in name).split()
+    return [word for part in parts for word in (part, part.removesuffix("s"))]

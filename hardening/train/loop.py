@@ -286,6 +286,15 @@ def different(before: str, now: str) -> str:
     return "; ".join(changed) or "its weights or images are others"
 
 
+def augmentations_of(training: str) -> tuple[str, ...] | None:
+    """The augmentations in the text of a recipe; None where it tells none, as of adopted weights.
+
+    The last of several recipes stands first: each holds the one before it.
+    """
+    augment = dict(reversed(SETTING.findall(training))).get("augment")
+    return None if augment is None else tuple(re.findall(r"\w+", augment))
+
+
 def draw(runs: Sequence[History], file: Path) -> None:
     """Write the learning curve of `runs`, where matplotlib is installed."""
     with suppress(ImportError):

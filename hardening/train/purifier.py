@@ -20,6 +20,7 @@ from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.purifier import PurifierConfig, described, of_config
 from rampart.hardening.train import distributed, loop
+from rampart.hardening.train.augmentation import check_augmentations
 from rampart.hardening.train.data import Batch, Folder
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
 
@@ -57,6 +58,7 @@ class PurifierRecipe(NamedTuple):
     ema: float = 0.995
     seed: int = 0
     precision: Precision = "fp32"
+    augment: tuple[str, ...] = ("flip", "crop")  # of AUGMENTATIONS; best as the classifier's were
 
 
 class PurifierTrainer:
@@ -66,6 +68,7 @@ class PurifierTrainer:
         self, classifier: Classifier, config: PurifierConfig, recipe: PurifierRecipe, folder: Path
     ) -> None:
         loop.one_part(recipe.batch_size)
+        check_augmentations(recipe.augment)
         torch.manual_seed(recipe.seed)
         self.classifier, self.recipe = classifier.eval().requires_grad_(False), recipe
         self.device = classifier.mean.device
@@ -77,7 +80,7 @@ class PurifierTrainer:
         parts: dict[str, Part] = {name: getattr(self, name) for name in names}
         # A purifier belongs to one classifier: a run must not go on with another.
         settings = repr((config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, seed=recipe.seed)
+        self.run = Run(folder, settings, parts, seed=recipe.seed, augmentations=recipe.augment)
 
     def craft(self, batch: Batch) -> Tensor:
         """Perturb images against the purified prediction, gradients through both networks."""

@@ -20,6 +20,7 @@ AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
 AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable; default flip and crop, "
 AUGMENT += "for harden what fits the classes. "
 AUGMENT += "Mirrored signs, letters and digits are others: no flip for them"
+SAME = "As in `train`; default as the classifier was trained"
 TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
 RECTIFY = "Train a second head beside: rectified rejection"
 COMPILE = "torch.compile: a minute or more first, faster steps then"
@@ -155,6 +156,7 @@ def purifier(
     threat: o.Threat,
     epochs: o.Epochs = 2,
     lr: o.LearningRate = 1e-3,
+    augment: Annotated[list[str] | None, Option(help=SAME), inputs.augmentation] = None,
     arch: o.Own = None,
 ) -> None:
     """Train the GAN purifier in front of a frozen classifier. Ctrl-C and torchrun as in `train`."""
@@ -163,7 +165,8 @@ def purifier(
     from rampart.training import train_purifier_from
 
     recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size, lr, seed=run.seed)
-    best = train_purifier_from(source.open(), classifier, recipe, run.place())
+    how = chosen(augment)
+    best = train_purifier_from(source.open(), classifier, recipe, run.place(), augment=how)
     say(f"best purifier: {best}")
 
 

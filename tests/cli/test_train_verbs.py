@@ -18,9 +18,13 @@ from rampart.cli.options import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.purifier import Purifier, PurifierConfig, described
 from rampart.hardening.report import card as report
+from rampart.hardening.train.loop import Recipe
 from rampart.studies import ChecksFailed
 from rampart.training import pick_device
+
+SMALL = ("--arch", "resnet10", "--width", 0.125, "--image-size", 16)  # tried in a second
 
 
 @pytest.mark.training
@@ -188,11 +192,12 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
         run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
 
 
+@pytest.mark.training
 def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path: Path) -> None:
-    images = blobs(60)
+    images = blobs(60, size=16)
     np.savez(tmp_path / "few.npz", image=images.image.numpy(), label=images.label.numpy())
     with pytest.raises(ValueError, match=r"leaves 30 held-out images.* at least 80 .*2,000 images"):
-        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c")
+        run("train", "--data", tmp_path / "few.npz", "--out", tmp_path / "c", *SMALL)
 
 
 @pytest.mark.training
@@ -236,6 +241,7 @@ def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Pat
     assert (config["mean"], config["std"]) == ([*half], [*half])
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("verb", ["train", "harden", "purifier", "calibrate"])
 def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_out(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,11 +254,11 @@ def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_ou
         Image.fromarray(image).save(file)
     Path("data/0/empty.png").touch()
     Path("data/1/cut.png").write_bytes(file.read_bytes()[:100])
-    net = Classifier(ClassifierConfig("resnet10", 2, width=0.125))
+    net = Classifier(ClassifierConfig("resnet10", 2, width=0.125, image_size=16))
     checkpoint.save(Path("c.safetensors"), net, {"classifier": net.config._asdict()})
     options = {
-        "train": ["--out", "run"],
-        "harden": ["--out", "mine.mar"],
+        "train": ["--out", "run", *SMALL],
+        "harden": ["--out", "mine.mar", *SMALL],
         "purifier": ["--out", "run", "--classifier", "c.safetensors"],
         "calibrate": ["mine", "--classifier", "c.safetensors"],
     }
@@ -261,3 +267,82 @@ def test_bad_pictures_stop_every_verb_that_makes_a_model_unless_they_are_left_ou
         run(*command)
     with pytest.raises(ValueError, match="leaves 10 held-out images, 6 of them to calibrate on"):
         run(*command, "--skip-bad")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("training", "options", "told"),
+    [
+        (repr(Recipe(augment=("crop",))), (), "crop"),
+        (repr(Recipe()), ("--augment", "crop", "--augment", "warp"), "crop, warp"),
+        ("adopted from signs.pth", (), "crop"),
+    ],
+)
+def test_a_purifier_is_trained_on_images_as_its_classifier_was(
+    training: str, options: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "signs.npz", tmp_path / "run"
+    images = blobs(200, size=16)
+    np.savez(data, image=images.image.numpy(), label=images.label.numpy())  # classes 0 to 9
+    net = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16))
+    content = {"classifier": net.config._asdict(), "training": training}
+    checkpoint.save(tmp_path / "c.safetensors", net, content)
+    command = ["purifier", "--data", data, "--classifier", tmp_path / "c.safetensors", *options]
+    said = run(*command, "--out", out, "--epochs", 1, "--batch-size", 64, "--validate-on", 8)
+    assert f"augmentation: {told}\n" in said
+    recipe = checkpoint.read(out / "purifier.safetensors")[0]["training"]
+    assert f"augment={tuple(told.split(', '))!r}" in recipe
+
+
+@pytest.mark.training
+def test_calibrate_and_purifier_list_all_that_is_wrong_before_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = blobs(200, size=16)
+    np.savez("data.npz", image=images.image.numpy(), label=images.label.numpy() % 3)
+    net = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16))
+    with torch.no_grad():
+        net.head.weight.fill_(float("nan"))
+    checkpoint.save(Path("c.safetensors"), net, {"classifier": net.config._asdict()})
+    data = ["--data", "data.npz", "--classifier", "c.safetensors"]
+    faults = ["images have 3 classes, the network tells 10 apart", "logits that are no numbers"]
+    for command in (["calibrate", "my model"], ["purifier", "--out", "/proc/run"]):
+        with pytest.raises(ValueError, match="3 things to put right") as told:
+            run(*command, *data)
+        place = "clients ask for the model by this name" if "my model" in command else "/proc"
+        assert all(fault in str(told.value) for fault in (*faults, place))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.safetensors", "data.npz"]
+
+
+@pytest.mark.training
+def test_a_purifier_that_makes_no_numbers_is_refused_before_calibration(tmp_path: Path) -> None:
+    images = blobs(200, size=16)
+    np.savez(tmp_path / "data.npz", image=images.image.numpy(), label=images.label.numpy())
+    net = Classifier(ClassifierConfig("resnet10", 10, width=0.125, image_size=16))
+    checkpoint.save(tmp_path / "c.safetensors", net, {"classifier": net.config._asdict()})
+    purifier = Purifier(PurifierConfig(width=8, depth=1))
+    with torch.no_grad():
+        purifier.residual[-2].weight.fill_(float("nan"))
+    checkpoint.save(tmp_path / "p.safetensors", purifier, {"purifier": described(purifier)})
+    data = ["--data", tmp_path / "data.npz", "--classifier", tmp_path / "c.safetensors"]
+    with pytest.raises(ValueError, match=r"the purifier makes images .* no numbers: train it anew"):
+        run("calibrate", tmp_path / "m", *data, "--purifier", tmp_path / "p.safetensors")
+
+
+@pytest.mark.training
+def test_harden_lists_the_faults_of_weights_beside_those_of_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = blobs(200, size=96)
+    np.savez("data.npz", image=images.image.numpy(), label=images.label.numpy())
+    state = get_model("squeezenet1_1", weights=None, num_classes=10).state_dict()
+    state["classifier.1.bias"][0] = float("nan")
+    state["features.0.weight"].zero_()
+    torch.save(state, "w.pth")
+    options = ["--weights", "w.pth", "--arch", "squeezenet1_1", "--image-size", 96, "--epochs", 0]
+    with pytest.raises(ValueError, match="things to put right") as told:
+        run("harden", "--data", "data.npz", "--out", "/proc/mine.mar", *options)
+    for fault in ("NaN or infinity in classifier.1.bias", "nothing but 0 in features.0", "/proc"):
+        assert fault in str(told.value)

@@ -39,6 +39,7 @@ def test_any_batch_gives_what_torch_gives(
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
 
 
+@pytest.mark.training
 def test_the_lean_graph_is_one_file_and_runs_the_classifier_once(
     tmp_path: Path, tiny_graph: Path, tiny_folder: Path
 ) -> None:

@@ -11,7 +11,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from model_signing import signing
 
 from rampart.export.verification import ADDED, verify
 from rampart.handlers.contents import verify as check
@@ -121,6 +120,8 @@ def test_a_text_that_would_fill_memory_is_refused(tiny_archive: Path, tmp_path: 
 def test_a_signature_holds_for_its_file_and_its_key_alone(
     tiny_archive: Path, tmp_path: Path
 ) -> None:
+    from model_signing import signing  # half a second
+
     (private, public), (_, other) = keys(tmp_path, "mine"), keys(tmp_path, "theirs")
     archive, signature = tmp_path / "a.mar", tmp_path / "a.sig"
     archive.write_bytes(tiny_archive.read_bytes())

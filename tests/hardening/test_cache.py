@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,23 @@ def test_an_interrupted_attack_goes_on_where_it_stopped(
     assert rest.seen == 4
     expected = to_float(few.image) + 0.1 + 0.01 * few.label.view(-1, 1, 1, 1)
     torch.testing.assert_close(found, expected.clamp(0, 1))
+
+
+def test_attacks_that_take_long_go_on_by_fewer_images_so_that_little_is_lost(
+    tmp_path: Path, tiny_images: Images
+) -> None:
+    sizes, pause = list[int](), 0.02
+
+    def slow(x: Tensor, _: Tensor) -> Tensor:
+        sizes.append(len(x))
+        time.sleep(pause * len(x))
+        return x
+
+    cache.crafted(tmp_path, "key", tiny_images[slice(12)], slow, title="", seconds=0.03)
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1]
+    sizes, pause = [], 0.0
+    cache.crafted(tmp_path, "other", tiny_images[slice(100)], slow, title="", seconds=1e9)
+    assert sizes == [4, 8, 16, 32, 40]
 
 
 def test_another_key_and_another_image_are_attacked_anew(

@@ -1,14 +1,15 @@
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-
-from rampart.hardening.train.curve import learning_curve
 
 
 def test_a_learning_curve_runs_on_over_all_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from matplotlib.figure import Figure
+
+    from rampart.hardening.train.curve import learning_curve
+
     runs = [
         [{"clean": 0.5, "pgd10": 0.3}, {"clean": 0.6, "pgd10": 0.4}],
         [

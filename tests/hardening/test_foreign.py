@@ -123,7 +123,7 @@ def test_googlenets_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
         ),
         ({"arch": "resnet34"}, r"lacks \d+ of the network's tensors, as layer1\.2\.conv1\.weight"),
         ({"arch": "resnet10"}, r"no place for, as layer1\.1\.conv1\.weight: check --arch"),
-        ({"arch": "vgg11"}, r"w\.pth"),
+        ({"arch": "squeezenet1_1"}, r"w\.pth"),
     ],
 )
 def test_weights_that_do_not_fit_name_the_layer_and_both_sizes(
@@ -172,8 +172,9 @@ def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
     )
     with pytest.raises(ValueError, match=expected):
         adopt(tmp_path / "w.pth", CONFIG)
-    with pytest.raises(ValueError, match=r"layers of vgg11, as features\.0\.weight, but conv1\.w"):
-        adopt(tmp_path / "w.pth", CONFIG._replace(arch="vgg11"))
+    expected = r"layers of squeezenet1_1, as features\.0\.weight, but conv1\.w"
+    with pytest.raises(ValueError, match=expected):
+        adopt(tmp_path / "w.pth", CONFIG._replace(arch="squeezenet1_1"))
 
 
 def test_a_name_that_both_spellings_have_stays(net: nn.Module, tmp_path: Path) -> None:
@@ -205,6 +206,24 @@ def test_weights_that_no_training_leaves_are_refused(
     torch.save(changed(net.state_dict(), name, value), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=rf"w\.pth holds {message}"):
         adopt(tmp_path / "w.pth", CONFIG)
+
+
+def test_all_that_is_wrong_with_weights_is_told_at_once(net: nn.Module, tmp_path: Path) -> None:
+    state = changed(net.state_dict(), "layer1.0.bn1.bias", float("inf"))
+    state = changed(changed(state, "bn1.running_var", -1.0), "layer2.0.conv1.weight", 0.0)
+    del state["layer4.1.conv2.weight"]
+    torch.save(prefixed(state, "model.") | norm(0.5, 0.0), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"^6 things to put right") as told:
+        adopt(tmp_path / "w.pth", CONFIG._replace(classes=7))
+    for fault in (
+        "divides by a std of 0 or less",
+        "lacks 1 of the network's tensors, as layer4.1.conv2.weight, and has no other",
+        "fc.weight does not fit resnet18: expected (7, 512), found (5, 512). Check --classes",
+        "NaN or infinity in layer1.0.bn1.bias",
+        "variances below 0 in bn1.running_var",
+        "nothing but 0 in layer2.0.conv1.weight",
+    ):
+        assert fault in str(told.value)
 
 
 def norm(mean: float, std: float) -> State:

@@ -40,6 +40,7 @@ def test_lean_is_one_pass_without_a_purifier(tiny_folder: Path, tiny_images: Ima
     assert classes == tiny_images.classes
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("purified", [False, True])
 def test_feature_squeezing_compares_the_image_with_squeezed_views_of_it(
     tiny_pipeline: DefendedClassifier, tiny_images: Images, tmp_path: Path, purified: bool

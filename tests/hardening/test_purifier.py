@@ -6,11 +6,18 @@ from blobs import blobs
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import load_purifier
 from rampart.hardening.model.purifier import Purifier, PurifierConfig
 from rampart.hardening.train import state as states
-from rampart.hardening.train.loop import Precision
-from rampart.hardening.train.purifier import Critic, PurifierRecipe, train_purifier
+from rampart.hardening.train.data import Batch
+from rampart.hardening.train.loop import Precision, Recipe, augmentations_of
+from rampart.hardening.train.purifier import (
+    Critic,
+    PurifierRecipe,
+    PurifierTrainer,
+    train_purifier,
+)
 
 pytestmark = pytest.mark.training
 
@@ -63,3 +70,38 @@ def test_training_helps_against_the_attack_it_sees_and_leaves_the_classifier_alo
     assert not torch.equal(load_purifier(best)(x), x)
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(("augment", "mirrored"), [(("flip",), True), (("crop",), False)])
+def test_a_purifier_sees_mirrored_images_only_where_its_recipe_says_so(
+    augment: tuple[str, ...], mirrored: bool, tmp_path: Path
+) -> None:
+    image = torch.zeros(64, 16, 16, 3, dtype=torch.uint8)
+    image[:, :, 8:] = 255
+    images = Images(image, torch.zeros(64, dtype=torch.int64), ("arrow", "other"))
+    classifier = Classifier(ClassifierConfig("resnet10", 2, width=0.125, image_size=16))
+    recipe = PurifierRecipe(augment=augment)
+    trainer = PurifierTrainer(classifier, SMALL, recipe, tmp_path)
+    bright_left = list[bool]()
+
+    def step(batch: Batch, _: float) -> torch.Tensor:
+        bright_left.extend((batch.x[..., :4].mean((1, 2, 3)) > 0.5).tolist())
+        return torch.zeros(())
+
+    trainer.run.pass_over(images, step, epochs=1, batch_size=32)
+    assert len(bright_left) == 64 and any(bright_left) is mirrored and not all(bright_left)
+
+
+@pytest.mark.parametrize(
+    ("training", "found"),
+    [
+        (repr(Recipe(augment=("crop",), after=repr(Recipe()))), ("crop",)),
+        (repr(Recipe(after=repr(Recipe(augment=())))), ("flip", "crop")),
+        (repr(Recipe(augment=())), ()),
+        ("adopted from w.pth", None),
+    ],
+)
+def test_the_augmentation_of_a_training_is_read_off_its_recipe(
+    training: str, found: tuple[str, ...] | None
+) -> None:
+    assert augmentations_of(training) == found

@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.train import state as states
+from rampart.hardening.train.data import Batch
 from rampart.hardening.train.loop import (
     Precision,
     Recipe,
@@ -25,6 +27,7 @@ from rampart.hardening.train.loop import (
     one_cycle,
     ramp,
     train_classifier,
+    validate,
 )
 from rampart.hardening.train.methods import METHODS
 
@@ -93,6 +96,41 @@ def test_a_run_that_ctrl_c_ends_ten_times_makes_each_step_once_and_as_if_undistu
     histories = [states.read(tmp_path / name)["history"] for name in ("whole", "cut")]
     for row, other in zip(*histories, strict=True):
         assert other["pgd10"] == pytest.approx(row["pgd10"], abs=1e-6)
+
+
+@pytest.mark.parametrize("crafting", [True, False], ids=["crafting", "descending"])
+def test_ctrl_c_in_the_middle_of_a_step_loses_nothing_of_it(crafting: bool, tmp_path: Path) -> None:
+    def losses(folder: Path, *, press_at: int) -> list[float]:
+        torch.manual_seed(0)
+        trainer = Trainer(Classifier(CONFIG), RECIPE, folder)
+        out: list[float] = []
+
+        def press(module: torch.nn.Module, *_: object) -> None:
+            if trainer.run.steps == press_at and trainer.model.training is not crafting:
+                pressed.append(trainer.run.steps)
+                hook.remove()
+                signal.raise_signal(signal.SIGINT)
+
+        def step(batch: Batch, progress: float) -> Tensor:
+            out.append(float(loss := trainer.step(batch, progress)))
+            return loss
+
+        hook = trainer.model.head.register_forward_hook(press)
+        data, seen = blobs(192, size=16), blobs(64, size=16, seed=1)
+        evaluate = partial(validate, trainer.ema, threat=RECIPE.threat)
+        size = {"epochs": 2, "batch_size": 32}
+        try:
+            trainer.run.fit(data, step, evaluate, chosen_on=seen, keep=lambda: None, **size)
+        except KeyboardInterrupt:
+            assert press_at >= 0
+        return out
+
+    pressed: list[int] = []
+    whole = losses(tmp_path / "whole", press_at=-1)
+    cut = losses(tmp_path / "cut", press_at=7)
+    rest = losses(tmp_path / "cut", press_at=-1)
+    assert pressed == [7] and len(cut) == 8 and len(whole) == 12
+    assert cut + rest == pytest.approx(whole, abs=1e-6)
 
 
 def test_ctrl_c_amid_a_validation_keeps_the_steps_of_its_epoch(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Target:
 
 
 Attack = Callable[[Target, threading.Event], None]
+Making = Callable[[], Attack]  # what it sends is made where it is sent, and not at each import
 
 
 def good_answers(target: Target, body: bytes) -> int:
@@ -58,10 +59,10 @@ def good_answers(target: Target, body: bytes) -> int:
         return sum(pool.map(client, range(CLIENTS)))
 
 
-def disturbed(attack: Attack, target: Target, body: bytes) -> int:
+def disturbed(attack: Making, target: Target, body: bytes) -> int:
     """As `good_answers`, while `attack` goes on; afterwards one more request must be answered."""
     stop = threading.Event()
-    hostile = threading.Thread(target=attack, args=(target, stop))
+    hostile = threading.Thread(target=attack(), args=(target, stop))
     hostile.start()
     try:
         answers = good_answers(target, body)
@@ -142,25 +143,36 @@ def instances(picture: bytes, count: int = 32) -> bytes:
     return json.dumps({"instances": [{"b64": text}] * count}).encode()
 
 
-def attacks() -> Iterator[tuple[str, Attack]]:
+def million() -> bytes:
+    """A million pixels in few bytes."""
+    return encoded(Image.new("RGB", (1024, 1024)), "WEBP", lossless=True)
+
+
+def keyed() -> bytes:
+    """Four million pixels with a colour key."""
+    noise = Image.effect_noise((2000, 2000), 3).convert("RGB")
+    return encoded(noise, "PNG", transparency=(1, 2, 3))
+
+
+def tags() -> bytes:
+    """EXIF of megabytes, packed."""
+    return zlib.compress(b"Raw profile type exif\0" + b"49492a00" * 90_000, 9)
+
+
+def attacks() -> Iterator[tuple[str, Making]]:
     """Every kind, by name."""
     small = Image.new("RGB", (32, 32), (9, 99, 199))
     png, jpeg = encoded(small, "PNG"), encoded(small, "JPEG")
-    million = encoded(Image.new("RGB", (1024, 1024)), "WEBP", lossless=True)
-    keyed = encoded(
-        Image.effect_noise((2000, 2000), 3).convert("RGB"), "PNG", transparency=(1, 2, 3)
-    )
-    tags = zlib.compress(b"Raw profile type exif\0" + b"49492a00" * 90_000, 9)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 5000) + bytes(62_000)
     tensor = {"name": "i", "datatype": "BYTES", "shape": [1], "data": ["aGk="]}
     numbers = b'{"inputs":[{"name":"i","datatype":"UINT8","shape":[1,9,9,3],"data":['
     part = b'--b\r\nContent-Disposition: form-data; name="p%d"\r\n\r\nv\r\n'
 
-    yield "gRPC calls that stream", calling(STREAM, {"data": png}, streams=True)
-    yield "gRPC of 20,000 keys", calling(PREDICT, {f"k{i}": b"" for i in range(20_000)})
+    yield "gRPC calls that stream", lambda: calling(STREAM, {"data": png}, streams=True)
+    yield "gRPC of 20,000 keys", lambda: calling(PREDICT, {f"k{i}": b"" for i in range(20_000)})
     yield (
         "an id of 2 MB",
-        posting(
+        lambda: posting(
             json.dumps({"id": "é" * 1_000_000, "inputs": [tensor]}).encode(),
             "application/json",
             route="infer",
@@ -168,45 +180,48 @@ def attacks() -> Iterator[tuple[str, Attack]]:
     )
     yield (
         "EXIF of megabytes, packed",
-        posting(instances(with_text(png, b"zTXt", b"a\0\0" + tags)), "application/json"),
+        lambda: posting(instances(with_text(png, b"zTXt", b"a\0\0" + tags())), "application/json"),
     )
     yield (
         "EXIF of thousands of tags",
-        posting(instances(encoded(small, "JPEG", exif=exif), 32), "application/json"),
+        lambda: posting(instances(encoded(small, "JPEG", exif=exif), 32), "application/json"),
     )
-    yield "pictures of a million pixels in 88 bytes", posting(million, "image/webp")
-    yield "32 of these in one JSON", posting(instances(million), "application/json")
-    yield "a PNG of four million pixels with a colour key", posting(keyed, "image/png")
+    yield "pictures of a million pixels in 88 bytes", lambda: posting(million(), "image/webp")
+    yield "32 of these in one JSON", lambda: posting(instances(million()), "application/json")
+    yield "a PNG of four million pixels with a colour key", lambda: posting(keyed(), "image/png")
     yield (
         "JPEG scans without data",
-        posting(
+        lambda: posting(
             emptied(encoded(Image.new("RGB", (1024, 1024)), "JPEG", progressive=True), 12),
             "image/jpeg",
         ),
     )
     yield (
         "JSON of half a million numbers, which are read",
-        posting(numbers + b"15," * 500_000 + b"1]}]}", "application/json"),
+        lambda: posting(numbers + b"15," * 500_000 + b"1]}]}", "application/json"),
     )
     yield (
         "JSON of a million numbers",
-        posting(numbers + b"1.5," * 1_000_000 + b"1]}]}", "application/json"),
+        lambda: posting(numbers + b"1.5," * 1_000_000 + b"1]}]}", "application/json"),
     )
     yield (
         "JSON of two million lists",
-        posting(b'{"instances":[' + b"[]," * 2_000_000 + b"[]]}", "application/json"),
+        lambda: posting(b'{"instances":[' + b"[]," * 2_000_000 + b"[]]}", "application/json"),
     )
     yield (
         "multipart of 5,000 parts",
-        posting(
+        lambda: posting(
             b"".join(part % i for i in range(5000)) + b"--b--\r\n",
             "multipart/form-data; boundary=b",
         ),
     )
-    yield "unfinished bodies", holding(head("tiny", 6_000_000) + bytes(2_000_000), connections=50)
-    yield "bodies that trickle", holding(head("tiny", 6_000_000), connections=50, more=b"x")
-    yield "idle connections", holding(b"", connections=400)
-    yield "broken pictures", posting(jpeg[: len(jpeg) // 2], "image/jpeg")
+    yield (
+        "unfinished bodies",
+        lambda: holding(head("tiny", 6_000_000) + bytes(2_000_000), connections=50),
+    )
+    yield "bodies that trickle", lambda: holding(head("tiny", 6_000_000), connections=50, more=b"x")
+    yield "idle connections", lambda: holding(b"", connections=400)
+    yield "broken pictures", lambda: posting(jpeg[: len(jpeg) // 2], "image/jpeg")
 
 
 def every_attack(*, grpc: bool = True) -> pytest.MarkDecorator:

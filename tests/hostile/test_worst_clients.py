@@ -7,7 +7,7 @@ has to do.
 
 import numpy as np
 import pytest
-from clients import Attack, Target, disturbed, every_attack, good_answers
+from clients import Making, Target, disturbed, every_attack, good_answers
 
 feature = pytest.mark.feature
 
@@ -28,7 +28,7 @@ def undisturbed(target: Target, body: bytes) -> int:
 @feature("Hostile clients hold up no other", "TorchServe")
 @every_attack()
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
-    attack: Attack, target: Target, server: object, body: bytes, undisturbed: int
+    attack: Making, target: Target, server: object, body: bytes, undisturbed: int
 ) -> None:
     workers = server.worker_pids()  # type: ignore[attr-defined]
     assert disturbed(attack, target, body) >= 0.9 * undisturbed

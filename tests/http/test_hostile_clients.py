@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile.clients import Attack, Target, disturbed, every_attack, good_answers
+from hostile.clients import Making, Target, disturbed, every_attack, good_answers
 from servers import Server
 
 feature = pytest.mark.feature
@@ -33,7 +33,7 @@ def undisturbed(single: Server, body: bytes) -> int:
 @feature("Hostile clients hold up no other", "Rampart")
 @every_attack(grpc=False)
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
-    attack: Attack, single: Server, body: bytes, undisturbed: int
+    attack: Making, single: Server, body: bytes, undisturbed: int
 ) -> None:
     target = Target(single.port, 0, "tiny")
     before = [process.pid for process in single.family()]
