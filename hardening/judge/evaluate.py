@@ -119,7 +119,9 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Attempt]:
         key = f"{source} {rung.fingerprint} {rung.name} {rung.effort} {rung.threat}"
         title = f"{victim.name}, {rung.name}, {rung.threat}"
         craft = partial(attack.craft, rung.look, threat=rung.threat, budget=rung.budget)
-        attempts.append(Attempt(rung, cache.crafted(folder, key, images, craft, title=title)))
+        batch = cache.batch_of(attack.passes(rung.budget), images.image.device)
+        keep = partial(cache.crafted, folder, key, images, craft)
+        attempts.append(Attempt(rung, keep(title=title, batch=batch)))
     return attempts
 
 

@@ -1,4 +1,3 @@
-import time
 from pathlib import Path
 
 import pytest
@@ -36,21 +35,20 @@ def test_an_interrupted_attack_goes_on_where_it_stopped(
     torch.testing.assert_close(found, expected.clamp(0, 1))
 
 
-def test_attacks_that_take_long_go_on_by_fewer_images_so_that_little_is_lost(
+def test_attacks_that_take_long_take_few_images_at_a_time_so_that_little_is_lost(
     tmp_path: Path, tiny_images: Images
 ) -> None:
-    sizes, pause = list[int](), 0.02
+    sizes, cpu = list[int](), torch.device("cpu")
 
-    def slow(x: Tensor, _: Tensor) -> Tensor:
+    def count(x: Tensor, _: Tensor) -> Tensor:
         sizes.append(len(x))
-        time.sleep(pause * len(x))
         return x
 
-    cache.crafted(tmp_path, "key", tiny_images[slice(12)], slow, title="", seconds=0.03)
-    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1]
-    sizes, pause = [], 0.0
-    cache.crafted(tmp_path, "other", tiny_images[slice(100)], slow, title="", seconds=1e9)
-    assert sizes == [4, 8, 16, 32, 40]
+    batch = cache.batch_of(2000, cpu)
+    cache.crafted(tmp_path, "key", tiny_images[slice(14)], count, title="", batch=batch)
+    assert sizes == [6, 6, 2]
+    assert [cache.batch_of(passes, cpu) for passes in (0, 21, 1300, 1e5)] == [50, 50, 9, 5]
+    assert cache.batch_of(1e5, torch.device("cuda")) == 50
 
 
 def test_another_key_and_another_image_are_attacked_anew(
