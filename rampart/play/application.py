@@ -49,7 +49,10 @@ NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another me
 
 
 def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
-    """The ASGI application that shows `bench` to one person, with `pictures` to pick from."""
+    """The ASGI application that shows `bench` to one person, with `pictures` to pick from.
+
+    `state.end()` ends an attack that is under way.
+    """
     play = Play(bench, pictures)
     upload = ["POST", "PUT"]  # curl -T sends PUT
     app = Starlette(
@@ -64,6 +67,7 @@ def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
         exception_handlers=dict.fromkeys((ImageError, HTTPException, Exception), refusal),
         lifespan=play.lifespan,
     )
+    app.state.end = play.end
     app.add_middleware(Guard)
     app.add_middleware(Unread)
     return app
@@ -116,11 +120,15 @@ class Play:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        """Ends an attack that is under way when the server ends."""
+        """Waits when the server ends until nothing is under way."""
         yield
-        self._stop.set()
+        self.end()
         for worker in (self._judge, self._attacker):
             await worker.do(int)  # what was begun has ended
+
+    def end(self) -> None:
+        """End an attack that is under way, at its next step."""
+        self._stop.set()
 
     async def page(self, _: Request) -> Response:
         """The page itself; it loads nothing from elsewhere."""
