@@ -18,7 +18,7 @@ class Playground(NamedTuple):
     def end(self) -> int:
         """As Ctrl-C ends it; its exit code."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 @contextmanager

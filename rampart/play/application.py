@@ -7,7 +7,6 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -30,6 +29,7 @@ from rampart.launch.addresses import is_loopback
 from rampart.play.attack import MAX_EPS, MAX_STEPS, Event, Order, Stopped, attack, refused
 from rampart.play.bench import Bench, data_uri, timed
 from rampart.play.pictures import Offer
+from rampart.play.worker import Worker
 
 PATIENCE = 2.0  # seconds for which an attack waits until one that was stopped has ended
 # What is answered belongs to the page alone: no other may embed it, and no cache keeps it.
@@ -49,7 +49,10 @@ NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another me
 
 
 def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
-    """The ASGI application that shows `bench` to one person, with `pictures` to pick from."""
+    """The ASGI application that shows `bench` to one person, with `pictures` to pick from.
+
+    `state.end()` ends an attack that is under way.
+    """
     play = Play(bench, pictures)
     upload = ["POST", "PUT"]  # curl -T sends PUT
     app = Starlette(
@@ -64,6 +67,7 @@ def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
         exception_handlers=dict.fromkeys((ImageError, HTTPException, Exception), refusal),
         lifespan=play.lifespan,
     )
+    app.state.end = play.end
     app.add_middleware(Guard)
     app.add_middleware(Unread)
     return app
@@ -109,18 +113,22 @@ class Play:
     def __init__(self, bench: Bench, pictures: Mapping[str, Offer]) -> None:
         self._bench, self._pictures = bench, dict(pictures)
         self._bodies = Bodies()
-        self._judging, self._attacking = asyncio.Lock(), asyncio.Lock()
-        self._threads = ThreadPoolExecutor(2)  # one for verdicts, one for the attack
-        self._stop = threading.Event()
+        self._judge, self._attacker = Worker(), Worker()
+        self._attacking, self._stop = asyncio.Lock(), threading.Event()
         html = files("rampart.play").joinpath("page.html").read_text(encoding="utf-8")
         self._page, self._headers = html, headers_for(html)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        """Ends an attack that is under way when the server ends."""
+        """Waits when the server ends until nothing is under way."""
         yield
+        self.end()
+        for worker in (self._judge, self._attacker):
+            await worker.do(int)  # what was begun has ended
+
+    def end(self) -> None:
+        """End an attack that is under way, at its next step."""
         self._stop.set()
-        self._threads.shutdown()
 
     async def page(self, _: Request) -> Response:
         """The page itself; it loads nothing from elsewhere."""
@@ -159,8 +167,7 @@ class Play:
     async def verdict(self, request: Request) -> Response:
         """What everybody says of the picture in the body."""
         image, milliseconds = await self._image(request)
-        async with self._judging:
-            answers = await self._off(self._bench.answers, image)
+        answers = await self._judge.do(self._bench.answers, image)
         return JSONResponse(
             {"picture": data_uri(image), "decoded_in": milliseconds, "answers": answers}
         )
@@ -202,21 +209,15 @@ class Play:
             finally:
                 stop.set()
 
-        work = loop.run_in_executor(self._threads, run)
-        work.add_done_callback(lambda _: self._attacking.release())
+        self._attacker.do(run).add_done_callback(lambda _: self._attacking.release())
         return lines()
 
     async def _image(self, request: Request) -> tuple[Tensor, float]:
         """The picture in the body as uint8 (1, H, W, 3), and milliseconds. Raises ImageError."""
         body = await self._bodies.read(dict(request.headers), request.stream())
         size = self._bench.model.image_size
-        async with self._judging:
-            pixels, milliseconds = await self._off(timed, lambda data: decode(data, size), body)
+        pixels, milliseconds = await self._judge.do(timed, lambda data: decode(data, size), body)
         return torch.from_numpy(pixels)[None], milliseconds
-
-    async def _off(self, task: Any, *arguments: Any) -> Any:
-        """What `task` returns, computed beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, task, *arguments)
 
 
 def headers_for(html: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import sys
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -16,6 +17,15 @@ from rampart.play.bench import Bench
 from rampart.play.pictures import offered
 
 HOST = "127.0.0.1"
+
+
+class Server(uvicorn.Server):
+    """As uvicorn's; a signal that ends it ends an attack first, for which it would wait."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn calls it."""
+        self.config.app.state.end()  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)
 
 
 def play(
@@ -48,10 +58,10 @@ def play(
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=5,
         )
         try:
-            uvicorn.Server(config).run([listener])
+            Server(config).run([listener])
         except KeyboardInterrupt:  # which uvicorn passes on once it has ended
             return
 

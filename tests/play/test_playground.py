@@ -1,6 +1,7 @@
 """The playground's server as this machine, and others, may meet it."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -8,7 +9,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,9 +210,7 @@ def test_one_attack_at_a_time_and_who_goes_away_ends_it(playground: Playground) 
         second = post(playground, "attack?eps=1&steps=1", png())
         assert json.loads(next(lines))["kind"] == "step"
     assert (second.status_code, second.json()["type"]) == (409, "attack_under_way")
-    began = time.monotonic()
     assert '"done"' in post(playground, "attack?victim=undefended&eps=1&steps=1", png()).text
-    assert time.monotonic() - began < 10
 
 
 def test_a_verdict_does_not_wait_for_an_attack(playground: Playground) -> None:
@@ -225,10 +223,11 @@ def test_a_verdict_does_not_wait_for_an_attack(playground: Playground) -> None:
 
 def test_ctrl_c_ends_it_in_the_middle_of_an_attack(twinned: Path, tmp_path: Path) -> None:
     with playing(twinned, log=tmp_path / "log") as own, long_attack(own) as begun:
-        next(begun.iter_lines())
-        began = time.monotonic()
+        lines = begun.iter_lines()
+        assert json.loads(next(lines))["kind"] == "step"
         assert own.end() == 0
-        assert time.monotonic() - began < 10
+        with contextlib.suppress(requests.exceptions.ChunkedEncodingError):
+            assert not any(b'"done"' in line for line in lines)
     assert (tmp_path / "log").read_text() == ""
 
 

@@ -347,6 +347,7 @@ def test_nothing_scrolls_sideways_and_axe_finds_nothing_serious(
 ) -> None:
     page.resize(width, dark=dark)
     page.click("#open-draw")
+    page.click("#detectors input")
     attack(page, victim="lean")
     page.wait(DONE)
     page.js("problem('choose', 'A problem', start); 0")

@@ -1,5 +1,7 @@
 """The p-value that some detectors would give."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,17 @@ def test_some_detectors_flag_about_as_many_clean_images_as_their_p_value_says(
     p = np.array([one.p_value for one in chosen])
     for rate in (0.1, 0.25, 0.5):
         assert (p <= rate).mean() == pytest.approx(rate, abs=0.13), rate
+
+
+@pytest.mark.parametrize(("same", "expected"), [(True, math.exp(-3)), (False, 7 * math.exp(-6))])
+def test_detectors_that_agree_count_as_one_and_others_as_many(same: bool, expected: float) -> None:
+    drawn = np.random.default_rng(0).exponential(size=(20_000, 4))
+    drawn = np.repeat(drawn[:, :1], 4, axis=1) if same else drawn  # surprises (N, 4)
+    knots, names = np.linspace(0, 12, 5), ("a", "b", "c", "d")
+    ranks = np.sort(drawn.sum(1))
+    table = Calibration(names, np.tile(knots, (4, 1)), knots, ranks, len(ranks), "lean")
+    chosen = p_value_of(table, np.full(4, 3.0), ("a", "d"))
+    assert chosen == (pytest.approx(expected, rel=0.1), True)
 
 
 def test_no_detector_finds_anything_unusual(tiny_calibration: Calibration) -> None:
