@@ -402,7 +402,7 @@ def test_workers_share_what_they_have_seen_and_count_it(
     assert server.end() == 0
 
 
-@pytest.mark.parametrize("kind", ["redis", "lmdb"])
+@pytest.mark.parametrize("kind", [pytest.param("redis", marks=pytest.mark.server), "lmdb"])
 def test_where_the_store_fails_clients_are_answered_and_alerts_resume_with_it(
     unpacked: Path,
     tmp_path: Path,

@@ -16,7 +16,7 @@ from rampart.handlers.queries.stores import LmdbStore, RedisStore, Store, StoreE
 Open = Callable[..., Store]
 
 
-@pytest.fixture(params=["lmdb", "redis"])
+@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens an empty store."""
 

@@ -46,7 +46,7 @@ class Echo(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A door at this port, before a server that echoes."""
     path = tmp_path_factory.mktemp("door") / "s"
     with ThreadingUnixStreamServer(str(path), Echo) as behind:
@@ -57,20 +57,20 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         behind.shutdown()
 
 
-def test_method_path_query_body_and_answer_go_through(port: int) -> None:
+def test_method_path_query_body_and_answer_go_through(door: int) -> None:
     for method in ("GET", "POST", "PUT", "DELETE"):
         answer = requests.request(
-            method, f"http://127.0.0.1:{port}/a/b?c=d%20e", data="body", headers=TOKEN, timeout=5
+            method, f"http://127.0.0.1:{door}/a/b?c=d%20e", data="body", headers=TOKEN, timeout=5
         )
         assert answer.json() == [method, "/a/b?c=d%20e", "body", f"Bearer {KEY}"]
         assert answer.status_code == 207 and answer.headers["Content-Type"] == "text/x-echo"
 
 
 @pytest.mark.parametrize("given", [None, "", KEY, "Bearer ", "Bearer wrong", f"Basic {KEY}"])
-def test_without_a_token_nothing_is_told(port: int, given: str | None) -> None:
+def test_without_a_token_nothing_is_told(door: int, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given}
     for path in ("/", "/models", "/api-description", "/token"):
-        answer = requests.post(f"http://127.0.0.1:{port}{path}", "x", headers=headers, timeout=5)
+        answer = requests.post(f"http://127.0.0.1:{door}{path}", "x", headers=headers, timeout=5)
         assert answer.status_code == 401 and answer.json()["code"] == 401
         assert answer.headers["WWW-Authenticate"] == "Bearer"
 
@@ -83,27 +83,27 @@ def test_without_a_token_nothing_is_told(port: int, given: str | None) -> None:
         {"Host": ""},
         {"Origin": "http://rebound.example"},
         {"Origin": "null"},
-        {"Origin": "https://127.0.0.1:{port}"},
+        {"Origin": "https://127.0.0.1:{door}"},
     ],
 )
 def test_another_host_or_origin_is_refused_though_the_token_is_right(
-    port: int, headers: dict[str, str]
+    door: int, headers: dict[str, str]
 ) -> None:
-    own = {name: value.format(port=port) for name, value in headers.items()}
-    answer = requests.get(f"http://127.0.0.1:{port}/models", headers=TOKEN | own, timeout=5)
+    own = {name: value.format(door=door) for name, value in headers.items()}
+    answer = requests.get(f"http://127.0.0.1:{door}/models", headers=TOKEN | own, timeout=5)
     assert answer.status_code == 403 and answer.json()["code"] == 403
 
 
-def test_its_own_names_are_no_other_host_or_origin(port: int) -> None:
+def test_its_own_names_are_no_other_host_or_origin(door: int) -> None:
     for name in ("127.0.0.1", "localhost"):
-        own = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
-        answer = requests.get(f"http://127.0.0.1:{port}/models", headers=TOKEN | own, timeout=5)
+        own = {"Host": f"{name}:{door}", "Origin": f"http://{name}:{door}"}
+        answer = requests.get(f"http://127.0.0.1:{door}/models", headers=TOKEN | own, timeout=5)
         assert answer.status_code == 207
 
 
-def spoken(port: int, request: bytes) -> bytes:
+def spoken(door: int, request: bytes) -> bytes:
     """What comes back for raw bytes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", door), timeout=20) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(request)
         answer = b""
@@ -113,8 +113,8 @@ def spoken(port: int, request: bytes) -> bytes:
         return answer
 
 
-def test_what_is_too_large_or_malformed_is_refused(port: int) -> None:
-    head = f"POST /x HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {KEY}\r\n"
+def test_what_is_too_large_or_malformed_is_refused(door: int) -> None:
+    head = f"POST /x HTTP/1.1\r\nHost: 127.0.0.1:{door}\r\nAuthorization: Bearer {KEY}\r\n"
     for lines, status in (
         (f"Content-Length: {management.BODY_BYTES + 1}\r\nExpect: 100-continue\r\n", 413),
         ("Content-Length: -1\r\n", 400),
@@ -123,24 +123,24 @@ def test_what_is_too_large_or_malformed_is_refused(port: int) -> None:
         (f"X: {'x' * management.HEAD_BYTES}\r\n", 431),
         ("Host: 127.0.0.1\r\n", 403),
     ):
-        answer = spoken(port, f"{head}{lines}\r\n".encode())
+        answer = spoken(door, f"{head}{lines}\r\n".encode())
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
-    absolute = f"GET http://127.0.0.1:{port}/x HTTP/1.1\r\n" + head.partition("\r\n")[2] + "\r\n"
-    assert spoken(port, absolute.encode()).startswith(b"HTTP/1.1 400 ")
+    absolute = f"GET http://127.0.0.1:{door}/x HTTP/1.1\r\n" + head.partition("\r\n")[2] + "\r\n"
+    assert spoken(door, absolute.encode()).startswith(b"HTTP/1.1 400 ")
     large = b"x" * management.BODY_BYTES
-    answer = requests.post(f"http://127.0.0.1:{port}/x", large, headers=TOKEN, timeout=5)
+    answer = requests.post(f"http://127.0.0.1:{door}/x", large, headers=TOKEN, timeout=5)
     assert answer.status_code == 207
 
 
 def test_who_sends_slowly_or_many_at_once_hold_nobody_up_for_long(
-    port: int, monkeypatch: pytest.MonkeyPatch
+    door: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(management, "READ_SECONDS", 2.0)
     ended: list[float] = []
 
     def drip() -> None:
         began = time.monotonic()
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as one:
+        with socket.create_connection(("127.0.0.1", door), timeout=20) as one:
             one.sendall(b"GET /x HTTP/1.1\r\nX: ")
             with contextlib.suppress(OSError):
                 while time.monotonic() - began < 10:
@@ -153,9 +153,9 @@ def test_who_sends_slowly_or_many_at_once_hold_nobody_up_for_long(
         one.start()
     time.sleep(0.5)
     with pytest.raises(requests.ConnectionError):
-        requests.get(f"http://127.0.0.1:{port}/x", headers=TOKEN, timeout=5)
+        requests.get(f"http://127.0.0.1:{door}/x", headers=TOKEN, timeout=5)
     time.sleep(2.5)
-    answer = requests.get(f"http://127.0.0.1:{port}/x", headers=TOKEN, timeout=5)
+    answer = requests.get(f"http://127.0.0.1:{door}/x", headers=TOKEN, timeout=5)
     assert answer.status_code == 207
     for one in slow:
         one.join()
