@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rampart as rp
 from rampart import preflight
 from rampart.hardening.model import checkpoint
-from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
 from rampart.hardening.model.faults import Faults
 from rampart.hardening.train.loop import Recipe
 from rampart.preflight import check_export, check_network, check_place, try_classifier
@@ -78,6 +78,31 @@ def test_what_cannot_be_exported_is_refused_and_what_is_exported_answers_alike()
     check_export(broken(lambda x, _: x))
     with pytest.raises(ValueError, match="cannot be exported to ONNX"):
         check_export(broken(lambda x, _: x if float(x.sum()) > 0 else -x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("resnet10", 32),
+        ("resnet18", 224),
+        ("resnet50", 32),
+        ("vgg11", 32),
+        ("vgg11_bn", 64),
+        ("alexnet", 64),
+        ("googlenet", 32),
+        ("squeezenet1_1", 32),
+    ],
+)
+def test_every_family_of_our_networks_can_be_exported_so_no_training_has_to_try(
+    arch: str, size: int
+) -> None:
+    width = 0.25 if arch.startswith(("resnet", "vgg")) else 1.0
+    torch.manual_seed(0)
+    net = Classifier(ClassifierConfig(arch, 10, width=width, image_size=size))
+    check_export(net)
+    families = ("resnet", "wide_resnet", "vgg", "alexnet", "googlenet", "squeezenet")
+    assert all(name.startswith(families) for name in ARCHITECTURES)
 
 
 def test_a_trial_leaves_network_and_random_numbers_as_they_are() -> None:
