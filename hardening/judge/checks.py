@@ -18,7 +18,8 @@ from rampart.hardening.attack.pgd import Threat, apgd, random_start
 # Shares of images, but for `randomness`, which is a distance between logits.
 MOST_ZERO_GRADIENTS = 0.05
 MOST_RANDOMNESS = 1e-4
-TOLERANCE = 0.05
+# By how much shares of images may differ, and no less than so many images: of 17 each is 6%.
+TOLERANCE, SPARED = 0.05, 2
 STEPS = (5, 20, 60)
 EPS = (0.5, 1.0, 2.0, 4.0)
 # Balls in which white noise hides the picture: nothing is robust there.
@@ -85,17 +86,22 @@ def robust_at(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: in
     return 1 - float(won.float().mean())
 
 
-def falls(values: Sequence[float]) -> bool:
-    """No value exceeds one before it by more than the tolerance."""
+def tolerance(count: int) -> float:
+    """By how much shares of `count` images may differ before they mean anything."""
+    return max(TOLERANCE, SPARED / count)
+
+
+def falls(values: Sequence[float], count: int) -> bool:
+    """No value, of `count` images, exceeds one before it by more than the tolerance."""
     lowest = np.minimum.accumulate([1.0, *values])[:-1]
-    return bool((np.array(values) <= lowest + TOLERANCE).all())
+    return bool((np.array(values) <= lowest + tolerance(count)).all())
 
 
 def more_steps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
     """An attack with more steps finds fewer images."""
     values = [robust_at(look, x, label, threat, steps=steps) for steps in STEPS]
     pairs = ", ".join(f"{v:.1%} after {s}" for s, v in zip(STEPS, values, strict=True))
-    return Check("more_steps", subject, falls(values), f"robust {pairs} steps")
+    return Check("more_steps", subject, falls(values, len(x)), f"robust {pairs} steps")
 
 
 def larger_eps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str) -> Check:
@@ -104,22 +110,22 @@ def larger_eps(look: Look, x: Tensor, label: Tensor, threat: Threat, subject: st
     balls = [threat._replace(eps=size) for size in sizes]
     values = [robust_at(look, x, label, ball, steps=20) for ball in balls]
     pairs = ", ".join(f"{v:.1%} at {ball}" for ball, v in zip(balls, values, strict=True))
-    passed = falls(values) and values[-1] <= TOLERANCE
+    passed = falls(values, len(x)) and values[-1] <= tolerance(len(x))
     return Check("larger_eps", subject, passed, f"robust {pairs}")
 
 
-def black_box(white: float, blind: float, subject: str, name: str) -> Check:
+def black_box(white: float, blind: float, subject: str, name: str, *, count: int) -> Check:
     """An attack that sees only answers beats those that see gradients: shares left by each."""
     finding = f"robust {white:.1%} against gradients, {blind:.1%} against {name}"
-    return Check("black_box", subject, blind >= white - TOLERANCE, finding)
+    return Check("black_box", subject, blind >= white - tolerance(count), finding)
 
 
-def adaptive(static: float, joint: float, subject: str) -> list[Check]:
+def adaptive(static: float, joint: float, subject: str, *, count: int) -> list[Check]:
     """A joint attack finds far more than one that ignores detectors, or fewer: both are signs."""
     finding = f"right or rejected {static:.1%} when detectors are ignored, {joint:.1%} jointly"
     return [
-        Check("adaptive", subject, static <= joint + 2 * TOLERANCE, finding),
-        Check("weak_joint", subject, joint <= static + TOLERANCE, finding),
+        Check("adaptive", subject, static <= joint + 2 * tolerance(count), finding),
+        Check("weak_joint", subject, joint <= static + tolerance(count), finding),
     ]
 
 
@@ -157,7 +163,7 @@ def check_look(
     blind = square(look, x, label, threat, queries=queries)
     outputs = [randomness(look, x, subject), logits_are_logits(look, x, subject)]
     attacks = [check(look, x, label, threat, subject) for check in (more_steps, larger_eps)]
-    last = black_box(white, blind, subject, f"{queries} queries of Square")
+    last = black_box(white, blind, subject, f"{queries} queries of Square", count=len(x))
     return [*gradients(look, x, label, subject), *outputs, *attacks, last]
 
 
@@ -174,4 +180,5 @@ def check_detectors(
     """Masked gradients of detectors; `joint` is the share of x that withstands the joint attack."""
     blind = square(look, x, label, threat, queries=queries)
     finding = f"{queries} queries of Square for a wrong label that is accepted"
-    return [*gradients(look, x, label, subject)[1:], black_box(joint, blind, subject, finding)]
+    last = black_box(joint, blind, subject, finding, count=len(x))
+    return [*gradients(look, x, label, subject)[1:], last]

@@ -393,8 +393,9 @@ def outcome_checks(record: Record) -> Iterator[Check]:
     name, clean, static = record.victim.name, record.clean, record.own("pgd20")[1]
     if moved := record.transfer():
         white, blind = (float((clean.right & after.right).mean()) for after in (static, moved[1]))
-        yield checks.black_box(white, blind, name, "transfer from the undefended twin")
+        finding = "transfer from the undefended twin"
+        yield checks.black_box(white, blind, name, finding, count=len(clean.right))
     if record.victim.rejects:
         joint = record.own("joint_apgd")[1]
         alone, both = (float((clean.safe & after.safe).mean()) for after in (static, joint))
-        yield from checks.adaptive(alone, both, name)
+        yield from checks.adaptive(alone, both, name, count=len(clean.right))
