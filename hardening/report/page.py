@@ -9,6 +9,7 @@ from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model.card import Figure, Row, Subject
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.report.appendix import alarms, outside_threat, parts, recipe, self_checks
+from rampart.hardening.report.elements import Section
 from rampart.hardening.report.images import Pictures, classes, features, gallery, grid
 from rampart.hardening.report.ladder import headline, ladder, main_bars, over_eps, verdict
 from rampart.hardening.report.rejection import detection, rejection, suspicion
@@ -33,7 +34,30 @@ def write(
     figures = [Figure.of(row) for row in rows]
     served = served or Subject("pipeline", "full" if pipeline.purifier else "lean")
     who = measured(evaluation, served)
-    sections = [
+    texts = {"model": card.get("model", path.stem), "data": figures[0].data if figures else ""}
+    html = template().render(
+        texts,
+        evaluation=evaluation,
+        tiles=tiles(figures, evaluation, served, who),
+        bars=main_bars(figures, evaluation),
+        verdict=verdict(figures, evaluation, who),
+        failed=[check for check in evaluation.checks if not check.passed],
+        sections=sections_of(card, figures, evaluation, pipeline, pictures=pictures),
+    )
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def sections_of(
+    card: Row,
+    figures: Sequence[Figure],
+    evaluation: Evaluation,
+    pipeline: DefendedClassifier,
+    *,
+    pictures: Pictures | None,
+) -> list[Section]:
+    """All below the summary: what people look at first, and the tables last."""
+    return [
         *grid(evaluation, pipeline, pictures),
         *over_eps(figures, evaluation),
         *classes(evaluation, pipeline),
@@ -49,18 +73,6 @@ def write(
         *ladder(figures, evaluation),
         recipe(card, evaluation),
     ]
-    texts = {"model": card.get("model", path.stem), "data": figures[0].data if figures else ""}
-    html = template().render(
-        texts,
-        evaluation=evaluation,
-        tiles=tiles(figures, evaluation, served, who),
-        bars=main_bars(figures, evaluation),
-        verdict=verdict(figures, evaluation, who),
-        failed=[check for check in evaluation.checks if not check.passed],
-        sections=sections,
-    )
-    path.write_text(html, encoding="utf-8")
-    return path
 
 
 def template() -> Template:
