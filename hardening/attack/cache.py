@@ -31,7 +31,8 @@ def crafted(
     missing = [i for i, file in enumerate(files) if not file.is_file()]
     bar = tqdm(total=len(missing), desc=title, unit="image", leave=False, disable=not missing)
     with bar:
-        for few in torch.split(torch.tensor(missing, device=images.image.device), batch):
+        for start in range(0, len(missing), batch):
+            few = torch.tensor(missing[start : start + batch], device=images.image.device)
             attacked = craft(to_float(images.image[few]), images.label[few]).float().cpu().numpy()
             for i, image in zip(few.tolist(), attacked, strict=True):
                 write(files[i], image)
