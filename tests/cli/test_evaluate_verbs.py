@@ -14,6 +14,7 @@ from rampart.model import Model
 from rampart.studies import ChecksFailed, insist
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_a_user_gets_from_images_to_an_archive_with_six_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ from rampart.training import pick_device
 SMALL = ("--arch", "resnet10", "--width", 0.125, "--image-size", 16)  # tried in a second
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_harden_goes_all_the_way_and_repeats_only_what_other_inputs_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -182,6 +182,7 @@ def test_decisions_and_errors_are_among_tritons_own_figures(
     assert [now - then for now, then in zip(counted(), before, strict=True)] == [3, 3, 9]
 
 
+@pytest.mark.slow
 @feature("Clients share a run of the graph", "Triton")
 def test_pictures_and_pixels_of_several_clients_share_a_batch(
     triton: Triton, service: Service, encode: Encode, pixels: np.ndarray

@@ -221,6 +221,7 @@ def test_a_verdict_does_not_wait_for_an_attack(playground: Playground) -> None:
         assert json.loads(next(lines))["kind"] == "step"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_in_the_middle_of_an_attack(twinned: Path, tmp_path: Path) -> None:
     with playing(twinned, log=tmp_path / "log") as own, long_attack(own) as begun:
         lines = begun.iter_lines()
