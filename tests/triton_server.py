@@ -6,23 +6,20 @@ It has the Python backend alone, and lives in an environment of its own, `.venv/
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-import requests
+from started import Started
 
 HOME = Path(__file__).parents[1] / ".venv" / "triton"
 
 
-class Triton:
+class Triton(Started):
     """A server of one repository, which takes up new versions when it is told."""
 
     def __init__(self, repository: Path, work: Path, port: int) -> None:
-        self.port, self.grpc, self.metrics = port, port + 1, port + 2
-        self._log = work / "log"
+        self.grpc, self.metrics = port + 1, port + 2
         site = _site_packages()
         backends = work / "backends"
         shutil.copytree(site / "pytriton" / "tritonserver" / "backends", backends)
@@ -47,31 +44,7 @@ class Triton:
             "PYTHONPATH": str(site),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                list(map(str, command)), stdout=log, stderr=log, cwd=work, env=environment
-            )
-
-    def wait(self) -> None:
-        """Return when it is ready."""
-        end = time.monotonic() + 120
-        while True:
-            try:
-                if requests.get(f"http://127.0.0.1:{self.port}/v2/health/ready", timeout=5).ok:
-                    return
-            except requests.ConnectionError:
-                pass
-            assert self._process.poll() is None and time.monotonic() < end, self.log()
-            time.sleep(0.2)
-
-    def log(self) -> str:
-        """All that it has said."""
-        return self._log.read_text()
-
-    def end(self) -> int:
-        """Its exit code after SIGTERM."""
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(60)
+        super().__init__(command, port, work, environment)
 
 
 def _site_packages() -> Path:
