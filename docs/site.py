@@ -71,7 +71,7 @@ def command_line() -> str:
 
     group = typer.main.get_command(app)
     parts = ["# Command line", "", inspect.cleandoc(group.help or ""), ""]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in group.commands.items():
         if not command.hidden:
             parts += [f"## {name}", "", *described(name, command), ""]
     return "\n".join(parts)
