@@ -3,10 +3,7 @@
 import hashlib
 import os
 import shutil
-import socket
 import stat
-import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections import deque
@@ -36,6 +33,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
+from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.store import Store, fits
 from rampart.hardening.train.survey import Size, Survey
@@ -50,7 +48,6 @@ AHEAD = 2  # batches decoded before they are asked for
 JPEG_END = b"\xff\xd9"
 SOON = 256 * 2**20  # bytes of pictures that are decoded in seconds
 PIECE = 1024  # pictures that wait for a thread at most
-SILENCE = 30  # seconds without a word of a download
 LISTED = 100  # bad pictures that an error names
 
 
@@ -293,29 +290,17 @@ def download_cifar10(path: Path) -> Images:
 
     A cifar-10-python.tar.gz that lies there is taken, if it is the official one.
     """
-    kind, new = torchvision.datasets.CIFAR10, not path.exists()
+    kind = torchvision.datasets.CIFAR10
     home = path / kind.base_folder
     with suppress(ValueError):
         return load_cifar10(path)
-    path.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=path) as scratch:
-            if (packed := path / kind.filename).is_file():
-                shutil.copy(packed, scratch)
-            kind(scratch, download=True)
-            shutil.rmtree(home, ignore_errors=True)
-            (Path(scratch) / kind.base_folder).rename(home)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        if new:
-            path.rmdir()
-        raise OSError(
-            f"CIFAR-10 cannot be fetched ({error}): get {kind.url} by hand, put it into {path}, and"
-            f" run this again. Its MD5 is {kind.tgz_md5}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
+    remedy = f"get {kind.url} by hand, put it into {path}, and run this again. Its MD5 is"
+    with fetching(path, "CIFAR-10", f"{remedy} {kind.tgz_md5}") as scratch:
+        if (packed := path / kind.filename).is_file():
+            shutil.copy(packed, scratch)
+        kind(str(scratch), download=True)
+        shutil.rmtree(home, ignore_errors=True)
+        (scratch / kind.base_folder).rename(home)
     return load_cifar10(path)
 
 

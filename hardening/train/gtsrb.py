@@ -1,9 +1,6 @@
 """German traffic signs (GTSRB, Stallkamp et al. 2012), fetched by torchvision, as arrays."""
 
 import shutil
-import socket
-import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +8,9 @@ import torchvision
 from PIL import Image
 
 from rampart.hardening.model.arrays import Pixels
+from rampart.hardening.train.fetching import fetching
 
 SIZE = 32
-SILENCE = 60  # seconds without a byte after which a download has failed
 ARCHIVES = ("GTSRB-Training_fixed.zip", "GTSRB_Final_Test_Images.zip", "GTSRB_Final_Test_GT.zip")
 PAGE = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/published-archive.html"
 FRAMES, HELD = 2, 5  # every second frame of a track, and every fifth track held out
@@ -70,29 +67,21 @@ def download(folder: Path) -> dict[str, int]:
     A track is one sign on up to 30 pictures, so whole tracks are held out. Archives that lie in
     `folder` are taken. Raises OSError that says what to fetch by hand, and then writes nothing.
     """
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-            home = Path(scratch) / "gtsrb"
-            home.mkdir()
-            for name in ARCHIVES:
-                if (folder / name).is_file():
-                    shutil.copy(folder / name, home)
-            for split in ("train", "test"):
-                torchvision.datasets.GTSRB(scratch, split, download=True)
-            return {part: write(home, part, folder) for part in ("train", "held", "test")}
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        if new:
-            folder.rmdir()
-        raise OSError(
-            f"GTSRB cannot be fetched ({error}): get {', '.join(ARCHIVES)} from {PAGE} by hand, put"
-            f" them into {folder}, and run this again"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
+    words = (
+        f"get {', '.join(ARCHIVES)} from {PAGE} by hand, put them into {folder}, and run this again"
+    )
+    with fetching(folder, "GTSRB", words) as scratch:
+        home = scratch / "gtsrb"
+        home.mkdir()
+        for name in ARCHIVES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, home)
+        for split in ("train", "test"):
+            torchvision.datasets.GTSRB(str(scratch), split, download=True)
+        counts = {part: write(home, part, scratch) for part in ("train", "held", "test")}
+        for part in counts:
+            (scratch / f"{part}.npz").replace(folder / f"{part}.npz")
+    return counts
 
 
 def write(home: Path, part: str, out: Path) -> int:

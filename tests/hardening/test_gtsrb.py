@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from rampart.hardening.train import data, gtsrb
+from rampart.hardening.train.fetching import fetching
 
 
 @pytest.fixture
@@ -66,6 +67,21 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand_and_leaves_nothing(
         gtsrb.download(folder)
     left = [file.name for file in tmp_path.rglob("*")]
     assert left == (["signs", gtsrb.ARCHIVES[0]] if there else [])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_fails_half_way_leaves_nothing_but_what_was_there(tmp_path: Path, there: bool) -> None:
+    folder = tmp_path / "signs"
+    if there:
+        folder.mkdir()
+        (folder / "mine").write_text("kept")
+    failure = pytest.raises(OSError, match=r"It cannot be fetched \(no room\): do so")
+    with failure, fetching(folder, "It", "do so") as scratch:
+        (scratch / "part").write_text("half")
+        if not there:
+            (folder / "half").write_text("half")
+        raise RuntimeError("no room")
+    assert [file.name for file in tmp_path.rglob("*")] == (["signs", "mine"] if there else [])
 
 
 @pytest.mark.parametrize("part", ["train", "held", "test"])
