@@ -51,6 +51,7 @@ class Arrivals:
         self._free = AT_ONCE
         self._arriving: list[Arrival] = []  # oldest first
         self._waiting: list[Turn] = []  # oldest first
+        self._next_look = 0.0  # when `_make_room` was to look again
 
     async def read(self, receive: Callable[[], Awaitable[Message]], peer: str) -> Message:
         """What `receive` gives. Raises ImageError where it takes too long."""
@@ -76,6 +77,7 @@ class Arrivals:
         turn = Turn(peer)
         self._waiting.append(turn)
         if len(self._waiting) == 1:
+            self._next_look = time.monotonic()
             self._make_room()
         elif len(self._waiting) > MAX_WAITING:
             most = Counter(one.peer for one in self._waiting).most_common(1)[0][0]
@@ -119,6 +121,9 @@ class Arrivals:
         if not self._waiting:
             return
         now = time.monotonic()
+        # A look that comes late was held up, and so were the messages: that time is nobody's.
+        for one in self._arriving:
+            one.began += now - max(one.began, min(now, self._next_look))
         due = [one for one in self._arriving if now - one.began >= SHARE_SECONDS]
         if due:
             reading = Counter(one.peer for one in self._arriving)
@@ -128,4 +133,5 @@ class Arrivals:
             arrival.deadline.reschedule(0.0)
         began = min((one.began for one in self._arriving), default=now)
         delay = max(0.01, began + SHARE_SECONDS - now)
+        self._next_look = now + delay
         asyncio.get_running_loop().call_later(delay, self._make_room)

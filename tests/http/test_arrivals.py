@@ -90,6 +90,30 @@ def test_connections_that_fill_up_do_not_hold_up_another() -> None:
     asyncio.run(run())
 
 
+def test_time_in_which_the_process_stood_still_is_no_messages_fault() -> None:
+    async def run() -> None:
+        arrivals, come = Arrivals(), asyncio.Event()
+
+        async def last() -> bytes:
+            await come.wait()
+            for _ in range(3):  # what has come takes a few turns of the loop to be seen
+                await asyncio.sleep(0)
+            return b"seen"
+
+        good = started(arrivals, last, 1, "good")[0]  # the oldest, which would go first
+        peers = [f"peer {number}" for number in range(AT_ONCE + 5)]  # one call each, as it has
+        crowd = [task for peer in peers for task in started(arrivals, never, 1, peer)]
+        await asyncio.sleep(SHARE_SECONDS / 4)
+        come.set()
+        time.sleep(SHARE_SECONDS * 3)
+        assert await good == b"seen"
+        await asyncio.sleep(SHARE_SECONDS * 2)
+        assert any(task.done() for task in crowd)  # which make room as before
+        await ended(crowd)
+
+    asyncio.run(run())
+
+
 def test_too_many_that_wait_are_refused_and_those_of_the_fullest_connection_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

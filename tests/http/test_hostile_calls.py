@@ -137,7 +137,7 @@ def test_messages_without_end_take_bounded_memory_and_good_calls_are_answered(
             held, times, end = 0, [], time.monotonic() + 6
             while time.monotonic() < end:
                 began = time.monotonic()
-                client.infer("tiny", [image], client_timeout=60)
+                client.infer("tiny", [image], client_timeout=10)
                 times.append(time.monotonic() - began)
                 held = max(held, sum(process.memory_info().rss for process in spoken.family()))
                 time.sleep(0.1)
@@ -147,5 +147,5 @@ def test_messages_without_end_take_bounded_memory_and_good_calls_are_answered(
                 thread.join()
     assert sum(one.sent for one in hostile) > 20e6  # they were let send
     assert held - before < 250e6
-    assert sorted(times)[len(times) // 2] < 10  # and not the 30 s that a call may be read for
+    assert sorted(times)[len(times) // 2] < 1.5
     assert spoken.process.poll() is None and psutil.pid_exists(spoken.process.pid)
