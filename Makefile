@@ -63,7 +63,14 @@ $(ARCHIVE): $(PACKER) $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@echo "Building $@ from model_store/$(MODEL) ..."
 	@$(BIN)/rampart archive model_store/$(MODEL) --out $@
 
+# Said before minutes of downloads, not after them: GB that what is fetched and unpacked takes, where
+# a package is not there yet.
+room = @free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); \
+    test -d "$$(echo .venv/lib/python*/site-packages/$(2))" || test "$$free" -ge $(1) || \
+    { echo "$@ needs $(1) GB of disk, and $$free GB are free in $(CURDIR)"; exit 1; }
+
 .venv/serve: requirements/$(RUNTIME).txt pyproject.toml
+	$(call room,$(if $(GPU),4,1),onnxruntime)
 	@$(PYTHON) -c pass || { echo "Rampart needs Python 3.11 to 3.13: install one, or name yours with" \
 	    "PYTHON=..."; exit 1; }
 	@echo "Installing what serving needs into .venv ($(if $(GPU),about 2.5 GB with CUDA,350 MB)) ..."
@@ -75,12 +82,14 @@ $(ARCHIVE): $(PACKER) $(wildcard model_store/$(MODEL)/*) $(SOURCES)
 	@touch $@
 
 .venv/harden: .venv/serve requirements/harden.txt
+	$(call room,8,torch)
 	@echo "Installing what exporting, training and attacking need (about 5 GB, a few minutes) ..."
 	@$(PIP) --require-hashes -r requirements/harden.txt
 	@$(only_runtime)
 	@touch $@
 
 .venv/dev: .venv/serve requirements/dev.txt requirements/kserve.txt
+	$(call room,9,torch)
 	@echo "Installing what tests and benchmarks need (about 6 GB, a few minutes) ..."
 	@$(PIP) --require-hashes -r requirements/dev.txt
 	@$(only_runtime)
