@@ -1,4 +1,4 @@
-"""A TorchServe endpoint as a context, and PNG bodies to send to it; shared by the benchmarks."""
+"""Endpoints as contexts, and PNG bodies to send to them; shared by the benchmarks."""
 
 import contextlib
 import io
@@ -57,6 +57,27 @@ def endpoint(archive: Path, *options: str, port: int = 0, log: Path | None = Non
             yield f"http://127.0.0.1:{port}/predictions/{archive.stem}"
         finally:
             process.terminate()
+
+
+@contextlib.contextmanager
+def triton(archive: Path, folder: Path) -> Iterator[str]:
+    """Serve `archive` with a real Triton's Python backend, its files in `folder`; yields the URL.
+
+    The server comes from `make .venv/triton`, started as the tests start it.
+    """
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from triton_server import Triton
+
+    command = [sys.executable, "-m", "rampart", "export", str(archive), "--backend", "python"]
+    made = [*command, "--triton", str(folder / "models")]
+    subprocess.run(made, check=True, capture_output=True)
+    (work := folder / "work").mkdir()
+    server = Triton(folder / "models", work, free_ports())
+    try:
+        server.wait()
+        yield f"{server.root}/v2/models/{archive.stem}/infer"
+    finally:
+        server.end()
 
 
 def pngs(images: np.ndarray) -> list[bytes]:
