@@ -38,15 +38,9 @@ input [
 output [
 {outputs}
 ]
-# What comes while the graph runs is the next batch.
-dynamic_batching {{
-  default_queue_policy {{
-    max_queue_size: 100
-    timeout_action: REJECT
-    default_timeout_microseconds: 30000000
-    allow_timeout_override: true
-  }}
-}}
+# What comes while the graph runs is the next batch. With a bound on the queue or a timeout Triton
+# fetches nothing ahead, and a request that comes just as another ends waits half a second.
+dynamic_batching {{ }}
 # For an archive in fp32 or fp16 on a GPU: KIND_GPU.
 instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 version_policy: {{ latest {{ num_versions: 2 }} }}

@@ -150,6 +150,16 @@ def count(triton: Triton, name: str, label: str = "") -> float:
     )
 
 
+def test_triton_fetches_ahead_so_that_quick_clients_do_not_wait_for_half_a_second(
+    triton: Triton,
+) -> None:
+    # It does so where nothing bounds its queue; how often a client meets the wait is timing.
+    batching = requests.get(f"{triton.root}/v2/models/tiny/config", timeout=10).json()
+    policy = batching["dynamic_batching"].get("default_queue_policy") or {}
+    bounds = ("max_queue_size", "default_timeout_microseconds", "allow_timeout_override")
+    assert not any(policy.get(bound) for bound in bounds)
+
+
 @feature("Open Inference v2, gRPC streams", "Triton")
 def test_a_stream_is_answered_too(triton: Triton, encode: Encode, pixels: np.ndarray) -> None:
     module, answers = tritonclient.grpc, queue.Queue[tuple[Any, Any]]()
