@@ -75,8 +75,8 @@ def sections_of(
     ]
 
 
-def template() -> Template:
-    """The page without its content; it escapes the names of models and classes."""
+def template(name: str = "page.html") -> Template:
+    """A page without its content; it escapes the names of models and classes."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
-    return pages.get_template("page.html")
+    return pages.get_template(name)

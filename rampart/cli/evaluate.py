@@ -22,12 +22,15 @@ TEAM = f"{', '.join(inputs.TEAM)}; repeatable; default all"
 RUNG = "Only this attack, as pgd20; repeatable"
 LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
 SAME = "Folder of this run; the same one goes on"
+WHOSE = "Folder of the model, as model_store/NAME"
+PAPER = "The page, .html, or .pdf, which Chromium or Chrome prints"
 FOLDERS = "Folders of models, the default one first"
 ALL, FIGURES = (
     "Gets a table of all models",
     "Gets the figures of each model that it has a place for",
 )
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
+EVIDENCE = Path("evidence.html")
 
 verb, app = o.theme("Evaluate")
 
@@ -178,3 +181,14 @@ def table(
     readme.write_text(report.fenced(readme.read_text(), "models", overview))
     results.write_text(report.with_figures(results.read_text(), models))
     say(overview)
+
+
+@verb("evidence model_store/mine --out evidence.pdf")
+def evidence(
+    model: Annotated[Path, Argument(help=WHOSE), inputs.folder],
+    out: Annotated[Path, Option(help=PAPER), inputs.file_to_write] = EVIDENCE,
+) -> None:
+    """A test report for auditors out of the model's card: what was tested, how, and its limits."""
+    from rampart.hardening.report import evidence
+
+    say(f"{evidence.write(model, out)}: the figures of {model}, and what was not measured")
