@@ -22,7 +22,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test slow quick servers check format wheel docs graphs lock audit clean
+.PHONY: serve test slow quick servers bench check format wheel docs graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
@@ -117,6 +117,10 @@ endef
 	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
 	    -r requirements/docs.txt
 	@touch $@
+
+# Every claim about speed, in 15 minutes on cores that do nothing else.
+bench: .venv/peers .venv/triton
+	@$(BIN)/python benchmarks/claims.py
 
 # The site, in build/site; a broken link is an error.
 docs: .venv/docs

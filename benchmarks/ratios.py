@@ -11,6 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rampart.handlers.engine import cpu_features
+
+# As the kernel spells them, on x86 and ARM.
+FEATURES = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx_vnni", "avx512_vnni"},
+    "bf16": {"avx512_bf16", "bf16"},
+    "dot products": {"asimddp"},
+}
+
 
 def lower_bound(ratios: np.ndarray) -> float:
     """Lower 95% bound of the median over rounds, by bootstrap."""
@@ -43,14 +54,16 @@ def in_words(made: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    """Processor and cores."""
+    """Processor, cores and the features that decide about speed."""
     known = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
     name = known[0] if known else platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    features = cpu_features()
+    has = [title for title, mine in FEATURES.items() if features & mine] or ["no AVX2"]
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {', '.join(has)}"
 
 
 def write(path: Path, claims: list[dict[str, Any]]) -> None:
