@@ -145,7 +145,7 @@ def test_what_is_not_there_is_told_in_our_form(
     assert names == {"content-type", "content-length", *({"allow"} if code == 405 else ())}
 
 
-@feature("Deadlines of clients", "Rampart")
+@feature("Client deadlines", "Rampart")
 def test_a_clients_own_deadline_counts(front: Server, picture: bytes) -> None:
     late = requests.post(front.url, picture, headers={"X-Request-Timeout-Ms": "0"}, timeout=10)
     assert (late.status_code, late.json()["type"]) == (504, "too_late")
@@ -269,7 +269,7 @@ def settled(server: Server) -> float:
     return counts.pop()
 
 
-@feature("Figures for Prometheus", "Rampart")
+@feature("Prometheus metrics", "Rampart")
 def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     before = settled(front)
     for _ in range(20):  # each by a connection of its own
@@ -277,7 +277,7 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     wait(lambda: answered(front) == before + 20)
 
 
-@feature("What dies is replaced", "Rampart")
+@feature("Dead workers are replaced", "Rampart")
 def test_a_killed_worker_is_replaced_and_its_counters_stay(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -387,7 +387,7 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     assert server.end() == 0
 
 
-@feature("What has come is answered before the end", "Rampart")
+@feature("Graceful shutdown: requests received are answered", "Rampart")
 def test_a_request_that_has_come_is_answered_before_the_end(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -442,7 +442,7 @@ def test_tokens_are_wanted_and_may_change(
     assert server.end() == 0
 
 
-@feature("Rates of tokens", "Rampart")
+@feature("Rate limits per token", "Rampart")
 def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     start: Start, tiny_archive: Path, picture: bytes, tokens: Path
 ) -> None:
