@@ -264,7 +264,7 @@ def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(
     hashes = json.loads((unpacked / "sha256.json").read_text())
     del hashes[file]
     old = repack(tmp_path, {file: None, "sha256.json": json.dumps(hashes).encode()})
-    with pytest.raises(ValueError, match="knew no Triton: build it anew"):
+    with pytest.raises(ValueError, match="without Triton support: rebuild it"):
         to_triton_python(old, tmp_path / "others")
 
 
@@ -273,7 +273,7 @@ def test_the_verb_writes_a_repository_of_an_archive_or_says_what_is_missing(
 ) -> None:
     run("export", tiny_archive, "--triton", tmp_path, "--backend", "python", "--model-version", 4)
     assert (tmp_path / "tiny" / "4" / "model.py").is_file()
-    with pytest.raises(ValueError, match="--backend python goes with --triton FOLDER"):
+    with pytest.raises(ValueError, match="--backend python needs --triton FOLDER"):
         run("export", tiny_archive, "--out", tmp_path / "a.onnx", "--backend", "python")
 
 

@@ -378,8 +378,8 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     archive.write_bytes(b"broken")
     killed_and_back()  # perhaps before the launcher has looked at the archive
     server.read(until=str(archive))
-    assert f"{archive} does not answer: what was served goes on" in server.lines
-    assert f"error: {archive} is no archive of Rampart: build it anew" in server.lines
+    assert f"{archive} does not answer: the old archive stays in service" in server.lines
+    assert f"error: {archive} is not a Rampart archive: rebuild it" in server.lines
     killed_and_back()
     news.replace(archive)
     rate = 'rampart_false_alarm_rate{model="tiny"} 0.07'
@@ -475,11 +475,11 @@ def refused(start: Start, *archives: Path, **options: object) -> str:
 def test_what_cannot_be_served_is_told_in_a_line(
     start: Start, front: Server, tiny_archive: Path, tmp_path: Path
 ) -> None:
-    assert "name a file of tokens" in refused(start, tiny_archive, host="0.0.0.0")
+    assert "pass a token file" in refused(start, tiny_archive, host="0.0.0.0")
     assert "there is no archive" in refused(start, tmp_path / "none.mar")
     assert "cannot be used" in refused(start, tiny_archive, port=front.port)
     (tmp_path / "text.mar").write_text("text")
-    assert "build it anew" in refused(start, tmp_path / "text.mar")
+    assert "rebuild it" in refused(start, tmp_path / "text.mar")
     changed = tmp_path / "changed.mar"
     with zipfile.ZipFile(tiny_archive) as old, zipfile.ZipFile(changed, "w") as new:
         for name in old.namelist():

@@ -127,5 +127,5 @@ def test_an_archive_that_is_none_is_told_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.mar").write_bytes(b"none")
     server = KServe(tmp_path / "a.mar", tmp_path)
     assert server.finish() == 1
-    assert server.log().splitlines()[-1].endswith("is no archive of Rampart: build it anew")
+    assert server.log().splitlines()[-1].endswith("is not a Rampart archive: rebuild it")
     assert "Traceback" not in server.log()
