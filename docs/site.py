@@ -42,6 +42,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return linked(markdown, source.parent, page.file.src_uri)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the theme's search dialog for screen readers."""
+    return output.replace(' role="dialog">', ' role="dialog" aria-label="Search">', 1)
+
+
 def linked(text: str, home: Path, page: str) -> str:
     """`text` of a file in `home` with links as the site's `page` has them."""
     up = "../" * page.count("/")

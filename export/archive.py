@@ -143,17 +143,17 @@ def check_request(out: Path, version: str, plan: Path | None, precision: Precisi
     """Raise ValueError for names that TorchServe does not take, and for a plan in int8."""
     check_name(out)
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name another archive, or move it away")
+        raise ValueError(f"{out} is a folder: choose another file, or move the folder away")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
-        raise ValueError(f"version {version!r}: take numbers with dots, such as 2.0")
+        raise ValueError(f"version {version!r}: use numbers with dots, such as 2.0")
     if plan and precision == "int8":
-        raise ValueError("int8 is for CPUs: a plan goes with --precision fp32 or fp16")
+        raise ValueError("int8 is for CPUs: use a plan with --precision fp32 or fp16")
 
 
 def check_name(out: Path) -> None:
     """Raise ValueError where TorchServe takes no archive of that name, or clients cannot ask."""
     if out.suffix != ".mar":
-        raise ValueError(f"{out}: TorchServe loads files that end in .mar; name it so")
+        raise ValueError(f"{out}: TorchServe loads only files that end in .mar: rename it")
     if not re.fullmatch(NAME, out.stem):
         raise ValueError(
             f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"

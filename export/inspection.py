@@ -93,4 +93,4 @@ def card_lines(work: Path) -> Iterator[str]:
 
             yield from ("", *markdown(card).split("\n"), "")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"card.json is not a card ({error!r}): build the archive anew") from error
+        raise ValueError(f"card.json is not a card ({error!r}): rebuild the archive") from error

@@ -156,7 +156,7 @@ def check_close(
     """Compare a rebuilt graph with the `fp32` one, in words; RuntimeError where they differ."""
     before, after = (engine.run(image.numpy()) for engine, _ in (fp32, lower))
     if not (np.isfinite(after.logits).all() and np.isfinite(after.scores).all()):
-        raise RuntimeError("the graph in lower precision has logits or scores that are no numbers")
+        raise RuntimeError("the graph in lower precision has logits or scores that are not finite")
     equal = float((before.logits.argmax(1) == after.logits.argmax(1)).mean())
     p_gaps = np.abs(p_values(before.scores, fp32[1]) - p_values(after.scores, lower[1]))
     gap = float(np.median(p_gaps))
@@ -166,6 +166,6 @@ def check_close(
     )
     if equal < MIN_EQUAL or gap > MAX_P_VALUE_GAP:
         raise RuntimeError(
-            f"the graph in lower precision only {comparison}: `rampart quantize` anew"
+            f"the graph in lower precision only {comparison}: run `rampart quantize` again"
         )
     return comparison

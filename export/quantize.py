@@ -94,7 +94,7 @@ def classifier_nodes(graph: onnx.GraphProto) -> list[str]:
     layers = {n.name for n in graph.node if n.op_type in LAYERS and own & {*n.input}}
     heads = {n.name for n in graph.node if any(name.startswith(HEAD) for name in n.input)}
     if not layers - heads:
-        raise ValueError(f"the graph has no layer whose weights are named {OWN}*: export it anew")
+        raise ValueError(f"the graph has no layer whose weights are named {OWN}*: export it again")
     after: set[str] = set()  # values that a layer leads to
     for node in graph.node:  # in topological order, as ONNX demands
         if node.name in layers or after & {*node.input}:

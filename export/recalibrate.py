@@ -63,7 +63,7 @@ class Recalibration(NamedTuple):
 def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Recalibration:
     """Write `archive` as `out` with the ranks of `pictures`, a folder. Raises ValueError."""
     if out.resolve() == archive.resolve() or out.suffix != ".mar":
-        raise ValueError(f"--out {out}: name a new file that ends in .mar")
+        raise ValueError(f"--out {out}: pass a new file that ends in .mar")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         hashes = unpack(archive, work)

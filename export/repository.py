@@ -15,8 +15,8 @@ def place(home: Path, version: int, texts: dict[str, str], content: Path) -> Non
     for name, text in texts.items():
         if (home / name).is_file() and (home / name).read_text() != text:
             raise ValueError(
-                f"{home / name} is of a model with other inputs or outputs: all versions share it,"
-                " so take another repository"
+                f"{home / name} belongs to a model with other inputs or outputs, and all versions"
+                " share it: choose another repository"
             )
     home.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

@@ -85,7 +85,7 @@ def to_triton_python(
             pack(source, archive, variant=variant, precision=precision, images=images)
         content = Path(scratch) / "content"
         if "rampart/handlers/triton.py" not in unpack(archive, content):
-            raise ValueError(f"{archive} is of a Rampart that knew no Triton: build it anew")
+            raise ValueError(f"{archive} was built by a Rampart without Triton support: rebuild it")
         manifest = json.loads((content / "MAR-INF" / "MANIFEST.json").read_text())
         name = str(manifest["model"]["modelName"])
         home = repository / name

@@ -31,7 +31,7 @@ def trial(file: Path) -> Iterator[str]:
     """Lines on a graph, the last on whether it runs here; ValueError where it is none."""
     size = file.stat().st_size
     if size > LARGEST:
-        raise ValueError(f"{file} is no ONNX graph: it is larger than 2 GB")
+        raise ValueError(f"{file} is not an ONNX graph: it is larger than 2 GB")
     limits = [str(SECONDS), str(MEMORY + FACTOR * size)]
     command = [sys.executable, "-m", "rampart.export.trial", str(file.resolve()), *limits]
     here = Path(rampart.__file__).parents[1]
@@ -44,7 +44,7 @@ def trial(file: Path) -> Iterator[str]:
     for line in out.splitlines():
         kind, text = json.loads(line)
         if kind == "error":
-            raise ValueError(f"{file} is no ONNX graph: {text}")
+            raise ValueError(f"{file} is not an ONNX graph: {text}")
         yield text
     if code:
         yield FAILURE + reason(code, errors.decode(errors="replace"))
@@ -55,8 +55,8 @@ def reason(code: int, errors: str) -> str:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"it took too long, more than {SECONDS} s"
     if code == -signal.SIGABRT:
-        return "it wants too much memory"
-    return f"it ended the process that tried it ({code}): {errors[-200:].strip()}"
+        return "it needs too much memory"
+    return f"it crashed the test process ({code}): {errors[-200:].strip()}"
 
 
 def set_limits(seconds: int, memory: int) -> None:
@@ -75,7 +75,7 @@ def look(file: Path) -> Iterator[tuple[str, str]]:
     try:
         model = onnx.load(file, load_external_data=False)
     except MemoryError:
-        yield "line", FAILURE + "it wants too much memory"
+        yield "line", FAILURE + "it needs too much memory"
         return
     except Exception as error:  # protobuf's errors have no common type
         yield "error", str(error)
@@ -114,7 +114,7 @@ def verdict(file: Path, model: onnx.ModelProto) -> str:
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         text = " ".join(str(error).split())
         exhausted = isinstance(error, MemoryError) or "alloc" in text
-        return FAILURE + (f"it wants too much memory ({text})" if exhausted else text)
+        return FAILURE + (f"it needs too much memory ({text})" if exhausted else text)
     return "it runs here, on the CPU"
 
 

@@ -33,7 +33,7 @@ def unpack(archive: Path, work: Path) -> dict[str, str | None]:
         raise ValueError(f"{archive}: {error}") from error
     # TorchServe runs the handler at the root, which has no hash of its own in older archives.
     if (work / "defended.py").read_bytes() != (work / HANDLER).read_bytes():
-        raise ValueError(f"{archive}: its defended.py is not the one that was packed")
+        raise ValueError(f"{archive}: its defended.py has changed since it was packed")
     return {name: hashes.get(name) for name in names}
 
 
@@ -44,7 +44,7 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise ValueError(f"{archive} holds a file named {name!r}: do not trust it")
     if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > LARGEST:
-        raise ValueError(f"{archive} holds a file twice, or more than 8 GB: do not trust it")
+        raise ValueError(f"{archive} contains a file twice, or more than 8 GB: do not trust it")
     for entry in entries:
         if entry.file_size > TEXT and entry.filename.endswith((".json", ".yaml", ".py")):
             raise ValueError(
@@ -59,7 +59,7 @@ def card_of(work: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"card.json is not JSON: {error}") from error
     if not isinstance(card, dict):
-        raise ValueError("card.json is not a card: build the archive anew")
+        raise ValueError("card.json is not a card: rebuild the archive")
     return card
 
 
@@ -67,10 +67,10 @@ def settings_of(work: Path) -> dict[str, Any]:
     """Our settings in an unpacked archive. ValueError for no YAML, or one that refers to itself."""
     text = (work / "model-config.yaml").read_text(errors="replace")
     if len(text) > SETTINGS:
-        raise ValueError("model-config.yaml is too long for settings: build the archive anew")
+        raise ValueError("model-config.yaml is too long for settings: rebuild the archive")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("model-config.yaml refers to itself: build the archive anew")
+            raise ValueError("model-config.yaml refers to itself: rebuild the archive")
         return dict((yaml.safe_load(text) or {}).get("rampart") or {})
     except (yaml.YAMLError, RecursionError, AttributeError, TypeError) as error:
         raise ValueError(f"model-config.yaml is not YAML of ours: {error}") from error

@@ -34,10 +34,10 @@ def verify(archive: Path, signature: Path | None = None, key: Path | None = None
     if free:
         yield (
             f"{', '.join(sorted(free))} have none, as an older `rampart archive` packed them:"
-            " build the archive anew"
+            " rebuild the archive"
         )
     if signature is None:
-        yield f"no signature was checked: compare {sha256(archive)} with what its maker says"
+        yield f"no signature to check: compare {sha256(archive)} with what its maker says"
 
 
 def signed(archive: Path, signature: Path, key: Path) -> str:
@@ -51,6 +51,6 @@ def signed(archive: Path, signature: Path, key: Path) -> str:
         config.use_elliptic_key_verifier(public_key=key).verify(archive, signature)
     except Exception as error:  # of cryptography, of JSON, its own: they have no common type
         raise ValueError(
-            f"{signature.name} is not the signature of {archive.name} by {key.name}: do not load it"
+            f"{signature.name} is not a signature of {archive.name} by {key.name}: do not load it"
         ) from error
     return f"{archive}: signed by the holder of {key.name}"

@@ -34,22 +34,22 @@ def verify(folder: Path) -> dict[str, str]:
     try:
         hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{HASHES} is missing or unreadable: build the archive anew") from error
+        raise ValueError(f"{HASHES} is missing or unreadable: rebuild the archive") from error
     if not isinstance(hashes, dict):
-        raise ValueError(f"{HASHES} is no table of files: build the archive anew")
+        raise ValueError(f"{HASHES} is not a list of files: rebuild the archive")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if missing := sorted(hashes.keys() - files):
-        raise ValueError(f"{missing[0]} is missing from the archive: build the archive anew")
+        raise ValueError(f"{missing[0]} is missing from the archive: rebuild the archive")
     # The archive's own code, which may be of another Rampart than this; a plan is code too.
     code = {name for name in files if name.startswith("rampart/") and name.endswith(".py")}
     needed = {*NEEDED, *code, *({PLAN} & files)}
     if unlisted := sorted(needed - hashes.keys()):
-        raise ValueError(f"{unlisted[0]} is not listed in {HASHES}: build the archive anew")
+        raise ValueError(f"{unlisted[0]} is not listed in {HASHES}: rebuild the archive")
     for name, digest in hashes.items():
         if sha256(folder / name) != digest:
             raise ValueError(
                 f"{name} is not the file that was packed (its SHA-256 differs from {HASHES}):"
-                " build the archive anew, or fetch it again"
+                " rebuild the archive, or fetch it again"
             )
     return hashes
 

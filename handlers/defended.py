@@ -25,7 +25,7 @@ RENAMED = {"x-request-id": "x-client-request-id"}
 TOO_MANY_PARTS = ImageError(
     413,
     "too_many_parts",
-    f"a request may have {wire.MAX_PARTS} parts, fields and query parameters: send fewer",
+    f"a request may have at most {wire.MAX_PARTS} parts, fields and query parameters: send fewer",
 )
 Fields = Mapping[str, object]
 

@@ -227,5 +227,5 @@ def _image_shape(session: Any, path: Path) -> tuple[int, int, int]:
             return height, width, 3
     raise EngineError(
         f"{path.name} is not a Rampart graph: it needs one input `image` uint8 (N, S, S, 3)"
-        f" with N free, and the outputs {', '.join(OUTPUTS)}; export it anew"
+        f" with N free, and the outputs {', '.join(OUTPUTS)}; export it again"
     )

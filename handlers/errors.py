@@ -34,16 +34,14 @@ class ImageError(Exception):
         return {"code": self.code, "type": self.type, "message": self.message}
 
 
-BUSY = ImageError(
-    503, "busy", f"the server has too much to do: send this request again in {RETRY:g} s"
-)
+BUSY = ImageError(503, "busy", f"the server is overloaded: send this request again in {RETRY:g} s")
 DEAR_BUSY = ImageError(
     503,
     "busy",
-    f"the server is busy, and this picture is large: scale it down, or send it in {RETRY:g} s",
+    f"the server is busy and this picture is large: scale it down, or retry in {RETRY:g} s",
 )
 TOO_LATE = ImageError(
-    504, "too_late", "the answer would have come after the deadline of the request: allow more time"
+    504, "too_late", "the answer would arrive after the request's deadline: allow more time"
 )
 TOO_SLOW = ImageError(
     413, "too_much_work", "the images of this request take too long to decode: send fewer"
@@ -51,13 +49,15 @@ TOO_SLOW = ImageError(
 TOO_SIMILAR = ImageError(
     429,
     "similar_query",
-    f"the image is nearly one of a moment ago: wait {PAUSE:g} s before you send another like it",
+    f"the image is nearly the same as a recent one: wait {PAUSE:g} s before you send a similar one",
 )
 TOO_LONG = ImageError(
     500, "reply_too_long", "the answer is too long to send: ask about fewer images at once"
 )
 ENGINE_FAILURE = ImageError(500, "engine_failure", "the model failed on this image: retry")
-INTERNAL = ImageError(500, "internal_error", "the request could not be read: retry or report it")
+INTERNAL = ImageError(
+    500, "internal_error", "the request could not be read: retry, or report the error"
+)
 # Seconds that a client should wait, by status.
 RETRY_AFTER = {TOO_SIMILAR.code: PAUSE, BUSY.code: RETRY}
 

@@ -134,7 +134,7 @@ def examine(data: bytes, size: int | None = None, allowance: Allowance | None = 
         )
     check_size(still.size)
     if still.scans > MAX_JPEG_SCANS:
-        raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it anew")
+        raise ImageError(422, "too_many_scans", "the JPEG has too many scans: save it again")
     picture = Picture(still, size, _cost(still, size))
     (allowance or Allowance()).spend(picture.cost, len(data))
     return picture

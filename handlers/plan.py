@@ -39,10 +39,10 @@ def check_record(plan: Path, graph: Path) -> dict[str, Any]:
     for name, path in (("sha256", plan), ("graph_sha256", graph)):
         if record.get(name) != sha256(path):
             raise EngineError(
-                f"{path.name} is not the file that {file.name} describes: build the plan anew"
+                f"{path.name} is not the file that {file.name} describes: rebuild the plan"
             )
     if not record.get("parity"):
-        raise EngineError(f"{file.name} records no parity run: build the plan anew")
+        raise EngineError(f"{file.name} records no parity run: rebuild the plan")
     return record
 
 
@@ -65,7 +65,7 @@ class PlanEngine:
         if trt.__version__ != record.get("tensorrt"):
             raise EngineError(
                 f"{plan.name} was built by TensorRT {record.get('tensorrt')} and this is"
-                f" {trt.__version__}: build it anew here"
+                f" {trt.__version__}: rebuild it here"
             )
         self._torch, self._gpu = torch, torch.device("cuda", device_id)
         torch.cuda.set_device(self._gpu)  # where TensorRT puts the plan
@@ -73,7 +73,7 @@ class PlanEngine:
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
-            raise EngineError(f"{plan.name} does not load on this GPU: build it anew here")
+            raise EngineError(f"{plan.name} does not load on this GPU: rebuild it here")
         self._context = self._engine.create_execution_context()
         _, _, largest = self._engine.get_tensor_profile_shape("image", 0)
         self._max_batch, height, width, channels = map(int, largest)
@@ -91,7 +91,7 @@ class PlanEngine:
         with torch.cuda.stream(self._stream):
             image = torch.from_numpy(np.ascontiguousarray(images)).to(self._gpu)
             if not self._context.set_input_shape("image", tuple(image.shape)):
-                raise EngineError(f"the plan takes no batch of {len(images)}")
+                raise EngineError(f"the plan does not support a batch of {len(images)}")
             self._context.set_tensor_address("image", image.data_ptr())
             outputs = []
             for name in OUTPUTS:

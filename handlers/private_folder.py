@@ -29,7 +29,7 @@ def claim(folder: Path, *files: str) -> None:
             status = file.lstat()
             if not stat.S_ISREG(status.st_mode):
                 raise ForeignFolderError(
-                    f"{file} is no plain file: remove it, or name another folder"
+                    f"{file} is not a regular file: remove it, or name another folder"
                 )
             check_owner(file, status)
 

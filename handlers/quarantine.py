@@ -87,7 +87,7 @@ class Quarantine:
         except Exception as error:  # of any kind: the thread must live
             reason = getattr(error, "strerror", None) or error
             if self.works:
-                logger.error("Nothing goes into quarantine %s: %s", self._folder, reason)
+                logger.error("Cannot write to quarantine %s: %s", self._folder, reason)
             self.works, self._failure = False, time.monotonic()
             self.dropped += flagged is not None
         else:

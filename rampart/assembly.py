@@ -174,7 +174,7 @@ def harden(
 def deliver(model: Path, packed: Path, out: Path) -> list[str]:
     """Bring a model folder and its archive to where they are wanted, with words where one stays."""
     if folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model):
-        return [f"{out} is of these weights and stays as it is: `rampart archive` builds it anew"]
+        return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
     # Whole or not at all.
     Path(shutil.copy(packed, out.with_suffix(".partial"))).replace(out)
     return []

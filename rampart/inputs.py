@@ -57,15 +57,17 @@ def images(path: Path) -> None:
     )
     if not head.startswith(ZIP):
         raise ValueError(
-            f"{path} is not an .npz file, or cut: save it anew, with numpy.savez(FILE, image=...,"
-            " label=...)"
+            f"{path} is not an .npz file, or truncated: save it again with numpy.savez(FILE,"
+            " image=..., label=...)"
         )
 
 
 def pictures(path: Path) -> None:
     """A folder of pictures without labels."""
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder of pictures: pass one that holds what clients send")
+        raise ValueError(
+            f"{path} is not a folder of pictures: pass one with pictures that your clients send"
+        )
 
 
 def picture(path: Path) -> None:
@@ -77,7 +79,7 @@ def weights(path: Path) -> None:
     """A state dict from elsewhere."""
     head = check_file(path, "weights", "pass a .pth, .pt or .safetensors file")
     if head.lstrip().startswith(PAGE):
-        raise ValueError(f"{path} is a web page: download the weights themselves, not their page")
+        raise ValueError(f"{path} is a web page: download the weights file itself")
 
 
 def checkpoint(path: Path) -> None:
@@ -112,18 +114,18 @@ def archive(path: Path) -> None:
     """An archive as `rampart archive` writes it."""
     check_archive(path)
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut or damaged: copy it anew, or build it anew")
+        raise ValueError(f"{path} is truncated or damaged: copy it again, or rebuild it")
 
 
 def text(path: Path) -> None:
     """A document that gets a table."""
-    check_file(path, "document", "run this in the checkout, or name the document")
+    check_file(path, "document", "run this in the checkout, or pass the document's path")
 
 
 def folder_to_write(path: Path) -> None:
     """A folder to make, or to add to."""
     if path.is_file():
-        raise ValueError(f"{path} is a file, where a folder is wanted: name another place")
+        raise ValueError(f"{path} is a file, but a folder is expected: choose another place")
     to_write(path)
 
 
@@ -133,16 +135,18 @@ def to_write(path: Path) -> None:
     while not home.exists():
         home = home.parent
     if not home.is_dir():
-        raise ValueError(f"{path} cannot be written, since {home} is a file: name another place")
+        raise ValueError(
+            f"{path} cannot be written, because {home} is a file: choose another place"
+        )
     if not os.access(home, os.W_OK):
-        raise ValueError(f"{path} cannot be written: you have no right to write in {home}")
+        raise ValueError(f"{path} cannot be written: you have no permission to write in {home}")
 
 
 def file_to_write(path: Path) -> None:
     """A file to make."""
     to_write(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file to write, as {path / 'NAME'}")
+        raise ValueError(f"{path} is a folder: pass a file to write, such as {path / 'NAME'}")
 
 
 def new_archive(path: Path) -> None:
@@ -178,7 +182,7 @@ def network(arch: str) -> None:
 def size(pixels: int) -> None:
     """Pixels a side of the images that a network takes."""
     if pixels < 16 or pixels % 8:
-        raise ValueError(f"--image-size {pixels}: take a multiple of 8 from 16 up")
+        raise ValueError(f"--image-size {pixels}: use a multiple of 8, at least 16")
 
 
 def row(name: str) -> None:
@@ -211,7 +215,7 @@ def address(url: str) -> None:
     """Where an endpoint takes predictions."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no URL as http://127.0.0.1:8080/predictions/NAME")
+        raise ValueError(f"{url} is not a URL like http://127.0.0.1:8080/predictions/NAME")
 
 
 def training(
@@ -219,11 +223,11 @@ def training(
 ) -> None:
     """What belongs together in a recipe of training."""
     if (method == "rslad") != bool(teacher):
-        raise ValueError("--method rslad and --teacher go together: one distils, from the other")
+        raise ValueError("--method rslad and --teacher go together: rslad distils from the teacher")
     if method == "rslad" and smoothing:
-        raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
+        raise ValueError("--smoothing does not work with rslad: its labels come from the teacher")
     if steps < 1:
-        raise ValueError(f"--steps {steps}: an attack takes one step or more")
+        raise ValueError(f"--steps {steps}: an attack needs at least one step")
 
 
 def hardening(weights: Path | None, epochs: int | None, method: str) -> None:
@@ -231,15 +235,17 @@ def hardening(weights: Path | None, epochs: int | None, method: str) -> None:
     if "RANK" in os.environ:
         raise ValueError("torchrun starts `rampart train` and `rampart purifier`, not the others")
     if epochs == 0 and not weights:
-        raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
+        raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train")
     if method == "rslad":
-        raise ValueError("--method rslad wants a teacher: `rampart train` takes one, harden none")
+        raise ValueError(
+            "--method rslad needs a teacher: use `rampart train`, because harden takes none"
+        )
 
 
 def sample(held: Path | None, part: str | None) -> None:
     """What belongs together in images to measure on."""
     if held and not part:
-        raise ValueError("--held goes with --part: without it, pass as --images what is to be used")
+        raise ValueError("--held needs --part: without it, pass only --images")
 
 
 def evaluation(
@@ -274,13 +280,15 @@ def lowered(model: Path, variant: str | None, precision: "Precision") -> None:
 def alone(variant: str | None, rung: Sequence[str] | None) -> None:
     """A variant that is attacked alone."""
     if variant and not rung:
-        raise ValueError("--variant goes with --rung: worst cases take the attacks on all variants")
+        raise ValueError(
+            "--variant goes with --rung: worst cases include the attacks on all variants"
+        )
 
 
 def ablation(row: Sequence[str] | None, test: Path | None, twin: Path | None) -> None:
     """What belongs together in an ablation."""
     if row and (test or twin):
-        raise ValueError("--row goes without --test and --twin, which have rows of their own")
+        raise ValueError("--row goes without --test and --twin, which have their own rows")
 
 
 def form(model: Path, variant: str | None) -> None:
@@ -298,7 +306,7 @@ def purifying(model: Path) -> None:
     from rampart.hardening.model.folder import variants_in
 
     if "full" not in variants_in(model):
-        raise ValueError(f"{model} has no purifier: name a --model that was made with one")
+        raise ValueError(f"{model} has no purifier: pass a --model that has one")
 
 
 def certifying(sigma: float, samples: int, alpha: float) -> None:
@@ -333,7 +341,7 @@ def calibrating(
     elif not (folder and data and classifier) or archive or images or out:
         raise ValueError(
             "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
-            " FILE.mar --images FOLDER to calibrate an archive anew"
+            " FILE.mar --images FOLDER to recalibrate an archive"
         )
 
 
@@ -355,13 +363,13 @@ def exporting(
             " FILE.plan, and --ship"
         )
     if backend == "python" and not triton:
-        raise ValueError("--backend python goes with --triton FOLDER")
+        raise ValueError("--backend python needs --triton FOLDER")
     if model.suffix == ".mar" and backend == "python":
         archive(model)
         return
     form(model, variant)
     if tensorrt and precision == "int8":
-        raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+        raise ValueError("int8 is for CPUs: build the plan with --precision fp32 or fp16")
     if precision:
         from rampart.hardening.model.folder import form as chosen
 

@@ -139,7 +139,7 @@ def window(hide: Box | None, size: int) -> Tensor:
     if hide:
         left, top, width, height = hide
         if min(left, top) < 0 or min(width, height) < 1 or max(left, top) >= size:
-            raise ValueError(f"--hide {hide}: name a part of the {size}x{size} picture")
+            raise ValueError(f"--hide {hide}: pass a region inside the {size}x{size} picture")
         visible[top : top + height, left : left + width] = 0
     return visible
 
@@ -158,7 +158,7 @@ def certify(
     the model has no such class.
     """
     if label is not None and label not in model.classes:
-        raise ValueError(f"--label {label}: the model tells {', '.join(model.classes)} apart")
+        raise ValueError(f"--label {label}: the model's classes are {', '.join(model.classes)}")
     net = model.pipeline("lean").classifier.to(pick_device(device))
     sigma, samples, alpha = noise or Noise()
     x = to_float(shown(model, image)).to(net.mean.device)
@@ -180,6 +180,6 @@ def judged(proof: Certificate, classes: Sequence[str], plain: str, label: str | 
     certified = classes[proof.label]
     beside = "" if certified == plain else f", where the classifier without noise says {plain}"
     if label is None:
-        return f"whether {certified} is right nobody has said{beside}: --label tells what it shows"
+        return f"pass --label to check whether {certified} is right{beside}"
     right = "right" if certified == label else f"wrong: the picture shows {label}"
     return f"{certified} is {right}{beside}"

@@ -399,7 +399,7 @@ class Model:
 
         chosen = form or self.form()
         if chosen.precision == "int8":
-            raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
+            raise ValueError("int8 is for CPUs: build the plan with --precision fp32 or fp16")
         return self._write(partial(to_tensorrt, plan=plan), chosen, images)
 
     def archive(

@@ -63,7 +63,7 @@ def check_place(folder: Path, need: float, option: str) -> None:
     """Raise ValueError where `folder` cannot be written, or `need` bytes are more than is free."""
     home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not home.is_dir():
-        raise ValueError(f"{option} {folder}: {home} is a file and no folder; name another")
+        raise ValueError(f"{option} {folder}: {home} is a file, not a folder: choose another")
     try:
         with tempfile.TemporaryFile(dir=home):
             pass
@@ -73,8 +73,8 @@ def check_place(folder: Path, need: float, option: str) -> None:
         ) from error
     if (free := shutil.disk_usage(home).free) < need:
         raise ValueError(
-            f"{option} {folder}: about {need / 1e6:,.0f} MB will be written where"
-            f" {free / 1e6:,.0f} MB are free: free some, or name a folder on another disk"
+            f"{option} {folder}: needs about {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free:"
+            " free some space, or choose a folder on another disk"
         )
 
 
@@ -98,25 +98,25 @@ def check_network(net: Classifier) -> None:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{arch} does not take images of {size}x{size} pixels, or has more than one head:"
-            f" {first_line(error)}: take another --arch or --image-size"
+            f" {first_line(error)}: choose another --arch or --image-size"
         ) from error
     wanted, found = (2, net.config.classes), tuple(logits.shape)
     if found != wanted or features.shape != (2, net.feature_size):
         raise ValueError(
-            f"{arch} gives logits {found} of features {tuple(features.shape)} where one head makes"
-            f" {wanted} of {(2, net.feature_size)}: take a network with one head"
+            f"{arch} gives logits {found} of features {tuple(features.shape)} but one head needs"
+            f" {wanted} of {(2, net.feature_size)}: use a network with one head"
         )
     if not torch.isfinite(logits).all():
-        raise ValueError(f"{arch} gives logits that are no numbers: take other weights")
+        raise ValueError(f"{arch} gives logits that are not finite: use other weights")
     if not alike(logits, again, 1e-4):
         raise ValueError(
-            f"{arch} answers the same image differently each time: it must draw nothing at random"
-            " in eval mode (nn.Dropout, or F.dropout with training=self.training)"
+            f"{arch} answers the same image differently each time: turn off all randomness in eval"
+            " mode (use nn.Dropout, or F.dropout with training=self.training)"
         )
     if not alike(logits[:1], alone, 1e-2):
         raise ValueError(
-            f"{arch} answers an image differently in other company: in eval mode normalize by"
-            " running statistics, and not by those of the batch"
+            f"{arch} answers an image differently in another batch: in eval mode, normalize by"
+            " running statistics, not by those of the batch"
         )
     check_gradient(net, x)
 
@@ -144,12 +144,12 @@ def check_gradient(net: Classifier, x: Tensor) -> None:
     except RuntimeError as error:
         raise ValueError(
             f"{net.config.arch} passes no gradient to its input ({first_line(error)}): neither"
-            " training nor an attack can use it. Compute in torch, without detach or no_grad"
+            " training nor attacks can use it. Compute in torch, without detach or no_grad"
         ) from error
     if not torch.isfinite(gradient).all() or not gradient.any():
         raise ValueError(
-            f"{net.config.arch} has a gradient that is zero or no number at random images: neither"
-            " training nor an attack can use it"
+            f"{net.config.arch} has a gradient that is zero or not finite on random images: neither"
+            " training nor attacks can use it"
         )
 
 
@@ -170,7 +170,7 @@ def check_export(net: Classifier) -> None:
             found = Engine(to_onnx(pipeline, Path(folder) / "graph.onnx"), device="cpu").run(image)
     except Exception as error:  # the exporter's own, of any kind
         raise ValueError(
-            f"{net.config.arch} cannot be exported to ONNX, so it could not be served:"
+            f"{net.config.arch} cannot be exported to ONNX, so Rampart cannot serve it:"
             f" {first_line(error)}"
         ) from error
     with torch.no_grad():
@@ -179,7 +179,7 @@ def check_export(net: Classifier) -> None:
     if not gap <= 1e-3 * max(1.0, float(np.abs(own).max())):
         raise ValueError(
             f"{net.config.arch} answers differently once exported to ONNX (logits by {gap:.2g}):"
-            " look for branches on values, and for what is drawn at random"
+            " look for branches on tensor values, and for randomness"
         )
 
 
@@ -212,7 +212,7 @@ def try_steps(
     except (RuntimeError, ValueError, MemoryError) as error:
         raise ValueError(f"a step with --batch-size {size} fails: {first_line(error)}") from error
     if not np.isfinite(loss):
-        raise ValueError(f"the loss of the first steps is {loss}: lower --lr, or other weights")
+        raise ValueError(f"the loss of the first steps is {loss}: lower --lr, or use other weights")
     return Trial(min(times[1:] or times), look, peak(trainer.device))
 
 
@@ -224,7 +224,7 @@ def check_classes(net: Classifier, classes: Sequence[str]) -> None:
     Normalization(config.mean, config.std).check("the classifier's normalization")
     if len(classes) != config.classes:
         raise ValueError(
-            f"the images have {len(classes)} classes, the network tells {config.classes} apart"
+            f"the images have {len(classes)} classes, but the network has {config.classes}"
         )
 
 
@@ -235,8 +235,8 @@ def check_purifier(purifier: Purifier, size: int) -> None:
         purified = purifier.eval()(x)
     if purified.shape != x.shape or not torch.isfinite(purified).all():
         raise ValueError(
-            f"the purifier makes images {tuple(purified.shape)} of {tuple(x.shape)}, or such that"
-            " are no numbers: train it anew"
+            f"the purifier makes images {tuple(purified.shape)} of {tuple(x.shape)}, or pixels that"
+            " are not finite: train it again"
         )
 
 

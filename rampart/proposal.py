@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     def check(self) -> None:
         """Raise ValueError where nothing would come of it."""
         if not (self.weights or self.recipe.epochs):
-            raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train anew")
+            raise ValueError("nothing to harden: pass --weights, or --epochs above 0 to train")
 
     def stages(self) -> int:
         """How many stages that makes."""
@@ -106,14 +106,14 @@ class Proposal(NamedTuple):
         cells = [(row.option, row.text, row.why) for row in self.rows]
         widths = [max(len(row[column]) for row in cells) for column in range(2)]
         table = [f"  {o.ljust(widths[0])}  {v.ljust(widths[1])}  {why}" for o, v, why in cells]
-        return ["proposed, where you said nothing:", *table]
+        return ["proposed for the options that you did not set:", *table]
 
 
 def image_size(data: Path, *, gpu: bool) -> Row:
     """Pixels a side, by the pictures as they are stored; none is decoded."""
     side = stored_side(data)
     if data.suffix == ".npz":
-        return Row("--image-size", side, "as the file has them")
+        return Row("--image-size", side, "as stored in the file")
     most = SIZES[-1] if gpu else ON_CPU
     fitting = [size for size in SIZES if size <= min(side, most)] or [SIZES[0]]
     why = f"half of the pictures have {side} pixels or more on their shorter side"
@@ -157,7 +157,7 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     why = f"for {count:,} training images"
     batch = pick("--batch-size", wishes.batch_size, batch_for(count), why)
     rate = round(RATE * min(1.0, batch / BATCH) ** 0.5, 3)
-    why = f"{RATE} at {BATCH} images a step, below by the square root of their number"
+    why = f"{RATE} at {BATCH} images per step, scaled by the square root for smaller batches"
     lr = pick("--lr", wishes.lr, rate, why)
     epochs = epochs_for(count, batch, gpu=gpu)
     why = f"{epochs * max(1, count // batch):,} steps; the aim is {STEPS:,}, in 15 to 60 epochs"

@@ -97,9 +97,9 @@ class Sink:
 def app(arguments: Mapping[str, str]) -> serve.Application:
     """The application of one archive, by the arguments `archive` and, where wanted, `tokens`."""
     if unknown := set(arguments) - {"archive", "tokens"}:
-        raise ValueError(f"unknown argument {min(unknown)}: there are archive and tokens")
+        raise ValueError(f"unknown argument {min(unknown)}: use archive and tokens")
     archive = arguments.get("archive") or os.environ.get(ARCHIVE)
     if not archive:
-        raise ValueError(f"no archive: say archive=FILE, or set {ARCHIVE}")
+        raise ValueError(f"no archive: pass archive=FILE, or set {ARCHIVE}")
     deployment: Any = Rampart  # which the decorators have made of it
     return deployment.bind(archive, arguments.get("tokens") or os.environ.get(TOKENS))

@@ -57,7 +57,7 @@ class Source(NamedTuple):
     def _read(self, size: int, _: Path) -> tuple[Images | Folder, Images]:
         data, held, skip_bad = self
         if held and held.is_dir() and held.resolve().is_relative_to(data.resolve()):
-            raise ValueError(f"--held {held} lies in --data {data}: its images would be trained on")
+            raise ValueError(f"--held {held} lies in --data {data}: training would use its images")
         images, summary = survey(data, size=size, stream=True, skip_bad=skip_bad)
         say("\n".join(summary.lines(size)))
         held_out = None
@@ -81,8 +81,8 @@ def check_classes(data: Path, images: Images | Folder) -> None:
     counts = counted(images)
     if len(counts) < 2:
         raise ValueError(
-            f"{data} has one class, {next(iter(counts), '')!r}: pass images of two or more, each"
-            " class in a folder of its own"
+            f"{data} has one class, {next(iter(counts), '')!r}: pass two or more classes, each in"
+            " its own folder"
         )
     if missing := [name for name, count in counts.items() if not count]:
         raise ValueError(
@@ -100,7 +100,7 @@ def check_held(name: Path, held: Images) -> None:
             f"{name} leaves {len(held)} held-out images, {ranked} of them to calibrate on: even"
             f" false alarms of {RATES[-1]:.0%} need {FEWEST}, so pass at least {2 * least} images"
             f" as --data ({2 * held_for(100)} for {RATES[0]:.0%}; half of a small set is held out,"
-            f" a tenth from 2,000 images on), or a set of its own of {least} or more as --held"
+            f" a tenth from 2,000 images on), or {least} or more separate images as --held"
         )
 
 
@@ -116,8 +116,8 @@ def doubts(held: Images) -> list[str]:
     present = set(ranked.label.tolist())
     if missing := [name for i, name in enumerate(held.classes) if i not in present]:
         lines.append(
-            f"  warning: no image of {named(missing)} is among those for calibration: false alarms"
-            " on such images are not known"
+            f"  warning: no image of {named(missing)} is among those for calibration: the rate of"
+            " false alarms on such images is unknown"
         )
     return lines
 
@@ -174,7 +174,7 @@ def sample_of(
         skip_bad = source.skip_bad or folders.skipped_bad(model.card, data)
         every = load(data, train=False, size=model.image_size, skip_bad=skip_bad)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
-            warning = f"{data} has the name of the training data: on images that were trained on,"
+            warning = f"{data} has the name of the training data: on training images,"
             warning += " every figure is too high"
         warning = training_warning(model, every, held_out=part is not None) or warning
     if part:
@@ -207,7 +207,7 @@ def held_images(model: "Model", source: Source) -> Images:
     would be images that it was trained on.
     """
     if source.held is None and (named := folders.held_beside(model.card, source.data)):
-        raise ValueError(f"{model} was made with --held {named[0]}: pass it here as well")
+        raise ValueError(f"{model} was made with --held {named[0]}: pass it here too")
     skip_bad = source.skip_bad or folders.skipped_bad(model.card, source.data)
     images = source._replace(skip_bad=skip_bad).read(model.image_size)[1]
     if model.folder is not None:

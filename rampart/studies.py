@@ -122,7 +122,7 @@ def home_of(model: Model, entries: dict[str, Any], study: Study) -> tuple[bool, 
     """Whether what was measured goes into the card, with words where it does not."""
     if model.folder is None or not study.into_card:
         words = f"{model.folder and model.folder / report.MEASURED} has the figures"
-        return False, [f"{words}; --into-card puts them into the card"] if model.folder else []
+        return False, [f"{words}; --into-card writes them into the card"] if model.folder else []
     if words := report.outnumbered(model.card, entries):
         file = model.folder / report.MEASURED
         return False, [f"the card keeps its {words}: {file} has the new figures"]
@@ -205,7 +205,7 @@ def write_pages(
 def insist(card: Mapping[str, Any]) -> None:
     """Raise ChecksFailed where a self-check of the card failed."""
     if failed := report.failed_checks(card):
-        raise ChecksFailed(f"{failed[0]}. Before you know why, do not use the figures")
+        raise ChecksFailed(f"{failed[0]}. Do not use the figures before you know why")
 
 
 def ablate(

@@ -223,8 +223,8 @@ def check_images(out: Path, images: Images | Folder, held: Images) -> None:
         changes.note(out, (images, held))
     elif changed := changes.since(out, (images, held)):
         raise ValueError(
-            f"the images have changed since the run in {out} began: {changed}. With the images as"
-            " they were this command goes on; with these choose another --out, which trains anew"
+            f"the images have changed since the run in {out} began: {changed}. Restore the images"
+            " and run this command to resume; to train on the new ones, choose another --out"
         )
 
 

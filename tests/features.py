@@ -10,35 +10,35 @@ import pytest
 
 SERVERS = ("TorchServe", "Rampart", "Triton", "KServe", "Ray Serve")
 FEATURES = (
-    "The verdicts of every other server",
-    "Pictures as they are, and forms",
+    "Same verdicts as every other server",
+    "Raw pictures and forms",
     "KServe v1",
     "Open Inference v2, JSON",
     "Open Inference v2, binary tensors",
     "Open Inference v2, gRPC",
     "Open Inference v2, gRPC streams",
-    "A picture at fault harms no other",
+    "A bad picture does not affect the others",
     "Compressed bodies",
-    "Clients share a run of the graph",
-    "Health and metadata of the protocol",
-    "Deadlines of clients",
+    "Batches across clients",
+    "Protocol health and metadata",
+    "Client deadlines",
     "Tokens",
-    "Rates of tokens",
+    "Rate limits per token",
     "TLS",
-    "Figures for Prometheus",
+    "Prometheus metrics",
     "Traces",
     "A new version without a restart",
     "Several models or versions",
-    "What has come is answered before the end",
-    "What dies is replaced",
-    "Hostile clients hold up no other",
+    "Graceful shutdown: requests received are answered",
+    "Dead workers are replaced",
+    "Hostile clients do not block others",
 )
 TEXT = """\
 # Servers
 
-`make servers` writes this table. Each `yes` is of tests that have run against the real server.
-`Rampart` is [the server of our own](serve.md#the-server-of-our-own), `Triton` its Python backend.
-Where nothing stands, no test shows the feature: do not count on it.
+`make servers` writes this table. Each `yes` comes from tests that ran against the real server.
+`Rampart` is [the built-in server](serve.md#the-built-in-server), `Triton` its Python backend.
+An empty cell means that no test covers the feature: do not rely on it.
 
 """
 

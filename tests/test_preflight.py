@@ -43,10 +43,10 @@ def broken(between: Callable[[Tensor, bool], Tensor]) -> Classifier:
     ("between", "message"),
     [
         (lambda x, _: nn.functional.dropout(x, 0.5, training=True), "differently each time"),
-        (lambda x, _: x - x.mean(0), "differently in other company"),
+        (lambda x, _: x - x.mean(0), "differently in another batch"),
         (lambda x, _: x.detach(), "passes no gradient to its input"),
         (lambda x, _: x * 0, "a gradient that is zero"),
-        (lambda x, _: x / 0, "no numbers"),
+        (lambda x, _: x / 0, "not finite"),
         (lambda x, _: (x, x), "more than one head"),
         (lambda x, _: torch.cat([x, x], 1), "more than one head"),
     ],
@@ -128,10 +128,10 @@ def test_a_place_that_cannot_be_written_or_is_too_small_is_refused(tmp_path: Pat
     check_place(tmp_path / "new" / "folder", 1e3, "--out")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file and no folder"):
+    with pytest.raises(ValueError, match="is a file, not a folder"):
         check_place(tmp_path / "file" / "folder", 0, "--out")
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(ValueError, match=r"--runs .* MB will be written where .* MB are free"):
+    with pytest.raises(ValueError, match=r"--runs .* MB, .* MB are free"):
         check_place(tmp_path, free * 2, "--runs")
     with pytest.raises(ValueError, match="nothing can be written into /proc"):
         check_place(Path("/proc/nowhere"), 0, "--out")

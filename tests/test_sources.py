@@ -48,7 +48,7 @@ def test_a_model_that_was_made_with_held_out_images_wants_them_again(lean_only: 
     card = report.read_card(lean_only)
     made = {"commands": [f"rampart calibrate bare --data {data} --held held.npz"]}
     report.write_card(lean_only, card | made)
-    wants = "was made with --held held.npz: pass it here as well"
+    wants = "was made with --held held.npz: pass it here too"
     with pytest.raises(ValueError, match=wants):
         sample_of(Model.load(lean_only), Source(data), part="validation")
     for command in ("ablate", "alarms", "quantize"):
@@ -63,7 +63,7 @@ def test_a_folder_of_held_out_pictures_has_names_of_its_own(tmp_path: Path) -> N
             Image.fromarray(pixels).save(tmp_path / part / f"class{i % 2}" / f"{i:03}.png")
     images, held = Source(tmp_path / "train", tmp_path / "held").read(32)
     assert (len(images), len(held)) == (60, 210)
-    with pytest.raises(ValueError, match="would be trained on"):
+    with pytest.raises(ValueError, match="training would use its images"):
         Source(tmp_path, tmp_path / "held").read(32)
 
 

@@ -23,7 +23,7 @@ from rampart.handlers.types import Incoming, Reply, Route
 
 TIMEOUT = "x-request-timeout-ms"  # a client's own
 NOT_FOUND = ImageError(404, "not_found", "there is nothing at this address: / lists what there is")
-NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another method: see /")
+NO_METHOD = ImageError(405, "method_not_allowed", "this address needs another method: see /")
 NOT_READY = ImageError(503, "not_ready", "the model does not answer: try again later")
 OPEN = {"/ping", "/v2/health/live", "/v2/health/ready"}  # need no token: a kubelet has none
 Respond = Callable[[HTTPRequest], Awaitable[Response]]

@@ -21,15 +21,17 @@ TOO_LARGE = ImageError(
     413, "body_too_large", f"a body may have {MAX_BODY} bytes: send fewer or smaller images"
 )
 TOO_SLOW = ImageError(
-    408, "body_too_slow", f"a body must come within {BODY_SECONDS:.0f} s: send it faster"
+    408, "body_too_slow", f"a body must arrive within {BODY_SECONDS:.0f} s: send it faster"
 )
 ENCODED_FORM = ImageError(
-    415, "encoded_form", "a form is not read compressed: send it as it is, or the picture itself"
+    415,
+    "encoded_form",
+    "compressed forms are not supported: send the form uncompressed, or the picture itself",
 )
 BROKEN_FORM = ImageError(400, "broken_form", "the form cannot be read: send the file itself")
 TOO_MANY_PARTS = ImageError(413, "too_many_parts", f"a form may have {MAX_PARTS} parts: send fewer")
 FIELDS = ImageError(
-    415, "form_fields", "fields of a form hold no image: send -F image=@FILE, or the file itself"
+    415, "form_fields", "form fields contain no image: send -F image=@FILE, or the file itself"
 )
 
 

@@ -32,7 +32,7 @@ STATUSES = {
     504: StatusCode.DEADLINE_EXCEEDED,
 }
 NO_MESSAGE = ImageError(
-    400, "malformed_message", "this is not one whole message of this method: send it anew"
+    400, "malformed_message", "this is not one whole message of this method: send it again"
 )
 # A client that is silent or that never ends is let go.
 OPTIONS = (

@@ -94,14 +94,12 @@ def read_tokens(path: Path) -> Known:
         if match["rate"]:
             known.rates[match["name"]] = _rate(match["rate"], match["burst"], path, number)
     if not known.names:
-        raise ValueError(f"{path} holds no token: write lines of a name and a token")
+        raise ValueError(f"{path} contains no token: write lines with a name and a token")
     return known
 
 
 def _rate(text: str, burst: str | None, path: Path, number: int) -> Rate:
     rate = Rate(float(text), int(burst) if burst else max(1, math.ceil(float(text))))
     if not (rate.per_second and rate.burst):
-        raise ValueError(
-            f"{path}, line {number}: a token that may send nothing is of no use: take the line away"
-        )
+        raise ValueError(f"{path}, line {number}: a rate of 0 allows no request: remove this line")
     return rate

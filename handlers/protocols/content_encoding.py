@@ -33,8 +33,8 @@ def unpacked(incoming: Incoming) -> Incoming:
         raise ImageError(
             415,
             "unsupported_encoding",
-            "the body comes in a Content-Encoding that is not read here: send it as it is, or with"
-            " gzip or deflate",
+            "the Content-Encoding of the body is not supported: send it uncompressed, or with gzip"
+            " or deflate",
         )
     return incoming._replace(parts=[unpack(incoming.parts[0], name)])
 
@@ -66,6 +66,6 @@ def malformed(name: str) -> ImageError:
     return ImageError(
         400,
         "malformed_encoding",
-        f"the body is not one whole {name} stream, as its Content-Encoding says: compress it anew,"
+        f"the body is not one whole {name} stream, as its Content-Encoding says: compress it again,"
         " or send it as it is, without this header",
     )

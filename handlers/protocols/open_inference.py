@@ -86,7 +86,7 @@ def flat(data: object) -> bytes:
 def listed(data: object) -> list[object]:
     """`data`, a list."""
     if not isinstance(data, list):
-        raise wrong("its data is no list, or ragged")
+        raise wrong("its data is not a list, or is ragged")
     return data
 
 

@@ -60,7 +60,7 @@ class Lookup:
             return [None] * count
         if wait([question], QUERY_WAIT).done:
             return question.result()
-        logger.error("No watch for query attacks: the store has not answered for %g s", QUERY_WAIT)
+        logger.error("Query attacks are not detected: the store took more than %g s", QUERY_WAIT)
         self._metrics.set("rampart_query_store_up", 0.0)
         return [None] * count
 

@@ -62,7 +62,7 @@ def open_store(address: str, *, entries: int, expiry: float) -> Store:
         return RedisStore(address, entries=entries, expiry=expiry)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"query_store needs the package {error.name}: install it beside torchserve, or leave"
+            f"query_store needs the package {error.name}: install it for the server, or leave"
             " query_store out"
         ) from error
 
@@ -91,7 +91,7 @@ class LmdbStore:
             try:
                 self._open_file()
             except damage:
-                logger.warning("The query store is damaged and begins anew")
+                logger.warning("The query store was damaged and starts empty")
                 (folder / "data.mdb").unlink()
                 self._open_file()
         except private_folder.ForeignFolderError as error:

@@ -194,14 +194,14 @@ class Watch:
             self._fail(error)
             return responses
         if items and not self.up:  # a store that cannot be written to does not work
-            logger.warning("Watching for query attacks again")
+            logger.warning("Detecting query attacks again")
             self.up = True
         return responses
 
     def _fail(self, error: Exception) -> None:
         if self.up:
             reason = error if isinstance(error, StoreError) else type(error).__name__
-            logger.error("No watch for query attacks, the store fails: %s", reason)
+            logger.error("Query attacks are not detected: the store fails: %s", reason)
         self.up, self._down_until = False, time.monotonic() + RETRY
         self._prints = None  # the store may come back with another secret
 

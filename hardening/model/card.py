@@ -190,7 +190,7 @@ def read_card(folder: Path, name: str = FILE) -> Row:
     try:
         card: Row = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is cut or damaged ({error}): copy it anew") from error
+        raise ValueError(f"{file} is truncated or damaged ({error}): copy it again") from error
     return card
 
 

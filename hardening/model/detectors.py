@@ -357,7 +357,7 @@ class Detectors(nn.Module):
         missing = self.load_state_dict(other.state_dict(), strict=False).missing_keys
         self.leave_out(missing)
         if lost := sorted({key.partition(".")[0] for key in missing if self.needed(key)}):
-            raise ValueError(f"{', '.join(lost)} must be fitted first: make the model folder anew")
+            raise ValueError(f"{', '.join(lost)} must be fitted first: rebuild the model folder")
 
     def leave_out(self, missing: Sequence[str]) -> None:
         """Take away the detectors of these tensors, unless they are looked at."""

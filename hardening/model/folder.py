@@ -40,7 +40,9 @@ def calibrated(model: Path) -> list[Variant]:
     """`variants_in`, at least one. Raises ValueError that says how to make it."""
     if variants := variants_in(model):
         return variants
-    raise ValueError(f"{model} is no folder of a calibrated model: `rampart calibrate` makes it")
+    raise ValueError(
+        f"{model} is not a calibrated model folder: create one with `rampart calibrate`"
+    )
 
 
 def best_variant(card: dict[str, Any], variants: Sequence[Variant]) -> Variant:

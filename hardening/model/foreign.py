@@ -98,8 +98,8 @@ def check_finite(path: Path, state: State) -> None:
     endless = [name for name, t in state.items() if not t.isfinite().all()]
     if endless:
         raise ValueError(
-            f"{path} holds NaN or infinity in {some(endless)}: its training went astray, so take an"
-            " earlier checkpoint"
+            f"{path} holds NaN or infinity in {some(endless)}: training diverged, so use an earlier"
+            " checkpoint"
         )
 
 
@@ -149,12 +149,12 @@ def unreadable(path: Path, message: str) -> str:
         with suppress(RuntimeError):  # an archive of something else
             objects = sorted(get_unsafe_globals_in_checkpoint(path))
     if not objects:
-        return f"{path} is no file of torch.save, or cut: copy or save it anew"
+        return f"{path} is not a torch.save file, or is truncated: copy or save it again"
     names = entries_in(path)
     entry = next((f"['{name}']" for name in ENTRIES if name in names), ".state_dict()")
     return (
-        f"{path} does not load without unpickling {some(objects)}, which could run code. Where you"
-        f" trust it, keep its tensors alone: {CONVERT.format(name=path.name, entry=entry)}"
+        f"{path} does not load without unpickling {some(objects)}, which could run code. If you"
+        f" trust it, save only its tensors: {CONVERT.format(name=path.name, entry=entry)}"
     )
 
 
@@ -279,6 +279,6 @@ def check_names(path: Path, own: State, state: State) -> None:
         )
     if unknown:
         raise ValueError(
-            f"{path} holds {len(unknown)} tensors that the network has no place for, as"
+            f"{path} holds {len(unknown)} tensors that the network does not have, such as"
             f" {unknown[0]}: check --arch"
         )

@@ -150,7 +150,7 @@ def restore(pipeline: DefendedClassifier, state: dict[str, Tensor], path: Path) 
         if not key.startswith("detectors.") or pipeline.detectors.needed(key.split(".", 1)[1])
     ]
     if strange:
-        raise ValueError(f"{path} is no file of this pipeline: see {', '.join(strange[:3])}")
+        raise ValueError(f"{path} does not match this pipeline: see {', '.join(strange[:3])}")
     # The file is older than these detectors.
     pipeline.detectors.leave_out([key.removeprefix("detectors.") for key in keys.missing_keys])
 

@@ -12,13 +12,13 @@ def check_file(path: Path, what: str, remedy: str) -> bytes:
     Raises FileNotFoundError or ValueError for none, a folder, an empty file and a Git LFS pointer.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, where a file is wanted ({what}): {remedy}")
+        raise ValueError(f"{path} is a folder, but a file is expected ({what}): {remedy}")
     if not path.exists():
         raise FileNotFoundError(f"there is no {what} at {path}: {remedy}")
     with path.open("rb") as file:
         head = file.read(len(POINTER))
     if not head:
-        raise ValueError(f"{path} is empty: copy or download it anew")
+        raise ValueError(f"{path} is empty: copy or download it again")
     if head == POINTER:
         raise ValueError(
             f"{path} is Git LFS's pointer to the {what}: fetch what it stands for by `git lfs pull`"
@@ -38,4 +38,4 @@ def check_archive(path: Path) -> None:
     if path.suffix != ".mar":
         raise ValueError(f"{path} is not called NAME.mar: name an archive of `rampart archive`")
     if not head.startswith(ZIP):
-        raise ValueError(f"{path} is not a TorchServe archive: build it anew")
+        raise ValueError(f"{path} is not a TorchServe archive: rebuild it")

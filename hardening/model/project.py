@@ -27,7 +27,7 @@ def project(
     """
     weight = x.new_ones(x.shape[-2:]) if visible is None else visible.to(x)
     if not weight.any():
-        raise ValueError("all of the picture is hidden: leave some of it to project from")
+        raise ValueError("the whole picture is hidden: leave some of it visible")
     mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum()
     latent = F.avg_pool2d(torch.where(weight > 0, x, mean), 2).requires_grad_(True)
     optimizer = torch.optim.Adam([latent], lr=lr)

@@ -111,9 +111,9 @@ class PromiseCheck(NamedTuple):
         if not self.broken:
             return text
         return (
-            f"{text}. Warning: if calibration and validation images were alike, so many would be"
-            f" flagged once in {min(1e6, 1 / max(self.chance, 1e-9)):,.0f} times: the promise does"
-            " not hold for images like these. Check that the held-out images are drawn alike"
+            f"{text}. Warning: if calibration and validation images were alike, this would happen"
+            f" once in {min(1e6, 1 / max(self.chance, 1e-9)):,.0f} times. The promise does not hold"
+            " for images like these. Check that both come from the same source"
         )
 
     def row(self) -> dict[str, Any]:

@@ -52,8 +52,8 @@ def check_logits(net: nn.Module, layout: Layout, size: int, classes: int) -> Ten
         raise ValueError(f"the module returns a {kind}: let it return the logits (N, K) alone")
     if logits.shape != (2, classes):
         raise ValueError(
-            f"the module returns {tuple(logits.shape)} for two images where {classes} classes make"
-            f" (2, {classes}): pass the classes that it tells apart"
+            f"the module returns {tuple(logits.shape)} for two images, but {classes} classes need"
+            f" (2, {classes}): pass the right number of classes"
         )
     return logits
 
@@ -107,9 +107,9 @@ def split_off(backbone: Adapter, head: str, logits: Tensor, size: int) -> tuple[
         return layer, features
     fitting = [name for name in reversed(names) if features_before(backbone, name, logits, size)]
     if fitting:
-        raise ValueError(f"{head!r} is not where the logits are made: pass head={fitting[0]!r}")
+        raise ValueError(f"{head!r} does not output the logits: pass head={fitting[0]!r}")
     raise ValueError(
-        f"{head!r} is not the module's last step (is a softmax behind it?): let the module return"
+        f"{head!r} is not the module's last step (does a softmax follow?): let the module return"
         " what one layer makes of features (N, F), and name that layer"
     )
 
@@ -143,5 +143,6 @@ def check_normalization(net: nn.Module, normalized: bool) -> None:
     for name, tensor in net.named_buffers():
         if normalized and name.split(".")[-1] in NORMALIZERS and tensor.numel() in (1, 3):
             raise ValueError(
-                f"the module normalizes by itself (its buffer {name!r}): leave out mean and std"
+                f"the module already normalizes its input (its buffer {name!r}): leave out mean and"
+                " std"
             )

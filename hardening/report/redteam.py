@@ -70,7 +70,7 @@ def picture(results: Mapping[str, Sequence[Outcome]], path: Path) -> Path:
         raise ValueError(f"nothing to draw: no outcomes in {', '.join(empty) or 'no run'}")
     eps = {outcome.settings.eps for outcomes in results.values() for outcome in outcomes}
     if len(eps) != 1:
-        raise ValueError(f"runs of eps {sorted(eps)} do not belong into one picture")
+        raise ValueError(f"cannot draw runs with different eps {sorted(eps)} in one picture")
     figure = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for (run, outcomes), stroke in zip(results.items(), cycle(STROKES), strict=False):

@@ -97,7 +97,7 @@ def mirroring(classes: Sequence[str]) -> tuple[bool, str]:
         return False, f"classes {', '.join(classes[:3])} ... may be digits, letters or signs"
     if sided:
         return False, f"class {sided[0]} may differ from its mirror image"
-    return True, "flip mirrors half of the images: leave it out where that changes the class"
+    return True, "flip mirrors half of the images: leave it out if that changes the class"
 
 
 def split_words(name: str) -> list[str]:

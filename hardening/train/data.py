@@ -210,9 +210,7 @@ def survey(
         )
     height, width = images.image.shape[1:3]
     if (height, width) != (size, size):
-        raise ValueError(
-            f"{path} holds {height}x{width} images where the model takes {size}x{size}"
-        )
+        raise ValueError(f"{path} holds {height}x{width} images, but the model takes {size}x{size}")
     return images, Survey(path.name, counted(images), [(width, height)])
 
 
@@ -241,7 +239,7 @@ def survey_folder(
     sizes = [entry for entry in found if not isinstance(entry, str)]
     report = Survey(path.name, counted(folder), sizes, left_out)
     if empty := [name for name, count in report.counts.items() if not count]:
-        raise ValueError(f"{path / empty[0]} has no picture that can be read: add some")
+        raise ValueError(f"{path / empty[0]} has no readable picture: add some")
     if not keep:
         return folder, report
     return Images(image, folder.label, folder.classes, folder.paths), report
@@ -311,7 +309,9 @@ def load_npz(path: Path) -> Images:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is cut or damaged ({error}): copy or save it anew") from error
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}): copy or save it again"
+        ) from error
     if missing := {"image", "label"} - set(arrays):
         raise ValueError(f"{path} lacks {sorted(missing)}: save image (N, H, W, 3) and label")
     image, label = arrays["image"], whole_numbers(path, arrays["label"])
@@ -431,7 +431,7 @@ def decoded(file: Path, picture: Picture) -> Pixels:
 def check_picture(file: Path, status: os.stat_result) -> None:
     """Raise ValueError for what is no plain file, or far larger than any picture."""
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{file} is no plain file: remove it")
+        raise ValueError(f"{file} is not a regular file: remove it")
     if status.st_size > LARGEST:
         raise ValueError(
             f"{file} has {status.st_size / 1e6:.0f} MB, too many for a picture: remove it"

@@ -60,7 +60,9 @@ def check_layout(path: Path, classes: Mapping[str, list[Path]]) -> None:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     first = next(iter(classes))
     if all(SPLIT.fullmatch(name.lower()) for name in classes):
-        raise ValueError(f"{path} holds splits and not classes: pass one, as {path / first}")
+        raise ValueError(
+            f"{path} holds splits, not classes: pass one of them, such as {path / first}"
+        )
     if len(classes) > 1:
         return
     inner = [file.relative_to(path / first).parts[:-1] for file in classes[first]]

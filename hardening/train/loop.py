@@ -331,7 +331,9 @@ class Trainer:
             methods = ", ".join(METHODS)
             raise ValueError(f"unknown method {recipe.method!r}: choose one of {methods}")
         if recipe.method == "rslad" and recipe.smoothing:
-            raise ValueError("--smoothing has no part in rslad: the teacher's word is the label")
+            raise ValueError(
+                "--smoothing does not work with rslad: its labels come from the teacher"
+            )
         one_part(recipe.batch_size)
         check_augmentations(recipe.augment)
         self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher

@@ -43,7 +43,7 @@ class Method(NamedTuple):
 def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Tensor) -> Tensor:
     """PGD by eps/4 at ten steps, in proportion at others, at most eps; ValueError for none."""
     if steps < 1:
-        raise ValueError(f"--steps {steps}: an attack takes one step or more")
+        raise ValueError(f"--steps {steps}: an attack needs at least one step")
     size = threat.eps * min(1.0, 2.5 / steps)
     return pgd(loss, batch.x, threat, steps=steps, step_size=size, start=start, keep_best=False)
 

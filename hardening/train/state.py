@@ -35,5 +35,5 @@ def read(folder: Path) -> dict[str, Any] | None:
         # As the format's reader, so that a file cut short is told from a missing one.
         state: dict[str, Any] = torch.load(file, "cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is cut or damaged: copy it anew, or delete it") from error
+        raise ValueError(f"{file} is truncated or damaged: copy it again, or delete it") from error
     return state

@@ -46,11 +46,11 @@ class Survey(NamedTuple):
         most, least = max(self.counts.values()), min(self.counts.values())
         if most > IMBALANCE * max(1, least):
             rare = min(self.counts, key=lambda name: self.counts[name])
-            doubts.append(f"class {rare} has {least} images where the largest has {most:,}")
+            doubts.append(f"class {rare} has {least} images, but the largest has {most:,}")
         small = sum(min(sides) < size for sides in self.sizes)
         if small * 2 > len(self.sizes):
             doubts.append(
-                f"{small:,} pictures have fewer than {size} pixels a side, which the model takes:"
+                f"{small:,} pictures have fewer than {size} pixels per side, which the model takes:"
                 " choose a smaller --image-size, or they are enlarged"
             )
         return doubts

@@ -24,26 +24,26 @@ EXTRAS = {
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:
 
   make serve                                        serve the shipped model
-  rampart harden --data my_images/ --out mine.mar   defend your own
-  rampart attack                                    look at an attack on one picture
-  rampart play                                      show it pictures in a browser, attack them
-  rampart --help                                    all verbs
+  rampart harden --data my_images/ --out mine.mar   train and pack your own model
+  rampart attack                                    attack one picture
+  rampart play                                      try pictures and attacks in a browser
+  rampart --help                                    list all commands
 """
 # Errors whose text is for people, but for those among them whose text names no input.
 FORESEEN = (ValueError, OSError, RuntimeError, FloatingPointError)
 UNFORESEEN = (UnicodeError, JSONDecodeError, NotImplementedError, RecursionError)
 REMEDIES = {
     errno.ENOENT: "check the path",
-    errno.EACCES: "you have no right to it, so change its rights or name another",
-    errno.EISDIR: "name a file",
-    errno.ENOTDIR: "a part of the path is a file, so name a folder",
-    errno.ENOSPC: "make room on that disk, or name a place on another",
-    errno.ENAMETOOLONG: "take a shorter name",
-    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "you have no permission: change the permissions, or pass another path",
+    errno.EISDIR: "pass a file",
+    errno.ENOTDIR: "a part of the path is a file: pass a folder",
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EROFS: "choose a folder that you can write to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
 RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam")
-REPORT = "check what it was given, and report it where that is sound"
+REPORT = "check the input; if it is correct, report this error"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP_NAMES)
@@ -61,7 +61,7 @@ def show_version(asked: bool) -> None:
 
 
 Version = Annotated[
-    bool, Option("--version", callback=show_version, is_eager=True, help="Show it and stop")
+    bool, Option("--version", callback=show_version, is_eager=True, help="Show the version")
 ]
 
 

@@ -12,22 +12,24 @@ from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
 
-QUICK = "Short attacks, and 100 images where --limit says nothing else"
-ALONE = "With --rung: this alone, in the form that is asked for"
-ON_TEST = "Report on these test images: classifier, max-softmax rejection, lean, full; no choice"
-ROW = "Only this row, beside classifier and max-softmax rejection; not for the card, since the "
-ROW += "other rows' attacks are not put to it; repeatable"
-UNLIKE = "Images of none of the model's classes, which should be flagged; repeatable"
+QUICK = "Short attacks, on 100 images unless you pass --limit"
+ALONE = "With --rung: attack only this variant"
+ON_TEST = (
+    "Report on these test images, without choosing a variant: classifier, max-softmax, lean, full"
+)
+ROW = "Measure only this row, beside classifier and max-softmax rejection; not for the card, "
+ROW += "because the row does not face the attacks on the others; repeatable"
+UNLIKE = "Images that show none of the model's classes and should be flagged; repeatable"
 TEAM = f"{', '.join(inputs.TEAM)}; repeatable; default all"
-RUNG = "Only this attack, as pgd20; repeatable"
+RUNG = "Run only this attack, such as pgd20; repeatable"
 LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
-SAME = "Folder of this run; the same one goes on"
-WHOSE = "Folder of the model, as model_store/NAME"
-PAPER = "The page, .html, or .pdf, which Chromium or Chrome prints"
-FOLDERS = "Folders of models, the default one first"
+SAME = "Folder of this run; an unfinished run in it resumes"
+WHOSE = "Folder of the model, such as model_store/NAME"
+REPORT = "Report to write: .html, or .pdf, which needs Chromium or Chrome"
+FOLDERS = "Folders of models, the default model first"
 ALL, FIGURES = (
-    "Gets a table of all models",
-    "Gets the figures of each model that it has a place for",
+    "Document for the table of all models",
+    "Document for the figures of each model that it has a section for",
 )
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 EVIDENCE = Path("evidence.html")
@@ -53,11 +55,11 @@ def evaluate(
     fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,
     rate: o.Rate = None,
     cache: o.Cache = o.FOUND,
-    gallery: Annotated[Path | None, Option(help="A second page with attacked images")] = None,
+    gallery: Annotated[Path | None, Option(help="Write a second page with attacked images")] = None,
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """Attack classifier and pipeline with full knowledge; write the figures and a page."""
+    """Attack classifier and pipeline with full knowledge; write the figures and a report page."""
     from rampart import studies
 
     model = rp.Model.load(subject.model)
@@ -76,7 +78,7 @@ def ablate(
     source: o.Source,
     threat: o.Threat,
     limit: o.Limit = 200,
-    steps: Annotated[int, Option(min=1, help="Of each attack")] = 20,
+    steps: Annotated[int, Option(min=1, help="Steps of each attack")] = 20,
     cache: o.Cache = o.FOUND,
     twin: o.Twin = None,
     test: Annotated[Path | None, Option(help=ON_TEST), inputs.images] = None,
@@ -84,7 +86,10 @@ def ablate(
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """What each part adds under attack, and costs; in the card, it chooses the default variant."""
+    """Measure what each part gains under attack and what it costs.
+
+    With --into-card, it also chooses the variant to serve.
+    """
     from rampart import studies
 
     model = rp.Model.load(subject.model)
@@ -101,13 +106,13 @@ def ablate(
 def alarms(
     subject: o.Subject,
     source: o.Source,
-    limit: Annotated[int, Option(min=1, help="So many calibration images, evenly spaced")] = 1000,
+    limit: Annotated[int, Option(min=1, help="Calibration images, evenly spaced")] = 1000,
     unlike: Annotated[list[Path] | None, Option(help=UNLIKE)] = None,
     rate: o.Rate = None,
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """How often clean images are flagged, by the way they come and by the class they get."""
+    """Measure how often clean images are flagged, by how clients send them and by class."""
     from rampart import studies
 
     study = studies.Study(rate=rate, device=device, command=command_line(), into_card=into_card)
@@ -125,7 +130,7 @@ def outside(
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """What lies outside the threat model: L2, a patch, corruptions, attacks on the resize step."""
+    """Measure what the threat model excludes: L2, a patch, corruptions, attacks on the resize."""
     from rampart import studies
 
     model = rp.Model.load(subject.model)
@@ -143,17 +148,17 @@ def redteam(
     images: Annotated[Path, Argument(help=LABELLED), inputs.images],
     out: Annotated[Path, Option(help=SAME), inputs.folder_to_write] = RUNS,
     attack: Annotated[list[str] | None, Option(help=TEAM), inputs.attack] = None,
-    queries: Annotated[int, Option(help="Budget of an image under one attack")] = 1000,
+    queries: Annotated[int, Option(help="Queries per image and attack")] = 1000,
     limit: o.Limit = 50,
     eps: Annotated[int, Option(help="Radius of the Linf ball, n/255")] = 8,
-    image_size: Annotated[int, Option(help="Pixels a side that the model takes")] = 32,
-    beside: Annotated[Path | None, Option(help="Another run's --out, drawn dashed beside")] = None,
+    image_size: Annotated[int, Option(help="Pixels per side of the model's input")] = 32,
+    beside: Annotated[Path | None, Option(help="--out of another run, drawn dashed")] = None,
     seed: o.Seed = 0,
     i_own_this_endpoint: Annotated[
-        bool, Option("--i-own-this-endpoint", help="A must beyond loopback")
+        bool, Option("--i-own-this-endpoint", help="Required beyond loopback")
     ] = False,
 ) -> None:
-    """Black-box attacks on a running endpoint, over HTTP. Ctrl-C is safe: run it again."""
+    """Attack a running endpoint as a black box over HTTP. After Ctrl-C, run it again to resume."""
     from rampart.hardening.report import redteam as team
     from rampart.hardening.train.data import load
 
@@ -174,7 +179,7 @@ def table(
     readme: Annotated[Path, Option(help=ALL), inputs.text] = README,
     results: Annotated[Path, Option(help=FIGURES), inputs.text] = RESULTS,
 ) -> None:
-    """Bring the tables in README.md and docs/results.md up to date with the models' cards."""
+    """Update the tables in README.md and docs/results.md from the models' cards."""
     from rampart.hardening.report import card as report
 
     overview = report.model_table(models)
@@ -186,7 +191,7 @@ def table(
 @verb("evidence model_store/mine --out evidence.pdf")
 def evidence(
     model: Annotated[Path, Argument(help=WHOSE), inputs.folder],
-    out: Annotated[Path, Option(help=PAPER), inputs.file_to_write] = EVIDENCE,
+    out: Annotated[Path, Option(help=REPORT), inputs.file_to_write] = EVIDENCE,
 ) -> None:
     """A test report for auditors out of the model's card: what was tested, how, and its limits."""
     from rampart.hardening.report import evidence

@@ -10,13 +10,13 @@ from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 
-ALSO = "Another picture, shown as it is; as one of nothing that the model knows"
-HIDE = "LEFT TOP WIDTH HEIGHT to project without, in pixels at model resolution"
-BEFORE = "The picture of before and after"
+ALSO = "Another picture to show without an attack, such as one with none of the model's classes"
+HIDE = "LEFT TOP WIDTH HEIGHT of a region to fill in, in pixels at model resolution"
+BEFORE = "Picture to write, before and after"
 ATTACKED, PURIFIED = Path("attacked"), Path("purified.png")
-SHOWN = "The class that the picture shows, to tell whether the certified one is right"
-OFFERED = "Picture to begin with; others are on offer"
-PROJECT = "Also the generator's own image nearest to it"
+SHOWN = "The true class, to check the certified label"
+OFFERED = "Picture to start with; the page offers others"
+PROJECT = "Also show the closest image that the generator can make"
 
 verb, app = o.theme("Look")
 
@@ -31,9 +31,9 @@ def attack(
     variant: o.Variant = None,
     rate: o.Rate = None,
 ) -> None:
-    """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution.
+    """Attack one picture with full knowledge of the model; write 8-bit PNGs at model resolution.
 
-    Where an undefended twin is at hand, a second attack is on that, and both answer each picture.
+    If there is an undefended twin, attack it too, and show the answers of both.
     """
     from rampart import looks
     from rampart.model import twin_of
@@ -51,7 +51,7 @@ def purify(
     hide: Annotated[tuple[int, int, int, int] | None, Option(help=HIDE)] = None,
     rate: o.Rate = None,
 ) -> None:
-    """What the purifier makes of a picture, and how the verdict changes with it."""
+    """Show the purifier's output for a picture, and how it changes the verdict."""
     from rampart import looks
 
     model = rp.Model.load(look.model)
@@ -62,13 +62,13 @@ def purify(
 @verb("certify cat.jpg --sigma 0.25", together=inputs.certifying)
 def certify(
     look: o.Look,
-    sigma: Annotated[float, Option(help="Of the Gaussian noise, pixels in [0, 1]")] = 0.12,
+    sigma: Annotated[float, Option(help="Std of the Gaussian noise, pixels in [0, 1]")] = 0.12,
     samples: Annotated[int, Option(help="Noisy copies that vote")] = 10_000,
-    alpha: Annotated[float, Option(help="How often the certificate may be wrong")] = 0.001,
+    alpha: Annotated[float, Option(help="How often a certificate may be wrong")] = 0.001,
     label: Annotated[str | None, Option(help=SHOWN)] = None,
     device: o.Device = "auto",
 ) -> None:
-    """A radius (L2) within which the smoothed classifier provably keeps its label, or abstains."""
+    """Certify an L2 radius within which the smoothed classifier keeps its label, or abstain."""
     from rampart import looks
 
     noise = looks.Noise(sigma, samples, alpha)
@@ -83,12 +83,12 @@ def play(
     twin: o.Twin = None,
     arch: o.Own = None,
     rate: o.Rate = None,
-    port: Annotated[int, Option(min=0, max=65535, help="On loopback; 0 takes a free one")] = 8090,
+    port: Annotated[int, Option(min=0, max=65535, help="Loopback port; 0: any free one")] = 8090,
     browser: Annotated[bool, Option(help="Open the page in a browser")] = True,
 ) -> None:
-    """A page on this machine: drop, draw or pick a picture, see its verdict, attack it.
+    """Open a page on this machine: drop, draw or pick a picture, see its verdict, attack it.
 
-    Ctrl-C ends it.
+    Ctrl-C stops it.
     """
     from rampart.play.server import play
 
@@ -98,13 +98,13 @@ def play(
 @verb("samples signs/", "samples signs/ --count 10")
 def samples(
     folder: Annotated[Path, Argument(help="Where to put them")],
-    count: Annotated[int, Option(min=1, help="Of each sign")] = 1,
+    count: Annotated[int, Option(min=1, help="Pictures per sign")] = 1,
     seed: Annotated[
-        int, Option(min=0, help="Of the first one; each number is another picture")
+        int, Option(min=0, help="Seed of the first picture; each seed gives a different one")
     ] = 0,
 ) -> None:
-    """Draw traffic signs to send to a model: PNGs that need no download and belong to nobody."""
+    """Draw traffic signs as PNGs, to try a model without a download."""
     from rampart.samples import write
 
     files = write(folder, count=count, seed=seed)
-    say(f"{folder}: {len(files)} pictures, as {files[0].name}")
+    say(f"{folder}: {len(files)} pictures, such as {files[0].name}")

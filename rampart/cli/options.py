@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 Verb = Callable[..., None]
 
-DATA = "Images of training: CIFAR-10 folder, one folder a class, or .npz"
+DATA = "Training images: CIFAR-10 folder, one folder per class, or .npz"
 Data = Annotated[Path, Option(help=DATA), inputs.images]
-HELD = "Held-out images; without it a tenth of --data is drawn"
+HELD = "Held-out images; by default, a tenth of --data"
 Held = Annotated[Path | None, Option(help=HELD), inputs.images]
-SKIP_BAD = "Leave out pictures that cannot be read; without it they are listed, and nothing is done"
+SKIP_BAD = "Skip unreadable pictures; by default, the command lists them and stops"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
-MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder a class, or .npz"
-GATED = "Images that the parity gate compares on, 64 of them; default crops of a photograph"
+MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder per class, or .npz"
+GATED = "Images for the parity gate, which uses 64; by default, crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED), inputs.images]
-TITLE = "What the card calls these images; default the name of their file or folder"
-PART = "Only this split of the images that training held out of --images"
-BESIDE = "The --held of training, where --part is a split of it"
-LIMIT = "Only so many images, evenly spaced"
+TITLE = "Name of these images in the card; by default, their file or folder name"
+PART = "Use only this split of the images that training held out of --images"
+BESIDE = "The --held file of training, if --part refers to it"
+LIMIT = "Use at most this many images, evenly spaced"
 Limit = Annotated[int, Option(min=1, help=LIMIT)]
 
 
@@ -80,36 +80,36 @@ def take_factory(arch: str | None) -> str | None:
     return arch
 
 
-ARCH = "torchvision's name (resnet18, vgg11_bn, alexnet, googlenet ...), timm:NAME, or"
-ARCH += " package.module:factory, code of yours that gives a network; --head goes with it"
+ARCH = "A torchvision name (resnet18, vgg11_bn, alexnet, googlenet ...), timm:NAME, or"
+ARCH += " package.module:factory, a function of yours that builds the network; pass --head too"
 Arch = Annotated[str, Option(help=ARCH, callback=take_factory), inputs.network]
-OWN = "package.module:factory of the network, where it is your own: files hold weights and no code"
+OWN = "package.module:factory, if the network is your own: files hold weights and no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
-SIZE = "Pixels a side, a multiple of 8 from 16 up"
+SIZE = "Pixels per side: a multiple of 8, at least 16"
 Size = Annotated[int, Option(help=SIZE), inputs.size]
-CHANNELS = "Of your own network: 1 where it takes pictures in gray"
-LAST = "Of your own network: it takes (N, H, W, channels)"
-METHOD = "How attacks are made and learned from; standard: no defence"
+CHANNELS = "For your own network: 1 if it takes gray pictures"
+LAST = "For your own network: it takes (N, H, W, channels)"
+METHOD = "Training method; standard: no attacks"
 Method = Annotated[inputs.Method, Option(help=METHOD)]
-DTYPE = "Arithmetic of training; default bf16 on GPUs and CPUs that compute in it, else fp32"
+DTYPE = "Precision of training; by default, bf16 on GPUs and CPUs that support it, else fp32"
 Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
-DEVICE = "Where to compute; auto takes CUDA where there is one"
+DEVICE = "Where to compute; auto uses CUDA if available"
 Device = Annotated[Literal["cpu", "cuda", "auto"], Option(help=DEVICE)]
-Seed = Annotated[int, Option(help="Of all that is drawn at random")]
+Seed = Annotated[int, Option(help="Random seed")]
 Epochs = Annotated[int, Option(min=1, help="Passes over the training images")]
-LearningRate = Annotated[float, Option("--lr", help="Largest learning rate, of one cycle")]
+LearningRate = Annotated[float, Option("--lr", help="Peak learning rate of the one-cycle schedule")]
 
 
-ANYWAY = "Pack it even where it fails its own checks, or is no better than chance"
+ANYWAY = "Pack it even if it fails its self-checks or is no better than chance"
 Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
-WIDTH = "Factor on the channels of a ResNet or VGG; default 1, in a proposal less"
+WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less where harden proposes it"
 
 
 class Network(NamedTuple):
     """What a network is built with, besides its architecture and the size of its images."""
 
     width: Annotated[float | None, Option(help=WIDTH)] = None
-    head: Annotated[str, Option(help="Of your own network: the layer of the logits, as fc")] = ""
+    head: Annotated[str, Option(help="For your own network: its logits layer, such as fc")] = ""
     channels: Annotated[int, Option(min=1, max=3, help=CHANNELS)] = 3
     channels_last: Annotated[bool, Option("--channels-last", help=LAST)] = False
 
@@ -119,16 +119,16 @@ class Network(NamedTuple):
         return rp.ClassifierConfig(arch, classes, image_size=image_size, **given)
 
 
-RUN = "Folder of this run; an unfinished run there continues"
+RUN = "Folder of this run; an unfinished run in it resumes"
 
 
 class Training(NamedTuple):
     """A run of `train` or `purifier`."""
 
     out: Annotated[Path, Option(help=RUN), inputs.folder_to_write]
-    batch_size: Annotated[int, Option(min=1, help="Images a step, over all processes")] = 128
+    batch_size: Annotated[int, Option(min=1, help="Images per step, over all processes")] = 128
     dtype: Dtype = None
-    validate_on: Annotated[int, Option(min=1, help="Validation images used each epoch")] = 1500
+    validate_on: Annotated[int, Option(min=1, help="Validation images per epoch")] = 1500
     seed: Seed = 0
     device: Device = "auto"
 
@@ -139,9 +139,9 @@ class Training(NamedTuple):
         return Run(self.out, self.device, self.dtype, self.validate_on, command=command_line())
 
 
-EPS = "Radius of the threat: n/255 for Linf, plain for L2; default that of the model, else 8 or 0.5"
-RATE = "Share of clean images that may be flagged; default 0.01, or what fewer than 100 calibration"
-RATE += " images can promise"
+EPS = "Radius of the threat: n/255 for Linf, plain for L2; default the model's own, else 8 or 0.5"
+RATE = "Share of clean images that may be flagged; default 0.01, or more if there are fewer than"
+RATE += " 100 calibration images"
 Rate = Annotated[float | None, Option("--rate", min=0, max=0.99, help=RATE)]
 
 
@@ -160,14 +160,16 @@ class Threat(NamedTuple):
         return rp.Threat(self.norm, 0.5 if self.eps is None else self.eps)
 
 
-FOLDER = "Folder of the model, as model_store/NAME"
+FOLDER = "Folder of the model, such as model_store/NAME"
 Model = Annotated[Path, Argument(help=FOLDER), inputs.folder]
-VARIANT = "full, or lean for tight latency; default what `rampart ablate` chose, else full"
+VARIANT = "full, or lean for low latency; by default, the choice of `rampart ablate`, else full"
 Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
-PRECISION = "Form of the graph, fp16 and int8 after `rampart quantize`; default int8 where it was"
-PRECISION += " measured to be as robust, on 100 validation images or more, at --rate 0.01"
+PRECISION = (
+    "Precision of the graph; run `rampart quantize` for fp16 or int8. Default int8 if it was"
+)
+PRECISION += " measured to be as robust on at least 100 validation images at --rate 0.01, else fp32"
 Precision = Annotated[Literal["fp32", "fp16", "int8"] | None, Option(help=PRECISION)]
-QUERIES = "Watch for query attacks: a local folder, or redis://HOST:PORT/NUMBER"
+QUERIES = "Detect query attacks: a local folder, or redis://HOST:PORT/NUMBER"
 QueryStore = Annotated[str | None, Option(help=QUERIES)]
 
 
@@ -178,7 +180,7 @@ class Subject(NamedTuple):
     arch: Own = None
 
 
-PICTURE = "Picture; default the model's own sample, else scikit-image's cat"
+PICTURE = "Picture; by default, the model's own sample, else scikit-image's cat"
 SHIPPED = Path("model_store/traffic-signs")
 
 
@@ -190,17 +192,17 @@ class Look(NamedTuple):
     arch: Own = None
 
 
-Cache = Annotated[Path, Option(help="Folder for what attacks found")]
+Cache = Annotated[Path, Option(help="Folder that caches adversarial images")]
 FOUND = Path("runs/found")
-TWIN = "Folder of the undefended twin, a control; default NAME-undefended beside the model"
+TWIN = "Folder of the undefended twin (the control); default NAME-undefended beside the model"
 Twin = Annotated[Path | None, Option(help=TWIN), inputs.twin]
 
 
-INTO_CARD = "Write figures into card.json, and not beside it, into measured.json"
+INTO_CARD = "Write the figures into card.json instead of measured.json beside it"
 IntoCard = Annotated[bool, Option("--into-card", help=INTO_CARD)]
 
 
-SAMPLE = "Let one held-out picture go into the archive, to try the endpoint with"
+SAMPLE = "Include one held-out picture in the archive, to try the endpoint"
 WithSample = Annotated[bool, Option(help=SAMPLE)]
 
 

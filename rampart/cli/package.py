@@ -15,22 +15,22 @@ from rampart.provenance import command_line
 if TYPE_CHECKING:
     from rampart.hardening.model.images import Images
 
-TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
-MADE, TRAFFIC = "Folder of the model to make", "What clients send: a folder of pictures"
-RENEWED = "The new .mar; NAME-recalibrated.mar"
-FINISHED = "A finished .mar, to calibrate anew"
-PIXELS = "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304"
-PIXELS += " or more"
-FAILURE = "Of purifier or detectors; open: no defence"
-DETAIL = "public hides scores and p-values, an oracle for attackers"
-OWNER = "Header that tells whose queries to compare; default all"
+TRAINED, CLEANED = "File from `rampart train`", "File from `rampart purifier`"
+MADE, TRAFFIC = "Model folder to write", "Folder of pictures that your clients send"
+RENEWED = "The .mar to write; default NAME-recalibrated.mar"
+FINISHED = "A finished .mar to recalibrate"
+PIXELS = "Pixel limit per request, four times as many for JPEGs; default what fits the model,"
+PIXELS += " at least 4194304"
+FAILURE = "What to do if the purifier or a detector fails; open: answer without defence"
+DETAIL = "public hides scores and p-values, which help attackers"
+OWNER = "Header that names the owner: compare only queries of one owner; default all queries"
 BACKEND = (
-    "Of --triton: onnxruntime takes pixels and gives the graph's outputs; python takes pictures"
+    "For --triton: onnxruntime takes pixels and returns the graph's outputs; python also takes"
 )
-BACKEND += " as well and gives verdicts, of a folder or of a finished .mar"
-TRITON, BUILT = "A Triton model repository to write into", "The .plan to build, on its GPU"
-PACKED, PLANNED = "The .mar; default model_store/NAME.mar", "Of `rampart export --tensorrt`"
-SHIP = "Into the model's own folder, for `rampart archive` to take without torch"
+BACKEND += " pictures and returns verdicts, from a model folder or a finished .mar"
+TRITON, BUILT = "Triton model repository to write to", "The .plan to build, on the GPU that runs it"
+PACKED, PLANNED = "The .mar; default model_store/NAME.mar", "Plan from `rampart export --tensorrt`"
+SHIP = "Write into the model's own folder, so that `rampart archive` needs no torch"
 Finished = Annotated[Path | None, Option("--archive", "--model", help=FINISHED), inputs.archive]
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
@@ -62,7 +62,7 @@ class Settings(NamedTuple):
     """What the archive tells its endpoint."""
 
     false_alarm_rate: o.Rate = None
-    on_detection: Annotated[Detection, Option(help="shadow counts, and says nothing")] = "flag"
+    on_detection: Annotated[Detection, Option(help="shadow: only count in metrics")] = "flag"
     on_failure: Annotated[Literal["closed", "open"], Option(help=FAILURE)] = "closed"
     detail: Annotated[Literal["full", "public"], Option(help=DETAIL)] = "full"
     query_store: o.QueryStore = None
@@ -84,17 +84,17 @@ def calibrate(
     classifier: Annotated[Path | None, Option(help=TRAINED), inputs.checkpoint] = None,
     purifier: Annotated[Path | None, Option(help=CLEANED), inputs.checkpoint] = None,
     held: o.Held = None,
-    data_name: Annotated[str, Option(help="What the card calls the training data")] = "",
+    data_name: Annotated[str, Option(help="Name of the training data in the card")] = "",
     archive: Finished = None,
     images: Annotated[Path | None, Option(help=TRAFFIC), inputs.pictures] = None,
     out: Annotated[Path | None, Option(help=RENEWED), inputs.new_archive] = None,
     arch: o.Own = None,
     skip_bad: o.SkipBad = False,
 ) -> None:
-    """Put classifier and purifier together as a model folder and calibrate its variants.
+    """Combine classifier and purifier into a model folder and calibrate its variants.
 
-    Without a purifier the folder has the variant `lean` only. With --archive and --images, a
-    finished archive is calibrated on pictures of your traffic; its graph stays as it is.
+    Without a purifier, the folder has only the variant `lean`. With --archive and --images,
+    recalibrate a finished archive on pictures from your traffic; its graph stays unchanged.
     """
     if archive and images:
         from rampart.export.recalibrate import recalibrate as renew
@@ -115,11 +115,11 @@ def calibrate(
 def quantize(
     subject: o.Subject,
     source: o.Source,
-    precision: Annotated[Literal["int8", "fp16"], Option(help="For CPUs, for GPUs")] = "int8",
-    limit: Annotated[int, Option(min=1, help="So many tuning images give the ranges")] = 512,
+    precision: Annotated[Literal["int8", "fp16"], Option(help="int8: CPU, fp16: GPU")] = "int8",
+    limit: Annotated[int, Option(min=1, help="Tuning images that set the value ranges")] = 512,
     rate: o.Rate = None,
 ) -> None:
-    """Make the int8 or fp16 form of every variant, calibrate it, and hold it to its gate."""
+    """Build every variant in int8 or fp16, calibrate it, and check it against a gate."""
     from rampart.studies import Study
     from rampart.studies import quantize as lower
 
@@ -137,11 +137,11 @@ def export(
     out: Annotated[Path | None, Option(help="The .onnx file to write"), inputs.graph] = None,
     triton: Annotated[Path | None, Option(help=TRITON), inputs.folder_to_write] = None,
     backend: Annotated[Literal["onnxruntime", "python"], Option(help=BACKEND)] = "onnxruntime",
-    model_version: Annotated[int, Option(min=1, help="Its version there")] = 1,
+    model_version: Annotated[int, Option(min=1, help="Version in the repository")] = 1,
     tensorrt: Annotated[Path | None, Option(help=BUILT), inputs.graph] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
 ) -> None:
-    """Write one ONNX graph and prove that it decides as the torch pipeline does."""
+    """Write one ONNX graph and check that it decides like the torch pipeline."""
     if backend == "python":
         assert triton
         from rampart.export.to_triton_python import to_triton_python
@@ -177,7 +177,7 @@ def archive(
     settings: Settings,
     out: Annotated[Path | None, Option(help=PACKED), inputs.new_archive] = None,
     plan: Annotated[Path | None, Option(help=PLANNED), inputs.file] = None,
-    model_version: Annotated[str, Option(help="Tells archives of one name apart")] = "1.0",
+    model_version: Annotated[str, Option(help="Version of the archive")] = "1.0",
     sample: o.WithSample = True,
     anyway: o.Anyway = False,
 ) -> None:
@@ -199,11 +199,9 @@ def archive(
 @verb("inspect model_store/mine.mar")
 def inspect(
     file: Annotated[Path, Argument(help="An archive (.mar), a graph (.onnx) or a plan (.plan)")],
-    card: Annotated[
-        bool, Option("--card", help="The archive's card in full, as JSON, and nothing else")
-    ] = False,
+    card: Annotated[bool, Option("--card", help="Print only the archive's card, as JSON")] = False,
 ) -> None:
-    """What a finished file is, its figures and hashes, and whether this machine can run it."""
+    """Show what a file contains, its figures and hashes, and whether this machine can run it."""
     from rampart.export import inspection
     from rampart.export.terminal import visible
 
@@ -216,10 +214,10 @@ def inspect(
 @verb("verify mine.mar --signature mine.sig --public-key key.pem")
 def verify(
     archive: Annotated[Path, Argument(help="The .mar")],
-    signature: Annotated[Path | None, Option(help="Of OpenSSF Model Signing")] = None,
-    public_key: Annotated[Path | None, Option(help="Of its signer, PEM")] = None,
+    signature: Annotated[Path | None, Option(help="OpenSSF Model Signing signature")] = None,
+    public_key: Annotated[Path | None, Option(help="Public key of the signer, PEM")] = None,
 ) -> None:
-    """Check an archive's hashes and, where given, its signature, before it is served."""
+    """Check an archive's hashes, and its signature if you pass one, before you serve it."""
     from rampart.export.terminal import visible
     from rampart.export.verification import verify as check
 

@@ -9,34 +9,34 @@ from typer import Option
 from rampart.cli import options as o
 
 SHIPPED = Path("model_store/traffic-signs.mar")
-ARCHIVE = "The .mar to serve, or a folder of them; http serves several, of other names or versions"
-SERVER = "http is Rampart's own"
+ARCHIVE = "The .mar to serve, or a folder of them; http serves several models or versions"
+SERVER = "http is Rampart's own server"
 DEFAULT = "torchserve on loopback, else http"
-DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
-GRPC = "gRPC as well, on this port: Open Inference Protocol of http, TorchServe's own"
-CHAIN = "Serve predictions by https: certificate chain, PEM"
+DEVICE = "Device for ONNX Runtime; plan: the archive's TensorRT plan"
+GRPC = "Also serve gRPC on this port: Open Inference Protocol with http, else TorchServe's own"
+CHAIN = "Serve predictions over https: certificate chain, PEM"
 QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
-OWN = "http: lines NAME TOKEN [REQUESTS A SECOND [AT ONCE]] of who may ask; a must beyond loopback"
-DELAY = "http: microseconds that a batch waits for company; may pay on a GPU"
-TOKENS = "torchserve: require its tokens; a must beyond loopback"
-LIFE = "torchserve: that a token lives"
+OWN = "http: file with lines NAME TOKEN [REQUESTS_PER_SECOND [BURST]]; required beyond loopback"
+DELAY = "http: microseconds that a batch waits for more requests; may help on a GPU"
+TOKENS = "torchserve: require its tokens; required beyond loopback"
+LIFE = "torchserve: minutes until a token expires"
 API = "torchserve: let this machine register and remove models"
-JAVA = "torchserve: MB of Java's heap, and as many beside it for bodies under way"
+JAVA = "torchserve: MB of Java heap, and the same again for request bodies in flight"
 LOGS = "torchserve: keep logs in this folder"
 WHERE = "~/.local/state/rampart/..."
-PROBED = "http: its file of tokens, of which the probe shows one"
+PROBED = "http: the server's token file; the probe sends one of its tokens"
 METRICS = "http://127.0.0.1:8082/metrics"
 Device = Literal["cpu", "cuda", "tensorrt", "plan", "auto"]
 Name = Literal["http", "torchserve"]
 # Options that one server alone has, by parameter, and what the other offers in their place.
 ONLY: dict[Name, dict[str, str]] = {
-    "http": {"tokens": ", or take its tokens with --token-authorization", "delay": ""},
+    "http": {"tokens": ", or use TorchServe's tokens with --token-authorization", "delay": ""},
     "torchserve": {
-        "token_authorization": ", or name a file of tokens with --tokens",
-        "token_minutes": ", or change the file of --tokens when you like",
-        "model_api": ", or replace the archive's file: http takes up the new one",
+        "token_authorization": ", or pass a token file with --tokens",
+        "token_minutes": ", or edit the --tokens file at any time",
+        "model_api": ", or replace the archive file: http loads the new one",
         "java_memory": "",
-        "log_folder": ", or redirect what http writes",
+        "log_folder": ", or redirect the output of http",
     },
 }
 
@@ -47,8 +47,8 @@ class Shared(NamedTuple):
     """What both servers take, by the names of their fields."""
 
     host: Annotated[str, Option(help="Address to listen on")] = "127.0.0.1"
-    port: Annotated[int, Option(help="TorchServe's management is the next one")] = 8080
-    workers: Annotated[int, Option(help="Processes that share the cores")] = 1
+    port: Annotated[int, Option(help="Port; TorchServe's management uses the next one")] = 8080
+    workers: Annotated[int, Option(help="Worker processes, which share the cores")] = 1
     device: Annotated[Device, Option(help=DEVICE)] = "auto"
     grpc_port: Annotated[int, Option(help=GRPC)] = 0
     query_store: o.QueryStore = None
@@ -59,7 +59,7 @@ class Tls(NamedTuple):
     """Files of a certificate chain and its key."""
 
     certificate: Annotated[Path | None, Option(help=CHAIN)] = None
-    certificate_key: Annotated[Path | None, Option(help="Its private key, PEM")] = None
+    certificate_key: Annotated[Path | None, Option(help="Private key, PEM")] = None
 
     def pair(self) -> tuple[Path, Path] | None:
         """Both, or neither; ValueError for one alone."""
@@ -107,7 +107,7 @@ def serve(
     archive: Archives = None,
     server: Server = None,
 ) -> None:
-    """Serve an archive with TorchServe, whose Java comes along, or Rampart's own server.
+    """Serve an archive with TorchServe (Java is included) or with Rampart's own server.
 
     Ctrl-C stops it.
     """
@@ -125,7 +125,7 @@ def serve(
     from rampart.launch.torchserve import serve as launch
 
     if len(archives) > 1:
-        raise ValueError("TorchServe starts with one --archive: add --server http for several")
+        raise ValueError("TorchServe takes one --archive: add --server http to serve several")
     raise typer.Exit(launch(Endpoint(archives[0], **torchserve._asdict(), **common)))
 
 
@@ -134,7 +134,7 @@ def _files(archives: list[Path]) -> list[Path]:
     files = [sorted(path.glob("*.mar")) if path.is_dir() else [path] for path in archives]
     for path, found in zip(archives, files, strict=True):
         if not found:
-            raise ValueError(f"{path} holds no archive: put a .mar there, or name one")
+            raise ValueError(f"{path} contains no archive: put a .mar there, or pass a .mar file")
     return [file for found in files for file in found]
 
 
@@ -152,15 +152,15 @@ def _check_options(context: typer.Context, server: Name) -> None:
 
 @verb("probe --within 30", "probe --metrics http://127.0.0.1:8080/metrics --tokens tokens.txt")
 def probe(
-    metrics: Annotated[str, Option(help="Where Prometheus asks")] = METRICS,
-    within: Annotated[float, Option(help="Seconds that a model may be silent")] = 15.0,
-    name: Annotated[str | None, Option(help="This model alone, not all")] = None,
+    metrics: Annotated[str, Option(help="Address of the metrics")] = METRICS,
+    within: Annotated[float, Option(help="Maximum age of a heartbeat, in seconds")] = 15.0,
+    name: Annotated[str | None, Option(help="Check only this model")] = None,
     tokens: Annotated[Path | None, Option(help=PROBED)] = None,
     certificate: Annotated[Path | None, Option(help="http: its certificate chain, PEM")] = None,
 ) -> None:
-    """Whether the served models are alive, for liveness checks: TorchServe wants no token.
+    """Check that the served models are alive. TorchServe needs no token for this.
 
-    Rampart's own server has its metrics on its port, and wants a token where it has some.
+    Rampart's own server has its metrics on its own port, and needs a token if it has a token file.
     """
     from rampart.launch.probe import probe as look
 

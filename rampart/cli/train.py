@@ -16,31 +16,31 @@ from rampart.provenance import command_line
 
 Colour = tuple[float, float, float]
 
-AWP = "Adversarial weights: parts of their norm, as 0.005; 0 leaves it out"
-AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable; default flip and crop, "
-AUGMENT += "for harden what fits the classes. "
-AUGMENT += "Mirrored signs, letters and digits are others: no flip for them"
-SAME = "As in `train`; default as the classifier was trained"
-TEACHER = "Robust network that rslad distils from, as an earlier run wrote"
-RECTIFY = "Train a second head beside: rectified rejection"
-COMPILE = "torch.compile: a minute or more first, faster steps then"
-INIT = "Weights to go on from, as an earlier run wrote; --arch, --width, --image-size are theirs"
+AWP = "Adversarial weight perturbation, relative to the weights' norm, such as 0.005; 0: none"
+AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable. Default flip and crop; "
+AUGMENT += "harden chooses by the classes. "
+AUGMENT += "Leave out flip if mirroring changes the class (signs, letters, digits)"
+SAME = "As in `train`; by default, the classifier's augmentation"
+TEACHER = "Robust network for rslad to distil from, written by an earlier run"
+RECTIFY = "Also train a second head for rectified rejection"
+COMPILE = "Use torch.compile: starts a minute or more later, then runs faster steps"
+INIT = "Start from these weights of an earlier run; --arch, --width and --image-size come from them"
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
-NORM += "ImageNet's above"
-KEEP = "Passes over the training images; 0 keeps --weights as they are"
-FROZEN = "classifier.safetensors of `rampart train`"
-STATE = "state dict: .pth, .pt or .safetensors"
+NORM += "else ImageNet's"
+KEEP = "Passes over the training images; 0 keeps --weights unchanged"
+FROZEN = "classifier.safetensors from `rampart train`"
+STATE = "State dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
-STAGES = "Folder for what the stages make"
-YOURS = "Yours, as `adopt` takes them"
-NO_PURIFIER = "Passes for the purifier; 0: none, and variant lean"
-FITS = "default what fits data and machine"
-YES = "Take what is proposed, without a question; so does a run without a terminal"
-QUESTION = "Go on with that?"
-ARCHIVE = "The .mar to write, as model_store/mine.mar; the model folder stands beside it"
+STAGES = "Folder for intermediate results"
+YOURS = "Your weights, in a format that `adopt` reads"
+NO_PURIFIER = "Epochs for the purifier; 0: no purifier, variant lean"
+FITS = "default: fits data and machine"
+YES = "Accept the proposal without asking; the default without a terminal"
+QUESTION = "Continue with these settings?"
+ARCHIVE = "The .mar to write, such as model_store/mine.mar; the model folder goes beside it"
 
 DATA_SETS = "cifar10 (170 MB), or gtsrb, German traffic signs (280 MB)"
-INTO = "Where to put it; default a folder of that name"
+INTO = "Folder for the data; by default, a folder with the data set's name"
 
 verb, app = o.theme("Train")
 
@@ -74,8 +74,8 @@ def harden(
     method: o.Method = "nfgsm",
     threat: o.Threat,
     epochs: Annotated[int | None, Option(min=0, help=f"{KEEP}; {FITS}")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help=f"Images a step; {FITS}")] = None,
-    lr: Annotated[float | None, Option(help=f"Largest learning rate, of one cycle; {FITS}")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help=f"Images per step; {FITS}")] = None,
+    lr: Annotated[float | None, Option(help=f"Peak learning rate; {FITS}")] = None,
     augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
     purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
@@ -86,11 +86,11 @@ def harden(
     yes: Annotated[bool, Option("--yes", "-y", help=YES)] = False,
     anyway: o.Anyway = False,
 ) -> None:
-    """The whole way from images, and weights if you have some, to an archive that can be served.
+    """Do everything: from images, and weights if you have some, to an archive that you can serve.
 
-    It looks at data and machine, proposes what you leave open, tries all that could fail later and
-    says how long it will take. Each stage is done once: the same command goes on where it was
-    interrupted, and does again only what other inputs change.
+    It proposes a value for every option that you leave out, checks early what could fail late, and
+    estimates the time. If you interrupt it, run the same command to resume. If you change the
+    inputs, it repeats only the stages that depend on them.
     """
     from rampart.assembly import harden as go
     from rampart.proposal import Wishes
@@ -121,18 +121,18 @@ def train(
     lr: o.LearningRate = 0.2,
     ema: Annotated[float, Option(help="Decay of the weight average")] = 0.998,
     awp: Annotated[float, Option(help=AWP)] = 0,
-    smoothing: Annotated[float, Option(help="Share of each label that all classes get alike")] = 0,
-    ramp: Annotated[float, Option(help="Part of the run in which eps grows from 0")] = 0,
-    steps: Annotated[int, Option(help="Of the attack in pgd, trades, mart and rslad")] = 10,
+    smoothing: Annotated[float, Option(help="Label smoothing")] = 0,
+    ramp: Annotated[float, Option(help="Fraction of the run in which eps grows from 0")] = 0,
+    steps: Annotated[int, Option(help="Attack steps in pgd, trades, mart and rslad")] = 10,
     teacher: Annotated[Path | None, Option(help=TEACHER), inputs.checkpoint] = None,
     rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, Option(help=INIT), inputs.checkpoint] = None,
     augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
 ) -> None:
-    """Train a classifier adversarially. Ctrl-C is safe: the same command continues.
+    """Train a classifier adversarially. After Ctrl-C, run the same command to resume.
 
-    Started by torchrun, all its processes train the one classifier.
+    Under torchrun, all processes train the same classifier.
     """
     from rampart.hardening.train.loop import say
     from rampart.training import train_from
@@ -159,7 +159,7 @@ def purifier(
     augment: Annotated[list[str] | None, Option(help=SAME), inputs.augmentation] = None,
     arch: o.Own = None,
 ) -> None:
-    """Train the GAN purifier in front of a frozen classifier. Ctrl-C and torchrun as in `train`."""
+    """Train the GAN purifier in front of a frozen classifier. Resumes and scales like `train`."""
     from rampart.hardening.train.loop import say
     from rampart.hardening.train.purifier import PurifierRecipe
     from rampart.training import train_purifier_from
@@ -176,13 +176,13 @@ def adopt(
     weights: Annotated[Path, Argument(help=STATE), inputs.weights],
     out: Annotated[Path, Option(help=ADOPTED), inputs.file_to_write],
     arch: o.Arch,
-    classes: Annotated[int, Option(min=2, help="How many it tells apart")],
+    classes: Annotated[int, Option(min=2, help="Number of classes")],
     image_size: o.Size = 224,
     network: o.Network,
     mean: Annotated[Colour | None, Option(help=NORM)] = None,
-    std: Annotated[Colour | None, Option(help="Likewise")] = None,
+    std: Annotated[Colour | None, Option(help="As --mean")] = None,
 ) -> None:
-    """Bring weights from elsewhere into the form that the other verbs take."""
+    """Convert weights from elsewhere into a file that the other commands read."""
     from rampart.training import adopt as take
 
     config = take(weights, out, network.config(arch, image_size, classes), mean=mean, std=std)
@@ -194,7 +194,7 @@ def download(
     data: Annotated[Literal["cifar10", "gtsrb"], Argument(help=DATA_SETS)],
     folder: Annotated[Path | None, Argument(help=INTO), inputs.folder_to_write] = None,
 ) -> None:
-    """Fetch a data set with torchvision."""
+    """Download a data set with torchvision."""
     home = folder or Path(data)
     if data == "gtsrb":
         from rampart.hardening.train import gtsrb
@@ -211,7 +211,7 @@ def download(
 def digits(
     folder: Annotated[Path, Argument(help="Where to put them"), inputs.folder_to_write],
 ) -> None:
-    """Write scikit-learn's handwritten digits into FOLDER: images to try all this on, at once."""
+    """Write scikit-learn's handwritten digits to FOLDER, as a small data set to start with."""
     from rampart.hardening.train.data import write_digits
 
     for part, count in write_digits(folder).items():

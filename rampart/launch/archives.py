@@ -31,8 +31,8 @@ class Archives:
                 shutil.copyfile(path, job.copy_of(index))
             except OSError as error:
                 raise LaunchError(
-                    f"{path} cannot be copied to {job.folder}: {error.strerror}. Name a folder with"
-                    " room by TMPDIR"
+                    f"{path} cannot be copied to {job.folder}: {error.strerror}. Set TMPDIR to a"
+                    " folder with enough space"
                 ) from error
 
     def renew(self, ends: threading.Event) -> bool:
@@ -60,7 +60,10 @@ class Archives:
         if answers:
             draft.replace(self._job.copy_of(index))
         elif not ends.is_set():
-            print(f"{self._paths[index]} does not answer: what was served goes on", flush=True)
+            print(
+                f"{self._paths[index]} does not answer: the old archive stays in service",
+                flush=True,
+            )
         return answers
 
     def _answers(self, index: int, draft: Path, ends: threading.Event) -> bool:

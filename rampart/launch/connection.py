@@ -16,7 +16,7 @@ HEAD_BYTES = 64 << 10
 DRAIN = 2.0  # seconds for which a worker that ends still takes a connection's next request
 TAKE_SECONDS = 20.0  # for which an answer may wait for its client to read
 LINGER = 2.0  # seconds for which a client that still sends may read its answer
-NO_HTTP = ImageError(400, "no_http", "this is not HTTP/1.1 as its standard has it")
+NO_HTTP = ImageError(400, "no_http", "this is not valid HTTP/1.1")
 
 
 class Closing:

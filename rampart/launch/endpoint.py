@@ -35,7 +35,7 @@ def read_model(archive: Path) -> tuple[str, str]:
             model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
             return str(model["modelName"]), str(model["modelVersion"])
     except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
-        raise LaunchError(f"{archive} is not a TorchServe archive: build it anew") from error
+        raise LaunchError(f"{archive} is not a TorchServe archive: rebuild it") from error
 
 
 def sample_of(archive: Path, file: Path) -> Path:
@@ -98,9 +98,7 @@ class Endpoint:
         """Raise LaunchError where it cannot or must not be served."""
         read_model(self.archive)
         if "," in self.archive.name:
-            raise LaunchError(
-                f"{self.archive}: TorchServe takes a comma for the end of a name: rename it"
-            )
+            raise LaunchError(f"{self.archive}: TorchServe ends a name at a comma: rename it")
         if not _is_loopback(self.host) and not self.token_authorization:
             raise LaunchError(
                 f"{self.host} is open to other machines: that needs token authorization"
@@ -109,9 +107,9 @@ class Endpoint:
         if self.tls:
             check_tls(*self.tls)
         if self.token_minutes < 1:
-            raise LaunchError("a token must live for a minute or more")
+            raise LaunchError("a token must be valid for at least a minute")
         if self.java_memory < JAVA_LEAST:
-            raise LaunchError(f"Java needs a memory of {JAVA_LEAST} MB or more (--java-memory)")
+            raise LaunchError(f"Java needs at least {JAVA_LEAST} MB of memory (--java-memory)")
         if self.workers < 1:
             raise LaunchError("at least one worker is needed")
         self._check_ports()
@@ -119,7 +117,7 @@ class Endpoint:
     def _check_ports(self) -> None:
         if not 1 <= self.port <= 65533:
             raise LaunchError(
-                "the port must lie between 1 and 65533: the next two are used as well"
+                "the port must be between 1 and 65533: TorchServe also uses the next two"
             )
         _check_free("predictions", self.host, self.port)
         _check_free("management", "127.0.0.1", self.port + 1)
@@ -127,7 +125,7 @@ class Endpoint:
         if self.grpc_port:
             if not 1 <= self.grpc_port <= 65535 or 0 <= self.grpc_port - self.port <= 2:
                 raise LaunchError(
-                    "the gRPC port must lie between 1 and 65535, beside the other three"
+                    "the gRPC port must be between 1 and 65535, and differ from the other three"
                 )
             _check_free("gRPC", self.host, self.grpc_port)
 
@@ -142,10 +140,10 @@ def check_tls(certificate: Path, key: Path) -> None:
         rsa = "RSA PRIVATE" in key.read_text() or RSA in base64.b64decode(body)
     except (OSError, ValueError) as error:  # of ssl, of base64
         raise LaunchError(
-            f"{certificate} and {key} are no certificate chain and its key in PEM: {error}"
+            f"{certificate} and {key} are not a PEM certificate chain and its key: {error}"
         ) from error
     if not rsa:
-        raise LaunchError(f"{key} is no RSA key: TorchServe reads no others, so make one of RSA")
+        raise LaunchError(f"{key} is not an RSA key: TorchServe supports only RSA keys")
 
 
 def _is_loopback(host: str) -> bool:
@@ -154,7 +152,7 @@ def _is_loopback(host: str) -> bool:
     except ValueError:
         if host == "localhost":
             return True
-    raise LaunchError("the host must be an IPv4 address or localhost: TorchServe binds no others")
+    raise LaunchError("the host must be an IPv4 address or localhost: TorchServe supports no other")
 
 
 def _check_free(purpose: str, host: str, port: int) -> None:
@@ -169,8 +167,8 @@ def _check_free(purpose: str, host: str, port: int) -> None:
 def port_error(purpose: str, host: str, port: int, error: OSError) -> LaunchError:
     """What to do about a port that cannot be listened on."""
     return LaunchError(
-        f"port {port} ({purpose}) on {host} cannot be used: {error.strerror}. Stop what"
-        " listens there, or choose another --port; management and metrics take the next two"
+        f"port {port} ({purpose}) on {host} cannot be used: {error.strerror}. Stop the program"
+        " that listens there, or choose another --port; management and metrics use the next two"
     )
 
 
@@ -194,4 +192,4 @@ def redis_failure(address: str) -> str | None:
     except OSError as error:
         return f"{place[0]}:{place[1]}: {error}"
     alive = answer.startswith((b"+PONG", b"-NOAUTH"))  # it is not given its password
-    return None if alive else f"{place[0]}:{place[1]} does not answer as Redis does"
+    return None if alive else f"{place[0]}:{place[1]} does not answer like Redis"

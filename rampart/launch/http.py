@@ -175,11 +175,12 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
     if doubled := [model for model in models if models.count(model) > 1]:
         name, version = doubled[0]
         raise LaunchError(
-            f"two archives are of {name} {version}: give one another name, or another --version"
+            f"two archives have the name and version {name} {version}: rename one, or give it"
+            " another --model-version"
         )
     if not is_loopback(front.host) and not front.tokens:
         raise LaunchError(
-            f"{front.host} is open to other machines: name a file of tokens (--tokens), or serve on"
+            f"{front.host} is open to other machines: pass a token file (--tokens), or serve on"
             " 127.0.0.1 behind a gateway"
         )
     if front.workers < 1:

@@ -23,7 +23,7 @@ def shut_listeners(pid: int, wanted: Collection[int]) -> list[int]:
     Raises OSError where the system does not let us look.
     """
     if sys.platform != "linux":
-        raise OSError("listeners can be closed on Linux alone")
+        raise OSError("listeners can be closed only on Linux")
     left = []
     for number, port in _listeners(pid):
         if port in wanted:

@@ -23,12 +23,12 @@ READ_SECONDS = 10.0  # for a whole request to arrive
 ANSWER_SECONDS = 900.0  # TorchServe loads a model before it answers, if asked to
 CONNECTIONS = 16
 MESSAGES = {
-    400: "This is no request for TorchServe.",
-    401: "A bearer token is needed: rampart serve has printed how to read it.",
-    403: "This address answers to its own name alone, and to no web page.",
-    411: "The body's length must be given.",
+    400: "This is not a request that TorchServe accepts.",
+    401: "A bearer token is required: rampart serve printed how to read it.",
+    403: "This address answers only to its own name, and not to web pages.",
+    411: "The request needs a Content-Length.",
     413: "The body is too large.",
-    503: "TorchServe does not answer, or too many ask at once.",
+    503: "TorchServe does not answer, or there are too many requests.",
 }
 
 
@@ -149,7 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Say what is wrong as TorchServe would."""
         kind = http.client.responses.get(code, "Error").replace(" ", "") + "Exception"
-        error = {"code": code, "type": kind, "message": MESSAGES.get(code, "This is no request.")}
+        error = {
+            "code": code,
+            "type": kind,
+            "message": MESSAGES.get(code, "This is not a valid request."),
+        }
         self._answer(code, "application/json", json.dumps(error).encode() + b"\n")
 
     def _answer(self, status: int, kind: str, content: bytes) -> None:

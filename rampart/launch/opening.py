@@ -42,7 +42,7 @@ def open_archive(
             config: Any = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
             name, version = str(model["modelName"]), str(model["modelVersion"])
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
-            raise ValueError(f"{archive} is no archive of Rampart: build it anew") from error
+            raise ValueError(f"{archive} is not a Rampart archive: rebuild it") from error
         settings = override(config.get("rampart") or {}, os.environ)
         service = Service.open(
             folder, settings, metrics, name=name, version=version, workers=workers

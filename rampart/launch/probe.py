@@ -36,7 +36,7 @@ def probe(
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise RuntimeError(
-            f"no metrics at {metrics} ({reason}): start a server, or name its address, by --metrics"
+            f"no metrics at {metrics} ({reason}): start a server, or pass its address as --metrics"
         ) from error
     now = time.time()
     ages = {name: now - float(value) for name, value in HEARTBEAT.findall(text)}
@@ -44,11 +44,11 @@ def probe(
         ages = {name: age for name, age in ages.items() if name == model}
     if not ages:
         what = f"model {model}" if model else "Rampart model"
-        raise RuntimeError(f"{metrics} tells of no {what}: none is loaded")
+        raise RuntimeError(f"{metrics} shows no {what}: none is loaded")
     for name, age in ages.items():
         if age > within:
             raise RuntimeError(
-                f"{name} has been silent for {age:.0f} s; where it was removed, name another with"
-                " --model"
+                f"{name} has been silent for {age:.0f} s; if you removed it, choose another with"
+                " --name"
             )
     return ages

@@ -62,9 +62,9 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
     try:
         folder = logs.place(endpoint.log_folder, endpoint.name, endpoint.port, work)
     except OSError as error:
-        raise LaunchError(f"logs cannot be kept in {endpoint.log_folder}: {error}") from error
+        raise LaunchError(f"cannot write logs to {endpoint.log_folder}: {error}") from error
     if failure := endpoint.query_store and redis_failure(endpoint.query_store):
-        _say(f"warning: no watch for query attacks until Redis answers ({failure})")
+        _say(f"warning: query attacks are not detected until Redis answers ({failure})")
     client = Client(endpoint, work)
     with _door(client):
         _say(
@@ -117,7 +117,7 @@ def _work_folder() -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix="rampart-", dir=SHORT if long else None))
     except OSError as error:
         raise LaunchError(
-            f"there is no place for the server's sockets: {error}. Set TMPDIR to a folder that you"
+            f"cannot create the server's sockets: {error}. Set TMPDIR to a folder that you"
             f" may write to, whose path has at most {SOCKET_BYTES - len(name) - 1} bytes"
         ) from error
     try:
@@ -149,7 +149,7 @@ class _Run:
         while True:
             self.pause(0.2)
             if self.process.poll() is not None:
-                raise LaunchError(f"TorchServe ended by itself: {self.last_words()}")
+                raise LaunchError(f"TorchServe stopped unexpectedly: {self.last_words()}")
             if failure := watch.failure():
                 words = logs.worker_failure(self.logs) or self.last_words()
                 raise LaunchError(f"{self.endpoint.name} cannot answer, {failure}: {words}")
@@ -172,9 +172,11 @@ class _Run:
         try:
             if left := shut_listeners(self.process.pid, {port, port + 2, grpc}):
                 ports = " and ".join(map(str, left))
-                _say(f"warning: gRPC stays open on 127.0.0.1, port {ports}: the system keeps it so")
+                _say(
+                    f"warning: gRPC stays open on 127.0.0.1, port {ports}: it cannot be closed here"
+                )
         except OSError as error:
-            _say(f"warning: gRPC stays open on 127.0.0.1, on ports that are not known: {error}")
+            _say(f"warning: gRPC stays open on 127.0.0.1, on unknown ports: {error}")
 
     def await_prediction(self) -> None:
         """Return once a prediction came back."""

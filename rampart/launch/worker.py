@@ -133,7 +133,7 @@ async def _watch(
     while True:
         for lane, (_, metrics) in zip(lanes.values(), figures, strict=True):
             if not lane.alive():
-                logger.error("A batch has hung: this worker ends, and another begins")
+                logger.error("A batch hung: this worker stops, and a new one starts")
                 os._exit(1)
             metrics.set("rampart_heartbeat_seconds", int(time.time()))
         exposition.save()

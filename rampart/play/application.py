@@ -39,11 +39,9 @@ PRIVATE = (
     (b"cache-control", b"no-store"),
 )
 ELSEWHERE = ImageError(
-    403, "not_this_machine", "the playground answers this machine alone: ask http://127.0.0.1"
+    403, "not_this_machine", "the playground answers only this machine: open http://127.0.0.1"
 )
-ANOTHER = ImageError(
-    409, "attack_under_way", "another attack is under way: stop it, or wait until it ends"
-)
+ANOTHER = ImageError(409, "attack_under_way", "another attack is running: stop it, or wait for it")
 NOT_FOUND = ImageError(404, "not_found", "there is nothing at this address")
 NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another method")
 
@@ -159,7 +157,7 @@ class Play:
         except ValueError:
             raise refused("a surprise must be a number") from None
         if not all(0 <= value < float("inf") for value in surprise.values()):
-            raise refused("a surprise must be a number from 0 up")
+            raise refused("a surprise must be a number of at least 0")
         chosen = defence.switched(surprise)
         flagged = chosen.p_value < defence.rate
         return JSONResponse({**chosen._asdict(), "decision": "flag" if flagged else "accept"})

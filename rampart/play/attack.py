@@ -139,7 +139,7 @@ def crafted(bench: Bench, look: Watched, image: Tensor, order: Order) -> Tensor:
         look.target = torch.full_like(label, order.target)
         if order.target == int(label):
             name = bench.model.classes[order.target]
-            raise refused(f"it takes the picture for {name} already: choose another target")
+            raise refused(f"it already labels the picture {name}: choose another target")
         found = targeted_apgd(look, x, label, look.target, threat, steps=order.steps)
     return in_8_bits(found, image, threat)
 

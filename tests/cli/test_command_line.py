@@ -18,7 +18,7 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.endswith(
-        "is no folder of a calibrated model: `rampart calibrate` makes it\n"
+        "is not a calibrated model folder: create one with `rampart calibrate`\n"
     )
     assert done.stderr.count("\n") == 1
 

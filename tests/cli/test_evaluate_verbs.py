@@ -102,7 +102,7 @@ def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> N
     card = (lean_only / "card.json").read_bytes()
     # Fewer images replace nothing, with a word; and without being told, nothing at all does.
     assert "the card keeps its false_alarms of 50 images, and not 40" in run(*alarms, 40, *CARD)
-    assert "--into-card puts them into the card" in run(*alarms, 60)
+    assert "--into-card writes them into the card" in run(*alarms, 60)
     assert (lean_only / "card.json").read_bytes() == card
     beside = report.read_card(lean_only, report.MEASURED)["false_alarms"]
     assert beside["rows"][0]["n"] == 60
@@ -178,5 +178,5 @@ def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
 
 
 def test_a_folder_that_is_no_model_has_no_row_in_a_table(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder of a calibrated model"):
+    with pytest.raises(ValueError, match="not a calibrated model folder"):
         run("table", tmp_path, "--readme", tmp_path / "README.md")

@@ -89,6 +89,6 @@ def test_a_certified_label_is_told_to_be_wrong_or_right(tmp_path: Path, tiny_fol
     shown = f"{label} is right" if label == "cat" else "wrong: the picture shows cat"
     assert shown in run(*certify)  # scikit-image's is one
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    assert "right nobody has said" in run("certify", tmp_path / "red.png", *certify[1:])
-    with pytest.raises(ValueError, match="--label lion: the model tells airplane, "):
+    assert "pass --label to check" in run("certify", tmp_path / "red.png", *certify[1:])
+    with pytest.raises(ValueError, match="--label lion: the model's classes are airplane, "):
         run(*certify, "--label", "lion")

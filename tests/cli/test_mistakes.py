@@ -61,17 +61,17 @@ def prompt(desk: Path) -> Iterator[Terminal]:
 # What is typed, the input that the answer names, and its remedy.
 MISTAKES = [
     ("train --data nope --out o", "nope", "rampart download"),
-    ("train --data empty.npz --out o", "empty.npz", "copy or download it anew"),
+    ("train --data empty.npz --out o", "empty.npz", "copy or download it again"),
     ("train --data lfs.npz --out o", "lfs.npz", "git lfs pull"),
     ("train --data nothing --out o", "nothing", "nothing/CLASS/NAME"),
     ("train --data a.zip --out o", "a.zip", "unpack it"),
     ("train --data words.txt --out o", "words.txt", "one sub-folder a class"),
-    ("train --data good.npz --out words.txt/run", "words.txt", "name another place"),
+    ("train --data good.npz --out words.txt/run", "words.txt", "choose another place"),
     ("train --data good.npz --out o --arch resnet19", "resnet19", "choose one of resnet10"),
     ("train --data good.npz --out o --image-size 50", "--image-size 50", "multiple of 8"),
     ("train --data good.npz --out o --method fsgm", "fsgm", "'nfgsm'"),
     ("train --data good.npz --out o --method rslad", "rslad", "--teacher go together"),
-    ("train --data good.npz --out o --method pgd --steps 0", "--steps 0", "one step or more"),
+    ("train --data good.npz --out o --method pgd --steps 0", "--steps 0", "at least one step"),
     ("train --data good.npz --out o --epoch 3", "--epoch", "--epochs"),
     ("train --data good.npz --out o --batch-size all", "--batch-size", "valid integer"),
     ("train --data good.npz", "--out", "rampart train --help"),
@@ -79,8 +79,8 @@ MISTAKES = [
     ("trian --data good.npz --out o", "trian", "'train'"),
     ("harden --data good.npz --out mine.zip", "mine.zip", "end in .mar"),
     ("harden --data good.npz --out my,own.mar", "my,own.mar", "letters, digits"),
-    ("harden --data good.npz --out m.mar --weights empty.pth", "empty.pth", "download it anew"),
-    ("harden --data good.npz --out m.mar --weights page.pth", "page.pth", "weights themselves"),
+    ("harden --data good.npz --out m.mar --weights empty.pth", "empty.pth", "download it again"),
+    ("harden --data good.npz --out m.mar --weights page.pth", "page.pth", "weights file itself"),
     ("harden --data good.npz --out m.mar --epochs 0", "nothing to harden", "pass --weights"),
     ("harden --data good.npz --out m.mar --method rslad", "rslad", "`rampart train`"),
     ("adopt nope.pth --arch resnet18 --classes 9 --out c", "nope.pth", "pass a .pth"),
@@ -112,25 +112,25 @@ MISTAKES = [
     ("inspect nope.mar", "nope.mar", "rampart archive"),
     ("inspect a.zip", "a.zip", "pass one of these"),
     ("inspect lfs.mar", "lfs.mar", "git lfs pull"),
-    ("verify empty.mar", "empty.mar", "copy or download it anew"),
+    ("verify empty.mar", "empty.mar", "copy or download it again"),
     ("verify good.mar --signature nope.sig --public-key words.txt", "nope.sig", "name the file"),
     ("serve --archive nope.mar", "nope.mar", "rampart archive"),
     ("serve --archive nope.mar --port PORT", "nope.mar", "rampart archive"),
     ("serve --archive a.zip", "a.zip", "name an archive"),
     ("serve --archive lfs.mar --server http", "lfs.mar", "git lfs pull"),
-    ("serve --archive other.mar", "other.mar", "build it anew"),
+    ("serve --archive other.mar", "other.mar", "rebuild it"),
     ("serve --archive a,b.mar", "a,b.mar", "rename"),
-    ("attack empty.png --model tiny", "empty.png", "copy or download it anew"),
+    ("attack empty.png --model tiny", "empty.png", "copy or download it again"),
     ("attack nope.png --model tiny", "nope.png", "pass a JPEG"),
     ("attack lfs.png --model tiny", "lfs.png", "git lfs pull"),
-    ("purify --model bare", "bare", "--model that was made with one"),
+    ("purify --model bare", "bare", "--model that has one"),
     ("certify --model tiny --sigma 0", "--sigma 0", "above 0"),
     ("redteam localhost:8080 good.npz", "localhost:8080", "http://127.0.0.1:8080/predictions/NAME"),
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
     ("table nothing", "nothing", "rampart calibrate"),
     ("probe --metrics http://127.0.0.1:1/metrics", "127.0.0.1:1", "start a server"),
     ("download mnist", "mnist", "cifar10"),
-    ("download cifar10 words.txt", "words.txt", "name another place"),
+    ("download cifar10 words.txt", "words.txt", "choose another place"),
 ]
 
 
@@ -201,21 +201,24 @@ def test_a_damaged_card_is_named(desk: Path) -> None:
     (shutil.copytree(desk / "tiny", desk / "torn") / "card.json").write_text("{")
     with terminal(desk) as opened:
         told = opened.type("archive", "torn")
-    assert "torn/card.json is cut or damaged" in told.text and "copy it anew" in told.text
+    assert "torn/card.json is truncated or damaged" in told.text and "copy it again" in told.text
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "o/state.pt"), ["o/state.pt", "room"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "o/state.pt"),
+            ["o/state.pt", "free some space"],
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "a.mar"),
-            ["a.mar", "change its right"],
+            ["a.mar", "change the permissions"],
         ),
         (MemoryError(), ["not enough memory", "RAMPART_DEBUG=1"]),
         (IndexError("list index out of range"), ["IndexError: list index out of range"]),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), ["rampart train", "invalid"]),
-        (ValueError("a.npz is cut: copy it anew"), ["a.npz is cut: copy it anew"]),
+        (ValueError("a.npz is cut: copy it again"), ["a.npz is cut: copy it again"]),
     ],
 )
 def test_every_kind_of_error_has_words_for_people(

@@ -26,8 +26,8 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     [
         (
             "--tokens t",
-            "this would start torchserve, which has no --tokens: add --server http, or take its"
-            " tokens with --token-authorization",
+            "this would start torchserve, which has no --tokens: add --server http, or use"
+            " TorchServe's tokens with --token-authorization",
         ),
         (
             "--delay 100",
@@ -36,16 +36,16 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         (
             "--host 0.0.0.0 --token-authorization",
             "this would start http, which has no --token-authorization: add --server torchserve,"
-            " or name a file of tokens with --tokens",
+            " or pass a token file with --tokens",
         ),
         (
             "--server http --token-minutes 60",
             "this would start http, which has no --token-minutes: add --server torchserve, or"
-            " change the file of --tokens when you like",
+            " edit the --tokens file at any time",
         ),
         (
             "--archive a.mar --archive b.mar",
-            "TorchServe starts with one --archive: add --server http for several",
+            "TorchServe takes one --archive: add --server http to serve several",
         ),
         ("--certificate c.pem", "--certificate and --certificate-key go together"),
     ],
@@ -89,7 +89,7 @@ def test_a_folder_stands_for_its_archives(
 ) -> None:
     words = ("--archive", str(tmp_path), "--server", "http")
     assert said(capsys, monkeypatch, *words) == (
-        f"{tmp_path} holds no archive: put a .mar there, or name one"
+        f"{tmp_path} contains no archive: put a .mar there, or pass a .mar file"
     )
     for name in ("b.mar", "a.mar", "c.txt"):
         (tmp_path / name).touch()

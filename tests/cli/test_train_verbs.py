@@ -92,7 +92,9 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
     assert not Path("store").exists()
     told = run(*command, "--anyway")
     assert Path("store/mine.mar").is_file() and "train: done before" in told
-    table = told[told.index("proposed, where you said nothing:") : told.index("[1/3] train")]
+    table = told[
+        told.index("proposed for the options that you did not set:") : told.index("[1/3] train")
+    ]
     for option, value in (
         ("--image-size", "16"),
         ("--arch", "resnet10"),
@@ -307,7 +309,7 @@ def test_calibrate_and_purifier_list_all_that_is_wrong_before_they_begin(
         net.head.weight.fill_(float("nan"))
     checkpoint.save(Path("c.safetensors"), net, {"classifier": net.config._asdict()})
     data = ["--data", "data.npz", "--classifier", "c.safetensors"]
-    faults = ["images have 3 classes, the network tells 10 apart", "logits that are no numbers"]
+    faults = ["images have 3 classes, but the network has 10", "logits that are not finite"]
     for command in (["calibrate", "my model"], ["purifier", "--out", "/proc/run"]):
         with pytest.raises(ValueError, match="3 things to put right") as told:
             run(*command, *data)
@@ -327,7 +329,9 @@ def test_a_purifier_that_makes_no_numbers_is_refused_before_calibration(tmp_path
         purifier.residual[-2].weight.fill_(float("nan"))
     checkpoint.save(tmp_path / "p.safetensors", purifier, {"purifier": described(purifier)})
     data = ["--data", tmp_path / "data.npz", "--classifier", tmp_path / "c.safetensors"]
-    with pytest.raises(ValueError, match=r"the purifier makes images .* no numbers: train it anew"):
+    with pytest.raises(
+        ValueError, match=r"the purifier makes images .* not finite: train it again"
+    ):
         run("calibrate", tmp_path / "m", *data, "--purifier", tmp_path / "p.safetensors")
 
 

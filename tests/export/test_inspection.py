@@ -87,7 +87,7 @@ def test_a_graph_that_fills_memory_is_told(tmp_path: Path) -> None:
     write_graph(file, [huge, least], "least", shape=np.array([2**33]))
     began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     *_, last = inspect(file)
-    assert last.startswith("it does not run as a Rampart graph: it wants too much memory")
+    assert last.startswith("it does not run as a Rampart graph: it needs too much memory")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(began, 2**21)  # KiB
 
 
@@ -113,7 +113,7 @@ def test_a_file_too_large_to_be_a_graph_is_refused(
     monkeypatch.setattr(trial, "LARGEST", 2**20)
     with (tmp_path / "a.onnx").open("wb") as file:
         file.truncate(2**20 + 1)
-    with pytest.raises(ValueError, match=r"a\.onnx is no ONNX graph: it is larger than 2 GB"):
+    with pytest.raises(ValueError, match=r"a\.onnx is not an ONNX graph: it is larger than 2 GB"):
         list(inspect(tmp_path / "a.onnx"))
 
 
@@ -193,7 +193,7 @@ def test_what_is_no_archive_or_changed_is_refused(tmp_path: Path, tiny_archive: 
     with pytest.raises(FileNotFoundError, match=r"b\.mar"):
         list(inspect(tmp_path / "b.mar"))
     shutil.copy(tmp_path / "a.txt", tmp_path / "c.onnx")
-    with pytest.raises(ValueError, match=r"c\.onnx is no ONNX graph"):
+    with pytest.raises(ValueError, match=r"c\.onnx is not an ONNX graph"):
         list(inspect(tmp_path / "c.onnx"))
     content = tiny_archive.read_bytes()
     (tmp_path / "d.mar").write_bytes(content[: len(content) // 2])

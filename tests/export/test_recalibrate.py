@@ -139,8 +139,8 @@ def test_what_is_no_file_is_named_and_not_waited_for(
     made = recalibrate(tiny_archive, seen, tmp_path / "new.mar", command="")
     assert made.images == 151
     assert [line for line in made.refused if not line.startswith("day0/cut.png: ")] == [
-        "a.png is no plain file: remove it",
-        r"b\x1b.png is no plain file: remove it",
+        "a.png is not a regular file: remove it",
+        r"b\x1b.png is not a regular file: remove it",
         "d.png: No such file or directory",
     ]
 
@@ -159,7 +159,7 @@ def test_the_new_archive_has_a_name_of_its_own(
 ) -> None:
     out = tiny_archive if name == "same" else tmp_path / name
     before = tiny_archive.read_bytes()
-    with pytest.raises(ValueError, match=r"name a new file that ends in \.mar"):
+    with pytest.raises(ValueError, match=r"pass a new file that ends in \.mar"):
         recalibrate(tiny_archive, traffic, out, command="")
     assert tiny_archive.read_bytes() == before
 

@@ -89,7 +89,7 @@ def assert_is(row: dict[str, Any], verdict: dict[str, Any]) -> None:
     assert row["p_value"] == pytest.approx(verdict["detail"]["p_value"], abs=1e-5)
 
 
-@feature("Health and metadata of the protocol", "Triton")
+@feature("Protocol health and metadata", "Triton")
 def test_health_and_metadata_are_told(speak: tuple[Any, Any]) -> None:
     client, _ = speak
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
@@ -102,10 +102,10 @@ def test_health_and_metadata_are_told(speak: tuple[Any, Any]) -> None:
     assert [output["name"] for output in metadata["outputs"]] == OUTPUTS
 
 
-@feature("The verdicts of every other server", "Triton")
+@feature("Same verdicts as every other server", "Triton")
 @feature("Open Inference v2, binary tensors", "Triton")
 @feature("Open Inference v2, gRPC", "Triton")
-@feature("A picture at fault harms no other", "Triton")
+@feature("A bad picture does not affect the others", "Triton")
 def test_verdicts_are_those_of_the_service_and_a_bad_picture_harms_no_other(
     speak: tuple[Any, Any], service: Service, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -175,7 +175,7 @@ def test_a_stream_is_answered_too(triton: Triton, encode: Encode, pixels: np.nda
         client.stop_stream()
 
 
-@feature("Figures for Prometheus", "Triton")
+@feature("Prometheus metrics", "Triton")
 def test_decisions_and_errors_are_among_tritons_own_figures(
     triton: Triton, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -196,7 +196,7 @@ def test_decisions_and_errors_are_among_tritons_own_figures(
 
 
 @pytest.mark.slow
-@feature("Clients share a run of the graph", "Triton")
+@feature("Batches across clients", "Triton")
 def test_pictures_and_pixels_of_several_clients_share_a_batch(
     triton: Triton, service: Service, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -274,7 +274,7 @@ def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(
     hashes = json.loads((unpacked / "sha256.json").read_text())
     del hashes[file]
     old = repack(tmp_path, {file: None, "sha256.json": json.dumps(hashes).encode()})
-    with pytest.raises(ValueError, match="knew no Triton: build it anew"):
+    with pytest.raises(ValueError, match="without Triton support: rebuild it"):
         to_triton_python(old, tmp_path / "others")
 
 
@@ -283,7 +283,7 @@ def test_the_verb_writes_a_repository_of_an_archive_or_says_what_is_missing(
 ) -> None:
     run("export", tiny_archive, "--triton", tmp_path, "--backend", "python", "--model-version", 4)
     assert (tmp_path / "tiny" / "4" / "model.py").is_file()
-    with pytest.raises(ValueError, match="--backend python goes with --triton FOLDER"):
+    with pytest.raises(ValueError, match="--backend python needs --triton FOLDER"):
         run("export", tiny_archive, "--out", tmp_path / "a.onnx", "--backend", "python")
 
 

@@ -267,7 +267,7 @@ def test_an_archive_that_cannot_be_served_ends_the_worker_in_one_line(unpacked: 
     assert "\n" not in str(error.value)
 
 
-@feature("Clients share a run of the graph", "TorchServe")
+@feature("Batches across clients", "TorchServe")
 def test_concurrent_requests_share_runs_of_the_graph(server: Server, pixels: np.ndarray) -> None:
     def images_and_runs() -> tuple[float, float]:
         time.sleep(2.5)  # figures are handed over once a second

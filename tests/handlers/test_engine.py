@@ -180,5 +180,5 @@ def test_a_graph_of_another_kind_is_refused(
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path
     )
-    with pytest.raises(EngineError, match=r"not a Rampart graph.*export it anew"):
+    with pytest.raises(EngineError, match=r"not a Rampart graph.*export it again"):
         Engine(path)

@@ -44,7 +44,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     assert server.end() == 0
 
 
-@feature("What dies is replaced", "TorchServe")
+@feature("Dead workers are replaced", "TorchServe")
 @pytest.mark.slow
 def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
     launch: Callable[..., Server],

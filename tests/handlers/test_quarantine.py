@@ -173,7 +173,7 @@ def test_a_folder_that_fails_at_the_start_is_one_log_line_and_is_tried_again_lat
     aside = Quarantine(folder)
     aside.keep(BLACK, VERDICT)
     flush(aside)
-    assert caplog.messages == [f"Nothing goes into quarantine {folder}: File exists"]
+    assert caplog.messages == [f"Cannot write to quarantine {folder}: File exists"]
     assert not aside.works and aside.dropped == 1
     folder.unlink()
     aside.keep(BLACK, VERDICT)
@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_written_to_lets_the_server_start(
 ) -> None:
     assert not Quarantine(Path("/proc/aside")).works
     (message,) = caplog.messages
-    assert message.startswith("Nothing goes into quarantine /proc/aside: ")
+    assert message.startswith("Cannot write to quarantine /proc/aside: ")
 
 
 def test_a_folder_that_is_not_ours_alone_is_not_used(
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_log_line_and_no_error(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     assert out.stdout.splitlines() == [
-        f"Nothing goes into quarantine {tmp_path}: File too large",
+        f"Cannot write to quarantine {tmp_path}: File too large",
         "False",
         "True",
     ], out.stderr

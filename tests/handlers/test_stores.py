@@ -130,7 +130,7 @@ def test_a_damaged_file_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureF
     store = open_store(str(tmp_path), entries=100, expiry=60)
     store.add({b"key": b"1"})
     assert store.find([b"key"]) == [b"1"]
-    assert caplog.messages == ["The query store is damaged and begins anew"]
+    assert caplog.messages == ["The query store was damaged and starts empty"]
 
 
 def test_a_file_whose_head_makes_no_sense_is_begun_anew(
@@ -141,7 +141,7 @@ def test_a_file_whose_head_makes_no_sense_is_begun_anew(
     store = open_store(str(tmp_path), entries=100, expiry=60)
     store.add({b"key": b"1"})
     assert store.find([b"key"]) == [b"1"]
-    assert caplog.messages == ["The query store is damaged and begins anew"]
+    assert caplog.messages == ["The query store was damaged and starts empty"]
 
 
 def test_a_worker_with_room_for_more_does_not_lock_the_other_out(tmp_path: Path) -> None:

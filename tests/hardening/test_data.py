@@ -110,7 +110,9 @@ def test_a_cut_npz_is_named_with_the_remedy(tmp_path: Path) -> None:
     file = tmp_path / "cut.npz"
     np.savez(file, image=np.zeros((9, 8, 8, 3), np.uint8), label=np.zeros(9))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut\.npz is cut or damaged .*: copy or save it anew"):
+    with pytest.raises(
+        ValueError, match=r"cut\.npz is truncated or damaged .*: copy or save it again"
+    ):
         data.load(file)
 
 
@@ -245,7 +247,7 @@ def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path) -> N
     for name in ("train", "test"):
         (tmp_path / name / "cat").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / name / "cat" / "one.png")
-    with pytest.raises(ValueError, match="splits and not classes"):
+    with pytest.raises(ValueError, match="splits, not classes"):
         data.load(tmp_path)
 
 

@@ -16,7 +16,9 @@ from rampart.hardening.report import card as report
 
 
 def test_a_folder_that_is_not_calibrated_says_what_makes_it_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder of a calibrated model: `rampart calibrate`"):
+    with pytest.raises(
+        ValueError, match="not a calibrated model folder: create one with `rampart calibrate`"
+    ):
         calibrated(tmp_path)
 
 

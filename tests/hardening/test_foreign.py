@@ -295,10 +295,10 @@ def test_what_is_taken_is_told_and_an_average_that_is_not(net: nn.Module, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty: copy or download it anew"),
+        (b"", "is empty: copy or download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n", "git lfs pull"),
-        (b"PK\x03\x04 cut", "no file of torch.save, or cut"),
-        (b"<html>not found</html>", "no file of torch.save, or cut"),
+        (b"PK\x03\x04 cut", "not a torch.save file, or is truncated"),
+        (b"<html>not found</html>", "not a torch.save file, or is truncated"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -329,7 +329,7 @@ def test_what_needs_unpickling_is_named_and_the_way_to_convert_it_works(
 def test_an_archive_of_something_else_says_so(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "w.pth", "w") as archive:
         archive.writestr("document.xml", "<text/>")
-    with pytest.raises(ValueError, match=r"w\.pth is no file of torch\.save, or cut"):
+    with pytest.raises(ValueError, match=r"w\.pth is not a torch\.save file, or is truncated"):
         adopt(tmp_path / "w.pth", CONFIG)
 
 

@@ -90,7 +90,7 @@ def test_splits_are_no_classes_however_they_are_spelled(
 ) -> None:
     for name in names:
         picture(tmp_path / name / "cat" / "0.png")
-    with pytest.raises(ValueError, match="holds splits and not classes: pass one, as"):
+    with pytest.raises(ValueError, match="holds splits, not classes: pass one of them, such as"):
         data.load(tmp_path)
 
 
@@ -237,9 +237,9 @@ def test_the_summary_names_classes_sizes_and_what_was_left_out(home: Path) -> No
 
 def test_the_summary_warns_of_small_pictures_and_rare_classes(home: Path) -> None:
     (warning,) = (line for line in data.survey(home, size=64)[1].lines(64) if "warning" in line)
-    assert "4 pictures have fewer than 64 pixels a side" in warning
+    assert "4 pictures have fewer than 64 pixels per side" in warning
     lines = Survey("x", {"a": 100, "b": 4}).lines(32)
-    assert lines[-1] == "  warning: class b has 4 images where the largest has 100"
+    assert lines[-1] == "  warning: class b has 4 images, but the largest has 100"
     assert "warning" not in str(Survey("x", {"a": 100, "b": 5}).lines(32))
 
 

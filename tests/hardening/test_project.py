@@ -43,5 +43,5 @@ def test_what_is_hidden_is_filled_in_from_around_it(generator: Purifier) -> None
 
 
 def test_nothing_to_look_at_is_refused(generator: Purifier) -> None:
-    with pytest.raises(ValueError, match="all of the picture is hidden"):
+    with pytest.raises(ValueError, match="the whole picture is hidden"):
         project(generator, torch.rand(1, 3, 8, 8), visible=torch.zeros(8, 8))

@@ -378,7 +378,7 @@ def test_only_loopback_is_attacked_without_a_word() -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080/predictions/toy", "file:///etc/passwd", "http://"])
 def test_a_url_of_nothing_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="no URL as http://"):
+    with pytest.raises(ValueError, match="not a URL like http://"):
         Endpoint(url, CLASSES)
 
 

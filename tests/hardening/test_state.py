@@ -28,7 +28,7 @@ def test_a_state_that_was_cut_on_its_way_says_so(tmp_path: Path) -> None:
     states.save(tmp_path, {"weight": torch.zeros(1000)})
     file = tmp_path / states.FILE
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cut or damaged"):
+    with pytest.raises(ValueError, match="truncated or damaged"):
         states.read(tmp_path)
 
 

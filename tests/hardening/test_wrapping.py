@@ -146,12 +146,12 @@ def test_a_head_of_several_layers_is_split_off_as_one() -> None:
 @pytest.mark.parametrize(
     ("module", "changes", "sentence"),
     [
-        (Branching(), {"head": "projection"}, "is not where the logits are made: pass head='fc'"),
+        (Branching(), {"head": "projection"}, "does not output the logits: pass head='fc'"),
         (Hidden(), {"head": "body"}, "pass head='classifier.3'"),
         (Net(), {"head": "classifier"}, "no layer 'classifier': its last ones are .*fc"),
-        (Softmaxed(), {}, r"not the module's last step \(is a softmax behind it\?\)"),
+        (Softmaxed(), {}, r"not the module's last step \(does a softmax follow\?\)"),
         (Tupled(), {}, "returns a tuple: let it return the logits"),
-        (Net(), {"classes": 5}, r"returns \(2, 3\) for two images where 5 classes make \(2, 5\)"),
+        (Net(), {"classes": 5}, r"returns \(2, 3\) for two images, but 5 classes need \(2, 5\)"),
         (Hidden(), {"head": "classifier", "image_size": 32}, "check image_size"),
     ],
 )

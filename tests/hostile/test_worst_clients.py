@@ -25,7 +25,7 @@ def undisturbed(target: Target, body: bytes) -> int:
     return good_answers(target, body)
 
 
-@feature("Hostile clients hold up no other", "TorchServe")
+@feature("Hostile clients do not block others", "TorchServe")
 @every_attack()
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Making, target: Target, server: object, body: bytes, undisturbed: int

@@ -9,12 +9,12 @@ from servers import Server
 feature = pytest.mark.feature
 
 
-@feature("The verdicts of every other server", "TorchServe", "Rampart")
-@feature("Pictures as they are, and forms", "TorchServe", "Rampart")
+@feature("Same verdicts as every other server", "TorchServe", "Rampart")
+@feature("Raw pictures and forms", "TorchServe", "Rampart")
 @feature("KServe v1", "TorchServe", "Rampart")
 @feature("Open Inference v2, JSON", "TorchServe", "Rampart")
 @feature("Open Inference v2, binary tensors", "TorchServe", "Rampart")
-@feature("A picture at fault harms no other", "TorchServe", "Rampart")
+@feature("A bad picture does not affect the others", "TorchServe", "Rampart")
 def test_both_fronts_give_the_same_answers(
     server: Server, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:

@@ -145,7 +145,7 @@ def test_what_is_not_there_is_told_in_our_form(
     assert names == {"content-type", "content-length", *({"allow"} if code == 405 else ())}
 
 
-@feature("Deadlines of clients", "Rampart")
+@feature("Client deadlines", "Rampart")
 def test_a_clients_own_deadline_counts(front: Server, picture: bytes) -> None:
     late = requests.post(front.url, picture, headers={"X-Request-Timeout-Ms": "0"}, timeout=10)
     assert (late.status_code, late.json()["type"]) == (504, "too_late")
@@ -269,7 +269,7 @@ def settled(server: Server) -> float:
     return counts.pop()
 
 
-@feature("Figures for Prometheus", "Rampart")
+@feature("Prometheus metrics", "Rampart")
 def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     before = settled(front)
     for _ in range(20):  # each by a connection of its own
@@ -277,7 +277,7 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     wait(lambda: answered(front) == before + 20)
 
 
-@feature("What dies is replaced", "Rampart")
+@feature("Dead workers are replaced", "Rampart")
 def test_a_killed_worker_is_replaced_and_its_counters_stay(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -378,8 +378,8 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     archive.write_bytes(b"broken")
     killed_and_back()  # perhaps before the launcher has looked at the archive
     server.read(until=str(archive))
-    assert f"{archive} does not answer: what was served goes on" in server.lines
-    assert f"error: {archive} is no archive of Rampart: build it anew" in server.lines
+    assert f"{archive} does not answer: the old archive stays in service" in server.lines
+    assert f"error: {archive} is not a Rampart archive: rebuild it" in server.lines
     killed_and_back()
     news.replace(archive)
     rate = 'rampart_false_alarm_rate{model="tiny"} 0.07'
@@ -387,7 +387,7 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     assert server.end() == 0
 
 
-@feature("What has come is answered before the end", "Rampart")
+@feature("Graceful shutdown: requests received are answered", "Rampart")
 def test_a_request_that_has_come_is_answered_before_the_end(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -442,7 +442,7 @@ def test_tokens_are_wanted_and_may_change(
     assert server.end() == 0
 
 
-@feature("Rates of tokens", "Rampart")
+@feature("Rate limits per token", "Rampart")
 def test_a_token_sends_no_more_than_its_rate_to_all_workers_together(
     start: Start, tiny_archive: Path, picture: bytes, tokens: Path
 ) -> None:
@@ -475,11 +475,11 @@ def refused(start: Start, *archives: Path, **options: object) -> str:
 def test_what_cannot_be_served_is_told_in_a_line(
     start: Start, front: Server, tiny_archive: Path, tmp_path: Path
 ) -> None:
-    assert "name a file of tokens" in refused(start, tiny_archive, host="0.0.0.0")
+    assert "pass a token file" in refused(start, tiny_archive, host="0.0.0.0")
     assert "there is no archive" in refused(start, tmp_path / "none.mar")
     assert "cannot be used" in refused(start, tiny_archive, port=front.port)
     (tmp_path / "text.mar").write_text("text")
-    assert "build it anew" in refused(start, tmp_path / "text.mar")
+    assert "rebuild it" in refused(start, tmp_path / "text.mar")
     changed = tmp_path / "changed.mar"
     with zipfile.ZipFile(tiny_archive) as old, zipfile.ZipFile(changed, "w") as new:
         for name in old.namelist():

@@ -30,7 +30,7 @@ def undisturbed(single: Server, body: bytes) -> int:
     return good_answers(Target(single.port, 0, "tiny"), body)
 
 
-@feature("Hostile clients hold up no other", "Rampart")
+@feature("Hostile clients do not block others", "Rampart")
 @every_attack(grpc=False)
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Making, single: Server, body: bytes, undisturbed: int

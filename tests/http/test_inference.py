@@ -66,7 +66,7 @@ def test_the_messages_are_those_of_tritons_client() -> None:
             assert kinds[0] == kinds[1], f"{name}.{field.name}"
 
 
-@feature("Health and metadata of the protocol", "Rampart")
+@feature("Protocol health and metadata", "Rampart")
 def test_health_and_metadata_are_told(client: triton.InferenceServerClient) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
     assert client.is_model_ready("tiny", "1.0")
@@ -202,7 +202,7 @@ def test_a_message_that_is_none_and_a_call_without_one_are_told(channel: grpc.Ch
         assert dict(caught.value.trailing_metadata())["error-type"] == "malformed_message"
 
 
-@feature("Deadlines of clients", "Rampart")
+@feature("Client deadlines", "Rampart")
 def test_the_deadline_of_a_call_counts(channel: grpc.Channel, picture: bytes) -> None:
     request = infer({"bytes_contents": [picture]}, [1])
     method = channel.unary_unary(
@@ -329,7 +329,7 @@ def test_a_stream_answers_in_order_and_a_fault_ends_it_not(
     stream.close()
 
 
-@feature("Rates of tokens", "Rampart")
+@feature("Rate limits per token", "Rampart")
 def test_each_request_of_a_stream_counts_for_its_tokens_rate(
     start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:

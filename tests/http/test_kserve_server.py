@@ -42,10 +42,10 @@ def client(kserve: KServe) -> Iterator[Any]:
         yield client
 
 
-@feature("The verdicts of every other server", "KServe")
+@feature("Same verdicts as every other server", "KServe")
 @feature("KServe v1", "KServe")
 @feature("Open Inference v2, JSON", "KServe")
-@feature("A picture at fault harms no other", "KServe")
+@feature("A bad picture does not affect the others", "KServe")
 def test_kserve_gives_the_answers_of_our_own_front(
     kserve: KServe, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
@@ -104,8 +104,8 @@ def test_faults_over_grpc_have_our_message_and_status(client: Any) -> None:
         client.infer("tiny", [tensor, tensor])
 
 
-@feature("Health and metadata of the protocol", "KServe")
-@feature("Figures for Prometheus", "KServe")
+@feature("Protocol health and metadata", "KServe")
+@feature("Prometheus metrics", "KServe")
 def test_health_metadata_and_figures_are_told(kserve: KServe, client: Any) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
     told = requests.get(f"{kserve.root}/v2/models/tiny", timeout=10).json()
@@ -127,5 +127,5 @@ def test_an_archive_that_is_none_is_told_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.mar").write_bytes(b"none")
     server = KServe(tmp_path / "a.mar", tmp_path)
     assert server.finish() == 1
-    assert server.log().splitlines()[-1].endswith("is no archive of Rampart: build it anew")
+    assert server.log().splitlines()[-1].endswith("is not a Rampart archive: rebuild it")
     assert "Traceback" not in server.log()

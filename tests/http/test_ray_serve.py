@@ -35,13 +35,13 @@ def ray(tiny_archive: Path) -> Iterator[Ray]:
     assert code == 0
 
 
-@feature("The verdicts of every other server", "Ray Serve")
-@feature("Pictures as they are, and forms", "Ray Serve")
+@feature("Same verdicts as every other server", "Ray Serve")
+@feature("Raw pictures and forms", "Ray Serve")
 @feature("KServe v1", "Ray Serve")
 @feature("Open Inference v2, JSON", "Ray Serve")
 @feature("Open Inference v2, binary tensors", "Ray Serve")
-@feature("A picture at fault harms no other", "Ray Serve")
-@feature("Health and metadata of the protocol", "Ray Serve")
+@feature("A bad picture does not affect the others", "Ray Serve")
+@feature("Protocol health and metadata", "Ray Serve")
 def test_ray_serve_gives_the_answers_of_our_own_front(
     ray: Ray, front: Server, requests_of_all_kinds: dict[str, Sent]
 ) -> None:
@@ -73,7 +73,7 @@ def test_each_node_has_a_replica(ray: Ray) -> None:
     assert len({replica.ppid() for replica in ray.replicas()}) == 2
 
 
-@feature("What dies is replaced", "Ray Serve")
+@feature("Dead workers are replaced", "Ray Serve")
 def test_a_replica_that_is_killed_under_load_is_replaced_and_no_answer_is_another_pictures(
     ray: Ray, unpacked: Path, encode: Encode, pixels: np.ndarray
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_replica_that_is_killed_under_load_is_replaced_and_no_answer_is_anothe
         assert status != 200 or content == verdicts[number]
 
 
-@feature("Figures for Prometheus", "Ray Serve")
+@feature("Prometheus metrics", "Ray Serve")
 def test_the_figures_of_all_replicas_are_among_rays_own(ray: Ray, encode: Encode) -> None:
     def counted(status: str) -> float:
         return sum(

@@ -129,7 +129,7 @@ def test_a_call_by_grpc_and_a_fault_have_spans_too(traced: Server, receiver: Rec
     assert_whole(receiver.wait(4, other), 415)
 
 
-@feature("Clients share a run of the graph", "Rampart")
+@feature("Batches across clients", "Rampart")
 def test_requests_of_one_batch_have_spans_each(
     traced: Server, receiver: Receiver, encode: Encode, pixels: Any
 ) -> None:

@@ -72,7 +72,7 @@ def ask_until(url: str, body: bytes, status: int) -> requests.Response:
     raise AssertionError(f"{url} never answered {status}")
 
 
-@feature("Figures for Prometheus", "TorchServe")
+@feature("Prometheus metrics", "TorchServe")
 @pytest.mark.parametrize("declared", [True, False], ids=["with our metrics", "without"])
 def test_predictions_work_and_so_do_metrics_where_they_are_declared(
     declared: bool,

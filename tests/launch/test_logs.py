@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 ) -> None:
     server = launch(tiny_archive, log_folder="/dev/null/logs")
     assert server.finish() == 1
-    assert server.lines[0].startswith("error: logs cannot be kept in /dev/null/logs: ")
+    assert server.lines[0].startswith("error: cannot write logs to /dev/null/logs: ")
 
 
 def test_what_java_prints_is_bounded(tmp_path: Path) -> None:

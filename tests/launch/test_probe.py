@@ -71,7 +71,7 @@ def test_a_model_that_was_removed_does_not_make_another_one_dead(
         time.sleep(0.2)
     assert requests.delete(trial, headers=server.token, timeout=30).status_code == 200
     time.sleep(3)
-    with pytest.raises(RuntimeError, match=r"trial has been silent .* name another with --model"):
+    with pytest.raises(RuntimeError, match=r"trial has been silent .* choose another with --name"):
         probe(address, 2)
     assert set(probe(address, 3, "tiny")) == {"tiny"}
     server.end()

@@ -127,7 +127,7 @@ def test_files_that_are_no_certificate_and_key_are_refused_before_java_starts(
     certificate, key = pair
     check_tls(certificate, key)
     for wrong in ((key, certificate), (tmp_path / "missing", key)):
-        with pytest.raises(LaunchError, match="no certificate chain and its key in PEM"):
+        with pytest.raises(LaunchError, match="not a PEM certificate chain and its key"):
             check_tls(*wrong)
 
 

@@ -162,12 +162,12 @@ def test_beyond_loopback_it_refuses_to_start_without_tokens(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"port": 65534}, "the port must lie between"),
+        ({"port": 65534}, "the port must be between"),
         ({"workers": 0}, "at least one worker"),
-        ({"grpc_port": 70_000}, "the gRPC port must lie between"),
-        ({"port": 29_870, "grpc_port": 29_871}, "the gRPC port must lie between"),
-        ({"token_minutes": 0}, "a token must live"),
-        ({"java_memory": 63}, "Java needs a memory of 64 MB or more"),
+        ({"grpc_port": 70_000}, "the gRPC port must be between"),
+        ({"port": 29_870, "grpc_port": 29_871}, "the gRPC port must be between"),
+        ({"token_minutes": 0}, "a token must be valid"),
+        ({"java_memory": 63}, "Java needs at least 64 MB of memory"),
         ({"host": "::1"}, "must be an IPv4 address"),
     ],
 )
@@ -185,7 +185,8 @@ def test_a_redis_that_does_not_answer_is_told_serving_goes_on_and_sigterm_stops_
     server = launch(tiny_archive, query_store="redis://:secret@127.0.0.1:1/0")
     assert "Rampart is ready" in server.read(), server.lines
     warning, *_ = server.lines
-    assert warning.startswith("warning: no watch for query attacks until Redis answers (127.0.0.1")
+    start = "warning: query attacks are not detected until Redis answers (127.0.0.1"
+    assert warning.startswith(start)
     assert "secret" not in warning
     family = server.family()
     assert len(family) >= 3
@@ -256,7 +257,7 @@ def test_a_changed_file_in_the_archive_stops_it_with_one_readable_line(
     assert server.finish() == 1
     assert server.lines[-1] == (
         "error: Rampart cannot serve this archive: calibration.json is not the file that was packed"
-        " (its SHA-256 differs from sha256.json): build the archive anew, or fetch it again"
+        " (its SHA-256 differs from sha256.json): rebuild the archive, or fetch it again"
     )
     assert wait_gone(family) == []
     assert not list(server.temp.iterdir())

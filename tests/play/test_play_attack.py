@@ -133,7 +133,7 @@ def test_a_target_that_the_picture_is_taken_for_already_is_refused(
     bench: Bench, image: torch.Tensor
 ) -> None:
     answer = bench.answers(image)["lean"]
-    with pytest.raises(ImageError, match=f"for {answer['label']} already: choose another"):
+    with pytest.raises(ImageError, match=f"labels the picture {answer['label']}: choose another"):
         run(bench, image, Order("lean", 8, 5, answer["index"]))
 
 

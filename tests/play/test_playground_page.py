@@ -179,7 +179,7 @@ def test_a_wanted_label_that_is_there_already_is_told_and_can_be_changed(page: P
     page.js(f"document.querySelector('#target').value = {json.dumps(label)}; 0")
     attack(page, victim="full")
     page.wait(PROBLEM.format("attack"))
-    assert "already: choose another target" in page.text("#problem-attack")
+    assert "it already labels the picture" in page.text("#problem-attack")
     page.js("document.querySelector('#target').value = ''; 0")
     attack(page, victim="full")
     page.wait(DONE)

@@ -42,11 +42,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.url} is no URL as http://127.0.0.1:8080/predictions/NAME")
+            raise ValueError(f"{self.url} is not a URL like http://127.0.0.1:8080/predictions/NAME")
         if not self.owned and not _is_loopback(parts.hostname, parts.port):
             raise ValueError(
-                f"{parts.hostname} is not this machine: attack only what is yours, and say so with"
-                " --i-own-this-endpoint"
+                f"{parts.hostname} is not this machine: attack only your own endpoints, and confirm"
+                " it with --i-own-this-endpoint"
             )
 
     def ask(self, images: Pixels) -> list[Answer]:
@@ -93,13 +93,13 @@ class Endpoint:
             return Answer(self._index(verdict["label"]) if accepted else None, top, model, similar)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.url} gives no verdict of Rampart's but: {_short(json.dumps(verdict))}"
+                f"{self.url} does not return a Rampart verdict, but {_short(json.dumps(verdict))}"
             ) from error
 
     def _index(self, label: str) -> int:
         if label not in self.classes:
             raise ValueError(
-                f"{self.url} answers {label!r}, which is no class of these images"
+                f"{self.url} answers {label!r}, which is not a class of these images"
                 f" ({_short(', '.join(self.classes))}): take images with the model's classes"
             )
         return self.classes.index(label)
@@ -109,7 +109,7 @@ def _is_loopback(host: str, port: int | None) -> bool:
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port)}
     except OSError as error:
-        raise ValueError(f"no machine is called {host}: {error}") from error
+        raise ValueError(f"unknown host {host}: {error}") from error
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 

@@ -38,7 +38,7 @@ def redteam(
     """
     require("art")
     if not set(attacks) <= set(ATTACKS):
-        raise ValueError(f"no such attack: choose of {', '.join(ATTACKS)}")
+        raise ValueError(f"no such attack: choose among {', '.join(ATTACKS)}")
     if min(eps, budget, limit) < 1:
         raise ValueError("eps, queries and limit must be at least 1")
     (first,) = endpoint.ask(images.image[:1].numpy())
@@ -89,7 +89,7 @@ def _outcome(line: str, where: str) -> Outcome:
         content = json.loads(line)
         return Outcome(**content | {"settings": Settings(**content["settings"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} is no outcome of a red team: {error}") from error
+        raise ValueError(f"{where} is not a red-team result: {error}") from error
 
 
 def _resume(out: Path, settings: Settings) -> list[Outcome]:
@@ -100,7 +100,7 @@ def _resume(out: Path, settings: Settings) -> list[Outcome]:
             made_with = f"was made with {_differences(outcome.settings, settings)}"
             raise ValueError(f"{out / FILE} {made_with}: choose another --out")
         if not _alike(outcome.settings.said, settings.said):
-            another = "is of another model, of the same name and version"
+            another = "is of another model with the same name and version"
             raise ValueError(f"{out / FILE} {another}: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with (out / FILE).open("ab+") as file:
