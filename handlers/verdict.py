@@ -178,6 +178,23 @@ class Verdict:
     detected: bool
     failed: bool  # purifier or detectors gave no number
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Verdict":
+        """A verdict out of its JSON form, as far as that tells it. Raises KeyError or TypeError.
+
+        Without `detail` the p-value is NaN; what `shadow` detected does not show.
+        """
+        detail = content.get("detail")
+        return cls(
+            **{name: content[name] for name in ("label", "index", "confidence", "decision")},
+            top=tuple(content["top"]),
+            model=content["model"],
+            detail=detail,
+            p_value=math.nan if detail is None else detail["p_value"],
+            detected=content["decision"] != "accept",
+            failed=detail is not None and None in detail["scores"].values(),
+        )
+
     def rejected(self) -> "Verdict":
         """The same without a label."""
         return replace(self, label=None, index=None, confidence=None, top=(), decision="reject")
