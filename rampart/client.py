@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
         'the client needs httpx2: `pip install "rampart-endpoint[client]"`', name="httpx2"
     ) from error
 
-PREDICTIONS = "/predictions/"
+PREDICTIONS, EXPLANATIONS = "/predictions/", "/explanations/"
 RETRIES = 3  # of one question, where the server is busy
 LONGEST = 10.0  # seconds: a server that asks for a longer pause is not asked again
 NO_ANSWER = 0  # the code where no status came
@@ -69,10 +69,9 @@ class Address(NamedTuple):
             )
         return cls(root, model)
 
-    @property
-    def predictions(self) -> str:
-        """Takes pictures."""
-        return f"{self.root}{PREDICTIONS}{self.model}"
+    def verdicts(self, explain: bool) -> str:
+        """Takes pictures; TorchServe hands no query to a model, so explanations have a path."""
+        return f"{self.root}{EXPLANATIONS if explain else PREDICTIONS}{self.model}"
 
     @property
     def health(self) -> str:
@@ -116,16 +115,19 @@ class Client:
         self._http.close()
 
     @overload
-    def predict(self, pictures: Picture) -> Verdict: ...
+    def predict(self, pictures: Picture, *, explain: bool = False) -> Verdict: ...
     @overload
     def predict(self, pictures: list[Several]) -> list[Answer]: ...
-    def predict(self, pictures: Picture | list[Several]) -> Verdict | list[Answer]:
+    def predict(
+        self, pictures: Picture | list[Several], *, explain: bool = False
+    ) -> Verdict | list[Answer]:
         """The verdict on a picture; of a list, sent as one request, an answer to each.
 
         A picture is a file, its bytes, a Pillow image or pixels uint8 (H, W, 3). One at fault among
-        several has its EndpointError in its place.
+        several has its EndpointError in its place. `explain` wants one picture and an endpoint that
+        explains; the verdict's `explanation` holds what came.
         """
-        content = self._ask("POST", self._address.predictions, **_body(pictures))
+        content = self._ask("POST", self._address.verdicts(explain), **_body(pictures))
         return _answers(content, pictures)
 
     def health(self) -> bool:
@@ -180,12 +182,14 @@ class AsyncClient:
         await self._http.aclose()
 
     @overload
-    async def predict(self, pictures: Picture) -> Verdict: ...
+    async def predict(self, pictures: Picture, *, explain: bool = False) -> Verdict: ...
     @overload
     async def predict(self, pictures: list[Several]) -> list[Answer]: ...
-    async def predict(self, pictures: Picture | list[Several]) -> Verdict | list[Answer]:
+    async def predict(
+        self, pictures: Picture | list[Several], *, explain: bool = False
+    ) -> Verdict | list[Answer]:
         """As `Client.predict`."""
-        content = await self._ask("POST", self._address.predictions, **_body(pictures))
+        content = await self._ask("POST", self._address.verdicts(explain), **_body(pictures))
         return _answers(content, pictures)
 
     async def health(self) -> bool:

@@ -32,6 +32,7 @@ FEATURES = (
     "What has come is answered before the end",
     "What dies is replaced",
     "Hostile clients hold up no other",
+    "Explanations",
 )
 TEXT = """\
 # Servers

@@ -23,6 +23,7 @@ PIXELS = "Of a request's images, four times as many as JPEGs; default what fits 
 PIXELS += " or more"
 FAILURE = "Of purifier or detectors; open: no defence"
 DETAIL = "public hides scores and p-values, an oracle for attackers"
+EXPLAIN = "Explain a verdict to who asks: scores, and where in the picture"
 OWNER = "Header that tells whose queries to compare; default all"
 BACKEND = (
     "Of --triton: onnxruntime takes pixels and gives the graph's outputs; python takes pictures"
@@ -71,6 +72,7 @@ class Settings(NamedTuple):
     query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600
     query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000
     max_pixels: Annotated[int | None, Option(help=PIXELS)] = None
+    explain: Annotated[bool, Option("--explain", help=EXPLAIN)] = False
 
 
 @verb(

@@ -16,6 +16,7 @@ DEVICE = "ONNX Runtime on one of these, or the archive's TensorRT plan"
 GRPC = "gRPC as well, on this port: Open Inference Protocol of http, TorchServe's own"
 CHAIN = "Serve predictions by https: certificate chain, PEM"
 QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
+EXPLAIN = "Explain a verdict to who asks, which takes the graph as long as 65 pictures"
 OWN = "http: lines NAME TOKEN [REQUESTS A SECOND [AT ONCE]] of who may ask; a must beyond loopback"
 DELAY = "http: microseconds that a batch waits for company; may pay on a GPU"
 TOKENS = "torchserve: require its tokens; a must beyond loopback"
@@ -53,6 +54,7 @@ class Shared(NamedTuple):
     grpc_port: Annotated[int, Option(help=GRPC)] = 0
     query_store: o.QueryStore = None
     quarantine: Annotated[Path | None, Option(help=QUARANTINE)] = None
+    explain: Annotated[bool, Option("--explain", help=EXPLAIN)] = False
 
 
 class Tls(NamedTuple):
