@@ -22,7 +22,7 @@ $(error model_store has no $(MODEL). Say make serve MODEL=... with one of: $(SHI
 endif
 endif
 
-.PHONY: serve test slow quick servers bench check format wheel docs graphs lock audit clean
+.PHONY: serve test slow quick servers bench check format dist docs graphs lock audit clean
 
 serve: $(ARCHIVE)
 	@$(BIN)/rampart serve --archive $(ARCHIVE) --port $(PORT)
@@ -133,7 +133,8 @@ docs: .venv/docs
 	@$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
 	    -r requirements/ray.txt
 
-wheel: .venv/dev
+# The source distribution and the wheel, in dist/.
+dist: .venv/dev
 	@$(BIN)/python -m build --no-isolation
 
 # Builds the graphs that model folders ship anew, once the code that exports has changed.

@@ -19,7 +19,7 @@ from rampart.export.shipped import PACKAGE, Parity, check_made
 from rampart.handlers.contents import GRAPH, HANDLER, HASHES, PLAN, SOURCES
 from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
-from rampart.handlers.settings import read_max_pixels, read_policy
+from rampart.handlers.settings import read_explain, read_max_pixels, read_policy
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model.card import check_fit, read_card
 from rampart.hardening.model.files import (
@@ -135,6 +135,7 @@ def policy_for(calibration: Calibration, wanted: dict[str, Any]) -> tuple[dict[s
     usual = Policy(false_alarm_rate=finest_rate(calibration.images))
     policy = asdict(usual) | wanted
     rate = read_policy(policy).false_alarm_rate
+    read_explain(policy)
     calibration.check_rate(rate)
     return policy, rate
 

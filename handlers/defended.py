@@ -74,7 +74,9 @@ def incoming(fields: Fields, headers: Mapping[str, object]) -> Incoming:
         if name == whole or content_type(headers.get(name))
     ]
     refusal = TOO_MANY_PARTS if wire.TOO_MANY in fields else None
-    return Incoming(texts, parts, route(fields, texts), refusal)
+    # What came to /explanations or to :explain. TorchServe passes no query on to a model.
+    explain = texts.get("explain") == "True"
+    return Incoming(texts, parts, route(fields, texts), refusal, explain)
 
 
 def route(fields: Fields, headers: Mapping[str, str]) -> Route:

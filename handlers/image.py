@@ -188,6 +188,13 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.array(_fit(Image.fromarray(pixels), size))
 
 
+def as_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels (H, W, 3) as a picture, to be brought to size as one is."""
+    stream = BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def check_size(size: tuple[int, int]) -> None:
     """Raise ImageError for a picture of more than MAX_PIXELS, or of too extreme a shape."""
     short, long = sorted(size)

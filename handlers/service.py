@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rampart.handlers.budget import Budget
 from rampart.handlers.contents import load_engine, verify
-from rampart.handlers.engine import Runner
+from rampart.handlers.engine import Outputs, Runner, run_in_pieces
 from rampart.handlers.errors import (
     BUSY,
     ENGINE_FAILURE,
@@ -26,19 +27,29 @@ from rampart.handlers.errors import (
     ImageError,
     outcome,
 )
+from rampart.handlers.explanation import (
+    NOT_EXPLAINED,
+    ONE_PICTURE,
+    explanation,
+    occlusions,
+)
 from rampart.handlers.image import MAX_IMAGES, Picture, pictures_of, pixels_of
 from rampart.handlers.protocols.choice import plain, read, reading_cost
 from rampart.handlers.protocols.content_encoding import unpacked, unpacking_cost
 from rampart.handlers.quarantine import Quarantine
 from rampart.handlers.queries.lookup import Lookup, open_watch
 from rampart.handlers.queries.watch import Response
-from rampart.handlers.settings import read_max_pixels, read_policy, read_threads
+from rampart.handlers.settings import read_explain, read_max_pixels, read_policy, read_threads
 from rampart.handlers.summary import summary
 from rampart.handlers.telemetry import Metrics
 from rampart.handlers.types import Answer, Images, Incoming, Pixels, Reply, Request
 from rampart.handlers.verdict import Calibration, Judge, Verdict
 
 logger = logging.getLogger(__name__)
+
+# An image, its verdict, what it gets as one of a query attack.
+Judged = tuple[Pixels | ImageError, Verdict | ImageError, Response | None]
+Reasons = Mapping[str, Any] | ImageError | None
 
 ECHOED = ("x-request-id", "traceparent")  # headers of a request that its reply repeats
 MAX_REPLY = 1 << 22  # bytes; TorchServe ends a worker whose reply has more than 6,553,500
@@ -61,6 +72,7 @@ class Service:
     ) -> None:
         self.summary = summary(card)  # what a client may ask about
         self.detail = judge.policy.detail
+        self.explains = read_explain(settings)
         # When each stage of the last batch began and ended, in ns since 1970.
         self.stages: dict[str, tuple[int, int]] = {}
         self._engine, self._judge, self._metrics = engine, judge, metrics
@@ -126,7 +138,7 @@ class Service:
                 for incoming, request in zip(batch, requests, strict=True)
                 for _ in request.images
             ]
-        judged = self._judged(images, owners)
+        judged = self._explained(requests, list(self._judged(images, owners)))
         with self._timed("response"):
             answers = itertools.starmap(self._answer, judged)
             parts = [[next(answers) for _ in request.images] for request in requests]
@@ -151,7 +163,7 @@ class Service:
 
     def _judged(
         self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
-    ) -> Iterable[tuple[Pixels | ImageError, Verdict | ImageError, Response | None]]:
+    ) -> Iterable[Judged]:
         """Each image with its verdict, and what it gets as one of a query attack."""
         question = self._lookup.ask(images, owners)
         with self._timed("graph"):
@@ -188,7 +200,15 @@ class Service:
     def _read_one(self, incoming: Incoming) -> Request | ImageError:
         if incoming.route == "describe":
             return Request([], lambda _: (200, self.summary))
-        return outcome(read, incoming)
+        if incoming.explain and not self.explains:
+            return NOT_EXPLAINED
+        request = outcome(read, incoming)
+        if isinstance(request, Request) and request.explain:
+            if len(request.images) != 1:
+                return Request([ONE_PICTURE], request.reply)
+            if not self._budget.may_explain():
+                return Request([BUSY], request.reply)
+        return request
 
     def _decode(self, requests: Sequence[Images]) -> list[Pixels | ImageError]:
         """The pixels of all images of a batch, in order, or what is wrong with each."""
@@ -232,17 +252,49 @@ class Service:
         outputs = self._engine.run(np.stack(pixels))  # (N, H, W, 3)
         return self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
 
+    def _explained(
+        self, requests: Sequence[Request], judged: Sequence[Judged]
+    ) -> Sequence[tuple[*Judged, Reasons]]:
+        """Each image with the reasons for its verdict, where its request asks for them."""
+        asked = [request.explain for request in requests for _ in request.images]
+        if not any(asked):
+            return [(*one, None) for one in judged]
+        with self._timed("explanation"):
+            return [
+                (*one, self._reasons(*one) if explain else None)
+                for one, explain in zip(judged, asked, strict=True)
+            ]
+
+    def _reasons(
+        self, image: Pixels | ImageError, verdict: Verdict | ImageError, response: Response | None
+    ) -> Reasons:
+        """Why an image got its verdict; of what is refused or part of a query attack, nothing."""
+        if isinstance(image, ImageError) or isinstance(verdict, ImageError) or response:
+            return None
+        return self._budget.explain(lambda: outcome(self._explanation, image))
+
+    def _explanation(self, image: Pixels) -> Reasons:
+        outputs = run_in_pieces(self._run_in_time, occlusions(image), MAX_IMAGES)
+        return explanation(image, outputs, self._judge)
+
+    def _run_in_time(self, images: NDArray[np.uint8]) -> Outputs:
+        if self._budget.is_spent():
+            raise BUSY.bare()
+        return self._engine.run(images)
+
     def _answer(
         self,
         image: Pixels | ImageError,
         verdict: Verdict | ImageError,
         response: Response | None,
+        reasons: Reasons = None,
     ) -> Answer:
         """An image's answer; counts it, and keeps a detected image where that is wanted."""
         if self._quarantine and isinstance(verdict, Verdict) and verdict.detected:
             assert not isinstance(image, ImageError)
             self._quarantine.keep(image, verdict)
         verdict = _after_query(verdict, response)
+        verdict = _with_reasons(verdict, reasons)
         if isinstance(verdict, ImageError):
             self._metrics.count("rampart_images_total", "error")
             self._metrics.count("rampart_errors_total", verdict.type)
@@ -301,6 +353,13 @@ def _after_query(verdict: Verdict | ImageError, response: Response | None) -> Ve
     if verdict.detail is not None:
         verdict = replace(verdict, detail={**verdict.detail, "similar_query": True})
     return verdict.rejected() if response == "reject" else verdict
+
+
+def _with_reasons(verdict: Verdict | ImageError, reasons: Reasons) -> Verdict | ImageError:
+    """The verdict with its explanation, or why that failed."""
+    if isinstance(verdict, ImageError) or reasons is None:
+        return verdict
+    return reasons if isinstance(reasons, ImageError) else replace(verdict, explanation=reasons)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -10,10 +10,11 @@ from rampart.handlers.verdict import Policy
 
 POLICY = {field.name for field in fields(Policy)}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
-SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels"}
+SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels", "explain"}
 # Settings that an environment variable overrides.
 VARIABLES = {
     "RAMPART_DEVICE": "device",
+    "RAMPART_EXPLAIN": "explain",
     "RAMPART_QUARANTINE": "quarantine",
     "RAMPART_QUERY_STORE": "query_store",
     "RAMPART_THREADS": "threads",
@@ -34,6 +35,18 @@ def read_policy(settings: Mapping[str, Any]) -> Policy:
     policy = {name: settings[name] for name in POLICY & settings.keys()}
     rate = float(policy.pop("false_alarm_rate", Policy.false_alarm_rate))
     return Policy(false_alarm_rate=rate, **policy)
+
+
+def read_explain(settings: Mapping[str, Any]) -> bool:
+    """Whether verdicts are explained to who asks. Raises ValueError."""
+    value = str(settings.get("explain", False)).lower()
+    if value not in ("true", "false"):
+        raise ValueError("explain must be true or false")
+    if value == "true" and settings.get("detail") == "public":
+        raise ValueError(
+            "an explanation shows the scores that `detail: public` hides: leave one of them out"
+        )
+    return value == "true"
 
 
 def read_threads(settings: Mapping[str, Any], workers: int) -> int:

@@ -23,6 +23,7 @@ class Incoming(NamedTuple):
     parts: Sequence[bytes]  # the body, or the files of a form in their order
     route: Route = "predictions"
     refusal: ImageError | None = None  # why the server's own code refuses it
+    explain: bool = False  # its verdict
 
 
 class Request(NamedTuple):
@@ -30,6 +31,7 @@ class Request(NamedTuple):
 
     images: Images
     reply: Replier
+    explain: bool = False  # the verdict on its one image
 
 
 class Reply(NamedTuple):

@@ -177,6 +177,25 @@ class Verdict:
     p_value: float
     detected: bool
     failed: bool  # purifier or detectors gave no number
+    explanation: Mapping[str, Any] | None = None  # where one was asked for
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Verdict":
+        """A verdict out of its JSON form, as far as that tells it. Raises KeyError or TypeError.
+
+        Without `detail` the p-value is NaN; what `shadow` detected does not show.
+        """
+        detail = content.get("detail")
+        return cls(
+            **{name: content[name] for name in ("label", "index", "confidence", "decision")},
+            top=tuple(content["top"]),
+            model=content["model"],
+            detail=detail,
+            p_value=math.nan if detail is None else detail["p_value"],
+            detected=content["decision"] != "accept",
+            failed=detail is not None and None in detail["scores"].values(),
+            explanation=content.get("explanation"),
+        )
 
     def rejected(self) -> "Verdict":
         """The same without a label."""
@@ -184,7 +203,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
-        hidden = {"p_value", "detected", "failed"} | ({"detail"} if self.detail is None else set())
+        hidden = {"p_value", "detected", "failed"}
+        hidden |= {name for name in ("detail", "explanation") if getattr(self, name) is None}
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
 
@@ -246,8 +266,8 @@ class Judge:
         decision = self.policy.on_detection if detected else "accept"
         decision = "accept" if decision == "shadow" else decision
         detail = {
-            "p_value": _rounded(p_value),
-            "scores": dict(zip(self.calibration.detectors, map(_rounded, scores), strict=True)),
+            "p_value": rounded(p_value),
+            "scores": dict(zip(self.calibration.detectors, map(rounded, scores), strict=True)),
             "raw_label": self.labels[raw_index],
             "changed_by_purifier": raw_index != top[0]["index"],
         }
@@ -265,7 +285,7 @@ class Judge:
 
     def _top(self, best: list[int], confidences: list[float]) -> tuple[dict[str, Any], ...]:
         return tuple(
-            {"label": self.labels[i], "index": i, "confidence": _rounded(confidences[i])}
+            {"label": self.labels[i], "index": i, "confidence": rounded(confidences[i])}
             for i in best
         )
 
@@ -277,6 +297,6 @@ def _softmax(logits: NDArray[np.float32]) -> Floats:
     return result
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Six significant digits; JSON has no NaN or infinity, so these become null."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -15,6 +15,7 @@ there is no torch.
 
 TYPE_CHECKING = False  # to type checkers it is true
 if TYPE_CHECKING:
+    from rampart.client import AsyncClient, Client, EndpointError
     from rampart.handlers.errors import ImageError
     from rampart.handlers.verdict import Calibration, Policy, Verdict
     from rampart.hardening.attack.ladder import QUICK, Budget
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rampart.training import train
 
 _HOMES = {
+    "rampart.client": ("AsyncClient", "Client", "EndpointError"),
     "rampart.handlers.errors": ("ImageError",),
     "rampart.handlers.verdict": ("Calibration", "Policy", "Verdict"),
     "rampart.hardening.attack.ladder": ("Budget", "QUICK"),
@@ -43,9 +45,9 @@ _HOMES = {
     "rampart.training": ("train",),
 }
 __all__ = [
-    "QUICK", "Budget", "Calibration", "Classifier", "ClassifierConfig", "Figures", "Form", "Held",
-    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "Threat", "Verdict",
-    "load_images", "register", "train",
+    "QUICK", "AsyncClient", "Budget", "Calibration", "Classifier", "ClassifierConfig", "Client",
+    "EndpointError", "Figures", "Form", "Held", "ImageError", "Images", "Model", "Policy",
+    "Purifier", "Recipe", "Threat", "Verdict", "load_images", "register", "train",
 ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ Here the rooms meet: weights and figures come from `hardening`, files from `expo
 """
 
 import copy
-import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from rampart.export import archive as archives
 from rampart.export.precision import lower
 from rampart.export.shipped import Parity, check_made
 from rampart.handlers.engine import Engine
-from rampart.handlers.image import decode
+from rampart.handlers.image import as_png, decode
 from rampart.handlers.verdict import Calibration, Judge, Policy, Verdict
 from rampart.hardening.attack import victims
 from rampart.hardening.attack.ladder import Budget
@@ -464,13 +462,6 @@ def to_engine(
     with tempfile.TemporaryDirectory() as folder:
         graph = lower(pipeline, precision, Path(folder) / "graph.onnx", ranges)
         return Engine(graph, threads=threads)
-
-
-def as_png(image: NDArray[np.uint8]) -> bytes:
-    """Pixels (H, W, 3) as a picture, to be brought to size as one is."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def twin_of(model: Model, folder: Path | None) -> Classifier | None:

@@ -32,6 +32,7 @@ FEATURES = (
     "Graceful shutdown: requests received are answered",
     "Dead workers are replaced",
     "Hostile clients do not block others",
+    "Explanations",
 )
 TEXT = """\
 # Servers

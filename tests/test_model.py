@@ -21,8 +21,6 @@ import rampart as rp
 from rampart.handlers.errors import ImageError
 from rampart.hardening.report import card as report
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "own_model.ipynb"
-
 
 class Small(nn.Module):
     """A network of one's own, which normalizes by itself."""
@@ -266,17 +264,6 @@ def test_every_public_name_is_there() -> None:
         assert getattr(rp, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = rp.Nothing
-
-
-@pytest.mark.training
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    scope: dict[str, object] = {"__name__": "__main__"}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), scope)
-    assert (tmp_path / "mine.mar").is_file()
 
 
 @pytest.mark.parametrize(

@@ -40,19 +40,21 @@ class Admission:
     def __init__(self, tokens: Tokens, folder: Path, metrics: Metrics) -> None:
         self._tokens, self._buckets, self._metrics = tokens, Buckets(folder), metrics
 
-    def refusal(self, authorization: bytes) -> Refusal | None:
-        """Why who sent this header is not let in; None lets a request in, and counts it."""
-        refusal = self._judge(authorization)
+    def refusal(self, authorization: bytes, cost: int = 1) -> Refusal | None:
+        """Why who sent this header is not let in; None lets a request in, and counts it as `cost`
+        of them.
+        """
+        refusal = self._judge(authorization, cost)
         if refusal:
             self._metrics.count("rampart_requests_total", str(refusal.error.code))
         return refusal
 
-    def _judge(self, authorization: bytes) -> Refusal | None:
+    def _judge(self, authorization: bytes, cost: int) -> Refusal | None:
         name = self._tokens.holder(authorization)
         if name is None:
             return Refusal(NO_TOKEN, {"www-authenticate": "Bearer"})
         rate = self._tokens.rate(name)
-        wait = self._buckets.take(name, rate) if rate else 0.0
+        wait = self._buckets.take(name, rate, cost) if rate else 0.0
         return Refusal(TOO_MANY, {"retry-after": str(math.ceil(wait))}) if wait else None
 
 
@@ -67,15 +69,18 @@ class Buckets:
         self._folder = folder
         self._files: dict[str, int] = {}
 
-    def take(self, name: str, rate: Rate) -> float:
-        """Take one request out of a bucket: 0, or the seconds until there is one to take."""
+    def take(self, name: str, rate: Rate, cost: int = 1) -> float:
+        """Take `cost` requests out of a bucket: 0, or the seconds until there are as many to take.
+
+        One that never holds so many gives them when it is full, and owes the rest.
+        """
         file = self._files.get(name) or self._open(name)
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             now = time.monotonic()
             (full,) = TIME.unpack(os.pread(file, TIME.size, 0) or TIME.pack(now))
-            full = max(full, now) + 1 / rate.per_second
-            wait: float = full - now - rate.burst / rate.per_second
+            full = max(full, now) + cost / rate.per_second
+            wait: float = full - now - max(rate.burst, cost) / rate.per_second
             if wait > 1e-6:
                 return wait
             os.pwrite(file, TIME.pack(full), 0)

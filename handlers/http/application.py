@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
@@ -12,6 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route as At
 
 from rampart.handlers.errors import INTERNAL, ImageError
+from rampart.handlers.explanation import IMAGES, wanted
 from rampart.handlers.http import pages
 from rampart.handlers.http.admission import Admission
 from rampart.handlers.http.bodies import Bodies, parts
@@ -44,7 +46,8 @@ def application(
     )
     app.router.redirect_slashes = False
     if admission:
-        app.add_middleware(Gate, admission=admission)
+        explains = any(lane.service.explains for lane in models.values())
+        app.add_middleware(Gate, admission=admission, explains=explains)
     app.add_middleware(Unread)
     return app
 
@@ -55,9 +58,12 @@ def _routes(front: "Front") -> list["At"]:
     uploads = {  # curl -T sends PUT
         "/predictions/{model}": front.predict("predictions"),
         "/predictions/{model}/{version}": front.predict("predictions"),
+        "/explanations/{model}": front.predict("predictions", explain=True),
+        "/explanations/{model}/{version}": front.predict("predictions", explain=True),
     }
     posts = {
         "/v1/models/{model}:predict": front.predict("v1"),
+        "/v1/models/{model}:explain": front.predict("v1", explain=True),
         f"{model}/infer": front.predict("v2"),
         f"{version}/infer": front.predict("v2"),
     }
@@ -84,17 +90,21 @@ def _routes(front: "Front") -> list["At"]:
 
 
 class Gate:
-    """Lets those in who have a token, as often as they may ask."""
+    """Lets those in who have a token, as often as they may ask.
 
-    def __init__(self, app: Any, admission: Admission) -> None:
-        self._app, self._admission = app, admission
+    An explanation, where there are some, counts as all the pictures that it takes.
+    """
+
+    def __init__(self, app: Any, admission: Admission, *, explains: bool) -> None:
+        self._app, self._admission, self._explains = app, admission, explains
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """As ASGI 3 calls it."""
         answer = self._app
         if scope["type"] == "http" and scope["path"] not in OPEN:
             sent = dict(scope["headers"]).get(b"authorization", b"")
-            if refusal := self._admission.refusal(sent):
+            dear = self._explains and _may_ask_why(scope)
+            if refusal := self._admission.refusal(sent, IMAGES if dear else 1):
                 answer = _error(*refusal)
         await answer(scope, receive, send)
 
@@ -131,14 +141,15 @@ class Front:
         self._models, self._exposition, self._api = models, exposition, api
         self._bodies = Bodies()
 
-    def predict(self, route: Route) -> Respond:
-        """What answers predictions of one protocol's route."""
+    def predict(self, route: Route, *, explain: bool = False) -> Respond:
+        """What answers predictions of one protocol's route; with `explain` they have reasons."""
 
         async def respond(request: HTTPRequest) -> Response:
             lane, headers = self._lane(request), dict(request.headers)
             try:
                 body = await self._bodies.read(headers, request.stream())
-                incoming = Incoming(headers, parts(headers, body), route)
+                said = explain or wanted(request.query_params.get("explain", "false"))
+                incoming = Incoming(headers, parts(headers, body), route, explain=said)
             except ImageError as error:
                 return _response(lane.service.refuse(Incoming(headers, ()), error))
             return _response(await lane.answer(incoming, seconds=_patience(headers)))
@@ -193,6 +204,13 @@ class Front:
 def _model(request: HTTPRequest) -> dict[str, Any]:
     """Which model an address names."""
     return {"name": request.path_params["model"], "version": request.path_params.get("version")}
+
+
+def _may_ask_why(scope: Any) -> bool:
+    """Whether a request is one for an explanation, before it is read."""
+    path, query = scope["path"], QueryParams(scope["query_string"])
+    by_path = "/explanations/" in path or path.endswith(":explain")
+    return by_path or query.get("explain", "false") not in ("false", "0")
 
 
 def _patience(headers: Mapping[str, str]) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rampart.handlers.errors import ImageError, outcome
+from rampart.handlers.explanation import ONE_PICTURE
 from rampart.handlers.image import check_count
 from rampart.handlers.protocols import kserve_v1, open_inference
 from rampart.handlers.types import Answer, Incoming, Pixels, Replier, Request
@@ -37,16 +38,21 @@ def read(incoming: Incoming) -> Request:
         return Request([content], plain)
     body, binary = content
     if isinstance(body, list):
-        return Request(body, plain)
+        return Request(body, plain, incoming.explain)
+    if incoming.explain and "inputs" in body:
+        return Request([ONE_PICTURE], open_inference.replier(body))
     images: Sequence[bytes | Pixels | ImageError] | ImageError
     reply: Replier
     if "inputs" in body:
         reply = open_inference.replier(body)
         images = outcome(open_inference.images, body, binary)
     else:
-        reply = plain if incoming.route == "predictions" else kserve_v1.reply
+        in_v1 = kserve_v1.reply_with_reasons if incoming.explain else kserve_v1.reply
+        reply = plain if incoming.route == "predictions" else in_v1
         images = outcome(kserve_v1.images, body)
-    return Request([images] if isinstance(images, ImageError) else images, reply)
+    if isinstance(images, ImageError):
+        return Request([images], reply)
+    return Request(images, reply, incoming.explain)
 
 
 def reading_cost(incoming: Incoming) -> int:

@@ -33,3 +33,11 @@ def reply(answers: Sequence[Answer]) -> Answer:
     if len(answers) == 1 and answers[0][0] != 200:
         return answers[0]
     return 200, {"predictions": [body for _, body in answers]}
+
+
+def reply_with_reasons(answers: Sequence[Answer]) -> Answer:
+    """The protocol's answer to `:explain`: verdicts, and their explanations in a list beside."""
+    verdicts = [(code, {**body}) for code, body in answers]
+    reasons = [body.pop("explanation", None) for _, body in verdicts]
+    status, content = reply(verdicts)
+    return status, content | {"explanations": reasons} if status == 200 else content

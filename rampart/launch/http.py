@@ -44,7 +44,7 @@ class Front:
 
     With `grpc_port` it speaks gRPC too. `tokens` is a file of lines `NAME TOKEN`, and a must beyond
     loopback; `tls` are files of a certificate chain and its key, PEM. A batch waits `delay` seconds
-    for company.
+    for company. With `explain` it explains verdicts to who asks.
     """
 
     archives: tuple[Path, ...]
@@ -58,6 +58,7 @@ class Front:
     delay: float = 0.0
     query_store: str | None = None
     quarantine: Path | None = None
+    explain: bool = False
 
     @property
     def url(self) -> str:
@@ -142,6 +143,7 @@ def _settings(front: Front) -> dict[str, str]:
     store, folder = front.query_store, front.quarantine
     settings = {
         "RAMPART_DEVICE": front.device,
+        "RAMPART_EXPLAIN": "true" if front.explain else None,
         "RAMPART_QUERY_STORE": store if not store or "://" in store else str(Path(store).resolve()),
         "RAMPART_QUARANTINE": str(folder.resolve()) if folder else None,
     }

@@ -117,6 +117,8 @@ def environment_of(endpoint: Endpoint) -> dict[str, str]:
         changes["RAMPART_QUERY_STORE"] = store if "://" in store else str(Path(store).resolve())
     if endpoint.quarantine:
         changes["RAMPART_QUARANTINE"] = str(endpoint.quarantine.resolve())
+    if endpoint.explain:
+        changes["RAMPART_EXPLAIN"] = "true"
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | changes
 
 

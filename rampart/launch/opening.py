@@ -58,7 +58,7 @@ def openapi(models: Collection[tuple[str, str]]) -> dict[str, Any]:
     versions = list(dict.fromkeys(version for _, version in models))
     api["components"]["parameters"]["version"]["schema"]["enum"] = versions
     for path, operations in api["paths"].items():
-        if path.startswith("/predictions/"):  # curl -T sends PUT
+        if path.startswith(("/predictions/", "/explanations/")):  # curl -T sends PUT
             name = f"{operations['post']['operationId']}ByPut"
             operations["put"] = operations["post"] | {"operationId": name}
     return api | {"servers": [{"url": "/"}]}

@@ -66,3 +66,14 @@ def test_a_refusal_says_why_and_when_to_come_again(tmp_path: Path, clock: Clock)
     )
     name = "rampart_requests_total"
     assert metrics.take() == {(name, ("429",)): 1, (name, ("401",)): 1}
+
+
+def test_a_dear_request_is_paid_at_once_or_owed_by_a_bucket_that_never_holds_so_much(
+    tmp_path: Path, clock: Clock
+) -> None:
+    buckets, rate = Buckets(tmp_path), Rate(2.0, 10)
+    assert [buckets.take("a", rate, 8), buckets.take("a", rate, 8)] == [0, 3]
+    assert [buckets.take("a", rate) for _ in range(3)] == [0, 0, 0.5]
+    assert [buckets.take("b", rate, 65), buckets.take("b", rate)] == [0, 28]
+    clock.now += 28
+    assert [buckets.take("b", rate, 65), buckets.take("b", rate)] == [4.5, 0]
