@@ -86,7 +86,11 @@ MISTAKES = [
     ("adopt nope.pth --arch resnet18 --classes 9 --out c", "nope.pth", "pass a .pth"),
     ("adopt lfs.pth --arch resnet18 --classes 9 --out c", "lfs.pth", "git lfs pull"),
     ("adopt nothing --arch resnet18 --classes 9 --out c", "nothing", "pass a .pth"),
-    ("calibrate new --data good.npz --classifier empty.safetensors", "empty.safetensors", "anew"),
+    (
+        "calibrate new --data good.npz --classifier empty.safetensors",
+        "empty.safetensors",
+        "download it again",
+    ),
     ("calibrate new --data good.npz --classifier words.txt", "words.txt", "safetensors"),
     ("calibrate --archive nope.mar --images nothing", "nope.mar", "rampart archive"),
     ("purifier --data good.npz --classifier nope --out p", "nope", "rampart train"),

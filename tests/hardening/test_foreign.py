@@ -122,7 +122,7 @@ def test_googlenets_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
             r"conv1\.weight.*\(64, 3, 3, 3\), found \(64, 3, 7, 7\).*--image-size",
         ),
         ({"arch": "resnet34"}, r"lacks \d+ of the network's tensors, as layer1\.2\.conv1\.weight"),
-        ({"arch": "resnet10"}, r"no place for, as layer1\.1\.conv1\.weight: check --arch"),
+        ({"arch": "resnet10"}, r"does not have, such as layer1\.1\.conv1\.weight: check --arch"),
         ({"arch": "squeezenet1_1"}, r"w\.pth"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
 def test_a_name_that_both_spellings_have_stays(net: nn.Module, tmp_path: Path) -> None:
     state = net.state_dict()
     torch.save(state | {"linear.weight": state["fc.weight"] + 1}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"no place for, as linear\.weight"):
+    with pytest.raises(ValueError, match=r"does not have, such as linear\.weight"):
         adopt(tmp_path / "w.pth", CONFIG)
 
 

@@ -199,7 +199,7 @@ def test_bad_pictures_are_left_out_where_that_is_asked_for(home: Path) -> None:
 def test_a_class_without_a_readable_picture_stops_the_run(home: Path) -> None:
     (home / "owl").mkdir()
     (home / "owl" / "x.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="owl has no picture that can be read"):
+    with pytest.raises(ValueError, match="owl has no readable picture"):
         data.load(home, skip_bad=True)
 
 
