@@ -124,7 +124,7 @@ def test_a_class_that_is_held_out_whole_is_told_before_any_training(tmp_path: Pa
     row = int((content["image"] == drawn.image[0].numpy()).all((1, 2, 3)).argmax())
     content["label"][row] = 2
     np.savez(file, **content)
-    with pytest.raises(ValueError, match="too few images of class 2, none of which is left"):
+    with pytest.raises(ValueError, match="too few images of class 2: all of them are held out"):
         Source(file).read(32)
 
 

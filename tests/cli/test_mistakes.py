@@ -197,7 +197,7 @@ def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done
     finally:
         signal.signal(signal.SIGINT, before)
     (line,) = capsys.readouterr().err.splitlines()
-    goes_on = f"; what was done is kept, and this goes on: rampart {shlex.join(words)}"
+    goes_on = f"; progress is saved. To resume: rampart {shlex.join(words)}"
     assert line == f"rampart: interrupted{'' if verb == 'alarms' else goes_on}"
 
 

@@ -389,7 +389,7 @@ def test_a_url_of_nothing_is_refused(url: str) -> None:
     [
         ("tyo", "status 404: Model not found: tyo"),
         ("moved", "status 302: moved"),
-        ("other", 'no verdict of Rampart\'s but: {"hello": "world"}'),
+        ("other", 'does not return a Rampart verdict, but {"hello": "world"}'),
     ],
 )
 def test_a_wrong_url_is_told_by_what_it_answers(toy: Toy, path: str, says: str) -> None:
