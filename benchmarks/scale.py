@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import ZipFile
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 import yaml
 from endpoint import DONE, SCRIPT, load_with_wrk
 from engines import timed
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from server import endpoint, pack, pngs
@@ -43,6 +45,7 @@ from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FULL
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.purifier import Purifier
+from rampart.hardening.model.style import STYLE
 from rampart.launch.java import METRICS
 
 WORKERS, BATCHES, SIZES = (1, 2), (1, 2, 8, 32), (32, 64, 96, 128, 224)
@@ -137,30 +140,51 @@ def beside_the_graph(packed: Path) -> Panel:
     return {batch: partial(took, batch) for batch in BATCHES}
 
 
+class Axis(NamedTuple):
+    """What a panel shows."""
+
+    title: str
+    x: str
+    y: str
+
+
+AXES = {
+    "workers": Axis("Workers", "worker processes", "requests per second"),
+    "batch": Axis("Batch size", "largest batch of TorchServe", "requests per second"),
+    "size": Axis("Image size", "pixels per side", "images per second"),
+    "detectors": Axis("Detectors", "number of detectors", "images per second"),
+    "Python": Axis("Python beside the graph", "requests in a batch", "ms per request"),
+}
+TARGET = 0.5  # ms of Python a request
+LINES = {  # (colour, marker, line, name) where a panel has two
+    "Python": ("#0072B2", "o", "-", "lean int8, as served"),
+    "Python, full": ("#D55E00", "s", "--", "full fp32"),
+}
+
+
 def picture(found: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """Draw every panel, as a PNG."""
-    what = {
-        "workers": "requests/s by workers",
-        "batch": "requests/s by TorchServe's batch size",
-        "size": "images/s by image size, px",
-        "detectors": "images/s by number of detectors",
-        "Python": "ms a request beside the graph",
-        "Python, full": "the same of `full`",
-    }
-    figure = Figure(figsize=(15, 3.2), dpi=100, layout="constrained")
-    for at, (name, sides) in enumerate(found.items(), 1):
-        axes = figure.add_subplot(1, len(found), at)
-        values = np.array(list(sides.values()))  # (sides, rounds)
-        middle = np.median(values, axis=1)
-        spread = np.abs(np.quantile(values, [0.1, 0.9], axis=1) - middle)
-        places = range(len(sides))
-        axes.errorbar(places, middle, spread, fmt="o-", color="#0072B2", ecolor="#444444")
-        axes.set_xticks(places, [str(side) for side in sides])
-        axes.set_title(what[name], fontsize=10)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    """Draw every panel, as a PNG: medians, and bars from the least to the most."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
+        panels = dict(zip(AXES, figure.subplots(2, 3).flat, strict=False))
+        figure.axes[-1].set_axis_off()
+        words = "Points are medians, bars extremes.\nHigher is better; for Python, lower is."
+        figure.axes[-1].text(0, 0.9, words, va="top", transform=figure.axes[-1].transAxes)
+        for name, sides in found.items():
+            axes, (*look, label) = panels[name.partition(",")[0]], LINES.get(name, LINES["Python"])
+            middle = np.array([np.median(values) for values in sides.values()])
+            least, most = ([of(values) for values in sides.values()] for of in (min, max))
+            spread = (middle - least, most - middle)
+            options = dict(zip(("color", "marker", "ls"), look, strict=True))
+            axes.errorbar(range(len(sides)), middle, spread, **options, capsize=2, label=label)
+            axes.set_xticks(range(len(sides)), [str(side) for side in sides])
+        for name, axes in panels.items():
+            axes.set_title(AXES[name].title, fontsize=10, loc="left")
+            axes.set(xlabel=AXES[name].x, ylabel=AXES[name].y, ylim=(0, None))
+            axes.grid(visible=False, axis="x")
+        panels["Python"].axhline(TARGET, color="#555555", lw=1, ls=":", label="target")
+        panels["Python"].legend()
+        figure.savefig(path)
 
 
 def main() -> None:

@@ -157,8 +157,8 @@ def check_name(out: Path) -> None:
         raise ValueError(f"{out}: TorchServe loads only files that end in .mar: rename it")
     if not re.fullmatch(NAME, out.stem):
         raise ValueError(
-            f"{out}: clients ask for the model by this name, in an address. Take letters, digits,"
-            " '.', '_' and '-' alone"
+            f"{out}: this name is part of the model's address. Use only letters, digits, '.', '_'"
+            " and '-'"
         )
 
 

@@ -124,10 +124,10 @@ class Agreement(NamedTuple):
     def __str__(self) -> str:
         listed = ", ".join(map(str, self.differ[:20])) + (" ..." if len(self.differ) > 20 else "")
         return (
-            f"{self.precision} beside fp32 on {self.images} images: {self.equal:.2%} of labels"
+            f"{self.precision} against fp32 on {self.images} images: {self.equal:.2%} of labels"
             f" equal (they differ on images {listed or 'none'}), accuracy {self.accuracy[1]:.2%}"
-            f" beside {self.accuracy[0]:.2%}, {self.flagged[1]:.2%} flagged beside"
-            f" {self.flagged[0]:.2%} where {self.rate:.2%} is promised"
+            f" against {self.accuracy[0]:.2%}, {self.flagged[1]:.2%} flagged against"
+            f" {self.flagged[0]:.2%} (promised: {self.rate:.2%})"
         )
 
 

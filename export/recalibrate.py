@@ -53,10 +53,11 @@ class Recalibration(NamedTuple):
         low, high = self.spread
         return [
             *(f"left out, as the endpoint would: {line}" for line in self.refused),
-            f"the old calibration flags {self.flagged:.1%} of these {self.images} pictures where it"
-            f" promises {self.rate:.1%}; drift {self.drift:.3f}, by chance up to {self.chance:.3f}",
-            f"so many pictures put the true rate between {low:.1%} and {high:.1%}, 95 times in 100",
-            "left out of its card: the pipeline's figures, which the old thresholds made",
+            f"the old calibration flags {self.flagged:.1%} of these {self.images} pictures"
+            f" (promised: {self.rate:.1%}); drift {self.drift:.3f} (by chance up to"
+            f" {self.chance:.3f})",
+            f"true rate of the new calibration: {low:.1%} to {high:.1%} (95% interval)",
+            "the new card leaves out the pipeline's figures, which depend on the old thresholds",
         ]
 
 

@@ -77,7 +77,7 @@ class Calibration:
         """Raise ValueError for a false-alarm rate finer than the calibration images can tell."""
         if 0 < rate <= 1 / (self.images + 1):
             raise ValueError(
-                f"{self.images} calibration images cannot tell a false_alarm_rate of {rate}:"
+                f"{self.images} calibration images cannot support a false_alarm_rate of {rate}:"
                 f" calibrate on at least {int(1 / rate)} images or choose a rate above"
                 f" {1 / (self.images + 1):.3g}"
             )

@@ -121,7 +121,7 @@ def past(files: Mapping[str, Path], command: str) -> dict[str, Any]:
     """What a card says of how the parts in `files` were trained; `command` joins them."""
     contents = {part: checkpoint.read(file)[0] for part, file in files.items()}
     training = {
-        part: str(content.get("training", f"told by no file of {part}"))
+        part: str(content.get("training", f"not recorded for the {part}"))
         for part, content in contents.items()
     }
     lines = [line for content in contents.values() for line in content.get("commands", [])]

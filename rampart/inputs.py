@@ -335,9 +335,7 @@ def calibrating(
     made = folder or data or classifier
     if archive and images:
         if made or purifier or held or data_name or skip_bad:
-            raise ValueError(
-                "--archive and --images go alone, with --out: the archive has the rest"
-            )
+            raise ValueError("--archive and --images take only --out: the archive has the rest")
     elif not (folder and data and classifier) or archive or images or out:
         raise ValueError(
             "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"

@@ -103,8 +103,8 @@ def check_network(net: Classifier) -> None:
     wanted, found = (2, net.config.classes), tuple(logits.shape)
     if found != wanted or features.shape != (2, net.feature_size):
         raise ValueError(
-            f"{arch} gives logits {found} of features {tuple(features.shape)} but one head needs"
-            f" {wanted} of {(2, net.feature_size)}: use a network with one head"
+            f"{arch} gives logits {found} from features {tuple(features.shape)}, but one head gives"
+            f" {wanted} from {(2, net.feature_size)}: use a network with one head"
         )
     if not torch.isfinite(logits).all():
         raise ValueError(f"{arch} gives logits that are not finite: use other weights")

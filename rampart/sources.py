@@ -131,8 +131,8 @@ def check_trained(data: Path, train: Images | Folder) -> None:
     missing = [name for index, name in enumerate(train.classes) if index not in present]
     if missing:
         raise ValueError(
-            f"{data} has too few images of {named(missing)}, none of which is left to train on"
-            " beside those held out: add some of each, or pass --held"
+            f"{data} has too few images of {named(missing)}: all of them are held out, and none is"
+            " left to train on. Add some of each, or pass --held"
         )
 
 

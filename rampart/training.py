@@ -162,7 +162,7 @@ def check_classes(start: Classifier, init: Path, images: Images | Folder, source
     """Raise ValueError where weights to go on from tell other classes apart than the images."""
     if start.config.classes != len(images.classes):
         raise ValueError(
-            f"--init {init} tells {start.config.classes} classes apart, but {source.data} has"
+            f"--init {init} has {start.config.classes} classes, but {source.data} has"
             f" {len(images.classes)}: train from new weights, without --init"
         )
 

@@ -99,7 +99,7 @@ def save(file: Path, labels: list[int], **more: object) -> Path:
 @pytest.mark.parametrize(
     ("train", "held", "more", "message"),
     [
-        ([0] * 60, [0] * 210, {}, r"has one class, '0': pass images of two or more"),
+        ([0] * 60, [0] * 210, {}, r"has one class, '0': pass two or more classes"),
         ([1, 2, 3] * 20, [1, 2, 3] * 70, {}, r"has no image of class 0: number classes from 0"),
         ([0, 5, 9] * 20, [0, 5, 9] * 70, {}, "has no image of the classes 1, 2, 3, 4, 6, 7, 8: "),
         ([0, 1] * 30, [0, 1] * 105, {"classes": ["a", "b", "c"]}, "has no image of class c"),
@@ -124,7 +124,7 @@ def test_a_class_that_is_held_out_whole_is_told_before_any_training(tmp_path: Pa
     row = int((content["image"] == drawn.image[0].numpy()).all((1, 2, 3)).argmax())
     content["label"][row] = 2
     np.savez(file, **content)
-    with pytest.raises(ValueError, match="too few images of class 2, none of which is left"):
+    with pytest.raises(ValueError, match="too few images of class 2: all of them are held out"):
         Source(file).read(32)
 
 

@@ -77,6 +77,6 @@ def in_words(proof: Certificate, classes: tuple[str, ...]) -> str:
     radius = math.floor(proof.radius * 1000) / 1000  # never more than was certified
     return (
         f"{classes[proof.label]}: the smoothed label holds within an L2 radius of {radius:.3f}"
-        f" (pixels in [0, 1]), by {vote}; wrong in at most {proof.alpha:g} of such statements. This"
-        " is about the smoothed classifier and about L2 alone"
+        f" (pixels in [0, 1]), by {vote}; wrong in at most {proof.alpha:g} of such certificates."
+        " This holds only for the smoothed classifier and for L2"
     )

@@ -122,9 +122,9 @@ def no_better_than_chance(card: Mapping[str, Any]) -> list[str]:
     if not accuracy or accuracy["value"] > accuracy["chance"]:
         return []
     return [
-        f"it is right on {accuracy['value']:.1%} of {accuracy['n']:,} held-out images, where the"
-        f" most frequent class alone would be on {accuracy['chance']:.1%}: check labels and images,"
-        " train longer or with more of them, or with a smaller --eps"
+        f"it is right on {accuracy['value']:.1%} of {accuracy['n']:,} held-out images, and guessing"
+        f" the most frequent class on {accuracy['chance']:.1%}: check labels and images, train"
+        " longer or on more images, or use a smaller --eps"
     ]
 
 

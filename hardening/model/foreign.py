@@ -183,8 +183,8 @@ def tensors(content: Any, path: Path) -> tuple[State, list[str]]:
         lines.append(f"weights: entry {entry}")
         if inner and averages:
             lines.append(
-                f"  {averages[0]}, an average of the weights, is left aside: to take it, save it in"
-                " a file of its own"
+                f"  {averages[0]}, an average of the weights, is not used: to use it, save it in a"
+                " separate file"
             )
         content = content[entry]
     raise ValueError(f"{path} holds a {type(content).__name__}: save model.state_dict() instead")
@@ -274,8 +274,8 @@ def check_names(path: Path, own: State, state: State) -> None:
     if missing := [name for name in own if name not in state]:
         beside = f"has {some(unknown)} in their place" if unknown else "has no other"
         raise ValueError(
-            f"{path} lacks {len(missing)} of the network's tensors, as {missing[0]}, and {beside}:"
-            " check --arch"
+            f"{path} lacks {len(missing)} of the network's tensors, such as {missing[0]}, and"
+            f" {beside}: check --arch"
         )
     if unknown:
         raise ValueError(

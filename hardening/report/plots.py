@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -232,16 +233,36 @@ def bars(labels: Sequence[str], every: Sequence[Shares]) -> str:
     return svg(draw, height=0.9 + 0.62 * len(labels), width=7.2)
 
 
+def alike(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Setups of an ablation, those with the same shares under one name."""
+    groups: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["clean"]["value"], row["robust"]["value"]), []).append(row)
+    together = {}
+    for first, *others in groups.values():
+        names = [
+            row["name"].removeprefix("+ ").replace(" ", "\N{NO-BREAK SPACE}") for row in others
+        ]
+        same = fill(f"same with {', '.join(names)}", 34)
+        together[first["name"] + (f"\n{same}" if others else "")] = first
+    return together
+
+
 def setup_labels(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """Label accuracy of each setup of an ablation, clean and under attack; rows as in the card."""
-    for name, ink in (("clean", INKS["clean"]), ("robust", INKS["attacked"])):
-        for place, row in enumerate(rows):
-            axes.hlines(place, *row[name]["interval"], color=ink.colour, lw=1)
-        share = [row[name]["value"] for row in rows]
-        axes.plot(share, range(len(rows)), ink.marker, color=ink.colour, label=name)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="label right")
+    groups = alike(rows)
+    for name, key in (("under attack", "robust"), ("clean", "clean")):
+        ink = INKS["attacked" if key == "robust" else key]
+        for place, row in enumerate(groups.values()):
+            axes.hlines(place, *row[key]["interval"], color=ink.colour, lw=1)
+            where = (row[key]["value"], place - 0.1)
+            axes.annotate(f"{where[0]:.0%}", where, ha="center", va="bottom", color=ink.colour)
+        share = [row[key]["value"] for row in groups.values()]
+        axes.plot(share, range(len(groups)), ink.marker, color=ink.colour, label=name)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set(xlim=(-0.03, 1), ylim=(len(groups) - 0.5, -0.5), xlabel="images labelled right")
     axes.xaxis.set_major_formatter(PERCENT)
+    axes.grid(visible=False, axis="y")
 
 
 def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -252,7 +273,11 @@ def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
             axes.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, rejects nothing")
         if ink := INKS.get(CURVES.get(row["name"], "")):
             x = [point["clean_rejection"]["value"] for point in row["at"]]
-            y = [point["robust_with_rejection"]["value"] for point in row["at"]]
+            held = [point["robust_with_rejection"] for point in row["at"]]
+            y = [share["value"] for share in held]
+            axes.vlines(
+                x, *zip(*(share["interval"] for share in held), strict=True), ink.colour, lw=0.5
+            )
             axes.plot(x, y, ink.marker, color=ink.colour, ls=ink.line, label=row["name"])
     axes.set(xlabel="clean images rejected", ylabel="right or rejected under attack")
     axes.xaxis.set_major_formatter(PERCENT)
@@ -261,13 +286,17 @@ def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 def ablation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Both pictures of an ablation side by side, as a PNG."""
+    lines = sum(1 + name.count("\n") for name in alike(rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.4 + 0.3 * len(rows)), dpi=120, layout="constrained")
+        figure = Figure(figsize=(10, max(4.2, 1.6 + 0.22 * lines)), dpi=120, layout="constrained")
         labels, rejection = figure.subplots(1, 2, width_ratios=(1.2, 1))
         setup_labels(labels, rows)
-        labels.legend(loc="lower left")
+        labels.set_title("Labels, with 95% intervals", loc="left", fontsize=10, pad=24)
+        labels.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
         setup_rejection(rejection, rows)
+        rejection.set_title("Gain from rejection, with 95% intervals", loc="left", fontsize=10)
         rejection.legend(loc="upper left")
+        rejection.set_ylim(top=rejection.get_ylim()[1] + 0.08)
         figure.savefig(path)
     return path
 

@@ -259,8 +259,8 @@ def check_readable(files: Sequence[Path], found: Sequence[Size | str]) -> None:
     more = [f"and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
     names = ";\n  ".join([*bad[:LISTED], *more])
     raise ValueError(
-        f"{len(bad):,} of {len(files):,} pictures cannot be read (--skip-bad leaves them out where"
-        f" you train, harden or calibrate):\n  {names}"
+        f"{len(bad):,} of {len(files):,} pictures cannot be read (train, harden and calibrate leave"
+        f" them out with --skip-bad):\n  {names}"
     )
 
 

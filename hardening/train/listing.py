@@ -81,7 +81,7 @@ def check_formats(folder: Path, files: list[Path]) -> None:
     endings = {file.suffix.lower() for file in walk(folder, Counter())} & set(OTHER_SUFFIXES)
     if endings:
         raise ValueError(
-            f"{folder} has pictures as {', '.join(sorted(endings))} alone: save them as PNG, or"
+            f"{folder} has only pictures in {', '.join(sorted(endings))}: save them as PNG, or"
             " remove the folder"
         )
 

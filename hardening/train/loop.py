@@ -408,7 +408,7 @@ def train_classifier(
     trainer.run.earlier = list(earlier)
     file = folder / "classifier.safetensors"
     if file.exists() and states.read(folder) is None:
-        raise ValueError(f"{file} is there, but no state to go on from: choose another --out")
+        raise ValueError(f"{file} exists, but no state to resume from: choose another --out")
     content = {"classifier": classifier.config._asdict()}
     best = "clean" if recipe.method == "standard" else "pgd10"
     fit(trainer, trainer.ema, images, file, content, commands=commands, best=best)

@@ -64,8 +64,8 @@ class Stages:
             other = [key for key in other if not isinstance(inputs[key], Images | Folder)]
             other.append(f"images: {pictures}")
         return (
-            f"  anew, since it was begun in {last} with other {', '.join(other)}; with those as"
-            " they were, the same command goes on there"
+            f"  starting again: the run in {last} began with other {', '.join(other)}; restore"
+            " those and run the same command to resume it"
         )
 
 

@@ -107,7 +107,7 @@ def how_to_go_on(words: list[str]) -> str:
     """What to type after Ctrl-C, where a verb goes on from what it has done."""
     if not words or words[0] not in RESUMED:
         return ""
-    return f"; what was done is kept, and this goes on: {shlex.join(['rampart', *words])}"
+    return f"; progress is saved. To resume: {shlex.join(['rampart', *words])}"
 
 
 def told(error: Exception) -> str:

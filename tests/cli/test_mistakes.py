@@ -86,7 +86,11 @@ MISTAKES = [
     ("adopt nope.pth --arch resnet18 --classes 9 --out c", "nope.pth", "pass a .pth"),
     ("adopt lfs.pth --arch resnet18 --classes 9 --out c", "lfs.pth", "git lfs pull"),
     ("adopt nothing --arch resnet18 --classes 9 --out c", "nothing", "pass a .pth"),
-    ("calibrate new --data good.npz --classifier empty.safetensors", "empty.safetensors", "anew"),
+    (
+        "calibrate new --data good.npz --classifier empty.safetensors",
+        "empty.safetensors",
+        "download it again",
+    ),
     ("calibrate new --data good.npz --classifier words.txt", "words.txt", "safetensors"),
     ("calibrate --archive nope.mar --images nothing", "nope.mar", "rampart archive"),
     ("purifier --data good.npz --classifier nope --out p", "nope", "rampart train"),
@@ -193,7 +197,7 @@ def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done
     finally:
         signal.signal(signal.SIGINT, before)
     (line,) = capsys.readouterr().err.splitlines()
-    goes_on = f"; what was done is kept, and this goes on: rampart {shlex.join(words)}"
+    goes_on = f"; progress is saved. To resume: rampart {shlex.join(words)}"
     assert line == f"rampart: interrupted{'' if verb == 'alarms' else goes_on}"
 
 

@@ -87,7 +87,9 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
         np.savez(name, image=images.image.numpy(), label=label.astype(int), classes=["cat", "dog"])
     data = ["--data", "train.npz", "--held", "held.npz", "--device", "cpu", "--evaluate-on", 0]
     command = ["harden", *data, "--epochs", 1, "--width", 0.125, "--out", "store/mine.mar"]
-    with pytest.raises(ChecksFailed, match=r"held-out images, where .* 98\.3%.*--anyway packs it"):
+    with pytest.raises(
+        ChecksFailed, match=r"held-out images, and guessing .* 98\.3%.*--anyway packs it"
+    ):
         run(*command)
     assert not Path("store").exists()
     told = run(*command, "--anyway")
@@ -313,7 +315,7 @@ def test_calibrate_and_purifier_list_all_that_is_wrong_before_they_begin(
     for command in (["calibrate", "my model"], ["purifier", "--out", "/proc/run"]):
         with pytest.raises(ValueError, match="3 things to put right") as told:
             run(*command, *data)
-        place = "clients ask for the model by this name" if "my model" in command else "/proc"
+        place = "name is part of the model's address" if "my model" in command else "/proc"
         assert all(fault in str(told.value) for fault in (*faults, place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.safetensors", "data.npz"]
 

@@ -116,7 +116,7 @@ def test_what_is_no_small_picture_is_not_taken_for_a_sample(tmp_path: Path, cont
         ("a.zip", {}, r"end in \.mar"),
         ("a,b.mar", {}, "letters, digits"),
         ("my model.mar", {}, "letters, digits"),
-        ("a.mar", {"false_alarm_rate": 1e-6}, "cannot tell a false_alarm_rate"),
+        ("a.mar", {"false_alarm_rate": 1e-6}, "cannot support a false_alarm_rate"),
         ("a.mar", {"on_detection": "drop"}, "flag, reject or shadow"),
     ],
 )

@@ -296,7 +296,7 @@ def test_a_reply_that_cannot_be_made_fails_its_own_request_alone(
     [
         ({"on_detection": "shrug"}, "on_detection must be flag, reject or shadow"),
         ({"false_alarm": 0.1}, "unknown rampart setting"),
-        ({"false_alarm_rate": 1e-9}, "cannot tell a false_alarm_rate"),
+        ({"false_alarm_rate": 1e-9}, "cannot support a false_alarm_rate"),
         ({"max_pixels": 10}, "max_pixels must be a whole number from 1024"),
         ({"device": "tpu"}, "choose one of cpu, cuda, tensorrt, auto"),
         ({"query_store": "ftp://x"}, "query_store must be a folder or redis://"),

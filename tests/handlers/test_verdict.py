@@ -263,7 +263,7 @@ def test_a_policy_outside_its_choices_is_refused(policy: dict[str, object]) -> N
 
 def test_a_rate_finer_than_the_calibration_is_refused() -> None:
     """Otherwise nothing could ever be flagged."""
-    with pytest.raises(ValueError, match="199 calibration images cannot tell"):
+    with pytest.raises(ValueError, match="199 calibration images cannot support"):
         judge(false_alarm_rate=0.005)
     assert judge(false_alarm_rate=0.0051)
 

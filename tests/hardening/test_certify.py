@@ -71,4 +71,4 @@ def test_a_certificate_says_what_it_is_about() -> None:
     assert "in at most 0.001 of" in words
     almost = made._replace(radius=0.39999)
     assert "radius of 0.399 " in in_words(almost, ("cat", "dog"))
-    assert "L2 alone" in words
+    assert "for L2" in words

@@ -70,7 +70,7 @@ def test_a_stage_that_is_begun_anew_says_why(
     few = blobs(6)
     assert "anew" not in once(images=few[slice(4)], held=few[slice(4, 5)], epochs=3)
     said = once(images=few[slice(4)], held=few[slice(4, 6)], epochs=3)
-    assert "with other images: 1 new (" in said and "the same command goes on there" in said
+    assert "with other images: 1 new (" in said and "run the same command to resume it" in said
     # The same images, drawn otherwise: none is new or missing.
     said = once(images=few[slice(1, 5)], held=few[torch.tensor([0, 5])], epochs=4)
     assert "with other epochs, held, images;" in said

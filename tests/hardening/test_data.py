@@ -239,7 +239,7 @@ def test_other_classes_in_the_held_out_set_stop_the_run() -> None:
 
 def test_images_of_another_size_than_the_models_are_refused(tmp_path: Path) -> None:
     save_npz(tmp_path / "a.npz", 2)
-    with pytest.raises(ValueError, match="32x32 images where the model takes 64x64"):
+    with pytest.raises(ValueError, match="32x32 images, but the model takes 64x64"):
         data.load(tmp_path / "a.npz", size=64)
 
 

@@ -121,8 +121,11 @@ def test_googlenets_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
             {"image_size": 32},
             r"conv1\.weight.*\(64, 3, 3, 3\), found \(64, 3, 7, 7\).*--image-size",
         ),
-        ({"arch": "resnet34"}, r"lacks \d+ of the network's tensors, as layer1\.2\.conv1\.weight"),
-        ({"arch": "resnet10"}, r"no place for, as layer1\.1\.conv1\.weight: check --arch"),
+        (
+            {"arch": "resnet34"},
+            r"lacks \d+ of the network's tensors, such as layer1\.2\.conv1\.weight",
+        ),
+        ({"arch": "resnet10"}, r"does not have, such as layer1\.1\.conv1\.weight: check --arch"),
         ({"arch": "squeezenet1_1"}, r"w\.pth"),
     ],
 )
@@ -167,7 +170,7 @@ def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
     state = {name.replace("downsample", "skip"): t for name, t in net.state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
     expected = (
-        r"lacks 15 of the network's tensors, as layer2\.0\.downsample\.0\.weight, and has"
+        r"lacks 15 of the network's tensors, such as layer2\.0\.downsample\.0\.weight, and has"
         r" layer2\.0\.skip\.0\.weight and 17 more in their place: check --arch"
     )
     with pytest.raises(ValueError, match=expected):
@@ -180,7 +183,7 @@ def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
 def test_a_name_that_both_spellings_have_stays(net: nn.Module, tmp_path: Path) -> None:
     state = net.state_dict()
     torch.save(state | {"linear.weight": state["fc.weight"] + 1}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"no place for, as linear\.weight"):
+    with pytest.raises(ValueError, match=r"does not have, such as linear\.weight"):
         adopt(tmp_path / "w.pth", CONFIG)
 
 
@@ -217,7 +220,7 @@ def test_all_that_is_wrong_with_weights_is_told_at_once(net: nn.Module, tmp_path
         adopt(tmp_path / "w.pth", CONFIG._replace(classes=7))
     for fault in (
         "divides by a std of 0 or less",
-        "lacks 1 of the network's tensors, as layer4.1.conv2.weight, and has no other",
+        "lacks 1 of the network's tensors, such as layer4.1.conv2.weight, and has no other",
         "fc.weight does not fit resnet18: expected (7, 512), found (5, 512). Check --classes",
         "NaN or infinity in layer1.0.bn1.bias",
         "variances below 0 in bn1.running_var",

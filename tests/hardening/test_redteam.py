@@ -313,7 +313,7 @@ def test_a_torn_last_line_is_dropped(endpoint: Endpoint, tmp_path: Path, tail: s
 
 def test_a_malformed_line_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"settings": {}}\n')
-    with pytest.raises(ValueError, match=r"queries\.jsonl, line 1 is no outcome"):
+    with pytest.raises(ValueError, match=r"queries\.jsonl, line 1 is not a red-team result"):
         redteam.read(tmp_path)
 
 
@@ -339,7 +339,9 @@ def test_a_run_of_another_model_or_other_images_is_refused(
         redteam.redteam(endpoint, pictures(41), tmp_path, **options)
     toy.labels = (*CLASSES[1::-1], *CLASSES[2:])
     for attack in ("square", "simba"):
-        with pytest.raises(ValueError, match="another model, of the same name and version: choose"):
+        with pytest.raises(
+            ValueError, match="another model with the same name and version: choose"
+        ):
             redteam.redteam(endpoint, pictures(40), tmp_path, **options | {"attacks": [attack]})
     assert len(redteam.read(tmp_path)) == 1
     toy.labels = CLASSES
@@ -387,7 +389,7 @@ def test_a_url_of_nothing_is_refused(url: str) -> None:
     [
         ("tyo", "status 404: Model not found: tyo"),
         ("moved", "status 302: moved"),
-        ("other", 'no verdict of Rampart\'s but: {"hello": "world"}'),
+        ("other", 'does not return a Rampart verdict, but {"hello": "world"}'),
     ],
 )
 def test_a_wrong_url_is_told_by_what_it_answers(toy: Toy, path: str, says: str) -> None:
@@ -399,7 +401,7 @@ def test_a_wrong_url_is_told_by_what_it_answers(toy: Toy, path: str, says: str) 
 
 def test_an_unknown_label_is_named(toy: Toy, endpoint: Endpoint, tmp_path: Path) -> None:
     toy.labels = ("night", *CLASSES[1:])
-    with pytest.raises(ValueError, match=r"'night', which is no class .*dark, bright"):
+    with pytest.raises(ValueError, match=r"'night', which is not a class .*dark, bright"):
         redteam.redteam(endpoint, pictures(40), tmp_path)
 
 
@@ -419,7 +421,7 @@ def test_without_art_the_command_that_installs_it_is_named(
 
 
 def test_an_unknown_attack_is_told_which_there_are(endpoint: Endpoint, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose of square, simba"):
+    with pytest.raises(ValueError, match="choose among square, simba"):
         redteam.redteam(endpoint, pictures(40), tmp_path, attacks=["triangle"])
 
 

@@ -111,7 +111,9 @@ def test_normalization_outside_the_module_goes_in_front_of_it() -> None:
 
 
 def test_normalization_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"normalizes by itself \(its buffer 'mean'\): leave out"):
+    with pytest.raises(
+        ValueError, match=r"already normalizes its input \(its buffer 'mean'\): leave out"
+    ):
         Classifier.wrap(Normalizing(), **TAKE, mean=(0.5,), std=(0.25,))
     with pytest.raises(ValueError, match="one or three"):
         Classifier.wrap(Net(), **TAKE, mean=(0.5, 0.5))

@@ -41,9 +41,9 @@ def test_a_worker_that_hangs_is_told_from_one_that_lives(server: Server) -> None
 def test_no_server_and_no_model_are_each_told(server: Server) -> None:
     with pytest.raises(RuntimeError, match=re.escape("no metrics at http://127.0.0.1:1/")):
         probe("http://127.0.0.1:1/metrics", 5)
-    with pytest.raises(RuntimeError, match="tells of no Rampart model"):
+    with pytest.raises(RuntimeError, match="shows no Rampart model"):
         probe(f"{server.root}/ping", 5)
-    with pytest.raises(RuntimeError, match="tells of no model other"):
+    with pytest.raises(RuntimeError, match="shows no model other"):
         probe(f"http://127.0.0.1:{server.port + 2}/metrics", 5, "other")
 
 

@@ -136,5 +136,5 @@ def test_a_key_that_torchserve_cannot_read_is_refused_before_java_starts(tmp_pat
     (tmp_path / "c.pem").write_bytes(signed(made, made, "here"))
     private = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "k.pem").write_bytes(private)
-    with pytest.raises(LaunchError, match=r"k\.pem is no RSA key"):
+    with pytest.raises(LaunchError, match=r"k\.pem is not an RSA key"):
         check_tls(tmp_path / "c.pem", tmp_path / "k.pem")

@@ -1,0 +1,101 @@
+"""Robust accuracy over eps: a model's classifier beside its undefended twin, under PGD-20.
+
+    .venv/bin/python benchmarks/over_eps.py --data signs/held.npz --plot docs/over-eps.png
+
+`--data` holds images that neither network was trained on. Attacked images are rounded to 8 bits.
+Figures go to --out as they are found, so an interrupted run resumes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from rampart.hardening.attack.ladder import pgd20
+from rampart.hardening.attack.objectives import View
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge.metrics import share
+from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.images import Images, batches
+from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.pixels import to_float, to_uint8
+from rampart.hardening.model.provenance import check_unseen
+from rampart.hardening.model.style import STYLE
+from rampart.hardening.train.data import load, spread
+
+EPS = (0, 1, 2, 4, 6, 8)  # n/255
+LOOKS = {"hardened": ("#0072B2", "o", "-"), "undefended twin": ("#D55E00", "s", "--")}
+
+
+def held(net: Classifier, images: Images, eps: int) -> dict[str, Any]:
+    """The share of images whose label stays right within eps/255, with its interval."""
+    right = []
+    for x, label in batches(images, 50):
+        if eps:
+            x = pgd20(lambda x: View(net(x)), x, label, Threat("Linf", eps / 255))
+        with torch.no_grad():
+            right.append(net(to_float(to_uint8(x))).argmax(1) == label)
+    return share(torch.cat(right).numpy())
+
+
+def figure(found: dict[str, Any], trained: int) -> Figure:
+    """Both curves, each point with its interval and each curve with its name beside it."""
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(6.4, 3.6), dpi=125, layout="constrained")
+        axes: Axes = drawn.subplots()
+        for name, (colour, marker, line) in LOOKS.items():
+            rows = [found[name][str(eps)] for eps in EPS]
+            values = [row["value"] for row in rows]
+            axes.vlines(EPS, *zip(*(row["interval"] for row in rows), strict=True), color=colour)
+            axes.plot(EPS, values, color=colour, marker=marker, ls=line)
+            place = (EPS[-1] + 0.15, values[-1])
+            axes.annotate(f"{name}\n{values[-1]:.0%}", place, color=colour, va="center")
+        axes.axvline(trained, color="#555555", lw=1, ls=":")
+        axes.annotate("trained for", (trained + 0.08, 1.0), va="top", color="#555555")
+        axes.set(xlim=(-0.2, EPS[-1] + 1.9), ylim=(0, 1.02), xticks=EPS)
+        axes.set(xlabel="largest change of a pixel, in 1/255", ylabel="signs labelled right")
+        axes.set_title(f"Under attack (PGD-20), n = {found['n']}, 95% intervals", fontsize=10)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return drawn
+
+
+def main() -> None:
+    """Attack both networks at each eps, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("model_store/traffic-signs"))
+    parser.add_argument("--data", type=Path, required=True, help=".npz of held-out images")
+    parser.add_argument("--images", type=int, default=150, help="evenly spaced")
+    parser.add_argument("--trained-for", type=int, default=4, help="eps of training, n/255")
+    parser.add_argument("--out", type=Path, default=Path("runs/over-eps.json"))
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    options = parser.parse_args()
+    folders = {
+        "hardened": options.model,
+        "undefended twin": options.model.with_name(f"{options.model.name}-undefended"),
+    }
+    images = spread(load(options.data, train=False), options.images)
+    found = json.loads(options.out.read_text()) if options.out.is_file() else {"n": len(images)}
+    for name, folder in folders.items():
+        check_unseen(folder, images)
+        net = load_classifier(folder / "weights.safetensors").eval()
+        rows = found.setdefault(name, {})
+        for eps in EPS:
+            if str(eps) not in rows:
+                rows[str(eps)] = held(net, images, eps)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(found))
+            low, high = rows[str(eps)]["interval"]
+            value = rows[str(eps)]["value"]
+            print(f"{name:16} {eps}/255  {value:.1%} ({low:.1%} to {high:.1%})", flush=True)
+    if options.plot:
+        figure(found, options.trained_for).savefig(options.plot)
+
+
+if __name__ == "__main__":
+    main()
