@@ -244,7 +244,7 @@ def test_a_store_that_others_may_enter_or_that_is_a_link_is_refused(tmp_path: Pa
     with pytest.raises(StoreError, match=r"query_store /.*link is a link: name the folder"):
         open_store(str(tmp_path / "link"), entries=100, expiry=60).secret()
     (tmp_path / "mine" / "data.mdb").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match=r"query_store /.*data\.mdb is no plain file"):
+    with pytest.raises(StoreError, match=r"query_store /.*data\.mdb is not a regular file"):
         open_store(str(tmp_path / "mine"), entries=100, expiry=60).secret()
     assert not (tmp_path / "elsewhere").exists() and not list((tmp_path / "open").iterdir())
 
