@@ -29,6 +29,7 @@ def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Pat
         "rampart/handlers/defended.py",
         "rampart/handlers/engine.py",
         "rampart/handlers/errors.py",
+        "rampart/handlers/explanation.py",
         "rampart/handlers/hand_over.py",
         "rampart/handlers/image.py",
         "rampart/handlers/plan.py",
