@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -57,11 +60,20 @@ class Job:
 def open_application() -> Starlette:
     """What uvicorn serves in this process. Ends it with one line where that cannot be opened."""
     job = Job(**json.loads(os.environ[CONFIG]))
+    if launcher := multiprocessing.parent_process():
+        threading.Thread(target=_outlive, args=(launcher, job.folder), daemon=True).start()
     try:
         return _application(job)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
+
+
+def _outlive(launcher: Any, folder: str) -> None:
+    """End this worker once its launcher was killed, which nobody would replace or end."""
+    launcher.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _application(job: Job) -> Starlette:

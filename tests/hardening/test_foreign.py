@@ -324,7 +324,9 @@ def test_what_needs_unpickling_is_named_and_the_way_to_convert_it_works(
     torch.save({entry: net.state_dict(), "best": Path("x")}, "w.pth")
     with pytest.raises(ValueError, match=r"unpickling pathlib\.") as caught:
         adopt(Path("w.pth"), CONFIG)
-    command = str(caught.value).partition("only its tensors: ")[2].partition(" in the environment")[0]
+    command = (
+        str(caught.value).partition("only its tensors: ")[2].partition(" in the environment")[0]
+    )
     exec(command, {"torch": torch})
     assert adopt(Path("weights.pth"), CONFIG).config == CONFIG
 

@@ -312,6 +312,20 @@ def test_a_worker_that_dies_while_the_launcher_waits_for_it_is_replaced_at_once(
     assert server.end() == 0
 
 
+def test_workers_end_with_a_launcher_that_was_killed_and_leave_nothing(
+    start: Start, tiny_archive: Path
+) -> None:
+    server = start(tiny_archive, workers=2)
+    server.read()
+    orphans = workers(server)
+    assert list(server.temp.iterdir())
+    server.process.kill()
+    wait(lambda: not any(orphan.is_running() for orphan in orphans))
+    wait(lambda: not list(server.temp.iterdir()))
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{server.root}/v2/health/live", timeout=10)
+
+
 def archive_with_news(tiny_archive: Path, folder: Path) -> tuple[Path, Path]:
     """A copy of an archive, and a newer one that promises another rate."""
     archive, news = Path(shutil.copy(tiny_archive, folder)), folder / "news.mar"
