@@ -275,9 +275,8 @@ def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
             x = [point["clean_rejection"]["value"] for point in row["at"]]
             held = [point["robust_with_rejection"] for point in row["at"]]
             y = [share["value"] for share in held]
-            axes.vlines(
-                x, *zip(*(share["interval"] for share in held), strict=True), ink.colour, lw=0.5
-            )
+            low, high = zip(*(share["interval"] for share in held), strict=True)
+            axes.vlines(x, low, high, color=ink.colour, lw=0.5)
             axes.plot(x, y, ink.marker, color=ink.colour, ls=ink.line, label=row["name"])
     axes.set(xlabel="clean images rejected", ylabel="right or rejected under attack")
     axes.xaxis.set_major_formatter(PERCENT)
