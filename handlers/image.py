@@ -22,6 +22,7 @@ MAX_PIXELS = 2**24  # of any picture, and of any request whatever the settings
 MIN_DEFAULT = 2**22  # pixels that a request may hold by default, however small the model
 MAX_ASPECT = 20
 MAX_IMAGES = 32  # of one request
+GREY = 128  # of the border that `letterbox` leaves
 # Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten.
 MAX_JPEG_SCANS = 100
 FREE_SCANS = 12  # included in the cost of a picture's pixels
@@ -186,6 +187,43 @@ def pixels_of(image: Picture | Pixels | ImageError, size: int) -> Pixels | Image
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) as `decode` would bring a picture of them to (size, size, 3)."""
     return np.array(_fit(Image.fromarray(pixels), size))
+
+
+class Placement(NamedTuple):
+    """Where `letterbox` put a picture: its pixel x lies at `left` + `scale` x, y likewise."""
+
+    scale: float
+    left: int
+    top: int
+
+    def inside(self, boxes: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Boxes (..., 4) x1, y1, x2, y2 of the picture, in pixels of the square."""
+        return (np.asarray(boxes) * self.scale + self._corner()).astype(np.float32)
+
+    def outside(self, boxes: NDArray[np.floating], width: int, height: int) -> NDArray[np.float32]:
+        """Boxes (..., 4) of the square, in pixels of the picture and cut at its borders."""
+        own = (np.asarray(boxes) - self._corner()) / self.scale
+        return np.clip(own, 0, (width, height, width, height)).astype(np.float32)
+
+    def _corner(self) -> tuple[int, int, int, int]:
+        return self.left, self.top, self.left, self.top
+
+
+def letterbox(pixels: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], Placement]:
+    """Pixels (H, W, 3) as a whole, centred in a grey square (size, size, 3), and where they lie.
+
+    The longer side fills the square (bicubic, antialiased); the other one is rounded to pixels.
+    """
+    height, width = pixels.shape[:2]
+    scale = size / max(height, width)
+    inner_width, inner_height = (max(1, round(length * scale)) for length in (width, height))
+    left, top = (size - inner_width) // 2, (size - inner_height) // 2
+    square = np.full((size, size, 3), GREY, np.uint8)
+    image = Image.fromarray(pixels)
+    if image.size != (inner_width, inner_height):
+        image = image.resize((inner_width, inner_height), Image.Resampling.BICUBIC)
+    square[top : top + inner_height, left : left + inner_width] = image
+    return square, Placement(scale, left, top)
 
 
 def check_size(size: tuple[int, int]) -> None:
