@@ -222,7 +222,7 @@ def letterbox(pixels: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], 
     image = Image.fromarray(pixels)
     if image.size != (inner_width, inner_height):
         image = image.resize((inner_width, inner_height), Image.Resampling.BICUBIC)
-    square[top : top + inner_height, left : left + inner_width] = image
+    square[top : top + inner_height, left : left + inner_width] = np.asarray(image)
     return square, Placement(scale, left, top)
 
 
