@@ -11,6 +11,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import RESNETS, SMALL, Classifier, ClassifierConfig
+from rampart.hardening.model.pipeline import classifier_config
 from rampart.hardening.objects.boxes import Candidates, Dense, Found, Truth, strongest, suppressed
 from rampart.hardening.objects.single_stage import SingleStage, ssd_on, ssdlite
 from rampart.hardening.objects.two_stage import TwoStage, faster_rcnn_on
@@ -50,16 +51,9 @@ class ObjectConfig(NamedTuple):
             values["arch"],
             tuple(values["classes"]),
             values["size"],
-            None if backbone is None else ClassifierConfig(**lists_as_tuples(backbone)),
+            None if backbone is None else classifier_config({"classifier": backbone}),
             **{name: tuple(values[name]) for name in ("mean", "std", "scales")},
         )
-
-
-def lists_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with tuples where JSON has lists."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
 
 
 class ObjectDetector(nn.Module):
@@ -115,6 +109,22 @@ def build(config: ObjectConfig) -> SingleStage | TwoStage:
     if len(scales) != MAPS + 1:
         raise ValueError(f"{config.arch} has {MAPS + 1} scales of anchors: {scales}")
     return make(pyramid(config), CHANNELS, len(config.classes), config.size, scales)
+
+
+def on_classifier(
+    arch: str, classifier: Classifier, classes: Sequence[str], size: int
+) -> ObjectDetector:
+    """A new object detector on the weights of a classifier's ResNet, with its normalization.
+
+    An adversarially trained one is the best begin for a robust detector (Li et al. 2023).
+    """
+    net = classifier.config
+    config = ObjectConfig(arch, tuple(classes), size, net, net.mean, net.std)
+    detector = ObjectDetector(config)
+    body: Any = detector.net.backbone.body
+    weights = classifier.backbone.state_dict()
+    body.load_state_dict({name: weights[name] for name in body.state_dict()})
+    return detector
 
 
 def pyramid(config: ObjectConfig) -> nn.Module:
