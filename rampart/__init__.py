@@ -15,6 +15,7 @@ there is no torch.
 
 TYPE_CHECKING = False  # to type checkers it is true
 if TYPE_CHECKING:
+    from rampart.calibrated import Form
     from rampart.handlers.errors import ImageError
     from rampart.handlers.verdict import Calibration, Policy, Verdict
     from rampart.hardening.attack.ladder import QUICK, Budget
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rampart.hardening.model.purifier import Purifier
     from rampart.hardening.model.registry import register
     from rampart.hardening.train.loop import Recipe
-    from rampart.model import Figures, Form, Model
+    from rampart.model import Figures, Model
     from rampart.sources import load_images
     from rampart.training import train
 
@@ -38,7 +39,8 @@ _HOMES = {
     "rampart.hardening.model.registry": ("register",),
     "rampart.hardening.model.images": ("Held", "Images"),
     "rampart.hardening.train.loop": ("Recipe",),
-    "rampart.model": ("Figures", "Form", "Model"),
+    "rampart.calibrated": ("Form",),
+    "rampart.model": ("Figures", "Model"),
     "rampart.sources": ("load_images",),
     "rampart.training": ("train",),
 }
