@@ -75,10 +75,10 @@ def load_engine(
             " --device cuda, or pack a plan"
         )
     plan, graph = folder / PLAN, folder / GRAPH
-    if device == "plan" and not plan.is_file():
-        raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")
     if device == "plan" and engine is not Engine:
         raise EngineError("a plan is of a classifier: serve an object detector on cpu or cuda")
+    if device == "plan" and not plan.is_file():
+        raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")
     if device in ("plan", "auto") and plan.is_file() and engine is Engine:
         try:
             return PlanEngine(plan, graph, device_id=gpu)

@@ -16,7 +16,7 @@ class Task(NamedTuple):
     engine: type[Engine] | type[SceneEngine]
     judge: Callable[..., Judge | SceneJudge]
     fitting: Fitting  # how a picture comes to the model's size
-    outputs: Mapping[str, Output]  # of Open Inference Protocol
+    outputs: dict[str, Output]  # of Open Inference Protocol
     terms: tuple[str, ...] = ()  # what the judge takes besides, of the card's own part
     settings: tuple[str, ...] = ()  # of these, what an operator may set
 

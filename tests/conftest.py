@@ -217,7 +217,7 @@ def scene_archive(scene_folder: Path) -> Path:
 
     out = scene_folder.parent / "drawn.mar"
     if not out.is_file():
-        archive(scene_folder, out, variant="lean", settings={"rampart": {"min_confidence": 0.3}})
+        archive(scene_folder, out, variant="lean", settings={"rampart": {"min_confidence": 0.1}})
     return out
 
 
