@@ -72,14 +72,19 @@ def as_verdicts(result: Any) -> list[dict[str, Any]]:
     for row, count in enumerate(found["count"].reshape(-1)):
         each = zip(*(found[name][row][:count] for name in OUTPUTS[1:5]), strict=True)
         boxes = [
-            {"label": label.decode(), "index": i, "confidence": share, "box": list(box)}
+            {"label": text(label), "index": i, "confidence": share, "box": list(box)}
             for box, label, i, share in each
         ]
         assert (found["index"][row][count:] == -1).all()
-        decision = found["decision"].reshape(-1)[row].decode()
+        decision = text(found["decision"].reshape(-1)[row])
         p_value = float(found["p_value"].reshape(-1)[row])
         out.append({"boxes": boxes, "decision": decision, "p_value": p_value})
     return out
+
+
+def text(label: bytes | str) -> str:
+    """A label, which Triton's client over HTTP has decoded."""
+    return label if isinstance(label, str) else label.decode()
 
 
 def told(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
