@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from rampart.handlers.verdict import Calibration
     from rampart.hardening.model.images import Images
     from rampart.hardening.model.pipeline import DefendedClassifier
+    from rampart.hardening.objects.detector import ObjectDetector
 
 # Fixtures that start one, wherever they are used.
 SERVERS = {"door", "launch", "redis", "server", "target"}
 # Fixtures that train a network to attack.
-TRAINED = {"learned"}
+TRAINED = {"learned", "learned_objects"}
 # Files in which most tests train, attack, export or run a whole command for seconds.
 TRAINING = {
     "test_ablation.py",
@@ -37,6 +38,9 @@ TRAINING = {
     "test_gradients.py",
     "test_methods.py",
     "test_models.py",
+    "test_object_attack.py",
+    "test_object_detectors.py",
+    "test_object_training.py",
     "test_outside.py",
     "test_page.py",
     "test_parity.py",
@@ -99,6 +103,13 @@ def learned() -> "Learned":
     from blobs import learn_blobs
 
     return learn_blobs()
+
+
+@pytest.fixture(scope="session")
+def learned_objects() -> "ObjectDetector":
+    from found import learn_objects
+
+    return learn_objects()
 
 
 @pytest.fixture(scope="session")

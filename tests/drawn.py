@@ -31,16 +31,16 @@ def objects(draws: np.random.Generator, side: int, count: int) -> list[Object]:
 
 
 def picture(draws: np.random.Generator, width: int, height: int, found: list[Object]) -> np.ndarray:
-    """Pixels (height, width, 3) of a scene: dark red discs, dark blue squares."""
-    noise = draws.integers(170, 200, (height, width, 3)).astype(np.uint8)
+    """Pixels (height, width, 3) of a scene: reddish discs, bluish squares."""
+    noise = draws.integers(150, 170, (height, width, 3)).astype(np.uint8)
     image = Image.fromarray(noise)
     pen = ImageDraw.Draw(image)
     for label, x1, y1, x2, y2 in found:
         box = (x1, y1, x2 - 1, y2 - 1)
         if label:
-            pen.rectangle(box, fill=(30, 30, 120))
+            pen.rectangle(box, fill=(120, 120, 200))
         else:
-            pen.ellipse(box, fill=(130, 20, 30))
+            pen.ellipse(box, fill=(200, 120, 120))
     return np.array(image)
 
 
