@@ -89,7 +89,7 @@ def scored(
     classes: int,
 ) -> Precision:
     """Average precision over the pictures `rows`, some of them perhaps more than once."""
-    from faster_coco_eval import COCO, COCOeval_faster  # training does without
+    from faster_coco_eval import COCO, COCOeval_faster  # as classifiers do without
 
     images = [{"id": number, "width": 1, "height": 1} for number, _ in enumerate(rows, 1)]
     own = [item | {"image_id": number} for number, row in enumerate(rows, 1) for item in every[row]]

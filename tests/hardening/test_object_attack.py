@@ -17,9 +17,9 @@ from rampart.hardening.objects.boxes import Dense, Found
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
 from rampart.hardening.objects.judge import WORST, Judgement, figures, judge, merit, table, worst
 
-THREAT = Threat(eps=24 / 255)
+THREAT = Threat(eps=16 / 255)
 SCENES = boxed(6, seed=9)
-BUDGET = Budget(steps=6, queries=30)
+BUDGET = Budget(steps=8, queries=20)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,12 @@ def test_attacks_stay_within_the_ball(name: str) -> None:
 def test_each_aim_does_what_it_is_called(judgement: Judgement) -> None:
     rows = judgement.rows
     assert rows["clean"].map50 > 0.8
-    assert rows["apgd vanish"].kept < 0.3 and rows["apgd vanish"].false < 1
-    assert rows["apgd fabricate"].false > rows["clean"].false + 2
-    assert rows["apgd mislabel"].map50 < 0.5
+    assert rows["apgd vanish"].kept < 0.4 and rows["apgd vanish"].false < 0.5
+    assert rows["apgd fabricate"].false > rows["clean"].false + 0.7
+    assert rows["apgd fabricate"].kept > 0.6  # what is there is still found
+    assert rows["apgd mislabel"].map50 < 0.6 and rows["apgd mislabel"].false > 0.7
     # Localization moves boxes, so that the figure that wants them exact falls.
-    assert rows["apgd localization"].ap < rows["clean"].ap - 0.2
+    assert rows["apgd localization"].ap < rows["clean"].ap - 0.3
     assert rows[WORST].map50 < 0.2 and judgement.blind == 0
 
 
@@ -94,12 +95,12 @@ def test_a_hidden_gradient_is_told_and_does_not_stop_the_search(
 ) -> None:
     net = Rounding(learned_objects.config).eval().requires_grad_(False)
     net.load_state_dict(learned_objects.state_dict())
-    large = Threat(eps=40 / 255)
-    found = judge(net, SCENES, large, Budget(4, 60))
-    assert found.blind == len(SCENES)
-    assert found.rows["random search"].map50 < found.rows["clean"].map50 - 0.1
+    some, large = SCENES[[1, 2, 3]], Threat(eps=40 / 255)
+    found = judge(net, some, large, Budget(2, 50))
+    assert found.blind == len(some)
+    assert found.rows["random search"].ap < found.rows["apgd sum"].ap - 0.1
     # What is crafted on the network without it goes through as well.
-    passed = judge(net, SCENES, large, Budget(4), source=learned_objects)
+    passed = judge(net, some, large, Budget(4), source=learned_objects)
     assert passed.rows[WORST].map50 < found.rows["apgd sum"].map50 - 0.3
 
 
@@ -107,17 +108,19 @@ def test_a_judgement_goes_on_with_what_it_has_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, budget, told = untrained(), Budget(1), []
-    first = judge(net, SCENES[[0, 1]], THREAT, budget, cache=tmp_path)
+    first = judge(net, SCENES[[1, 2]], THREAT, budget, cache=tmp_path)
     monkeypatch.setattr(judging, "attack", lambda *_, **__: pytest.fail("it attacks anew"))
     again = judge(
         net,
-        SCENES[[0, 1]],
+        SCENES[[1, 2]],
         THREAT,
         budget,
         cache=tmp_path,
         notice=lambda name, row: told.append(name),
     )
-    assert again.rows == first.rows and told == list(first.rows)
+    assert told == list(first.rows)
+    for name, row in first.rows.items():
+        assert again.rows[name].as_json(CLASSES) == row.as_json(CLASSES)
 
 
 def test_a_detector_of_one_class_cannot_be_mislabelled() -> None:
@@ -128,7 +131,9 @@ def test_a_detector_of_one_class_cannot_be_mislabelled() -> None:
 
 def test_the_random_search_is_of_linf_alone() -> None:
     with pytest.raises(ValueError, match="Linf alone"):
-        judge(untrained(), SCENES[[0]], Threat("L2", 1.0), Budget(1, 1))
+        x, noise, large = to_float(SCENES.image[:1]), Noise(torch.arange(1)), Threat("L2", 1.0)
+        how = ("search", "sum")
+        attack(untrained(), x, SCENES.truth[:1], large, how=how, budget=BUDGET, noise=noise)
 
 
 def test_nothing_found_is_nothing_kept() -> None:
