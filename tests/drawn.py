@@ -8,12 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from rampart.handlers.image import Placement
-from rampart.hardening.model.classifier import ClassifierConfig
-from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.boxes import Truth
-from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
 from rampart.hardening.objects.scenes import Boxed
-from rampart.scenes import SceneModel
 
 CLASSES = ("disc", "square")
 Object = tuple[int, int, int, int, int]  # label, and the box
@@ -35,16 +31,16 @@ def objects(draws: np.random.Generator, side: int, count: int) -> list[Object]:
 
 
 def picture(draws: np.random.Generator, width: int, height: int, found: list[Object]) -> np.ndarray:
-    """Pixels (height, width, 3) of a scene: dark red discs, dark blue squares."""
-    noise = draws.integers(170, 200, (height, width, 3)).astype(np.uint8)
+    """Pixels (height, width, 3) of a scene: reddish discs, bluish squares."""
+    noise = draws.integers(150, 170, (height, width, 3)).astype(np.uint8)
     image = Image.fromarray(noise)
     pen = ImageDraw.Draw(image)
     for label, x1, y1, x2, y2 in found:
         box = (x1, y1, x2 - 1, y2 - 1)
         if label:
-            pen.rectangle(box, fill=(30, 30, 120))
+            pen.rectangle(box, fill=(120, 120, 200))
         else:
-            pen.ellipse(box, fill=(130, 20, 30))
+            pen.ellipse(box, fill=(200, 120, 120))
     return np.array(image)
 
 
@@ -120,21 +116,3 @@ def write_coco(home: Path, count: int, *, part: str = "train") -> Path:
     }
     (home / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
     return home
-
-
-def learned_scenes() -> SceneModel:
-    """A small SSD that learned drawn scenes in seconds, undefended, calibrated on others."""
-    torch.manual_seed(0)
-    net = ClassifierConfig("resnet10", len(CLASSES), width=0.125)
-    detector = ObjectDetector(ObjectConfig("ssd", CLASSES, 128, net)).train()
-    data, steps = boxed(96), 60
-    optimizer = torch.optim.AdamW(detector.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for step in range(steps):
-        some = data[[(8 * step + row) % len(data) for row in range(8)]]
-        optimizer.zero_grad()
-        losses = detector.losses(to_float(some.image), some.truth)
-        torch.stack([*losses.values()]).sum().backward()
-        optimizer.step()
-        schedule.step()
-    return SceneModel.calibrate(detector, boxed(200, seed=1).image, name="drawn", data="drawn")

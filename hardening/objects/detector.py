@@ -13,11 +13,11 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import RESNETS, SMALL, Classifier, ClassifierConfig
 from rampart.hardening.model.pipeline import classifier_config
 from rampart.hardening.objects.boxes import Candidates, Dense, Found, Truth, strongest, suppressed
+from rampart.hardening.objects.places import ARCHITECTURES
 from rampart.hardening.objects.single_stage import SingleStage, ssd_on, ssdlite
 from rampart.hardening.objects.two_stage import TwoStage, faster_rcnn_on
 
 TASK = "detect"  # of a file of weights; files of classifiers have none
-ARCHITECTURES = ("ssdlite", "ssd", "fasterrcnn")
 TOP = 400  # candidates of each class, as torchvision's SSD has them
 MOST = 100  # objects found in one picture
 CHANNELS = 96  # of each map of the pyramid

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from rampart.hardening.objects.places import PARTS, coco_files, part_of, voc_home
 from rampart.hardening.train.data import LISTED, open_picture
 from rampart.hardening.train.listing import SUFFIXES
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
-PARTS = {"train": "train", "val": "validation", "valid": "validation", "test": "test"}
 SLACK = 1.0  # pixels that a box may reach beyond its picture: tools round in their own ways
 
 
@@ -42,32 +42,6 @@ class Scene(NamedTuple):
     picture: Path
     boxes: list[Box]
     labels: list[int]
-
-
-def has_boxes(path: Path) -> bool:
-    """Whether `path` is laid out as VOC or COCO is."""
-    return path.is_dir() and bool(voc_home(path) or coco_files(path))
-
-
-def voc_home(path: Path) -> Path | None:
-    """The folder at or right below `path` that holds VOC's Annotations."""
-    homes = (path, *sorted(inner for inner in path.iterdir() if inner.is_dir()))
-    return next((home for home in homes if (home / "Annotations").is_dir()), None)
-
-
-def coco_files(path: Path) -> dict[str, Path]:
-    """COCO's files of boxes at `path` by the part of the data that they tell of."""
-    files = sorted((*path.glob("*.json"), *path.glob("annotations/*.json")))
-    files = [file for file in files if '"categories"' in file.read_text()]
-    if len(files) == 1:
-        return {"": files[0]}
-    named = {part_of(file.stem): file for file in files}
-    return {part: file for part, file in named.items() if part}
-
-
-def part_of(name: str) -> str:
-    """The part of a data set that a name speaks of; "" for none."""
-    return next((part for word, part in PARTS.items() if word in name.lower()), "")
 
 
 def read_layout(path: Path) -> Layout:

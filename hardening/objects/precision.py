@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
-from rampart.hardening.model.arrays import Floats
+from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.objects.boxes import Found, Truth
 
-DRAWS = 200  # of the bootstrap
+DRAWS = 1000  # of the bootstrap
 SHOWN = 0.5  # score from which a box is shown to people, for recall and false boxes
 IOU = 0.5  # from which a box is that of an object
 
@@ -34,13 +35,51 @@ def precision(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> P
 
 
 def interval(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> tuple[float, float]:
-    """95% interval of `map50`, by bootstrap over pictures."""
-    every, boxes = dataset(truth, classes), detections(found)
-    draws = np.random.default_rng(0)
-    rows = [draws.integers(0, len(truth), len(truth)).tolist() for _ in range(DRAWS)]
-    values = [scored(every, boxes, some, classes).map50 for some in rows]
-    low, high = np.nanquantile(values, (0.025, 0.975))
+    """95% interval of `map50`, by bootstrap over pictures; nan where there is no object."""
+    every = [hits(*pair, classes) for pair in zip(truth, found, strict=True)]
+    draws = np.random.default_rng(0).integers(0, len(every), (DRAWS, len(every)))
+    values = np.array([resampled([every[row] for row in rows], classes) for rows in draws])
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+class Hits(NamedTuple):
+    """What was found in one picture, and how many objects each class has in it."""
+
+    scores: Floats  # (M,)
+    labels: NDArray[np.int64]  # (M,)
+    right: Bools  # (M,) whether it is the first for an object, at IoU 0.5
+    objects: NDArray[np.int64]  # (K,)
+
+
+def hits(truth: Truth, found: Found, classes: int) -> Hits:
+    """Match boxes to objects of their class, the surest first, as `precision` does at IoU 0.5."""
+    overlap = box_iou(found.boxes, truth.boxes) * (found.labels[:, None] == truth.labels)
+    overlap, right = overlap.cpu().numpy(), np.zeros(len(found.scores), dtype=bool)
+    for row in found.scores.argsort(descending=True, stable=True).tolist():
+        if len(truth.boxes) and overlap[row].max() >= IOU:
+            overlap[:, overlap[row].argmax()] = 0
+            right[row] = True
+    objects = np.bincount(truth.labels.cpu().numpy(), minlength=classes)
+    return Hits(found.scores.cpu().numpy(), found.labels.cpu().numpy(), right, objects)
+
+
+def resampled(every: Sequence[Hits], classes: int) -> float:
+    """`map50` over these pictures, from matches that are known, with COCO's 101 recalls."""
+    scores, labels, right = (np.concatenate([one[i] for one in every]) for i in range(3))
+    objects = np.sum([one.objects for one in every], 0)
+    order, values = np.argsort(-scores, kind="stable"), []
+    for label in np.flatnonzero(objects):
+        own = right[order][labels[order] == label]
+        found = own.cumsum()
+        share = found / np.arange(1, len(own) + 1)
+        share = np.maximum.accumulate(share[::-1])[::-1]  # never falls with fewer boxes
+        place = np.searchsorted(found / objects[label], np.linspace(0, 1, 101))
+        values.append(np.append(share, 0)[np.minimum(place, len(own))].mean())
+    return float(np.mean(values)) if values else float("nan")
 
 
 def scored(
@@ -50,7 +89,7 @@ def scored(
     classes: int,
 ) -> Precision:
     """Average precision over the pictures `rows`, some of them perhaps more than once."""
-    from faster_coco_eval import COCO, COCOeval_faster  # training does without
+    from faster_coco_eval import COCO, COCOeval_faster  # as classifiers do without
 
     images = [{"id": number, "width": 1, "height": 1} for number, _ in enumerate(rows, 1)]
     own = [item | {"image_id": number} for number, row in enumerate(rows, 1) for item in every[row]]

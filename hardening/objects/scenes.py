@@ -205,6 +205,11 @@ class Divided(NamedTuple):
     test: Scenes | None  # where the layout has one
     left_out: list[str]
 
+    def parts(self) -> dict[str, Scenes]:
+        """Those that there are, by name."""
+        every = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in every.items() if part is not None}
+
 
 def divided(path: Path, *, classes: Sequence[str] | None = None, skip_bad: bool = False) -> Divided:
     """The pictures at `path`, in the layout of VOC or COCO: as it divides them, else by digest.

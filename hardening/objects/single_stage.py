@@ -23,7 +23,7 @@ RATIOS = (2, 3)  # of the sides of an anchor, beside squares
 class SingleStage(nn.Module):
     """An SSD without its resizing: x (N, 3, S, S), normalized, to what each anchor says."""
 
-    iou = IOU
+    iou, loss_names = IOU, ("classification", "localization")
 
     def __init__(self, ssd: SSD, size: int) -> None:
         super().__init__()

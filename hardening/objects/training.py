@@ -93,8 +93,8 @@ def craft(
         return attack(total(detector, truth))
     if recipe.aim == "alternate":
         return attack(one_of(detector, truth, batch.noise.uniform()))
-    names = detector.image_losses(batch.x, truth)
-    return strongest_of(detector, truth, [attack(single(detector, truth, name)) for name in names])
+    losses = [single(detector, truth, name) for name in detector.net.loss_names]
+    return strongest_of(detector, truth, [attack(loss) for loss in losses])
 
 
 def strongest_of(

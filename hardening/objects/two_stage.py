@@ -32,7 +32,7 @@ NAMES = {
 class TwoStage(nn.Module):
     """A Faster R-CNN without its resizing: x (N, 3, S, S), normalized, to what proposals say."""
 
-    iou = IOU
+    iou, loss_names = IOU, tuple(NAMES.values())
 
     def __init__(self, rcnn: FasterRCNN, size: int) -> None:
         super().__init__()

@@ -120,13 +120,14 @@ class Network(NamedTuple):
 
 
 RUN = "Folder of this run; an unfinished run there continues"
+BATCH = "Images a step, over all processes; default 128, and 16 of pictures with boxes"
 
 
 class Training(NamedTuple):
     """A run of `train` or `purifier`."""
 
     out: Annotated[Path, Option(help=RUN), inputs.folder_to_write]
-    batch_size: Annotated[int, Option(min=1, help="Images a step, over all processes")] = 128
+    batch_size: Annotated[int | None, Option(min=1, help=BATCH)] = None
     dtype: Dtype = None
     validate_on: Annotated[int, Option(min=1, help="Validation images used each epoch")] = 1500
     seed: Seed = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rampart.hardening.objects.boxes import Found, Truth
-from rampart.hardening.objects.precision import count, interval, precision
+from rampart.hardening.objects.precision import count, hits, interval, precision, resampled
 
 BOX, FAR, OFF = [10.0, 10, 50, 50], [100.0, 100, 140, 160], [60.0, 60, 90, 90]
 
@@ -65,6 +65,26 @@ def test_the_interval_holds_the_figure_and_is_wide_for_few_pictures() -> None:
     low, high = interval(REAL, half, 2)
     assert low <= value <= high and high - low > 0.2
     assert interval(REAL, half, 2) == (low, high)
+
+
+def test_what_is_resampled_for_intervals_is_what_the_library_says() -> None:
+    draws = torch.Generator().manual_seed(0)
+    real, seen = [], []
+    for _ in range(20):
+        corner, side = torch.rand(5, 2, generator=draws) * 60, torch.rand(5, 2, generator=draws)
+        boxes = torch.cat([corner, corner + 10 + 30 * side], 1)
+        labels = torch.randint(3, (5,), generator=draws)
+        real.append(Truth(boxes, labels))
+        moved = boxes.repeat(2, 1) + torch.randn(10, 4, generator=draws) * 3
+        scores = torch.rand(10, generator=draws)
+        seen.append(Found(moved, scores, labels.repeat(2)))
+    every = [hits(*pair, 3) for pair in zip(real, seen, strict=True)]
+    assert resampled(every, 3) == pytest.approx(precision(real, seen, 3).map50, abs=1e-6)
+    assert 0.3 < resampled(every, 3) < 0.95
+
+
+def test_pictures_without_objects_have_no_interval() -> None:
+    assert all(math.isnan(bound) for bound in interval(REAL[1:2], RIGHT[1:2], 2))
 
 
 def test_people_see_sure_boxes_once_for_each_object() -> None:
