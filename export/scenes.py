@@ -1,7 +1,7 @@
 """An object detector's graph, and the gate that it ships through: it must find what torch finds.
 
 At batch 1, 2 and 32, on clean, attacked and near-threshold pictures, each box must have its like
-among the other's, and decisions must be equal wherever the p-value is clear of the threshold.
+among the other's, and decisions must be equal wherever a picture is clear of the threshold.
 """
 
 from pathlib import Path
@@ -17,15 +17,17 @@ from rampart.export.shipped import BATCHES, SceneParity
 from rampart.export.to_onnx import cast_first, export
 from rampart.handlers.engine import Runs, SceneOutputs, run_in_pieces
 from rampart.handlers.scenes import MAX_BOXES, distinct
-from rampart.handlers.verdict import Calibration, p_values
+from rampart.handlers.verdict import Calibration, combine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat, pgd10
+from rampart.hardening.model.calibrate import threshold
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.objects.defended import DefendedDetector
 
 ABOVE = 0.05  # confidence of the boxes that are compared; endpoints show far fewer
 MIN_IOU = 0.99
 MAX_CONFIDENCE_GAP = 0.01
+MAX_SCORE_GAP = 0.01  # of combined scores, as a share of their size
 
 
 class Shown(NamedTuple):
@@ -134,12 +136,13 @@ def compare(
     runs = [run_in_pieces(engine.run, image.numpy(), size, SceneOutputs) for size in BATCHES]
     boxes = shown(own, pipeline.overlap)
     gaps = [together(boxes, shown(run, pipeline.overlap)) for run in runs]
-    # Scores have units of their own, so their differences are shares of what clean ones span.
-    span = np.maximum(calibration.knots[:, -1] - calibration.knots[:, 0], 1e-6)
-    score_gap = float(np.max([np.abs(own.scores - run.scores) / span for run in runs]))
-    p = p_values(own.scores, calibration)
-    clear = np.abs(p - rate) > 10 * score_gap
-    decisions = [clear & ((p < rate) != (p_values(run.scores, calibration) < rate)) for run in runs]
+    suspicion = combine(own.scores, calibration)  # scores have units of their own
+    others = [combine(run.scores, calibration) for run in runs]
+    size = 1 + np.abs(suspicion)
+    score_gap = float(np.max([np.abs(suspicion - other) / size for other in others]))
+    limit = threshold(calibration, rate)
+    clear = np.abs(suspicion - limit) > MAX_SCORE_GAP * size
+    decisions = [clear & ((suspicion > limit) != (other > limit)) for other in others]
     worst = SceneParity(
         len(image),
         gaps[0].boxes,
@@ -149,10 +152,7 @@ def compare(
         max(gap.unmatched for gap in gaps),
         max(int(differ.sum()) for differ in decisions),
     )
-    # As for classifiers: with NaN scores, or a gap that leaves no picture clear of the rate,
-    # decisions prove nothing.
-    vacuous = not 10 * score_gap < (rate or 0.01) / 2
-    finite = all(np.isfinite(part).all() for run in runs for part in run)
-    if worst.unmatched or worst.decisions_differ or vacuous or not finite:
+    close = score_gap <= MAX_SCORE_GAP and all(np.isfinite(p).all() for run in runs for p in run)
+    if worst.unmatched or worst.decisions_differ or not close:
         raise RuntimeError(f"the exported graph finds other objects: {worst}")
     return worst

@@ -67,7 +67,7 @@ class SceneParity(NamedTuple):
     boxes: int
     iou: float  # the smallest, of boxes that match
     confidence: float  # the largest difference, of boxes that match
-    scores: float  # largest difference, as a share of what clean ones span
+    scores: float  # largest difference of combined ones, as a share of their size
     unmatched: int
     decisions_differ: int
 
@@ -75,7 +75,7 @@ class SceneParity(NamedTuple):
         return (
             f"parity on {self.images} pictures at batch {', '.join(map(str, BATCHES))}:"
             f" {self.boxes} boxes have an IoU of {self.iou:.4f} or more, confidences differ by at"
-            f" most {self.confidence:.2g}, scores by {self.scores:.2g} of their span;"
+            f" most {self.confidence:.2g}, combined scores by {self.scores:.2g} of their size;"
             f" {self.unmatched} boxes have no like, decisions differ on {self.decisions_differ}"
         )
 

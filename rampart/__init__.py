@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # to type checkers it is true
 if TYPE_CHECKING:
     from rampart.calibrated import Form
     from rampart.handlers.errors import ImageError
+    from rampart.handlers.scenes import SceneVerdict
     from rampart.handlers.verdict import Calibration, Policy, Verdict
     from rampart.hardening.attack.ladder import QUICK, Budget
     from rampart.hardening.attack.pgd import Threat
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from rampart.hardening.model.registry import register
     from rampart.hardening.train.loop import Recipe
     from rampart.model import Figures, Model
+    from rampart.scenes import SceneModel
     from rampart.sources import load_images
     from rampart.training import train
 
 _HOMES = {
     "rampart.handlers.errors": ("ImageError",),
+    "rampart.handlers.scenes": ("SceneVerdict",),
     "rampart.handlers.verdict": ("Calibration", "Policy", "Verdict"),
     "rampart.hardening.attack.ladder": ("Budget", "QUICK"),
     "rampart.hardening.attack.pgd": ("Threat",),
@@ -41,13 +44,14 @@ _HOMES = {
     "rampart.hardening.train.loop": ("Recipe",),
     "rampart.calibrated": ("Form",),
     "rampart.model": ("Figures", "Model"),
+    "rampart.scenes": ("SceneModel",),
     "rampart.sources": ("load_images",),
     "rampart.training": ("train",),
 }
 __all__ = [
     "QUICK", "Budget", "Calibration", "Classifier", "ClassifierConfig", "Figures", "Form", "Held",
-    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "Threat", "Verdict",
-    "load_images", "register", "train",
+    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "SceneModel", "SceneVerdict",
+    "Threat", "Verdict", "load_images", "register", "train",
 ]  # fmt: skip
 
 

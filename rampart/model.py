@@ -23,6 +23,7 @@ from rampart.export.precision import lower
 from rampart.export.shipped import check_made
 from rampart.handlers.engine import Engine
 from rampart.handlers.image import decode
+from rampart.handlers.tasks import CLASSIFY
 from rampart.handlers.verdict import Calibration, Judge, Policy, Verdict
 from rampart.hardening.attack import victims
 from rampart.hardening.attack.ladder import Budget
@@ -37,12 +38,12 @@ from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL
-from rampart.hardening.model.files import ranges_file
+from rampart.hardening.model.files import ranges_file, read_contents
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
-from rampart.hardening.train.data import Folder, spread
+from rampart.hardening.train.data import Folder, load, spread
 from rampart.hardening.train.loop import say
 from rampart.preflight import check_classes
 from rampart.provenance import PYTHON
@@ -101,6 +102,11 @@ class Model(Calibrated):
     def load(cls, folder: Path | str) -> "Model":
         """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
         home = Path(folder)
+        if read_contents(home / WEIGHTS).task != CLASSIFY:
+            raise ValueError(
+                f"{home} finds objects: `rampart objects` measures it, and in Python"
+                " rampart.SceneModel loads it"
+            )
         whole, classes = pipelines.load_whole(home / WEIGHTS)
         tables = {
             Form(variant, precision): ranks.load_variant(home, variant, precision)
@@ -169,6 +175,10 @@ class Model(Calibrated):
         name = {"name": str(self.card["model"]), "version": "1.0"}
         bench = Judge(self.classes, self.calibration(chosen), policy or Policy(self.rate), name)
         return bench.verdicts(*outputs)
+
+    def gate(self, images: Path) -> Tensor:
+        """Images (64, H, W, 3) of a file or folder for the parity gate."""
+        return spread(load(images, train=False, size=self.image_size), 64).image
 
     def pixels(self, images: Pictures) -> Tensor:
         """Images as uint8 (N, H, W, 3) at the model's size, decoded as the endpoint decodes."""

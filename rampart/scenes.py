@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from rampart.calibrated import WEIGHTS, Calibrated, Form
@@ -18,15 +19,20 @@ from rampart.handlers.scenes import MIN_CONFIDENCE, SceneJudge, SceneVerdict
 from rampart.handlers.tasks import terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model import calibrate as ranks
+from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.defended import DefendedDetector
-from rampart.hardening.objects.detector import TASK, ObjectDetector
+from rampart.hardening.objects.detector import TASK, ObjectDetector, load
+from rampart.hardening.objects.scenes import divided
 from rampart.hardening.report import card as report
 from rampart.provenance import PYTHON
+from rampart.sources import Source
 
+LARGEST_SAMPLE = 65536  # bytes: objects need some pixels to be found
 TOGETHER = 16  # pictures that are looked at together
 Pictures = Sequence[Path | str | bytes | NDArray[np.uint8]]
 
@@ -126,6 +132,25 @@ class SceneModel(Calibrated):
         every = (torch.cat(parts).numpy() for parts in zip(*pieces, strict=True))
         return judge.of(SceneOutputs(*every), views)
 
+    def gate(self, images: Path) -> Tensor:
+        """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""
+        some = divided(images, classes=self.classes).validation
+        return some.boxed(self.image_size).spread(64).image
+
+    def to_triton(self, repository: Path, **more: Any) -> Path:
+        """Raises ValueError: without Rampart's code Triton would show candidates that overlap."""
+        raise ValueError(
+            f"{self} finds objects, which Triton's onnxruntime would show unjudged: take"
+            " --backend python"
+        )
+
+    def to_tensorrt(self, plan: Path, **more: Any) -> str:
+        """Raises ValueError: plans are of classifiers."""
+        raise ValueError(
+            f"{self} finds objects, and a TensorRT plan is of a classifier: serve its graph with"
+            " --device cuda"
+        )
+
     def view(self, image: Path | str | bytes | NDArray[np.uint8]) -> View:
         """What the model sees of a picture, decoded as the endpoint decodes. Raises ImageError."""
         if isinstance(image, (Path, str)):
@@ -135,6 +160,54 @@ class SceneModel(Calibrated):
         if isinstance(view, ImageError):
             raise view
         return view
+
+
+def assemble(
+    folder: Path,
+    source: Source,
+    weights: Path,
+    purifier: Path | None = None,
+    *,
+    data_name: str = "",
+    command: str = PYTHON,
+) -> SceneModel:
+    """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
+
+    Raises ValueError for a purifier, which object detectors have none of, and too few pictures.
+    """
+    if purifier:
+        raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
+    config, _ = checkpoint.read(weights)
+    detector = load(weights)
+    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
+    held = data.validation
+    past = {
+        "training": {"detector": str(config.get("training", "told by no file of it"))},
+        "history": config.get("history", []),
+        "commands": [*config.get("commands", []), command],
+    }
+    model = SceneModel.calibrate(
+        detector,
+        held.boxed(detector.config.size).image,
+        name=folder.name,
+        data=data_name or source.data.name,
+        calibrated_on=f"{source.data.name}, {len(held)} validation pictures, calibration split",
+        card=past,
+    )
+    model.save(folder)
+    write_sample(held.picture(0)[0], folder / SAMPLE)
+    return model
+
+
+def write_sample(pixels: NDArray[np.uint8], file: Path) -> None:
+    """Write a picture to try the endpoint with: a few kB."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((256, 256))
+    while True:
+        picture.save(file, optimize=True)
+        if file.stat().st_size <= LARGEST_SAMPLE:
+            return
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
 
 
 def drawn(held: Tensor, classes: tuple[str, ...]) -> Images:
