@@ -12,11 +12,12 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint, provenance
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.objects.detector import ObjectDetector, load, on_classifier
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, load, on_classifier
 from rampart.hardening.objects.scenes import SceneBatch, divided
 from rampart.hardening.objects.training import (
     METHODS,
     ObjectRecipe,
+    ObjectTrainer,
     craft,
     strongest_of,
     total,
@@ -118,6 +119,21 @@ def test_objects_are_learned(learned_objects: ObjectDetector) -> None:
     row = figures(scenes.truth, seen(learned_objects, scenes.image), 2)
     assert row.map50 > 0.8 and row.kept > 0.7
     assert row.interval[0] <= row.map50 <= row.interval[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["ssdlite", "ssd", "fasterrcnn"])
+def test_every_network_learns_one_batch(
+    tmp_path: Path, batch: SceneBatch, arch: str, precision: str
+) -> None:
+    torch.manual_seed(0)
+    net = ObjectDetector(ObjectConfig(arch, CLASSES, 128, None if arch == "ssdlite" else TINY))
+    recipe = ObjectRecipe("nfgsm", Threat(eps=1 / 255), lr=3e-3)
+    trainer = ObjectTrainer(net, recipe._replace(precision=precision), tmp_path)
+    losses = [float(trainer.step(batch, 0.2)) for _ in range(6)]
+    assert losses[-1] < 0.8 * losses[0]
+    moved = trainer.ema.state_dict()
+    assert all(value.isfinite().all() for value in moved.values() if value.is_floating_point())
 
 
 def test_a_detector_begins_with_the_weights_of_a_classifier() -> None:
