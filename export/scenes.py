@@ -16,7 +16,7 @@ from rampart.export.parity import near_threshold
 from rampart.export.shipped import BATCHES, SceneParity
 from rampart.export.to_onnx import cast_first, export
 from rampart.handlers.engine import Runs, SceneOutputs, run_in_pieces
-from rampart.handlers.scenes import MAX_BOXES, distinct
+from rampart.handlers.scenes import MAX_BOXES, distinct, overlaps
 from rampart.handlers.verdict import Calibration, combine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat, pgd10
@@ -77,23 +77,15 @@ def compared(one: Shown, other: Shown) -> Gaps:
     count = one.sure(max(least, *(last + MAX_CONFIDENCE_GAP for last in full), 0.0))
     if not count or not len(other.labels):
         return Gaps(count, count, 1.0, 0.0)
-    iou = np.where(one.labels[:count, None] == other.labels, overlaps(one.boxes[:count], other), 0)
+    iou = np.where(
+        one.labels[:count, None] == other.labels, overlaps(one.boxes[:count], other.boxes), 0
+    )
     best = iou.argmax(1)
     overlap = iou.max(1)
     gaps = np.abs(one.confidences[:count] - other.confidences[best])
     alike = (overlap >= MIN_IOU) & (gaps <= MAX_CONFIDENCE_GAP)
     smallest, largest = overlap[alike].min(initial=1), gaps[alike].max(initial=0)
     return Gaps(count, int((~alike).sum()), float(smallest), float(largest))
-
-
-def overlaps(boxes: NDArray[np.float32], other: Shown) -> NDArray[np.float32]:
-    """Intersection over union (B, C) of boxes (B, 4) with those of another answer."""
-    low = np.maximum(boxes[:, None, :2], other.boxes[:, :2])
-    high = np.minimum(boxes[:, None, 2:], other.boxes[:, 2:])
-    shared = (high - low).clip(0).prod(2)
-    areas = [(side[:, 2:] - side[:, :2]).prod(1) for side in (boxes, other.boxes)]
-    ratio: NDArray[np.float32] = shared / (areas[0][:, None] + areas[1] - shared + 1e-9)
-    return ratio
 
 
 def together(one: list[Shown], other: list[Shown]) -> Gaps:

@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from rampart.hardening.objects.boxes import Dense, Truth
 
@@ -68,12 +68,31 @@ class TwoStage(nn.Module):
         maps = self.maps(x)
         proposals = self.proposals(maps)
         count, number = proposals.shape[:2]
-        shapes = [(self.size, self.size)] * count
-        pooled = self.roi_heads.box_roi_pool(maps, list(proposals), shapes)
+        pooled = self.pooled(maps, proposals)
         logits, codes = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
-        boxes = self.roi_heads.box_coder.decode(codes, list(proposals))  # (N * P, K + 1, 4)
+        boxes = self.roi_heads.box_coder.decode_single(codes, proposals.reshape(-1, 4))
         boxes = boxes.clamp(0, self.size).reshape(count, number, -1, 4)[:, :, 1:]
         return Dense(boxes, logits.float().reshape(count, number, -1))
+
+    def pooled(self, maps: dict[str, Tensor], proposals: Tensor) -> Tensor:
+        """What each of the proposals (N, P, 4) covers of the finest map, (N * P, C, 7, 7).
+
+        As `box_roi_pool` does it, but for any batch: a graph cannot go through a list of pictures.
+        """
+        pool, (level,) = self.roi_heads.box_roi_pool, self.roi_heads.box_roi_pool.featmap_names
+        finest = maps[level]
+        count, number = proposals.shape[:2]
+        picture = torch.arange(count, device=proposals.device).to(proposals.dtype)
+        rows = picture[:, None, None].expand(-1, number, -1)
+        rois = torch.cat([rows, proposals], dim=2).reshape(-1, 5)
+        out: Tensor = roi_align(
+            finest,
+            rois,
+            pool.output_size,
+            finest.shape[-1] / self.size,
+            pool.sampling_ratio,
+        )
+        return out
 
     def losses(self, x: Tensor, truth: Sequence[Truth]) -> list[dict[str, Tensor]]:
         """Faster R-CNN's losses of each image."""

@@ -17,8 +17,12 @@ from rampart.export.build import build
 from rampart.export.scenes import Shown, together
 from rampart.export.shipped import SceneParity, find
 from rampart.export.to_onnx import check_batch_is_dynamic
+from rampart.export.to_tensorrt import unsupported
 from rampart.handlers.engine import Engine, EngineError, SceneEngine, SceneOutputs
+from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.objects.defended import VARIANTS, DefendedDetector
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
 from rampart.scenes import SceneModel
 
 
@@ -169,3 +173,30 @@ def test_a_threshold_for_boxes_is_no_setting_of_a_classifier(
 ) -> None:
     with pytest.raises(ValueError, match="min_confidence is a setting of other models"):
         archive(tiny_shipped, tmp_path / "a.mar", settings={"rampart": {"min_confidence": 0.5}})
+
+
+@pytest.mark.parametrize("arch", ["ssdlite", "ssd", "fasterrcnn"])
+def test_every_architecture_becomes_a_graph_of_any_batch_that_finds_what_torch_finds(
+    arch: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    backbone = None if arch == "ssdlite" else ClassifierConfig("resnet10", 2, 0.125)
+    detector = ObjectDetector(ObjectConfig(arch, ("a", "b", "c"), 128, backbone)).eval()
+    with torch.no_grad():
+        for weight in detector.parameters():  # new ones say nearly the same of all anchors
+            weight.add_(0.05 * torch.randn_like(weight))
+    pipeline = DefendedDetector(detector, VARIANTS["full"]).eval().requires_grad_(False)
+    engine = SceneEngine(gate.to_onnx(pipeline, tmp_path / "graph.onnx"), threads=1)
+    picture = boxed(3, seed=2).image
+    own = SceneOutputs(*(part.numpy() for part in pipeline(picture)))
+    for batch in (1, 3):
+        out = engine.run(picture[:batch].numpy())
+        pairs = (gate.shown(SceneOutputs(*(p[:batch] for p in own)), 0.45), gate.shown(out, 0.45))
+        gaps = together(*pairs)
+        # Which of untrained proposals is the last to be looked at, rounding may decide.
+        assert gaps.boxes > 20 and gaps.unmatched <= 0.02 * gaps.boxes
+        np.testing.assert_allclose(out.scores, own.scores[:batch], rtol=2e-3, atol=2e-3)
+
+
+def test_tensorrts_parser_takes_the_graph(graph: Path) -> None:
+    assert not unsupported(graph)

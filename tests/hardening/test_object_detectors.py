@@ -109,3 +109,13 @@ def test_of_boxes_that_overlap_the_surest_of_each_class_is_left() -> None:
     (found,) = suppressed(Candidates(boxes, scores, labels), iou=0.5, most=9)
     assert found.labels.tolist() == [0, 1]
     assert torch.allclose(found.scores, torch.tensor([0.9, 0.4]))
+
+
+def test_proposals_are_pooled_as_torchvision_pools_them() -> None:
+    torch.manual_seed(0)
+    net = ObjectDetector(CONFIGS["fasterrcnn"]).eval().net
+    with torch.no_grad():
+        maps = net.maps(torch.rand(3, 3, 128, 128))
+        proposals = net.proposals(maps)
+        expected = net.roi_heads.box_roi_pool(maps, list(proposals), [(128, 128)] * 3)
+        torch.testing.assert_close(net.pooled(maps, proposals), expected)
