@@ -17,6 +17,7 @@ from torch import Tensor
 from rampart.export import archive as archives
 from rampart.export.shipped import AnyParity
 from rampart.handlers.verdict import Calibration, Policy
+from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import promise
@@ -70,6 +71,14 @@ class Calibrated:
 
     def __str__(self) -> str:
         return str(self.folder or self.card.get("model", "the model"))
+
+    @property
+    def threat(self) -> Threat:
+        """What it was first evaluated against; before that, what it was trained against."""
+        training = self.card.get("training", {})
+        trained = training.get("classifier") or training.get("detector")
+        told = self.card.get("threat_model") or trained
+        return Threat.parse(str(told)) or Threat()
 
     @property
     def rate(self) -> float:

@@ -88,12 +88,6 @@ class Model(Calibrated):
         self.classifier, self.purifier = pipeline.classifier, pipeline.purifier
         self.image_size = pipeline.classifier.config.image_size  # pixels a side
 
-    @property
-    def threat(self) -> Threat:
-        """What it was first evaluated against; before that, what it was trained against."""
-        told = self.card.get("threat_model") or self.card.get("training", {}).get("classifier")
-        return Threat.parse(str(told)) or Threat()
-
     def write_weights(self, file: Path) -> None:
         """Write all parts there are."""
         pipelines.save(file, self.whole, self.classes)

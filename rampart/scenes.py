@@ -116,8 +116,13 @@ class SceneModel(Calibrated):
 
         Raises ImageError, as the endpoint answers, for a picture that is none.
         """
+        return self.judged([self.view(image) for image in images], policy=policy, variant=variant)
+
+    def judged(
+        self, views: Sequence[View], *, policy: Policy | None = None, variant: Variant | None = None
+    ) -> list[SceneVerdict]:
+        """Verdicts on what the model sees; without a frame boxes are in pixels of that."""
         chosen = self.chosen_variant(variant)
-        views = [self.view(image) for image in images]
         judge = SceneJudge(
             self.classes,
             self.calibration(chosen),

@@ -34,11 +34,19 @@ def attack(
     """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution.
 
     Where an undefended twin is at hand, a second attack is on that, and both answer each picture.
+    Against an object detector there is one with each aim, and the panel shows boxes.
     """
-    from rampart import looks
+    from rampart import looks, scene_looks
     from rampart.model import twin_of
+    from rampart.models import load
 
-    model = rp.Model.load(look.model)
+    model = load(look.model)
+    if isinstance(model, rp.SceneModel):
+        if twin:
+            raise ValueError(f"--twin {twin}: it is of classifiers, leave it out")
+        plan = scene_looks.Plan(threat.ball(model), also, model.chosen_rate(rate))
+        say(*scene_looks.attack(model, look.image, out, plan, variant))
+        return
     aim = looks.Aim(threat.ball(model), twin_of(model, twin), also, model.chosen_rate(rate))
     say(*looks.attack(model, look.image, out, aim, variant))
 

@@ -152,7 +152,7 @@ class Threat(NamedTuple):
     norm: Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")] = "Linf"
     eps: Annotated[float | None, Option(min=0, help=EPS)] = None
 
-    def ball(self, model: "rp.Model | None" = None) -> "rp.Threat":
+    def ball(self, model: "rp.Model | rp.SceneModel | None" = None) -> "rp.Threat":
         """The same in the library; the eps that is not given is that of the `model`."""
         if self.eps is None and model and model.threat.norm == self.norm:
             return model.threat

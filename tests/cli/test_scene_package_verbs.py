@@ -102,3 +102,19 @@ def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
     with pytest.raises(ValueError, match="object detectors have none"):
         run("calibrate", tmp_path / "x", *words)
+
+
+def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Path) -> None:
+    said = run("attack", "--model", home / "cells", "--eps", 8, "--out", tmp_path / "out")
+    names = ("clean", "vanish", "fabricate", "mislabel")
+    views = {}
+    for name in (*names, "panel"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as file:
+            views[name] = np.asarray(file)
+    assert views.pop("panel").shape[1] > 4 * 288
+    assert all(view.shape == (128, 128, 3) for view in views.values())
+    for name in names[1:]:
+        change = np.abs(views[name].astype(int) - views["clean"])
+        assert 4 <= change.max() <= 8 and f"{name}.png: " in said
+    with pytest.raises(ValueError, match="is of classifiers"):
+        run("attack", "--model", home / "cells", "--twin", home / "cells", "--out", tmp_path)
