@@ -34,12 +34,12 @@ INSTALL = (
 # fmt: off
 SUPPORTED = frozenset((
     "Abs", "Add", "AveragePool", "Cast", "Clip", "Concat", "Constant", "Conv", "DepthToSpace",
-    "DequantizeLinear", "Div", "Exp", "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool",
-    "Greater", "GreaterOrEqual", "HardSigmoid", "Identity", "Less", "Log", "LRN", "MatMul", "Max",
-    "MaxPool", "Min", "Mul", "Neg", "Pad", "Pow", "QuantizeLinear", "Range", "ReduceLogSumExp",
-    "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "Shape",
-    "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
-    "Where",
+    "DequantizeLinear", "Div", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gemm",
+    "GlobalAveragePool", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity",
+    "Less", "Log", "LRN", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Pad", "Pow",
+    "QuantizeLinear", "Range", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
+    "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Shape", "Sigmoid", "Slice", "Softmax",
+    "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ))
 # fmt: on
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from rampart.hardening.model.presence import ZIP, check_archive, check_file
+from rampart.hardening.objects.places import ARCHITECTURES, has_boxes, splits_name
 
 if TYPE_CHECKING:
     from rampart.hardening.model.files import Precision
@@ -33,6 +34,11 @@ ROWS = (
     "+ purifier + reconstruction", "+ purifier + disagreement", "full",
 )  # fmt: skip
 AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
+# Of object detectors.
+OBJECT_METHODS = ("standard", "nfgsm", "pgd")
+JITTERS = ("flip", "turn", "crop", "shrink", "light", "none")
+Aim = Literal["sum", "alternate", "strongest"]
+NO_BOXES = "pass a folder in the layout of VOC or COCO"
 PAGE = b"<"  # what a web page begins with
 
 
@@ -179,6 +185,26 @@ def network(arch: str) -> None:
     )
 
 
+def any_network(arch: str) -> None:
+    """The name of an architecture, of a classifier or of an object detector."""
+    if not finds_objects(arch):
+        network(arch)
+
+
+def finds_objects(arch: str) -> bool:
+    """Whether an architecture is that of an object detector, as ssd-resnet34."""
+    return splits_name(arch)[0] in ARCHITECTURES
+
+
+def scenes(path: Path) -> None:
+    """Pictures with boxes."""
+    if not has_boxes(path):
+        raise ValueError(
+            f"{path} has no boxes: pass a folder in the layout of VOC (Annotations, JPEGImages) or"
+            " of COCO (annotations/instances_train.json)"
+        )
+
+
 def size(pixels: int) -> None:
     """Pixels a side of the images that a network takes."""
     if pixels < 16 or pixels % 8:
@@ -198,6 +224,11 @@ def rung(name: str) -> None:
 def augmentation(name: str) -> None:
     """What is done to training images."""
     among(name, AUGMENTATIONS, "augmentation")
+
+
+def any_augmentation(name: str) -> None:
+    """What is done to training images, with boxes or without."""
+    among(name, tuple(dict.fromkeys((*AUGMENTATIONS, *JITTERS))), "augmentation")
 
 
 def attack(name: str) -> None:
@@ -228,6 +259,45 @@ def training(
         raise ValueError("--smoothing does not work with rslad: its labels come from the teacher")
     if steps < 1:
         raise ValueError(f"--steps {steps}: an attack needs at least one step")
+
+
+def learning(
+    *,
+    data: Path,
+    arch: str | None,
+    method: str,
+    teacher: Path | None,
+    smoothing: float,
+    steps: int,
+    awp: float,
+    rectify: bool,
+    compile: bool,
+    augment: list[str] | None,
+    aim: str | None,
+    passes: int | None,
+) -> None:
+    """What belongs together in a training: boxes in the data make it one of an object detector."""
+    training(method, teacher, smoothing, steps)
+    kind = finds_objects(arch) if arch else None
+    if not has_boxes(data):
+        if kind:
+            raise ValueError(f"--arch {arch} finds objects, but {data} has no boxes: {NO_BOXES}")
+        if aim or passes:
+            raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
+        for name in augment or []:
+            augmentation(name)
+        return
+    if kind is False:
+        raise ValueError(
+            f"{data} has boxes, but --arch {arch} is a classifier: choose one of"
+            f" {', '.join(ARCHITECTURES)}, as ssd or ssd-resnet34"
+        )
+    among(method, OBJECT_METHODS, "method of object detectors")
+    for name in augment or []:
+        among(name, JITTERS, "augmentation of boxes")
+    given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    if named := [option for option, value in given.items() if value]:
+        raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
 
 
 def hardening(weights: Path | None, epochs: int | None, method: str) -> None:

@@ -11,6 +11,8 @@ from rampart.handlers.verdict import Calibration, p_values
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.pipeline import DefendedClassifier
 
+SIDE = 288  # pixels of a panel's picture
+
 
 def describe(
     pipeline: DefendedClassifier,
@@ -31,7 +33,7 @@ def describe(
 
 def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path) -> Path:
     """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
-    side, margin, line = 288, 16, 24
+    side, margin, line = SIDE, 16, 24
     lines = max(caption.count("\n") + 1 for _, _, caption in panels)
     width = len(panels) * (side + margin) + margin
     sheet = Image.new("RGB", (width, side + (1 + lines) * line + 2 * margin), "white")

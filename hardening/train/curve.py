@@ -18,13 +18,15 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Path:
-    """Validation accuracy of each epoch of `runs`, clean and under PGD-10, as a PNG."""
+def learning_curve(
+    runs: Sequence[Sequence[dict[str, float]]], path: Path, figure: str = "validation accuracy"
+) -> Path:
+    """A `figure` of each epoch of `runs`, clean and under PGD-10, as a PNG."""
     history = [row for run in runs for row in run]
     epoch = list(range(1, len(history) + 1))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
+        sheet = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        axes = sheet.add_subplot()
         for name, look in LOOKS.items():
             axes.plot(epoch, [row[name] for row in history], **look)
         last = epoch[-len(runs[-1]) :]
@@ -32,9 +34,9 @@ def learning_curve(runs: Sequence[Sequence[dict[str, float]]], path: Path) -> Pa
         axes.axvline(best, color="#666666", lw=1, label="most robust epoch of the last run")
         for start in np.cumsum([len(run) for run in runs])[:-1]:
             axes.axvline(start + 0.5, color="#999999", lw=1, ls=":")
-        axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+        axes.set(xlabel="epoch", ylabel=figure, ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend(loc="upper left", ncols=3)
-        figure.savefig(path)
+        sheet.savefig(path)
     return path

@@ -9,11 +9,11 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rampart.hardening.train.purifier import PurifierTrainer
 
 Part = nn.Module | torch.optim.Optimizer
-Step = Callable[[Batch, float], Tensor]
+Step = Callable[[Any, float], Tensor]  # of a batch as the training data yields it
 Precision = Literal["bf16", "fp32"]
 History = list[dict[str, float]]  # a row an epoch
 WARMUP = 0.2  # part of a run
@@ -123,6 +123,27 @@ def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, floa
     return {"clean": accuracy(model, images), "pgd10": accuracy(model, images, threat=threat)}
 
 
+class Held(Protocol):
+    """What an epoch is judged on."""
+
+    def digest(self) -> str:
+        """Stands for all of it."""
+
+
+class Lessons(Held, Protocol):
+    """What a run learns from."""
+
+    def __len__(self) -> int: ...
+
+    def shuffled(
+        self, size: int, *, seed: int, epoch: int, skip: int, augmentations: Sequence[str]
+    ) -> Iterator[Any]:
+        """The batches of an epoch after the first `skip`; all follows from `seed` and `epoch`."""
+
+
+H = TypeVar("H", bound=Held)
+
+
 class Run:
     """A resumable run, on any number of processes: named parts with a state, position, figures."""
 
@@ -135,12 +156,14 @@ class Run:
         seed: int = 0,
         augmentations: Sequence[str] = ("flip", "crop"),
         save_every: float = 300.0,
+        figure: str = "validation accuracy",
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
         self.seed, self.augmentations, self.save_every = seed, augmentations, save_every
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
+        self.figure = figure  # what `clean` and `pgd10` of the history are
         self.history: History = []
         self.stop = Stop()
         self.earlier: list[History] = []  # of the runs that made the weights this one began with
@@ -196,12 +219,13 @@ class Run:
         say(f"continuing {self.folder} at epoch {self.epoch + 1}, step {self.done + 1}")
 
     def pass_over(
-        self, images: Images | Folder, step: Step, *, epochs: int, batch_size: int
+        self, images: Images | Folder | Lessons, step: Step, *, epochs: int, batch_size: int
     ) -> float:
         """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
         rank, world = distributed.place()
         count = max(1, len(images) // batch_size)
-        rounds = partial(shuffled, images, batch_size, seed=self.seed, epoch=self.epoch)
+        own = partial(shuffled, images) if isinstance(images, Images | Folder) else images.shuffled
+        rounds = partial(own, batch_size, seed=self.seed, epoch=self.epoch)
         title, quiet = f"epoch {self.epoch + 1}/{epochs}", not distributed.first()
         with tqdm(total=count, initial=self.done, desc=title, disable=quiet) as bar:
             shown = time.monotonic()
@@ -222,11 +246,11 @@ class Run:
 
     def fit(
         self,
-        images: Images | Folder,
+        images: Images | Folder | Lessons,
         step: Step,
-        evaluate: Callable[[Images], dict[str, float]],
+        evaluate: Callable[[H], dict[str, float]],
         *,
-        chosen_on: Images,
+        chosen_on: H,
         epochs: int,
         batch_size: int,
         keep: Callable[[], None],
@@ -246,9 +270,7 @@ class Run:
                 self.end_epoch(loss, self.judged(evaluate, chosen_on), keep, best)
                 self.end_here()
 
-    def judged(
-        self, evaluate: Callable[[Images], dict[str, float]], images: Images
-    ) -> dict[str, float]:
+    def judged(self, evaluate: Callable[[H], dict[str, float]], images: H) -> dict[str, float]:
         """The figures of an epoch whose steps are done: Ctrl-C saves those."""
         self.check()
         try:
@@ -274,7 +296,7 @@ class Run:
             keep()
         self.epoch, self.done, self.loss = self.epoch + 1, 0, torch.zeros_like(self.loss)
         self.save()
-        draw([*self.earlier, self.history], self.folder / "curve.png")
+        draw([*self.earlier, self.history], self.folder / "curve.png", self.figure)
 
 
 def different(before: str, now: str) -> str:
@@ -295,13 +317,13 @@ def augmentations_of(training: str) -> tuple[str, ...] | None:
     return None if augment is None else tuple(re.findall(r"\w+", augment))
 
 
-def draw(runs: Sequence[History], file: Path) -> None:
+def draw(runs: Sequence[History], file: Path, figure: str = "validation accuracy") -> None:
     """Write the learning curve of `runs`, where matplotlib is installed."""
     with suppress(ImportError):
         from rampart.hardening.train.curve import learning_curve
 
         if distributed.first():
-            learning_curve(runs, file)
+            learning_curve(runs, file, figure)
 
 
 def say(line: str) -> None:

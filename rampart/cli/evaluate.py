@@ -23,6 +23,14 @@ UNLIKE = "Images that show none of the model's classes and should be flagged; re
 TEAM = f"{', '.join(inputs.TEAM)}; repeatable; default all"
 RUNG = "Run only this attack, such as pgd20; repeatable"
 LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
+OBJECTS = "objects.safetensors of `rampart train`"
+SCENES = "Pictures with boxes, in the layout of VOC or COCO"
+SCENES_PART = (
+    "Which part to use; data without lists of parts are split by digest into train and validation"
+)
+SEARCH = "Steps of a random search, which needs no gradient; 0 leaves it out"
+CRAFTED = "Make the attacks on this object detector instead, such as one without a defence"
+JSON = "Write the figures as JSON to this file"
 SAME = "Folder of this run; an unfinished run in it resumes"
 WHOSE = "Folder of the model, such as model_store/NAME"
 REPORT = "Report to write: .html, or .pdf, which needs Chromium or Chrome"
@@ -70,6 +78,44 @@ def evaluate(
     outcome = attack(model, sample, study, forms=studies.forms(int8=int8, fp16=fp16), notice=say)
     say(*outcome.lines)
     studies.insist(outcome.checks)
+
+
+@verb("objects runs/cells/objects.safetensors bccd/ --eps 4 --skip-bad")
+def objects(
+    *,
+    weights: Annotated[Path, Argument(help=OBJECTS), inputs.checkpoint],
+    pictures: Annotated[Path, Argument(help=SCENES), inputs.scenes],
+    threat: o.Threat,
+    part: Annotated[Literal["train", "validation", "test"], Option(help=SCENES_PART)] = "test",
+    limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
+    steps: Annotated[int, Option(min=1, help="Of each attack")] = 20,
+    queries: Annotated[int, Option(min=0, help=SEARCH)] = 0,
+    crafted_on: Annotated[Path | None, Option(help=CRAFTED), inputs.checkpoint] = None,
+    out: Annotated[Path | None, Option(help=JSON), inputs.file_to_write] = None,
+    skip_bad: o.SkipBad = False,
+    cache: o.Cache = o.FOUND,
+) -> None:
+    """Attack an object detector with full knowledge; print mAP50 and AP by attack, and the worst.
+
+    Ctrl-C is safe: the same command goes on with what attacks have found.
+    """
+    import json
+
+    from rampart import objects as library
+    from rampart.hardening.objects.attack import Budget
+    from rampart.sources import Source
+
+    found = library.evaluate(
+        (weights, crafted_on),
+        Source(pictures, None, skip_bad),
+        threat.ball(),
+        Budget(steps, queries),
+        part=part,
+        limit=limit,
+        cache=cache,
+    )
+    if out:
+        out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
 
 
 @verb("ablate model_store/mine --data cifar10/", together=inputs.ablation)

@@ -33,12 +33,20 @@ def attack(
 ) -> None:
     """Attack one picture with full knowledge of the model; write 8-bit PNGs at model resolution.
 
-    If there is an undefended twin, attack it too, and show the answers of both.
+    If there is an undefended twin, attack it too, and show the answers of both. Attack an object
+    detector once with each aim, and show the boxes.
     """
-    from rampart import looks
+    from rampart import looks, scene_looks
     from rampart.model import twin_of
+    from rampart.models import load
 
-    model = rp.Model.load(look.model)
+    model = load(look.model)
+    if isinstance(model, rp.SceneModel):
+        if twin:
+            raise ValueError(f"--twin {twin}: it is of classifiers, leave it out")
+        plan = scene_looks.Plan(threat.ball(model), also, model.chosen_rate(rate))
+        say(*scene_looks.attack(model, look.image, out, plan, variant))
+        return
     aim = looks.Aim(threat.ball(model), twin_of(model, twin), also, model.chosen_rate(rate))
     say(*looks.attack(model, look.image, out, aim, variant))
 

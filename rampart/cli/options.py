@@ -120,13 +120,14 @@ class Network(NamedTuple):
 
 
 RUN = "Folder of this run; an unfinished run in it resumes"
+BATCH = "Images per step, over all processes; default 128, or 16 for pictures with boxes"
 
 
 class Training(NamedTuple):
     """A run of `train` or `purifier`."""
 
     out: Annotated[Path, Option(help=RUN), inputs.folder_to_write]
-    batch_size: Annotated[int, Option(min=1, help="Images per step, over all processes")] = 128
+    batch_size: Annotated[int | None, Option(min=1, help=BATCH)] = None
     dtype: Dtype = None
     validate_on: Annotated[int, Option(min=1, help="Validation images per epoch")] = 1500
     seed: Seed = 0
@@ -151,7 +152,7 @@ class Threat(NamedTuple):
     norm: Annotated[Literal["Linf", "L2"], Option(help="Norm of the threat model")] = "Linf"
     eps: Annotated[float | None, Option(min=0, help=EPS)] = None
 
-    def ball(self, model: "rp.Model | None" = None) -> "rp.Threat":
+    def ball(self, model: "rp.Model | rp.SceneModel | None" = None) -> "rp.Threat":
         """The same in the library; the eps that is not given is that of the `model`."""
         if self.eps is None and model and model.threat.norm == self.norm:
             return model.threat

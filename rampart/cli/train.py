@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -12,6 +12,7 @@ import rampart as rp
 from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
+from rampart.hardening.objects.places import has_boxes
 from rampart.provenance import command_line
 
 Colour = tuple[float, float, float]
@@ -20,11 +21,21 @@ AWP = "Adversarial weight perturbation, relative to the weights' norm, such as 0
 AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable. Default flip and crop; "
 AUGMENT += "harden chooses by the classes. "
 AUGMENT += "Leave out flip if mirroring changes the class (signs, letters, digits)"
+ANY_ARCH = f"{o.ARCH}; for pictures with boxes ssd, fasterrcnn (ssd-resnet34: on that ResNet) or "
+ANY_ARCH += "ssdlite; default resnet18, or ssd"
+SIZES = "default 32; for pictures with boxes a multiple of 64, default 256"
+RATES = "Highest learning rate, in one cycle; default 0.2, for object detectors 0.001"
+DECAY = "Decay of the weight average; default 0.998, for object detectors 0.99"
+ANY_AUGMENT = f"{AUGMENT}; for pictures with boxes flip, turn (by quarters), crop, shrink, light"
+AIM = "For pictures with boxes: attack the sum of losses, alternate among them (default), or take "
+AIM += "the strongest for each"
+PASSES = "For pictures with boxes: how often an epoch shows each before it validates; default 1"
 SAME = "As in `train`; by default, the classifier's augmentation"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
 RECTIFY = "Also train a second head for rectified rejection"
 COMPILE = "Use torch.compile: starts a minute or more later, then runs faster steps"
 INIT = "Start from these weights of an earlier run; --arch, --width and --image-size come from them"
+INIT += ". An object detector can start from a classifier, also one of model_store"
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
 NORM += "else ImageNet's"
 KEEP = "Passes over the training images; 0 keeps --weights unchanged"
@@ -54,6 +65,11 @@ def ask() -> None:
 def chosen(augment: list[str] | None) -> tuple[str, ...] | None:
     """The augmentations that options name; None where there are no such options."""
     return tuple(name for name in augment if name != "none") if augment else None
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that options name."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @verb(
@@ -106,20 +122,23 @@ def harden(
 
 @verb(
     "train --data cifar10/ --out runs/classifier --width 0.5 --epochs 30",
-    together=inputs.training,
+    "train --data bccd/ --arch ssd --init model_store/cifar10/weights.safetensors --out runs/cells",
+    together=inputs.learning,
 )
 def train(
     *,
     source: o.Source,
     run: o.Training,
-    arch: o.Arch = "resnet18",
-    image_size: o.Size = 32,
+    arch: Annotated[
+        str | None, Option(help=ANY_ARCH, callback=o.take_factory), inputs.any_network
+    ] = None,
+    image_size: Annotated[int | None, Option(help=f"{o.SIZE}; {SIZES}"), inputs.size] = None,
     network: o.Network,
     method: o.Method = "nfgsm",
     threat: o.Threat,
     epochs: o.Epochs = 30,
-    lr: o.LearningRate = 0.2,
-    ema: Annotated[float, Option(help="Decay of the weight average")] = 0.998,
+    lr: Annotated[float | None, Option(help=RATES)] = None,
+    ema: Annotated[float | None, Option(help=DECAY)] = None,
     awp: Annotated[float, Option(help=AWP)] = 0,
     smoothing: Annotated[float, Option(help="Label smoothing")] = 0,
     ramp: Annotated[float, Option(help="Fraction of the run in which eps grows from 0")] = 0,
@@ -128,22 +147,39 @@ def train(
     rectify: Annotated[bool, Option("--rectify", help=RECTIFY)] = False,
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, Option(help=INIT), inputs.checkpoint] = None,
-    augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
+    augment: Annotated[list[str] | None, Option(help=ANY_AUGMENT), inputs.any_augmentation] = None,
+    aim: Annotated[inputs.Aim | None, Option(help=AIM)] = None,
+    passes: Annotated[int | None, Option(min=1, help=PASSES)] = None,
 ) -> None:
-    """Train a classifier adversarially. After Ctrl-C, run the same command to resume.
+    """Train a classifier, or an object detector if the data have boxes, adversarially.
 
-    Under torchrun, all processes train the same classifier.
+    After Ctrl-C, run the same command to resume.
+
+    Under torchrun, all processes train the same network.
     """
     from rampart.hardening.train.loop import say
+
+    place, how = run.place()._replace(compiled=compile), chosen(augment)
+    if has_boxes(source.data):
+        from rampart import objects
+        from rampart.hardening.objects.training import ObjectRecipe
+
+        rest = given(lr=lr, ema=ema, batch_size=run.batch_size, aim=aim, passes=passes, augment=how)
+        new = ObjectRecipe(
+            method, threat.ball(), epochs, seed=run.seed, ramp=ramp, steps=steps, **rest
+        )
+        width = 1.0 if network.width is None else network.width
+        net = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
+        found = objects.train_from(source.open(), net, new, place, init=init)
+        say(f"best object detector: {found}")
+        return
     from rampart.training import train_from
 
-    recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size, lr, ema=ema, seed=run.seed)
+    recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size or 128, seed=run.seed)
     recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps)
-    if (how := chosen(augment)) is not None:
-        recipe = recipe._replace(augment=how)
-    net = network.config(arch, image_size)._replace(rectified=rectify)
-    place = run.place()._replace(compiled=compile)
-    best = train_from(source.open(), net, recipe, place, init=init, teacher=teacher)
+    recipe = recipe._replace(**given(lr=lr, ema=ema, augment=how))
+    config = network.config(arch or "resnet18", image_size or 32)._replace(rectified=rectify)
+    best = train_from(source.open(), config, recipe, place, init=init, teacher=teacher)
     say(f"best classifier: {best}")
 
 
@@ -164,7 +200,7 @@ def purifier(
     from rampart.hardening.train.purifier import PurifierRecipe
     from rampart.training import train_purifier_from
 
-    recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size, lr, seed=run.seed)
+    recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size or 128, lr, seed=run.seed)
     how = chosen(augment)
     best = train_purifier_from(source.open(), classifier, recipe, run.place(), augment=how)
     say(f"best purifier: {best}")

@@ -163,7 +163,8 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_there_for_the_aski
     desk: Path,
 ) -> None:
     odd = shutil.copytree(desk / "tiny", desk / "odd")
-    head = json.dumps({"__metadata__": {"format": "rampart-1", "config": "{}"}}).encode()
+    entries = {"format": "rampart-1", "config": '{"classes": []}'}
+    head = json.dumps({"__metadata__": entries}).encode()
     (odd / "weights.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
     with terminal(desk) as plain, terminal(desk, RAMPART_DEBUG="1") as debugging:
         told, shown = plain.type("archive", "odd"), debugging.type("archive", "odd")

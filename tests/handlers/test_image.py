@@ -14,14 +14,16 @@ from servers import forget_peak, peak_memory
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import (
     FREE_SCANS,
+    GREY,
     MAX_JPEG_SCANS,
     MAX_PIXELS,
     Allowance,
     decode,
     default_pixels,
     fit,
+    letterbox,
     pictures_of,
-    pixels_of,
+    view_of,
 )
 
 Encode = Callable[..., bytes]
@@ -352,6 +354,36 @@ def test_an_error_does_not_hold_the_picture_it_is_about() -> None:
     out = BytesIO()
     image.save(out, "PNG")
     (picture,) = pictures_of([out.getvalue()], 32, MAX_PIXELS)
-    error = pixels_of(picture, 32)
+    error = view_of(picture, 32)
     assert isinstance(error, ImageError) and error.type == "transparent_image"
     assert error.__traceback__ is error.__context__ is error.__cause__ is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (480, 640), (7, 100), (32, 32)])
+def test_a_letterbox_holds_the_whole_picture_on_grey(height: int, width: int) -> None:
+    white = np.full((height, width, 3), 255, np.uint8)
+    square, place = letterbox(white, 32)
+    assert square.shape == (32, 32, 3)
+    left, top = place.left, place.top
+    inner = square[top : 32 - top or None, left : 32 - left or None]
+    assert (inner[1:-1] == 255).all() if min(inner.shape[:2]) > 2 else inner.any()
+    assert (square[:top] == GREY).all() and (square[:, :left] == GREY).all()
+    assert place.scale == 32 / max(height, width)
+
+
+def test_a_box_lies_in_the_letterbox_where_its_object_does_and_comes_back() -> None:
+    picture = np.zeros((300, 400, 3), np.uint8)
+    box = np.array([100, 40, 200, 240], np.float32)
+    picture[40:240, 100:200] = 255
+    square, place = letterbox(picture, 128)
+    rows, columns = np.nonzero(square[16:112].mean(2) > 127)
+    seen = [columns.min(), rows.min() + 16, columns.max() + 1, rows.max() + 17]
+    assert np.abs(place.inside(box) - seen).max() <= 1
+    assert np.allclose(place.outside(place.inside(box), 400, 300), box, atol=1e-4)
+    assert place.outside(np.array([-9.0, 0, 128, 128]), 400, 300).tolist() == [0, 0, 400, 300]
+
+
+def test_a_letterbox_leaves_a_picture_of_its_size_as_it_is(pixels: np.ndarray) -> None:
+    square, place = letterbox(pixels, 32)
+    assert (square == pixels).all()
+    assert place == (1, 0, 0)

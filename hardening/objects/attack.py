@@ -1,0 +1,161 @@
+"""Attacks on object detectors: on each loss and on their sum, and with an aim of their own.
+
+All see what every anchor says, before scores are cut and boxes suppressed, so that neither hides a
+gradient. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and Hein 2020; vanish, fabricate and
+mislabel, Chow et al. 2020 (TOG, section 3); random search in squares, Andriushchenko et al. 2020.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Outcome, Threat, apgd, pgd, random_start
+from rampart.hardening.objects.boxes import Dense, Truth
+from rampart.hardening.objects.detector import ObjectDetector
+
+# What the attacker wants more of, an image each: (detector, x (M, 3, S, S), truth) -> (M,).
+Aim = Callable[[ObjectDetector, Tensor, Sequence[Truth]], Tensor]
+FIRST_SIDE = 0.3  # of the squares of the random search, in parts of the picture
+
+
+class Budget(NamedTuple):
+    """What the attacker may spend on an image."""
+
+    steps: int = 20  # of each gradient attack
+    queries: int = 0  # of the random search; 0 leaves it out
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, {self.queries} queries"
+
+
+def loss_aim(name: str) -> Aim:
+    """One of the detector's losses."""
+    return lambda detector, x, truth: detector.image_losses(x, truth)[name]
+
+
+def losses_together(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """The sum of the detector's losses."""
+    return torch.stack([*detector.image_losses(x, truth).values()]).sum(0)
+
+
+def objectness(dense: Dense) -> Tensor:
+    """How much more each anchor (N, A) is of any object than of none, in log odds."""
+    return dense.logits[:, :, 1:].logsumexp(2) - dense.logits[:, :, 0]
+
+
+def vanish(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """No anchor is of an object."""
+    return -F.softplus(objectness(detector.dense(x))).sum(1)
+
+
+def fabricate(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """As many anchors as can be are of objects: how many one would expect.
+
+    TOG climbs the log odds of all anchors alike, and most of those cannot be brought so far.
+    """
+    return objectness(detector.dense(x)).sigmoid().sum(1)
+
+
+def mislabel(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """Objects stay where they are, as those of the next class."""
+    classes = len(detector.config.classes)
+    other = [Truth(one.boxes, (one.labels + 1) % classes) for one in truth]
+    return -losses_together(detector, x, other)
+
+
+def aims_of(detector: ObjectDetector) -> dict[str, Aim]:
+    """All aims there are against a detector."""
+    aims = {name: loss_aim(name) for name in detector.net.loss_names}
+    aims |= {"sum": losses_together, "vanish": vanish, "fabricate": fabricate}
+    if len(detector.config.classes) > 1:
+        aims["mislabel"] = mislabel
+    return aims
+
+
+def attacks_of(detector: ObjectDetector, budget: Budget) -> dict[str, tuple[str, str]]:
+    """(algorithm, aim) of each attack by name: PGD on the losses, Auto-PGD on every aim."""
+    aims = aims_of(detector)
+    losses = [*detector.net.loss_names, "sum"]
+    attacks = {f"pgd {name}": ("pgd", name) for name in losses}
+    attacks |= {f"apgd {name}": ("apgd", name) for name in aims}
+    if budget.queries:
+        attacks["random search"] = ("search", "sum")
+    return attacks
+
+
+def attack(
+    detector: ObjectDetector,
+    x: Tensor,
+    truth: Sequence[Truth],
+    threat: Threat,
+    *,
+    how: tuple[str, str],
+    budget: Budget,
+    noise: Noise,
+) -> Tensor:
+    """x (N, 3, S, S) after one of `attacks_of`, float32 within the ball."""
+    algorithm, name = how
+    aim = aims_of(detector)[name]
+    start = random_start(x, threat, noise)
+
+    def loss(near: Tensor) -> Tensor:
+        return aim(detector, near, truth)
+
+    if algorithm == "pgd":
+        size = threat.eps * min(1.0, 2.5 / budget.steps)
+        return pgd(loss, x, threat, steps=budget.steps, step_size=size, start=start)
+    if algorithm == "apgd":
+
+        def objective(near: Tensor, rows: Tensor) -> Outcome:
+            value = aim(detector, near, [truth[row] for row in rows.tolist()])
+            return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
+
+        return apgd(objective, x, threat, steps=budget.steps, start=start)[0]
+    return search(loss, x, threat, queries=budget.queries, noise=noise)
+
+
+def search(
+    loss: Callable[[Tensor], Tensor], x: Tensor, threat: Threat, *, queries: int, noise: Noise
+) -> Tensor:
+    """Random search: squares of plus or minus eps, ever smaller, each kept where it hurts.
+
+    It asks for no gradient, so nothing that hides one stops it.
+    """
+    if threat.norm != "Linf":
+        raise ValueError(f"the random search is of Linf alone: leave out its queries for {threat}")
+    n, channels, height, width = x.shape
+    signs = torch.where(noise.uniform(channels, 1, width) < 0.5, -1.0, 1.0)  # stripes
+    best = (x + threat.eps * signs).clamp(0, 1)
+    with torch.no_grad():
+        value = loss(best)
+        for query in range(queries):
+            share = FIRST_SIDE / 2 ** (4 * query / queries)
+            side = max(1, math.ceil(share * min(height, width)))
+            corner = noise.uniform(2)
+            sign = torch.where(noise.uniform(channels) < 0.5, -1.0, 1.0)
+            moved = best.clone()
+            for row in range(n):
+                top, left = (corner[row] * torch.tensor([height - side, width - side])).int()
+                window = (row, slice(None), slice(top, top + side), slice(left, left + side))
+                moved[window] = x[window] + threat.eps * sign[row, :, None, None]
+            moved = moved.clamp(0, 1)
+            new = loss(moved)
+            wins = new > value
+            best = torch.where(wins[:, None, None, None], moved, best)
+            value = torch.where(wins, new, value)
+    return best
+
+
+def masked(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """Which images (N,) have no gradient of the losses: where attacks that follow one are blind."""
+    near = x.detach().requires_grad_()
+    value = losses_together(detector, near, truth).sum()
+    (slope,) = torch.autograd.grad(value, near, allow_unused=True)
+    if slope is None:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return slope.flatten(1).abs().amax(1) == 0

@@ -1,0 +1,186 @@
+"""Figures of an object detector, clean and under each attack and the worst of all for each image.
+
+An attacked picture is rounded to 8 bits first, as one is sent; a square picture of the model's size
+reaches it as it is.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rampart.hardening.attack.cache import write
+from rampart.hardening.attack.ladder import in_8_bits
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.objects.attack import Budget, attack, attacks_of, masked
+from rampart.hardening.objects.boxes import Found, Truth
+from rampart.hardening.objects.detector import ObjectDetector
+from rampart.hardening.objects.precision import count, interval, precision
+from rampart.hardening.objects.scenes import Boxed
+
+TOGETHER = 8  # pictures that are attacked together
+CLEAN, WORST = "clean", "worst case"
+
+
+class Figures(NamedTuple):
+    """What was found in `n` pictures."""
+
+    map50: float
+    interval: tuple[float, float]  # 95%, of map50, by bootstrap over pictures
+    ap: float  # COCO's
+    classes: tuple[float, ...]  # map50 of each
+    kept: float  # share of objects among the boxes that people see
+    false: float  # other boxes that people see, a picture
+    n: int
+
+    def as_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """As cards have it."""
+        each = dict(zip(names, (rounded(value) for value in self.classes), strict=True))
+        return {
+            "map50": rounded(self.map50),
+            "interval": [rounded(bound) for bound in self.interval],
+            "ap": rounded(self.ap),
+            "classes": each,
+            "objects_kept": rounded(self.kept),
+            "false_boxes": rounded(self.false),
+            "n": self.n,
+        }
+
+
+def rounded(value: float) -> float | None:
+    """Four digits; None for what has no value, as a class that no picture shows."""
+    return None if value != value else round(value, 4)
+
+
+def figures(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> Figures:
+    """How well objects were found."""
+    exact = precision(truth, found, classes)
+    counts = [count(real, seen) for real, seen in zip(truth, found, strict=True)]
+    objects, kept, false = (sum(values) for values in zip(*counts, strict=True))
+    bounds = interval(truth, found, classes)
+    share = kept / objects if objects else float("nan")
+    return Figures(
+        exact.map50, bounds, exact.ap, exact.classes, share, false / len(truth), len(truth)
+    )
+
+
+def merit(truth: Truth, found: Found, classes: int) -> tuple[float, int]:
+    """How good an answer on one picture is: its mAP50, then how few false boxes are seen."""
+    false = -count(truth, found).false
+    return (precision([truth], [found], classes).map50 if len(truth.boxes) else 0.0, false)
+
+
+def worst(truth: Sequence[Truth], tries: Sequence[Sequence[Found]], classes: int) -> list[Found]:
+    """For each picture the answer under the attack that hurt it most."""
+    return [
+        min(answers, key=lambda found: merit(real, found, classes))
+        for real, answers in zip(truth, zip(*tries, strict=True), strict=True)
+    ]
+
+
+class Judgement(NamedTuple):
+    """Figures by attack, `clean` and `worst case` among them, and what makes them doubtful."""
+
+    rows: dict[str, Figures]
+    found: dict[str, list[Found]]
+    blind: int  # pictures without a gradient: attacks that follow one are blind there
+
+
+def judge(
+    detector: ObjectDetector,
+    boxed: Boxed,
+    threat: Threat,
+    budget: Budget,
+    *,
+    source: ObjectDetector | None = None,
+    cache: Path | None = None,
+    notice: Callable[[str, Figures], None] = lambda name, row: None,
+) -> Judgement:
+    """Attack a detector with full knowledge, or with what is crafted on `source`.
+
+    `cache` keeps attacked pictures, so that a judgement goes on where it was interrupted. `notice`
+    is told of each row once it is known.
+    """
+    crafted_on = source or detector
+    classes = len(boxed.classes)
+    found = {CLEAN: seen(detector, boxed.image)}
+    rows = {CLEAN: figures(boxed.truth, found[CLEAN], classes)}
+    notice(CLEAN, rows[CLEAN])
+    for name, how in attacks_of(crafted_on, budget).items():
+        craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget)
+        key = f"{checkpoint.digest(crafted_on)} {threat!r} {budget} {name}"
+        image = attacked(boxed, craft, threat, title=name, key=key, cache=cache)
+        found[name] = seen(detector, image)
+        rows[name] = figures(boxed.truth, found[name], classes)
+        notice(name, rows[name])
+    # The clean picture is among an attacker's choices.
+    found[WORST] = worst(boxed.truth, list(found.values()), classes)
+    rows[WORST] = figures(boxed.truth, found[WORST], classes)
+    notice(WORST, rows[WORST])
+    return Judgement(rows, found, blindness(detector, boxed))
+
+
+def seen(detector: ObjectDetector, image: Tensor) -> list[Found]:
+    """What a detector finds in uint8 (N, S, S, 3)."""
+    with torch.no_grad():
+        return [one for some in torch.split(image, TOGETHER) for one in detector(to_float(some))]
+
+
+def blindness(detector: ObjectDetector, boxed: Boxed) -> int:
+    """How many pictures have no gradient."""
+    parts = torch.split(torch.arange(len(boxed)), TOGETHER)
+    some = (boxed[rows.tolist()] for rows in parts)
+    return sum(int(masked(detector, to_float(s.image), s.truth).sum()) for s in some)
+
+
+def attacked(
+    boxed: Boxed,
+    craft: Callable[..., Tensor],
+    threat: Threat,
+    *,
+    title: str,
+    key: str,
+    cache: Path | None,
+) -> Tensor:
+    """All pictures, uint8 (N, S, S, 3), as `craft` leaves them."""
+    parts = []
+    rounds = torch.split(torch.arange(len(boxed)), TOGETHER)
+    for rows in tqdm(rounds, title, leave=False):
+        some = boxed[rows.tolist()]
+        own = hashlib.sha256(f"{key} {rows[0]} {some.digest()}".encode()).hexdigest()[:24]
+        file = cache / f"{own}.npy" if cache else None
+        if file and file.is_file():
+            parts.append(torch.from_numpy(np.load(file)).to(boxed.image.device))
+            continue
+        noise = Noise(rows.to(boxed.image.device))
+        x = craft(to_float(some.image), some.truth, noise=noise)
+        parts.append(in_8_bits(x, some.image, threat))
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, parts[-1].cpu().numpy())
+    return torch.cat(parts)
+
+
+def table(rows: Mapping[str, Figures], names: Sequence[str]) -> list[str]:
+    """The figures as lines of text."""
+    head = f"{'':22} mAP50  95% interval    AP     kept   false  " + " ".join(names)
+    return [head, *(line(name, row) for name, row in rows.items())]
+
+
+def line(name: str, row: Figures) -> str:
+    """One row of the table."""
+    low, high = row.interval
+    each = " ".join(f"{value:.2f}" for value in row.classes)
+    return (
+        f"{name:22} {row.map50:.3f}  {low:.3f} to {high:.3f}  {row.ap:.3f}  {row.kept:.3f}"
+        f"  {row.false:5.2f}  {each}"
+    )

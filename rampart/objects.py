@@ -1,0 +1,170 @@
+"""Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rampart import preflight
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
+from rampart.hardening.model.faults import Faults
+from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.objects import judge as judging
+from rampart.hardening.objects.attack import Budget
+from rampart.hardening.objects.detector import (
+    TASK,
+    ObjectConfig,
+    ObjectDetector,
+    load,
+    on_classifier,
+)
+from rampart.hardening.objects.places import splits_name
+from rampart.hardening.objects.scenes import Boxed, Divided, divided
+from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects
+from rampart.hardening.train.loop import say
+from rampart.sources import Source
+from rampart.training import Run
+
+SIZE = 256  # pixels a side, where nobody says
+
+
+class Network(NamedTuple):
+    """What a new object detector is built of; of one that goes on nothing of it counts."""
+
+    arch: str = "ssd"  # as ssdlite, ssd-resnet34, fasterrcnn
+    size: int = SIZE
+    width: float = 1.0  # factor on the channels of a new ResNet
+
+
+def read(source: Source) -> Divided:
+    """The pictures of a source by what they are for; prints what there is."""
+    if source.held:
+        raise ValueError(
+            f"--held {source.held}: pictures with boxes are divided by {source.data} itself, as its"
+            " parts train, val and test, or by digest: leave it out"
+        )
+    data = divided(source.data, skip_bad=source.skip_bad)
+    for name, part in data.parts().items():
+        say(f"{source.data.name}, {name}: {part.line()}")
+    if data.left_out:
+        say("\n  ".join(["left out:", *data.left_out]))
+    return data
+
+
+def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDetector:
+    """An object detector as training begins with it: new, on a classifier's ResNet, or going on.
+
+    Raises ValueError where `init` does not fit the classes or the architecture.
+    """
+    name, backbone = splits_name(net.arch)
+    if init and checkpoint.read(init)[0].get("task") == TASK:
+        detector = load(init)
+        if detector.config.classes != classes:
+            raise ValueError(
+                f"--init {init} finds {', '.join(detector.config.classes)}, but the pictures show"
+                f" {', '.join(classes)}: train from new weights, without --init"
+            )
+        return detector
+    if init:
+        if name == "ssdlite":
+            raise ValueError(
+                f"--init {init}: SSDLite has a backbone of its own; take --arch ssd or fasterrcnn"
+            )
+        return on_classifier(name, load_classifier(init), classes, net.size)
+    if name != "ssdlite" and backbone not in RESNETS:
+        known = ", ".join(RESNETS)
+        raise ValueError(f"--arch {net.arch}: {name} stands on one of {known}, as {name}-resnet18")
+    own = None if name == "ssdlite" else ClassifierConfig(backbone, 2, net.width, net.size)
+    return ObjectDetector(ObjectConfig(name, classes, net.size, own))
+
+
+def train_from(
+    source: Source, net: Network, recipe: ObjectRecipe, run: Run, *, init: Path | None = None
+) -> Path:
+    """Train an object detector on a source's pictures; returns its file.
+
+    `init` is the file of a classifier, whose ResNet it stands on, or of an object detector that
+    goes on. Raises ValueError that lists what is wrong, before anything is trained.
+    """
+    where = run.join()
+    torch.manual_seed(recipe.seed)
+    faults = Faults()
+    data = faults.of(partial(read, source))
+    classes = data.train.classes if data else ("object",)
+    detector = faults.of(partial(begin, net, classes, init))
+    need = preflight.WRITTEN * preflight.size_of(detector) if detector else 0
+    faults.of(partial(preflight.check_place, run.out, need, "--out"))
+    if detector:
+        faults.of(partial(ObjectTrainer, detector, recipe, run.out))
+    faults.tell()
+    assert data and detector
+    recipe = recipe._replace(
+        precision=run.arithmetic(where), after=checkpoint.digest(detector) if init else ""
+    )
+    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    past = checkpoint.read(init)[0].get("commands", []) if init else []
+    return train_objects(
+        detector.to(where),
+        recipe,
+        run.out,
+        (data.train, validation),
+        commands=[*past, run.command],
+    )
+
+
+def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | None) -> Boxed:
+    """The pictures of one part of a source as a detector sees them, at most `limit`."""
+    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
+    if part not in data.parts():
+        raise ValueError(f"{source.data} has no part {part}: pass --part validation")
+    boxed = data.parts()[part].boxed(detector.config.size)
+    return boxed.spread(limit) if limit else boxed
+
+
+def evaluate(
+    files: tuple[Path, Path | None],
+    source: Source,
+    threat: Threat,
+    budget: Budget,
+    *,
+    part: str = "test",
+    limit: int | None = None,
+    cache: Path | None = None,
+    notice: Callable[[str], None] = say,
+) -> judging.Judgement:
+    """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
+
+    Each row is told to `notice` as it is known.
+    """
+    detector = load(files[0])
+    other = load(files[1]) if files[1] else None
+    boxed = pictures(source, part, detector, limit)
+    names = boxed.classes
+    notice(f"{files[0].name} on {len(boxed)} pictures ({part}), {threat}, {budget}")
+    notice(judging.table({}, names)[0])
+    judgement = judging.judge(
+        detector,
+        boxed,
+        threat,
+        budget,
+        source=other,
+        cache=cache,
+        notice=lambda name, row: notice(judging.line(name, row)),
+    )
+    if judgement.blind:
+        notice(
+            f"warning: {judgement.blind} of {len(boxed)} pictures have no gradient, so attacks that"
+            " follow one prove nothing: pass --queries, or --source with a network like it"
+        )
+    return judgement
+
+
+def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:
+    """The figures of a judgement, as cards have them."""
+    names = load(file).config.classes
+    rows = {name: row.as_json(names) for name, row in judgement.rows.items()}
+    return {"task": TASK, "rows": rows, "without_gradient": judgement.blind}

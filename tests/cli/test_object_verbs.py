@@ -1,0 +1,120 @@
+"""Object detectors on the command line: trained where the data have boxes, and attacked."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command import run
+from drawn import write_voc
+
+from rampart import inputs
+from rampart.hardening.model import checkpoint
+from rampart.hardening.objects.jitter import JITTERS
+from rampart.hardening.objects.training import AIMS, METHODS
+
+TINY = ("--image-size", 128, "--width", 0.125, "--arch", "ssd-resnet10", "--device", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_pictures_with_boxes_make_an_object_detector_that_is_then_attacked(tmp_path: Path) -> None:
+    data = write_voc(tmp_path / "voc", 12, parts={"train": range(8), "val": range(8, 12)})
+    small = ("--data", data, *TINY, "--epochs", 1, "--batch-size", 4, "--validate-on", 2)
+    said = run("train", *small, "--eps", 4, "--augment", "flip", "--out", tmp_path / "run")
+    file = tmp_path / "run" / "objects.safetensors"
+    assert f"best object detector: {file}" in said
+    assert "voc, train: 8 pictures, 1 of them empty; objects: disc" in said
+    config = checkpoint.read(file)[0]
+    assert config["task"] == "detect" and config["object_detector"]["size"] == 128
+    assert "eps=0.0156" in config["training"] and "augment=('flip',)" in config["training"]
+    assert len(config["commands"]) == 1
+
+    # It goes on from its own weights, and refuses those that know other classes.
+    again = run("train", *small, "--init", file, "--out", tmp_path / "more")
+    assert "best object detector" in again
+    assert len(checkpoint.read(tmp_path / "more" / "objects.safetensors")[0]["commands"]) == 2
+
+    out = tmp_path / "figures.json"
+    common = (data, "--part", "validation", "--steps", 1, "--limit", 2)
+    said = run("objects", file, *common, "--out", out, "--cache", tmp_path / "found")
+    assert "worst case" in said and "apgd vanish" in said
+    figures = json.loads(out.read_text())
+    assert figures["task"] == "detect" and figures["rows"]["clean"]["n"] == 2
+    with pytest.raises(ValueError, match="has no part test"):
+        run("objects", file, data)
+
+
+def learning(tmp_path: Path, **changed: object) -> None:
+    usual: dict[str, object] = dict.fromkeys(("arch", "teacher", "augment", "aim", "passes"))
+    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0}
+    usual |= {"rectify": False, "compile": False, "data": tmp_path / "voc"}
+    inputs.learning(**(usual | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"arch": "resnet18"}, "--arch resnet18 is a classifier: choose one of ssdlite"),
+        ({"method": "trades"}, "choose among standard, nfgsm, pgd"),
+        ({"awp": 0.005}, "--awp is of classifiers"),
+        ({"augment": ["warp"]}, "choose among flip, turn"),
+        ({"data": Path(), "arch": "ssd"}, "finds objects, but . has no boxes"),
+        ({"data": Path(), "aim": "sum"}, "--aim and --passes go with boxes"),
+        ({"data": Path(), "augment": ["turn"]}, "choose among flip, crop, warp"),
+    ],
+)
+def test_options_of_the_other_task_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], word: str
+) -> None:
+    write_voc(tmp_path / "voc", 2)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=word):
+        learning(tmp_path, **changed)
+
+
+def test_what_an_object_detector_is_trained_with_goes_together(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", 2)
+    for arch in (None, "ssd", "ssd-resnet34", "fasterrcnn-resnet50", "ssdlite"):
+        learning(tmp_path, arch=arch, aim="strongest", passes=2, augment=["turn", "none"])
+
+
+def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
+    assert inputs.OBJECT_METHODS == METHODS
+    assert (*JITTERS, "none") == inputs.JITTERS
+    assert inputs.Aim.__args__ == AIMS  # type: ignore[attr-defined]
+
+
+def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
+    from rampart import objects
+    from rampart.hardening.objects.training import ObjectRecipe
+    from rampart.sources import Source
+    from rampart.training import Run
+
+    (tmp_path / "voc" / "Annotations").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    net, recipe = objects.Network("ssd-vgg11", 100), ObjectRecipe()
+    with pytest.raises(ValueError, match=r"3 things|2 things") as error:
+        objects.train_from(Source(tmp_path / "voc"), net, recipe, Run(tmp_path / "file", "cpu"))
+    text = str(error.value)
+    assert "ssd stands on one of resnet10" in text and "to train on" in text
+    with pytest.raises(ValueError, match="by digest: leave it out"):
+        objects.read(Source(tmp_path / "voc", tmp_path))
+
+
+def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:
+    from found import TINY as BACKBONE
+    from found import untrained
+
+    from rampart.hardening.model.classifier import Classifier
+    from rampart.hardening.objects.detector import save
+    from rampart.objects import Network, begin
+
+    save(tmp_path / "o.safetensors", untrained())
+    with pytest.raises(ValueError, match="finds disc, square, but the pictures show cell"):
+        begin(Network(), ("cell",), tmp_path / "o.safetensors")
+    classifier = tmp_path / "c.safetensors"
+    checkpoint.save(classifier, Classifier(BACKBONE), {"classifier": BACKBONE._asdict()})
+    assert begin(Network("fasterrcnn", 128), ("cell",), classifier).config.backbone == BACKBONE
+    with pytest.raises(ValueError, match="backbone of its own"):
+        begin(Network("ssdlite", 128), ("cell",), classifier)

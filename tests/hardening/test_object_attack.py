@@ -1,0 +1,142 @@
+"""Attacks on object detectors, and the figures under them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from drawn import CLASSES, boxed
+from found import untrained
+from torch import Tensor
+
+from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.pixels import to_float
+from rampart.hardening.objects import judge as judging
+from rampart.hardening.objects.attack import Budget, attack, attacks_of
+from rampart.hardening.objects.boxes import Dense, Found
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
+from rampart.hardening.objects.judge import WORST, Judgement, figures, judge, merit, table, worst
+
+THREAT = Threat(eps=16 / 255)
+SCENES = boxed(6, seed=9)
+BUDGET = Budget(steps=8, queries=20)
+
+
+@pytest.fixture(scope="module")
+def judgement(learned_objects: ObjectDetector) -> Judgement:
+    return judge(learned_objects, SCENES, THREAT, BUDGET)
+
+
+def names() -> list[str]:
+    return list(attacks_of(untrained(), BUDGET))
+
+
+@pytest.mark.parametrize("name", names())
+def test_attacks_stay_within_the_ball(name: str) -> None:
+    net, x = untrained(), to_float(SCENES.image[:2])
+    how = attacks_of(net, BUDGET)[name]
+    budget, noise = Budget(2, 3), Noise(torch.arange(2))
+    out = attack(net, x, SCENES.truth[:2], THREAT, how=how, budget=budget, noise=noise)
+    assert out.dtype == torch.float32 and out.shape == x.shape
+    assert (out - x).abs().max() <= THREAT.eps + 1e-6
+    assert out.min() >= 0 and out.max() <= 1
+    assert not (out == x).all()
+
+
+def test_each_aim_does_what_it_is_called(judgement: Judgement) -> None:
+    rows = judgement.rows
+    assert rows["clean"].map50 > 0.8
+    assert rows["apgd vanish"].kept < 0.4 and rows["apgd vanish"].false < 0.5
+    assert rows["apgd fabricate"].false > rows["clean"].false + 0.7
+    assert rows["apgd fabricate"].kept > 0.6  # what is there is still found
+    assert rows["apgd mislabel"].map50 < 0.6 and rows["apgd mislabel"].false > 0.7
+    # Localization moves boxes, so that the figure that wants them exact falls.
+    assert rows["apgd localization"].ap < rows["clean"].ap - 0.3
+    assert rows[WORST].map50 < 0.2 and judgement.blind == 0
+
+
+def test_the_worst_case_takes_the_worst_answer_of_each_picture(judgement: Judgement) -> None:
+    tries = [found for name, found in judgement.found.items() if name != WORST]
+    chosen = worst(SCENES.truth, tries, 2)
+    for row, found in enumerate(chosen):
+        each = [merit(SCENES.truth[row], one[row], 2) for one in tries]
+        assert merit(SCENES.truth[row], found, 2) == min(each)
+
+
+def test_an_empty_picture_is_worst_where_most_is_seen() -> None:
+    empty = SCENES.truth[0]
+    box = torch.tensor([[1.0, 1, 30, 30]])
+    none = Found(box[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    some = Found(box, torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    assert worst([empty], [[none], [some]], 2) == [some]
+
+
+def test_figures_stand_in_a_table_and_in_cards(judgement: Judgement) -> None:
+    lines = table(judgement.rows, CLASSES)
+    assert len(lines) == len(judgement.rows) + 1 and lines[-1].startswith(WORST)
+    row = judgement.rows["clean"].as_json(CLASSES)
+    assert row["n"] == 6 and set(row["classes"]) == set(CLASSES)
+    low, high = row["interval"]
+    assert low <= row["map50"] <= high
+
+
+class Rounding(ObjectDetector):
+    """A defence that hides its gradient: pixels are rounded to few levels first."""
+
+    def dense(self, x: Tensor) -> Dense:
+        return super().dense((x * 8).round() / 8)
+
+    def image_losses(self, x, truth):
+        return super().image_losses((x * 8).round() / 8, truth)
+
+
+def test_a_hidden_gradient_is_told_and_does_not_stop_the_search(
+    learned_objects: ObjectDetector,
+) -> None:
+    net = Rounding(learned_objects.config).eval().requires_grad_(False)
+    net.load_state_dict(learned_objects.state_dict())
+    some, large = SCENES[[1, 2, 3]], Threat(eps=40 / 255)
+    found = judge(net, some, large, Budget(2, 50))
+    assert found.blind == len(some)
+    assert found.rows["random search"].ap < found.rows["apgd sum"].ap - 0.1
+    # What is crafted on the network without it goes through as well.
+    passed = judge(net, some, large, Budget(4), source=learned_objects)
+    assert passed.rows[WORST].map50 < found.rows["apgd sum"].map50 - 0.3
+
+
+def test_a_judgement_goes_on_with_what_it_has_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, budget, told = untrained(), Budget(1), []
+    first = judge(net, SCENES[[1, 2]], THREAT, budget, cache=tmp_path)
+    monkeypatch.setattr(judging, "attack", lambda *_, **__: pytest.fail("it attacks anew"))
+    again = judge(
+        net,
+        SCENES[[1, 2]],
+        THREAT,
+        budget,
+        cache=tmp_path,
+        notice=lambda name, row: told.append(name),
+    )
+    assert told == list(first.rows)
+    for name, row in first.rows.items():
+        assert again.rows[name].as_json(CLASSES) == row.as_json(CLASSES)
+
+
+def test_a_detector_of_one_class_cannot_be_mislabelled() -> None:
+    one = ObjectDetector(ObjectConfig("ssdlite", ("cell",), 128))
+    assert "apgd mislabel" not in attacks_of(one, BUDGET)
+    assert "apgd vanish" in attacks_of(one, BUDGET)
+
+
+def test_the_random_search_is_of_linf_alone() -> None:
+    with pytest.raises(ValueError, match="Linf alone"):
+        x, noise, large = to_float(SCENES.image[:1]), Noise(torch.arange(1)), Threat("L2", 1.0)
+        how = ("search", "sum")
+        attack(untrained(), x, SCENES.truth[:1], large, how=how, budget=BUDGET, noise=noise)
+
+
+def test_nothing_found_is_nothing_kept() -> None:
+    none = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    row = figures(SCENES.truth, [none] * 6, 2)
+    assert (row.map50, row.kept, row.false) == (0, 0, 0)
