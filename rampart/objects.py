@@ -1,5 +1,7 @@
 """Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
 
+import copy
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,8 @@ from rampart.hardening.objects.detector import (
     on_classifier,
 )
 from rampart.hardening.objects.places import splits_name
-from rampart.hardening.objects.scenes import Boxed, Divided, divided
-from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects
+from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
+from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
 from rampart.hardening.train.loop import say
 from rampart.sources import Source
 from rampart.training import Run
@@ -102,18 +104,41 @@ def train_from(
         faults.of(partial(ObjectTrainer, detector, recipe, run.out))
     faults.tell()
     assert data and detector
+    detector = detector.to(where)
     recipe = recipe._replace(
         precision=run.arithmetic(where), after=checkpoint.digest(detector) if init else ""
     )
     validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    trial = timed(detector, recipe, data.train, validation.to(where))
+    shown = recipe.passes * len(data.train)
+    say(trial.in_words("object detector", shown, len(validation), recipe))
     past = checkpoint.read(init)[0].get("commands", []) if init else []
     return train_objects(
-        detector.to(where),
+        detector,
         recipe,
         run.out,
         (data.train, validation),
         commands=[*past, run.command],
     )
+
+
+def timed(
+    detector: ObjectDetector, recipe: ObjectRecipe, scenes: Scenes, validation: Boxed
+) -> preflight.Trial:
+    """What a step takes, and a validation; the detector stays as it is."""
+    with torch.random.fork_rng():
+        trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
+        lessons = Lessons(scenes, detector.config.size, 1, trainer.device)
+        order = {"seed": recipe.seed, "epoch": 0, "skip": 0}
+        batch = next(lessons.shuffled(recipe.batch_size, augmentations=recipe.augment, **order))
+        for _ in range(2):  # the first one prepares much
+            start = time.monotonic()
+            float(trainer.step(batch, 0.5))
+            step = time.monotonic() - start
+        start = time.monotonic()
+        validate(trainer.ema, validation.spread(1), recipe.threat)
+        look = time.monotonic() - start
+    return preflight.Trial(step, look, preflight.peak(trainer.device))
 
 
 def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | None) -> Boxed:

@@ -24,6 +24,7 @@ def test_pictures_with_boxes_make_an_object_detector_that_is_then_attacked(tmp_p
     file = tmp_path / "run" / "objects.safetensors"
     assert f"best object detector: {file}" in said
     assert "voc, train: 8 pictures, 1 of them empty; objects: disc" in said
+    assert "object detector: about" in said and "(1 epochs of 2 steps," in said
     config = checkpoint.read(file)[0]
     assert config["task"] == "detect" and config["object_detector"]["size"] == 128
     assert "eps=0.0156" in config["training"] and "augment=('flip',)" in config["training"]
