@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rampart.handlers.containers import segments
 from rampart.handlers.engine import cpu_features
 from rampart.handlers.errors import ImageError
-from rampart.handlers.image import FREE_PIXELS, default_pixels, pictures_of, pixels_of
+from rampart.handlers.image import FREE_PIXELS, default_pixels, pictures_of, view_of
 from rampart.handlers.protocols.choice import read
 from rampart.handlers.types import Incoming
 
@@ -201,7 +201,7 @@ def answered(body: bytes, size: int, pixels: int) -> str:
     """Read and decode a request as the handler does; how many images of which kind it had."""
     kinds: dict[str, int] = {}
     for picture in pictures_of(read(Incoming({}, [body])).images, size, pixels):
-        result = pixels_of(picture, size)
+        result = view_of(picture, size)
         kind = result.type if isinstance(result, ImageError) else "decoded"
         kinds[kind] = kinds.get(kind, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -42,7 +42,7 @@ from benchmarks.server import endpoint, free_ports
 from rampart.handlers.defended import incoming
 from rampart.handlers.errors import ImageError
 from rampart.handlers.http.messages import CLASSES, SERVICE
-from rampart.handlers.image import MAX_PIXELS, pictures_of, pixels_of
+from rampart.handlers.image import MAX_PIXELS, pictures_of, view_of
 from rampart.handlers.protocols.choice import read
 from rampart.handlers.types import Pixels
 
@@ -200,7 +200,7 @@ def in_process(count: int, draw: random.Random, out: Path) -> Counter[str]:
     for _ in tqdm(range(count), desc="in process", leave=False):
         fields, headers = request(draw, known)
         for picture in pictures_of(answered(fields, headers), SIZE, MAX_PIXELS):
-            pixels = pixels_of(picture, SIZE)
+            pixels = view_of(picture, SIZE)
             code = pixels.code if isinstance(pixels, ImageError) else 200
             statuses[str(code)] += 1
             if code >= 500:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rampart.export import shipped
-from rampart.export.shipped import PACKAGE, Parity, check_made
+from rampart.export.shipped import PACKAGE, AnyParity, check_made
 from rampart.handlers.contents import GRAPH, HANDLER, HASHES, PLAN, SOURCES
 from rampart.handlers.engine import sha256
 from rampart.handlers.plan import check_record, record_file
 from rampart.handlers.settings import read_max_pixels, read_policy
+from rampart.handlers.tasks import CLASSIFY, task_of, terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model.card import check_fit, read_card
 from rampart.hardening.model.files import (
@@ -27,7 +28,7 @@ from rampart.hardening.model.files import (
     Precision,
     calibration_file,
     load_variant,
-    read_config,
+    read_contents,
 )
 from rampart.hardening.model.promise import finest_rate
 
@@ -57,7 +58,7 @@ def export_variant(
     precision: Precision = "fp32",
     images: "Tensor | None" = None,
     rate: float = 0.01,
-) -> Parity:
+) -> AnyParity:
     """Write a variant's ONNX graph, or copy a fresh one; returns the figures of its gate."""
     check_made(folder, variant, precision)
     graph = shipped.find(folder, variant, precision) if images is None else None
@@ -86,7 +87,7 @@ def archive(
     settings: dict[str, Any] | None = None,
     sample: bool = True,
     anyway: bool = True,
-) -> Parity:
+) -> AnyParity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
     The folder's `sample` picture goes along, if it has one. Not `anyway`, it raises ValueError for
     a model that fails its own checks or is at chance. `settings` override the top level of the
@@ -96,11 +97,14 @@ def archive(
     if not anyway:
         check_fit(read_card(folder), f"{folder} is not packed")
     settings = settings or {}
-    config = read_config(folder / "weights.safetensors")
+    contents = read_contents(folder / "weights.safetensors")
     check_made(folder, variant, precision)
     calibration = load_variant(folder, variant, precision)
     policy, rate = policy_for(calibration, settings.get("rampart", {}))
-    max_pixels = read_max_pixels(policy, config["classifier"]["image_size"])
+    facts = {"name": out.stem, "variant": variant, "precision": precision}
+    facts |= {} if contents.task == CLASSIFY else {"task": contents.task}
+    check_judged(facts | read_card(folder), contents.classes, calibration, policy)
+    max_pixels = read_max_pixels(policy, contents.image_size)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         export = partial(export_variant, precision=precision, images=images, rate=rate)
@@ -110,9 +114,8 @@ def archive(
             add_plan(plan, work)
         add_sources(work)
         calibrated = calibration_file(folder, variant, precision)
-        add_data(work, calibrated, config["classes"], sample=sample)
-        names = {"name": out.stem, "variant": variant, "precision": precision}
-        add_card(work, folder, names | {"max_pixels": max_pixels})
+        add_data(work, calibrated, contents.classes, sample=sample)
+        add_card(work, folder, facts | {"max_pixels": max_pixels})
         model_yaml = yaml.safe_dump(SETTINGS | settings | {"rampart": policy})
         (work / "model-config.yaml").write_text(model_yaml)
         pack(work, out, version=version)
@@ -125,6 +128,22 @@ def add_data(work: Path, calibrated: Path, classes: list[str], *, sample: bool) 
     (work / "labels.json").write_text(json.dumps(classes))
     if sample and calibrated.with_name(SAMPLE).is_file():
         shutil.copy(calibrated.with_name(SAMPLE), work)
+
+
+def check_judged(
+    card: dict[str, Any],
+    classes: list[str],
+    calibration: Calibration,
+    settings: dict[str, Any],
+) -> None:
+    """Raise ValueError where the endpoint would refuse these settings."""
+    task_of(card).judge(
+        labels=tuple(classes),
+        calibration=calibration,
+        policy=read_policy(settings),
+        model={},
+        **terms(card, settings),
+    )
 
 
 def policy_for(calibration: Calibration, wanted: dict[str, Any]) -> tuple[dict[str, Any], float]:

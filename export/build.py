@@ -1,23 +1,47 @@
 """A model folder's variant as an ONNX graph: exported, held to the parity gate, lowered."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from skimage.data import data_dir
 from torch import Tensor
 
-from rampart.export import shipped
+from rampart.export import scenes, shipped
 from rampart.export.parity import check_close, compare
 from rampart.export.precision import lower
-from rampart.export.shipped import Parity
+from rampart.export.shipped import AnyParity
 from rampart.export.to_onnx import to_onnx
-from rampart.handlers.engine import Engine
+from rampart.handlers.engine import Engine, SceneEngine
 from rampart.handlers.image import decode
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.files import Precision, graph_file, load_variant, ranges_file
+from rampart.hardening.model.files import (
+    Precision,
+    graph_file,
+    load_variant,
+    ranges_file,
+    read_contents,
+)
+from rampart.hardening.objects import defended
 
 TOOLS = ("torch", "onnx", "onnxscript")
+
+
+class Way(NamedTuple):
+    """From a task's weights to its graph, and what holds that to torch."""
+
+    load: Callable[..., Any]
+    to_onnx: Callable[..., Path]
+    engine: Callable[..., Any]
+    compare: Callable[..., AnyParity]
+
+
+WAYS = {
+    "classify": Way(pipelines.load, to_onnx, Engine, compare),
+    "detect": Way(defended.load, scenes.to_onnx, SceneEngine, scenes.compare),
+}
 
 
 def build(
@@ -28,15 +52,18 @@ def build(
     precision: Precision = "fp32",
     images: Tensor | None = None,
     rate: float = 0.01,
-) -> Parity:
+) -> AnyParity:
     """Write a variant's ONNX graph, through the gate on `images` uint8 (N, H, W, 3) or on crops."""
-    pipeline, _ = pipelines.load(folder / "weights.safetensors", variant)
+    weights = folder / "weights.safetensors"
+    contents = read_contents(weights)
+    way = WAYS[contents.task]
+    pipeline, _ = way.load(weights, variant)
     if images is None:
-        images = sample_crops(pipeline.classifier.config.image_size)
-    to_onnx(pipeline, out)
-    engine = Engine(out, device="cpu")
+        images = sample_crops(contents.image_size)
+    way.to_onnx(pipeline, out)
+    engine = way.engine(out, device="cpu")
     calibration = load_variant(folder, variant)
-    parity = compare(pipeline, engine, calibration, images, rate=rate)
+    parity = way.compare(pipeline, engine, calibration, images, rate=rate)
     if precision != "fp32":
         lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
         lowered = Engine(out, device="cpu"), load_variant(folder, variant, precision)

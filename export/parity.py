@@ -18,7 +18,7 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import as_loss, look_at, mislead, untargeted
 from rampart.hardening.attack.pgd import Threat, pgd10
 from rampart.hardening.judge.metrics import wilson
-from rampart.hardening.model.calibrate import detection_margin
+from rampart.hardening.model.calibrate import Scored, detection_margin
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float, to_uint8
@@ -45,9 +45,7 @@ def samples(
     return torch.cat([image, to_uint8(attacked), to_uint8(near)])
 
 
-def near_threshold(
-    pipeline: DefendedClassifier, calibration: Calibration, x: Tensor, *, rate: float
-) -> Tensor:
+def near_threshold(pipeline: Scored, calibration: Calibration, x: Tensor, *, rate: float) -> Tensor:
     """Mix noise into x (N, 3, H, W) until each image sits just below the threshold (bisection)."""
     noise = Noise(torch.arange(len(x)), seed=1).uniform(*x.shape[1:])
     low, high = torch.zeros(len(x), 1, 1, 1), torch.ones(len(x), 1, 1, 1)
@@ -72,7 +70,7 @@ def compare(
     image = samples(pipeline, calibration, image, rate=rate)
     with torch.no_grad():
         own = Outputs(*(output.numpy() for output in pipeline(image)))
-    runs = [run_in_pieces(engine.run, image.numpy(), size) for size in BATCHES]
+    runs = [run_in_pieces(engine.run, image.numpy(), size, Outputs) for size in BATCHES]
     # By output, over all runs; NaN where any is, which `max` would pass over.
     gaps = np.max([largest_gaps(own, run) for run in runs], axis=0)
     logit_gap, score_gap, pixel_gap = gaps[:2].max(), gaps[2], gaps[3]

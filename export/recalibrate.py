@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from rampart.export.archive import hash_tree, repack
 from rampart.export.terminal import visible
-from rampart.export.unpacking import settings_of, unpack
+from rampart.export.unpacking import card_of, settings_of, unpack
 from rampart.handlers.contents import HASHES
-from rampart.handlers.engine import Engine, sha256
+from rampart.handlers.engine import sha256
+from rampart.handlers.image import Fitting
 from rampart.handlers.settings import read_policy
+from rampart.handlers.tasks import task_of
 from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
 from rampart.hardening.model.promise import least_images, spread
 from rampart.hardening.train.data import read_picture
@@ -67,10 +69,11 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         hashes = unpack(archive, work)
-        engine = Engine(work / "graph.onnx", device="cpu")
+        task = task_of(card_of(work))
+        engine = task.engine(work / "graph.onnx", device="cpu")
         policy = read_policy(settings_of(work))
         least = least_images(policy.false_alarm_rate)
-        images, refused = read_pictures(pictures, engine.image_shape[0], least)
+        images, refused = read_pictures(pictures, engine.image_shape[0], least, task.fitting)
         old = Calibration.load(work / "calibration.json")
         scores = engine.run(images).scores
         new = replace(old, combined=np.sort(combine(scores, old)), images=len(images))
@@ -84,13 +87,15 @@ def recalibrate(archive: Path, pictures: Path, out: Path, *, command: str) -> Re
     return Recalibration(n, refused, flagged, rate, drift(p), chance, spread(rate, n))
 
 
-def read_pictures(folder: Path, size: int, least: int) -> tuple[NDArray[np.uint8], list[str]]:
+def read_pictures(
+    folder: Path, size: int, least: int, fitting: Fitting
+) -> tuple[NDArray[np.uint8], list[str]]:
     """Pictures below `folder` as uint8 (N, size, size, 3), and what the endpoint would refuse."""
     files = pictures_below(folder)
     images, refused = [], []
     for file in tqdm(files, desc="reading pictures", leave=False):
         try:
-            images.append(read_picture(file, size))
+            images.append(read_picture(file, size, fitting))
         except ValueError as error:
             refused.append(visible(str(error).removeprefix(f"{folder}/")))
     if len(images) < least:

@@ -10,12 +10,19 @@ from typing import NamedTuple
 import rampart
 from rampart.handlers.engine import sha256
 from rampart.hardening.model.card import read_card
-from rampart.hardening.model.files import Precision, calibration_file, graph_file, ranges_file
+from rampart.hardening.model.files import (
+    Precision,
+    calibration_file,
+    graph_file,
+    ranges_file,
+    read_contents,
+)
 
 BATCHES = (1, 2, 32)  # at which the parity gate compares
 PACKAGE = Path(rampart.__file__).parent
-# The code that defines a graph.
-CODE = (
+# The code that defines a graph, by task.
+OBJECTS = "boxes", "defended", "detector", "single_stage", "suspicions", "two_stage"
+CLASSIFIERS = (
     "hardening/model/classifier.py",
     "hardening/model/purifier.py",
     "hardening/model/detectors.py",
@@ -24,6 +31,14 @@ CODE = (
     "export/quantize.py",
     "export/halve.py",
 )
+CODE = {
+    "classify": CLASSIFIERS,
+    "detect": (
+        *(f"hardening/objects/{name}.py" for name in OBJECTS),
+        "export/scenes.py",
+        *CLASSIFIERS,
+    ),
+}
 
 
 class Parity(NamedTuple):
@@ -45,11 +60,34 @@ class Parity(NamedTuple):
         )
 
 
+class SceneParity(NamedTuple):
+    """How far torch and an object detector's graph are apart, and on how many pictures."""
+
+    images: int
+    boxes: int
+    iou: float  # the smallest, of boxes that match
+    confidence: float  # the largest difference, of boxes that match
+    scores: float  # largest difference of combined ones, as a share of their size
+    unmatched: int
+    decisions_differ: int
+
+    def __str__(self) -> str:
+        return (
+            f"parity on {self.images} pictures at batch {', '.join(map(str, BATCHES))}:"
+            f" {self.boxes} boxes have an IoU of {self.iou:.4f} or more, confidences differ by at"
+            f" most {self.confidence:.2g}, combined scores by {self.scores:.2g} of their size;"
+            f" {self.unmatched} boxes have no like, decisions differ on {self.decisions_differ}"
+        )
+
+
+AnyParity = Parity | SceneParity
+
+
 class Graph(NamedTuple):
     """A graph that a model folder holds, and the figures of its gate."""
 
     file: Path
-    parity: Parity
+    parity: AnyParity
 
 
 def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | None:
@@ -62,11 +100,16 @@ def find(folder: Path, variant: str, precision: Precision = "fp32") -> Graph | N
         return None
     if record["sha256"] != sha256(file):
         raise ValueError(f"{file} is damaged: fetch it again, or `rampart export --ship` makes it")
-    return Graph(file, Parity(**record["parity"]))
+    kinds = {frozenset(kind._fields): kind for kind in (Parity, SceneParity)}
+    return Graph(file, kinds[frozenset(record["parity"])](**record["parity"]))
 
 
 def record(
-    folder: Path, variant: str, precision: Precision, parity: Parity, tools: dict[str, str]
+    folder: Path,
+    variant: str,
+    precision: Precision,
+    parity: AnyParity,
+    tools: dict[str, str],
 ) -> Path:
     """Write the record of a graph in a model folder; `tools` are their versions."""
     file = graph_file(folder, variant, precision)
@@ -83,7 +126,8 @@ def record_file(graph: Path) -> Path:
 
 def ingredients(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
     """Digests of the files and the code that a graph, and the decision of its gate, rest on."""
-    return parts(folder, variant, precision) | {"code": code()}
+    task = read_contents(folder / "weights.safetensors").task
+    return parts(folder, variant, precision) | {"code": code(task)}
 
 
 def parts(folder: Path, variant: str, precision: Precision) -> dict[str, str]:
@@ -105,10 +149,10 @@ def check_made(folder: Path, variant: str, precision: Precision) -> None:
         raise ValueError(f"{form} {missing}: `rampart quantize --precision {precision}`")
 
 
-def code() -> str:
-    """Digest of the code that exports, without its comments."""
+def code(task: str) -> str:
+    """Digest of the code that exports for a task, without its comments."""
     total = hashlib.sha256()
-    for name in CODE:
+    for name in CODE[task]:
         total.update("\n".join(bare((PACKAGE / name).read_text(encoding="utf-8"))).encode())
     return total.hexdigest()
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from rampart.export.archive import archive as pack
 from rampart.export.repository import check_free, place
-from rampart.export.unpacking import settings_of, unpack
+from rampart.export.unpacking import card_of, settings_of, unpack
 from rampart.handlers.image import MAX_IMAGES
+from rampart.handlers.protocols.open_inference import Output
+from rampart.handlers.tasks import task_of
 from rampart.hardening.model.files import Precision
 from rampart.hardening.model.folder import form as chosen
 
@@ -51,14 +53,8 @@ dynamic_batching {{
 instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 version_policy: {{ latest {{ num_versions: 2 }} }}
 """
-OUTPUTS = {
-    "label": "TYPE_STRING",
-    "index": "TYPE_INT64",
-    "confidence": "TYPE_FP32",
-    "decision": "TYPE_STRING",
-    "p_value": "TYPE_FP32",
-    "error": "TYPE_STRING",
-}
+TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "FP32": "TYPE_FP32"}
+ERROR = Output("BYTES", lambda verdict: "")  # beside those of a verdict
 MODEL = """\
 # What Triton loads; the code of this version, and none that is installed, does the work.
 import sys
@@ -93,16 +89,21 @@ def to_triton_python(
         if "rampart/handlers/triton.py" not in unpack(archive, content):
             raise ValueError(f"{archive} is of a Rampart that knew no Triton: build it anew")
         manifest = json.loads((content / "MAR-INF" / "MANIFEST.json").read_text())
-        name = str(manifest["model"]["modelName"])
-        home = repository / name
+        model = str(manifest["model"]["modelName"])
+        home = repository / model
         check_free(home, version)
         hidden = {"p_value"} if settings_of(content).get("detail") == "public" else set()
         outputs = ",\n".join(
-            f'  {{ name: "{output}" data_type: {kind} dims: [ 1 ] }}'
-            for output, kind in OUTPUTS.items()
-            if output not in hidden
+            f'  {{ name: "{name}" data_type: {TYPES[output.datatype]} dims: {sides(output)} }}'
+            for name, output in (task_of(card_of(content)).outputs | {"error": ERROR}).items()
+            if name not in hidden
         )
         (content / "model.py").write_text(MODEL)
-        config = CONFIG.format(name=name, batch=MAX_IMAGES, outputs=outputs)
+        config = CONFIG.format(name=model, batch=MAX_IMAGES, outputs=outputs)
         place(home, version, {"config.pbtxt": config}, content)
     return home
+
+
+def sides(output: Output) -> str:
+    """The shape of an output for one picture."""
+    return f"[ {', '.join(map(str, output.sides or (1,)))} ]"

@@ -4,8 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-from rampart.handlers.engine import Engine, EngineError, Runner, sha256
+from rampart.handlers.engine import Engine, EngineError, Outputs, Runs, SceneOutputs, sha256
 from rampart.handlers.plan import PlanEngine
+from rampart.handlers.tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,16 @@ def verify(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runner:
+def load_engine(
+    folder: Path, device: str, threads: int, gpu: int
+) -> Runs[Outputs] | Runs[SceneOutputs]:
     """What runs an unpacked archive's graph: ONNX Runtime, or TensorRT for the device `plan`.
 
     `auto` takes a plan that works; where one does not, the log says so. An int8 graph runs on the
     CPU. Raises EngineError.
     """
-    precision = json.loads((folder / "card.json").read_text(encoding="utf-8")).get("precision")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    precision, engine = card.get("precision"), task_of(card).engine
     if precision == "int8":
         if device not in ("cpu", "auto"):
             raise EngineError(f"an int8 archive is for CPUs, not {device}: build one with fp32")
@@ -71,13 +75,15 @@ def load_engine(folder: Path, device: str, threads: int, gpu: int) -> Runner:
             " --device cuda, or pack a plan"
         )
     plan, graph = folder / PLAN, folder / GRAPH
+    if device == "plan" and engine is not Engine:
+        raise EngineError("a plan is of a classifier: serve an object detector on cpu or cuda")
     if device == "plan" and not plan.is_file():
         raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")
-    if device in ("plan", "auto") and plan.is_file():
+    if device in ("plan", "auto") and plan.is_file() and engine is Engine:
         try:
             return PlanEngine(plan, graph, device_id=gpu)
         except EngineError as error:
             if device == "plan":
                 raise
             logger.warning("Running the graph and not its plan: %s", error)
-    return Engine(graph, device, threads, device_id=gpu)
+    return engine(graph, device, threads, device_id=gpu)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -16,7 +16,6 @@ from rampart.handlers.cores import available_cores
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("logits", "raw_logits", "scores", "purified")
 MAX_BATCH = 64
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 DEVICES = ("cpu", *PROVIDERS, "auto")
@@ -44,25 +43,43 @@ class Outputs(NamedTuple):
     purified: NDArray[np.uint8]  # (N, H, W, 3)
 
 
-class Runner(Protocol):
-    """What runs a graph: an Engine, or a TensorRT plan."""
+class SceneOutputs(NamedTuple):
+    """The outputs of an object detector's graph for N images: candidates that may overlap."""
+
+    boxes: NDArray[np.float32]  # (N, C, 4), x1, y1, x2, y2 in pixels of the input
+    confidences: NDArray[np.float32]  # (N, C) in [0, 1]
+    labels: NDArray[np.int64]  # (N, C)
+    scores: NDArray[np.float32]  # (N, D)
+
+
+OUTPUTS = Outputs._fields
+Found = TypeVar("Found", Outputs, SceneOutputs)
+Found_co = TypeVar("Found_co", covariant=True)
+
+
+class Runs(Protocol[Found_co]):
+    """What runs a graph: an engine, or a TensorRT plan."""
 
     device: str
     image_shape: tuple[int, int, int]
 
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
+    def run(self, images: NDArray[np.uint8]) -> Found_co:
         """Outputs of uint8 (N, H, W, 3)."""
         ...
+
+
+Runner = Runs[Outputs]
 
 
 def run_in_pieces(
     run: Callable[[NDArray[np.uint8]], Sequence[NDArray[Any]]],
     images: NDArray[np.uint8],
     size: int,
-) -> Outputs:
-    """The outputs of `run` for images (N, H, W, 3), at most `size` of them at a time."""
+    kind: type[Found],
+) -> Found:
+    """What `run` gives for images (N, H, W, 3), at most `size` of them at a time."""
     pieces = [run(images[start : start + size]) for start in range(0, len(images), size)]
-    return Outputs(*map(np.concatenate, zip(*pieces, strict=True)))
+    return kind(*map(np.concatenate, zip(*pieces, strict=True)))
 
 
 def check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
@@ -77,13 +94,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Engine:
-    """A loaded and warmed-up graph.
+class Loaded(Generic[Found]):
+    """A loaded and warmed-up graph with the outputs of its `kind`.
 
     `device` is cpu, cuda, tensorrt, or auto: cuda where it works, else cpu with a line in the log.
     TensorRT builds for minutes on the first start; later ones read RAMPART_ENGINES.
     `threads` is how many cores one run may use; 0 takes all. Raises EngineError.
     """
+
+    kind: type[Found]
 
     def __init__(
         self, path: Path, device: str = "cpu", threads: int = 0, *, device_id: int = 0
@@ -101,19 +120,34 @@ class Engine:
             logger.warning("Running on the CPU instead: %s", error)
             self.device = "cpu"
             self._session = _session(path, self.device, threads, device_id)
-        self.image_shape = _image_shape(self._session, path)
+        self.image_shape = _image_shape(self._session, path, self.kind._fields)
         self.digest = f"{sha256(path)} in ONNX Runtime {ort.__version__}"
         for batch in (1, 2):
             self.run(np.zeros((batch, *self.image_shape), dtype=np.uint8))
 
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
+    def run(self, images: NDArray[np.uint8]) -> Found:
         """Run uint8 (N, H, W, 3) through the graph, in pieces of at most MAX_BATCH images."""
         check_images(images, self.image_shape)
-        return run_in_pieces(self._piece, images, MAX_BATCH)
+        return run_in_pieces(self._piece, images, MAX_BATCH, self.kind)
 
     def _piece(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(OUTPUTS, {"image": images})
+        outputs: list[NDArray[Any]] = self._session.run(self.kind._fields, {"image": images})
         return outputs
+
+
+class Engine(Loaded[Outputs]):
+    """A classifier's graph."""
+
+    kind = Outputs
+
+
+class SceneEngine(Loaded[SceneOutputs]):
+    """An object detector's graph."""
+
+    kind = SceneOutputs
+
+
+ENGINES = Engine, SceneEngine
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
@@ -203,7 +237,8 @@ def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
     root = Path(os.environ.get("RAMPART_ENGINES") or Path.home() / ".cache" / "rampart")
     folder = root / f"{sha256(path)[:16]}-onnxruntime-{ort.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
-    shape = _image_shape(ort.InferenceSession(path, providers=["CPUExecutionProvider"]), path)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    shape = session.get_inputs()[0].shape[1:]
     batches = zip(("min", "opt", "max"), (1, BEST_BATCH, MAX_BATCH), strict=True)
     shapes = {name: f"image:{'x'.join(map(str, (n, *shape)))}" for name, n in batches}
     return {
@@ -216,16 +251,16 @@ def tensorrt_options(path: Path, device_id: int) -> dict[str, Any]:
     }
 
 
-def _image_shape(session: Any, path: Path) -> tuple[int, int, int]:
-    """(H, W, 3) of the graph's input. Raises EngineError where inputs or outputs do not fit."""
+def _image_shape(session: Any, path: Path, outputs: Sequence[str]) -> tuple[int, int, int]:
+    """(H, W, 3) of the graph's input. Raises EngineError where inputs or `outputs` do not fit."""
     inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     names = tuple(output.name for output in session.get_outputs())
     match inputs:
         case [("image", "tensor(uint8)", [None | str(), int(height), int(width), 3])] if (
-            height == width and names == OUTPUTS
+            height == width and names == tuple(outputs)
         ):
             return height, width, 3
     raise EngineError(
         f"{path.name} is not a Rampart graph: it needs one input `image` uint8 (N, S, S, 3)"
-        f" with N free, and the outputs {', '.join(OUTPUTS)}; export it anew"
+        f" with N free, and the outputs {', '.join(outputs)}; export it anew"
     )

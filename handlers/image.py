@@ -44,6 +44,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = 5  # from here on width and height change places
 
 
 class Allowance:
@@ -87,8 +88,19 @@ class Picture(NamedTuple):
     size: int | None
     cost: int
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Width and height, upright."""
+        width, height = self.still.size
+        return (height, width) if self.still.orientation >= TURNED else (width, height)
+
     def pixels(self) -> NDArray[np.uint8]:
         """RGB pixels, uint8 (H, W, 3), as `decode` returns them. Raises ImageError."""
+        image = self.upright()
+        return np.array(image if self.size is None else _fit(image, self.size))  # (H, W, 3)
+
+    def upright(self) -> Image.Image:
+        """The whole picture in RGB; a large JPEG reduced, to no less than twice `size`."""
         # Pillow raises a dozen exception types on hostile bytes; all mean the same.
         try:
             image = self._open()
@@ -104,8 +116,7 @@ class Picture(NamedTuple):
                 "the image has transparent pixels: flatten it onto a colour",
             )
         turn = UPRIGHT.get(self.still.orientation)
-        image = image if turn is None else image.transpose(turn)
-        return np.array(image if self.size is None else _fit(image, self.size))  # (H, W, 3)
+        return image if turn is None else image.transpose(turn)
 
     def _open(self) -> Image.Image:
         image = READERS[self.still.format](BytesIO(self.still.data))
@@ -177,18 +188,6 @@ def pictures_of(
     ]
 
 
-def pixels_of(image: Picture | Pixels | ImageError, size: int) -> Pixels | ImageError:
-    """Pixels (size, size, 3) of one of `pictures_of`, or what is wrong with it."""
-    if isinstance(image, Picture):
-        return outcome(image.pixels)
-    return image if isinstance(image, ImageError) else outcome(fit, image, size)
-
-
-def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) as `decode` would bring a picture of them to (size, size, 3)."""
-    return np.array(_fit(Image.fromarray(pixels), size))
-
-
 class Placement(NamedTuple):
     """Where `letterbox` put a picture: its pixel x lies at `left` + `scale` x, y likewise."""
 
@@ -207,6 +206,61 @@ class Placement(NamedTuple):
 
     def _corner(self) -> tuple[int, int, int, int]:
         return self.left, self.top, self.left, self.top
+
+
+class Frame(NamedTuple):
+    """A picture within what the model sees of it; its sides are those of the picture as sent."""
+
+    placement: Placement
+    width: int
+    height: int
+
+    def outside(self, boxes: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Boxes (..., 4) that the model found, in pixels of the picture and cut at its borders."""
+        return self.placement.outside(boxes, self.width, self.height)
+
+
+class View(NamedTuple):
+    """What the model sees of a picture; `frame` where that is the picture as a whole."""
+
+    pixels: Pixels  # (S, S, 3)
+    frame: Frame | None = None
+
+
+# From an upright picture, the model's side, and width and height of the picture as sent.
+Fitting = Callable[[Image.Image, int, tuple[int, int]], View]
+
+
+def cropped(image: Image.Image, size: int, sides: tuple[int, int]) -> View:
+    """The largest centred square, as classifiers see it."""
+    return View(np.array(_fit(image, size)))
+
+
+def framed(image: Image.Image, size: int, sides: tuple[int, int]) -> View:
+    """The whole picture in a grey border, as object detectors see it."""
+    pixels, placement = letterbox(np.asarray(image), size)
+    # The decoder may have reduced a JPEG, and boxes are of the picture as sent.
+    return View(pixels, Frame(placement._replace(scale=size / max(sides)), *sides))
+
+
+def view_of(
+    image: Picture | Pixels | ImageError, size: int, fitting: Fitting = cropped
+) -> View | ImageError:
+    """What the model sees of one of `pictures_of`, or what is wrong with it."""
+    if isinstance(image, ImageError):
+        return image
+    return outcome(_view, image, size, fitting)
+
+
+def _view(image: Picture | Pixels, size: int, fitting: Fitting) -> View:
+    if isinstance(image, Picture):
+        return fitting(image.upright(), size, image.sides)
+    return fitting(Image.fromarray(image), size, (image.shape[1], image.shape[0]))
+
+
+def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) as `decode` would bring a picture of them to (size, size, 3)."""
+    return np.array(_fit(Image.fromarray(pixels), size))
 
 
 def letterbox(pixels: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], Placement]:

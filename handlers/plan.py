@@ -84,7 +84,7 @@ class PlanEngine:
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run uint8 (N, H, W, 3), in pieces that the plan's profile takes."""
         check_images(images, self.image_shape)
-        return run_in_pieces(self._piece, images, self._max_batch)
+        return run_in_pieces(self._piece, images, self._max_batch, Outputs)
 
     def _piece(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
         torch = self._torch

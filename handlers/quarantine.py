@@ -17,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image, PngImagePlugin
 
 from rampart.handlers import private_folder
+from rampart.handlers.scenes import SceneVerdict
 from rampart.handlers.types import Pixels
 from rampart.handlers.verdict import Verdict
 
@@ -36,7 +37,7 @@ class Flagged(NamedTuple):
     """One image on its way to the disk."""
 
     image: Pixels
-    verdict: Verdict
+    verdict: Verdict | SceneVerdict
     time: int  # ns since 1970, unique in this process
 
 
@@ -56,7 +57,7 @@ class Quarantine:
         self._attempt(None)
         threading.Thread(target=self._work, name="quarantine", daemon=True).start()
 
-    def keep(self, image: Pixels, verdict: Verdict) -> None:
+    def keep(self, image: Pixels, verdict: Verdict | SceneVerdict) -> None:
         """Queue one image uint8 (H, W, 3); returns at once and harms no answer."""
         second = int(time.monotonic())
         self._count = self._count + 1 if second == self._second else 1

@@ -16,7 +16,7 @@ import numpy as np
 
 from rampart.handlers.budget import Budget
 from rampart.handlers.contents import load_engine, verify
-from rampart.handlers.engine import Runner
+from rampart.handlers.engine import Runs
 from rampart.handlers.errors import (
     BUSY,
     ENGINE_FAILURE,
@@ -26,43 +26,51 @@ from rampart.handlers.errors import (
     ImageError,
     outcome,
 )
-from rampart.handlers.image import MAX_IMAGES, Picture, pictures_of, pixels_of
+from rampart.handlers.image import MAX_IMAGES, Picture, View, pictures_of, view_of
 from rampart.handlers.protocols.choice import plain, read, reading_cost
 from rampart.handlers.protocols.content_encoding import unpacked, unpacking_cost
 from rampart.handlers.quarantine import Quarantine
 from rampart.handlers.queries.lookup import Lookup, open_watch
 from rampart.handlers.queries.watch import Response
+from rampart.handlers.scenes import SceneJudge, SceneVerdict
 from rampart.handlers.settings import read_max_pixels, read_policy, read_threads
 from rampart.handlers.summary import summary
+from rampart.handlers.tasks import task_of, terms
 from rampart.handlers.telemetry import Metrics
-from rampart.handlers.types import Answer, Images, Incoming, Pixels, Reply, Request
+from rampart.handlers.types import Answer, Images, Incoming, Reply, Request
 from rampart.handlers.verdict import Calibration, Judge, Verdict
 
 logger = logging.getLogger(__name__)
+
+AnyVerdict = Verdict | SceneVerdict
 
 ECHOED = ("x-request-id", "traceparent")  # headers of a request that its reply repeats
 MAX_REPLY = 1 << 22  # bytes; TorchServe ends a worker whose reply has more than 6,553,500
 
 
 class Service:
-    """One defended classifier. No request's fault reaches another request.
+    """One defended model. No request's fault reaches another request.
 
     It answers one batch at a time: a server with several threads calls it from one of them.
     """
 
     def __init__(
         self,
-        engine: Runner,
-        judge: Judge,
+        engine: Runs[Any],
+        judge: Judge | SceneJudge,
         card: Mapping[str, Any],
         *,
         settings: Mapping[str, Any],
         metrics: Metrics,
     ) -> None:
-        self.summary = summary(card)  # what a client may ask about
+        # What a client may ask about.
+        self.summary = summary({**card, **terms(card, settings)})
         self.detail = judge.policy.detail
         # When each stage of the last batch began and ended, in ns since 1970.
         self.stages: dict[str, tuple[int, int]] = {}
+        task = task_of(card)
+        self.outputs = task.outputs  # as tensors
+        self._fitting = task.fitting
         self._engine, self._judge, self._metrics = engine, judge, metrics
         self._size = engine.image_shape[0]
         self._max_pixels = read_max_pixels(settings, self._size)
@@ -72,7 +80,9 @@ class Service:
         folder = settings.get("quarantine")
         self._quarantine = Quarantine(Path(folder)) if folder else None
         # Fail now, and not at the first request, if graph, calibration and labels do not fit.
-        self._infer([np.zeros(engine.image_shape, dtype=np.uint8)])
+        blank = view_of(np.zeros(engine.image_shape, np.uint8), self._size, self._fitting)
+        assert isinstance(blank, View)
+        self._infer([blank])
         precision, calibration = card.get("precision", "fp32"), judge.calibration
         metrics.calibration_images = calibration.images
         metrics.set("rampart_engine_info", 1, engine.device, precision, calibration.variant)
@@ -103,7 +113,7 @@ class Service:
             verify(folder)
             card = json.loads((folder / "card.json").read_bytes())
             model = {"name": name or str(card.get("name", "")), "version": version}
-            judge = load_judge(folder, settings, model)
+            judge = load_judge(folder, card, settings, model)
             threads = read_threads(settings, int(workers))
             engine = load_engine(folder, settings.get("device", "cpu"), threads, gpu)
             metrics = metrics or Metrics()
@@ -120,13 +130,13 @@ class Service:
         self._budget.begin()
         with self._timed("decode"):
             requests = self._read(batch)
-            images = self._decode([request.images for request in requests])
+            views = self._decode([request.images for request in requests])
             owners = [
                 incoming.headers.get(self._owner, "") if self._owner else ""
                 for incoming, request in zip(batch, requests, strict=True)
                 for _ in request.images
             ]
-        judged = self._judged(images, owners)
+        judged = self._judged(views, owners)
         with self._timed("response"):
             answers = itertools.starmap(self._answer, judged)
             parts = [[next(answers) for _ in request.images] for request in requests]
@@ -141,8 +151,8 @@ class Service:
         """
         self._budget.begin()
         with self._timed("decode"):
-            images = self._decode(requests)
-        judged = self._judged(images, [""] * len(images))
+            views = self._decode(requests)
+        judged = self._judged(views, [""] * len(views))
         with self._timed("response"):
             answers = itertools.starmap(self._answer, judged)
             parts = [[next(answers) for _ in request] for request in requests]
@@ -150,13 +160,14 @@ class Service:
         return parts
 
     def _judged(
-        self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
-    ) -> Iterable[tuple[Pixels | ImageError, Verdict | ImageError, Response | None]]:
-        """Each image with its verdict, and what it gets as one of a query attack."""
+        self, views: Sequence[View | ImageError], owners: Sequence[str]
+    ) -> Iterable[tuple[View | ImageError, AnyVerdict | ImageError, Response | None]]:
+        """Each view with its verdict, and what it gets as one of a query attack."""
+        images = [view.pixels if isinstance(view, View) else view for view in views]
         question = self._lookup.ask(images, owners)
         with self._timed("graph"):
-            verdicts = self._infer_all(images)
-        return zip(images, verdicts, self._lookup.responses(question, len(images)), strict=True)
+            verdicts = self._infer_all(views)
+        return zip(views, verdicts, self._lookup.responses(question, len(views)), strict=True)
 
     def _end(self) -> None:
         if self._quarantine:
@@ -188,10 +199,10 @@ class Service:
     def _read_one(self, incoming: Incoming) -> Request | ImageError:
         if incoming.route == "describe":
             return Request([], lambda _: (200, self.summary))
-        return outcome(read, incoming)
+        return outcome(read, incoming, self.outputs)
 
-    def _decode(self, requests: Sequence[Images]) -> list[Pixels | ImageError]:
-        """The pixels of all images of a batch, in order, or what is wrong with each."""
+    def _decode(self, requests: Sequence[Images]) -> list[View | ImageError]:
+        """What the model sees of all images of a batch, in order, or what is wrong with each."""
         pictures = [
             (index, picture)
             for index, images in enumerate(requests)
@@ -201,47 +212,49 @@ class Service:
             (index, picture.cost if isinstance(picture, Picture) else 0)
             for index, picture in pictures
         ]
-        return self._budget.spend(costs, lambda at: pixels_of(pictures[at][1], self._size))
+        return self._budget.spend(
+            costs, lambda at: view_of(pictures[at][1], self._size, self._fitting)
+        )
 
-    def _infer_all(self, images: Sequence[Pixels | ImageError]) -> list[Verdict | ImageError]:
+    def _infer_all(self, views: Sequence[View | ImageError]) -> list[AnyVerdict | ImageError]:
         """Verdicts on a whole batch by few runs of the graph; BUSY for what time is up for."""
-        pixels = [image for image in images if not isinstance(image, ImageError)]
-        verdicts: list[Verdict | ImageError] = []
-        for start in range(0, len(pixels), MAX_IMAGES):
-            piece = pixels[start : start + MAX_IMAGES]
+        good = [view for view in views if isinstance(view, View)]
+        verdicts: list[AnyVerdict | ImageError] = []
+        for start in range(0, len(good), MAX_IMAGES):
+            piece = good[start : start + MAX_IMAGES]
             if self._budget.is_spent():
                 verdicts += [BUSY] * len(piece)
                 continue
             self._metrics.observe("rampart_batch_images", len(piece))
             verdicts += self._try_infer(piece)
         in_order = iter(verdicts)
-        return [image if isinstance(image, ImageError) else next(in_order) for image in images]
+        return [next(in_order) if isinstance(view, View) else view for view in views]
 
-    def _try_infer(self, pixels: Sequence[Pixels]) -> list[Verdict | ImageError]:
+    def _try_infer(self, views: Sequence[View]) -> list[AnyVerdict | ImageError]:
         """Verdicts; if the batch fails, image by image, so that only the image at fault fails."""
         try:
-            return list(self._infer(pixels))
+            return list(self._infer(views))
         except Exception as error:
-            if len(pixels) > 1:
-                return [answer for image in pixels for answer in self._try_infer([image])]
+            if len(views) > 1:
+                return [answer for view in views for answer in self._try_infer([view])]
             # Not the message: TorchServe interprets some.
             logger.error("The graph failed on an image: %s", type(error).__name__)
             return [ENGINE_FAILURE]
 
-    def _infer(self, pixels: Sequence[Pixels]) -> list[Verdict]:
-        outputs = self._engine.run(np.stack(pixels))  # (N, H, W, 3)
-        return self._judge.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
+    def _infer(self, views: Sequence[View]) -> Sequence[AnyVerdict]:
+        outputs = self._engine.run(np.stack([view.pixels for view in views]))  # (N, H, W, 3)
+        return self._judge.of(outputs, views)
 
     def _answer(
         self,
-        image: Pixels | ImageError,
-        verdict: Verdict | ImageError,
+        view: View | ImageError,
+        verdict: AnyVerdict | ImageError,
         response: Response | None,
     ) -> Answer:
         """An image's answer; counts it, and keeps a detected image where that is wanted."""
-        if self._quarantine and isinstance(verdict, Verdict) and verdict.detected:
-            assert not isinstance(image, ImageError)
-            self._quarantine.keep(image, verdict)
+        if self._quarantine and not isinstance(verdict, ImageError) and verdict.detected:
+            assert isinstance(view, View)
+            self._quarantine.keep(view.pixels, verdict)
         verdict = _after_query(verdict, response)
         if isinstance(verdict, ImageError):
             self._metrics.count("rampart_images_total", "error")
@@ -281,18 +294,23 @@ class Service:
         self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, stage)
 
 
-def load_judge(folder: Path, settings: Mapping[str, Any], model: Mapping[str, str]) -> Judge:
-    """A judge by an unpacked archive's calibration and an operator's settings."""
+def load_judge(
+    folder: Path, card: Mapping[str, Any], settings: Mapping[str, Any], model: Mapping[str, str]
+) -> Judge | SceneJudge:
+    """A judge by an unpacked archive's calibration and card, and an operator's settings."""
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-    return Judge(
+    return task_of(card).judge(
         labels=tuple(map(str, labels)),
         calibration=Calibration.load(folder / "calibration.json"),
         policy=read_policy(settings),
         model=model,
+        **terms(card, settings),
     )
 
 
-def _after_query(verdict: Verdict | ImageError, response: Response | None) -> Verdict | ImageError:
+def _after_query(
+    verdict: AnyVerdict | ImageError, response: Response | None
+) -> AnyVerdict | ImageError:
     """The verdict after the response to a query attack, if there is one."""
     if response is None or isinstance(verdict, ImageError):
         return verdict

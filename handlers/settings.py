@@ -10,7 +10,7 @@ from rampart.handlers.verdict import Policy
 
 POLICY = {field.name for field in fields(Policy)}
 QUERIES = {"query_store", "on_query_attack", "query_owner", "query_expiry", "query_capacity"}
-SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels"}
+SETTINGS = POLICY | QUERIES | {"threads", "device", "quarantine", "max_pixels", "min_confidence"}
 # Settings that an environment variable overrides.
 VARIABLES = {
     "RAMPART_DEVICE": "device",

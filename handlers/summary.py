@@ -13,6 +13,10 @@ FACTS = (
     "threat_model",
     "calibration_images",
     "max_pixels",
+    "task",
+    "objects",
+    "min_confidence",
+    "max_overlap",
     "recalibrated_on",
 )
 FILES = ("graph.onnx", "calibration.json", "weights.safetensors")

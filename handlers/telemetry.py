@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from rampart.handlers.scenes import SceneVerdict
 from rampart.handlers.verdict import Verdict, drift, drift_by_chance
 
 Labels = tuple[str, ...]
@@ -117,7 +118,7 @@ class Metrics:
         with self._lock:
             self._values[name, labels] = value
 
-    def count_verdict(self, verdict: Verdict, decision: str | None = None) -> None:
+    def count_verdict(self, verdict: Verdict | SceneVerdict, decision: str | None = None) -> None:
         """Count a judged image, under `decision` where that is not the verdict's own."""
         shadowed = verdict.detected and verdict.decision == "accept"
         own = "shadow" if shadowed else verdict.decision

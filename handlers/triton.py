@@ -6,17 +6,18 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import check_size
 from rampart.handlers.protocols.content_encoding import MAX_BODY
-from rampart.handlers.protocols.open_inference import OUTPUTS
+from rampart.handlers.protocols.open_inference import Output
 from rampart.handlers.service import Service
 from rampart.handlers.settings import override
 from rampart.handlers.telemetry import COUNTERS, Key, Metrics
@@ -27,7 +28,15 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[2]  # of one version in the repository
 ENCODED, DECODED = "image", "pixels"  # inputs, of which a request has one
 KINDS: Mapping[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32}
-AT_FAULT = {"label": "", "index": -1, "confidence": 0.0, "decision": "error", "p_value": np.nan}
+# What stands for a verdict, of a class or of boxes, where there is none.
+AT_FAULT: Mapping[str, Any] = {
+    "label": None,
+    "index": None,
+    "confidence": None,
+    "boxes": (),
+    "decision": "error",
+    "detail": {"p_value": np.nan},
+}
 COUNTED = ("rampart_images_total", "rampart_errors_total", "rampart_query_alerts_total")
 TOO_LARGE = ImageError(
     413, "body_too_large", f"a picture may have {MAX_BODY} bytes: send a smaller one"
@@ -85,12 +94,9 @@ class TritonPythonModel:
 
     def _response(self, answers: Sequence[Answer]) -> Any:
         """The outputs of a request, a row a picture."""
-        tensors = []
+        tensors, known = [], self._service.outputs
         for name in self._outputs:
-            kind = OUTPUTS[name][0] if name in OUTPUTS else "BYTES"
-            column = [value(name, answer) for answer in answers]
-            rows = np.array(column, KINDS[kind]).reshape(-1, 1)  # (N, 1)
-            tensors.append(self._backend.Tensor(name, rows))
+            tensors.append(self._backend.Tensor(name, column(known.get(name), answers)))
         return self._backend.InferenceResponse(tensors)
 
     def _refusal(self) -> Any:
@@ -126,10 +132,14 @@ class Counters:
                 self._metrics[key].increment(change)
 
 
-def value(name: str, answer: Answer) -> object:
-    """What an output says of one picture; `error` is JSON, or empty for a verdict."""
-    status, content = answer
-    if name == "error":
-        return "" if status == 200 else json.dumps(content)
-    of: Callable[[Mapping[str, Any]], object] = OUTPUTS[name][1]
-    return of(content) if status == 200 else AT_FAULT[name]
+def column(output: Output | None, answers: Sequence[Answer]) -> NDArray[Any]:
+    """What an output says of each picture, (N, 1) or rows (N, M, ...).
+
+    None stands for the errors, which are JSON, or empty for a verdict.
+    """
+    if output is None:
+        errors = ["" if status == 200 else json.dumps(content) for status, content in answers]
+        return np.array(errors, np.object_).reshape(-1, 1)
+    verdicts = [content if status == 200 else AT_FAULT for status, content in answers]
+    shape, data = output.tensor(verdicts)
+    return np.array(data, KINDS[output.datatype]).reshape(shape if output.sides else (-1, 1))

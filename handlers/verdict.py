@@ -7,13 +7,17 @@ most the false-alarm rate.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rampart.handlers.engine import Outputs
+    from rampart.handlers.image import View
 
 Floats = NDArray[np.float64]
 TOP = 5
@@ -162,6 +166,47 @@ class Policy:
             raise ValueError("on_failure must be closed or open")
 
 
+class Suspicion(NamedTuple):
+    """What a policy makes of the scores of one image."""
+
+    p_value: float
+    detected: bool
+    failed: bool  # what cannot be judged
+    decision: str
+    detail: dict[str, Any]
+
+
+def suspicions(
+    scores: NDArray[np.float32],
+    failed: NDArray[np.bool_],
+    *,
+    calibration: Calibration,
+    policy: Policy,
+) -> list[Suspicion]:
+    """Suspicions of N images, from scores (N, D) and which of them `failed` (N,)."""
+    p = p_values(scores, calibration)
+    closed = policy.on_failure == "closed"
+    p = p if closed else np.where(failed, 1.0, p)
+    # What cannot be judged counts as detected, whatever the rate, unless `on_failure` is open.
+    detected = (p < policy.false_alarm_rate) | (failed & closed)
+    decisions = {False: "accept", True: policy.on_detection.replace("shadow", "accept")}
+    # Python's own numbers: numpy's are slow one by one.
+    rows = zip(*(column.tolist() for column in (p, detected, failed, scores)), strict=True)
+    return [
+        Suspicion(
+            one,
+            found,
+            broken,
+            decisions[found],
+            {
+                "p_value": rounded(one),
+                "scores": dict(zip(calibration.detectors, map(rounded, own), strict=True)),
+            },
+        )
+        for one, found, broken, own in rows
+    ]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer for one image; `to_dict` gives its JSON form."""
@@ -184,8 +229,14 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents for JSON; without `detail` where the policy hides it."""
-        hidden = {"p_value", "detected", "failed"} | ({"detail"} if self.detail is None else set())
-        return {name: value for name, value in vars(self).items() if name not in hidden}
+        return shown(vars(self))
+
+
+def shown(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a verdict that a client sees."""
+    hidden = {"p_value", "detected", "failed"}
+    hidden |= {"detail"} if verdict["detail"] is None else set()
+    return {name: value for name, value in verdict.items() if name not in hidden}
 
 
 @dataclass(frozen=True)
@@ -217,55 +268,47 @@ class Judge:
         """
         if logits.shape[1:] != (len(self.labels),):
             raise ValueError(f"logits {logits.shape} do not fit {len(self.labels)} labels")
-        p = p_values(scores, self.calibration)
         failed = ~np.isfinite(np.concatenate([logits, scores], axis=1)).all(axis=1)  # (N,)
         if self.policy.on_failure == "open":
             logits = np.where(failed[:, None], raw_logits, logits)
-            p = np.where(failed, 1.0, p)
         if not (np.isfinite(logits).all() and np.isfinite(raw_logits).all()):
             raise ValueError("the graph gave logits that are not finite")
         confidences = _softmax(logits)  # (N, K)
         best = np.argsort(-confidences, axis=1, kind="stable")[:, :TOP]
-        columns = best, confidences, raw_logits.argmax(axis=1), scores, p, failed
+        found = suspicions(scores, failed, calibration=self.calibration, policy=self.policy)
         # Python's own numbers: numpy's are slow one by one.
-        first, shares, *others = (column.tolist() for column in columns)
-        rows = zip(map(self._top, first, shares), *others, strict=True)
+        first, shares, raw = (
+            column.tolist() for column in (best, confidences, raw_logits.argmax(axis=1))
+        )
+        rows = zip(map(self._top, first, shares), raw, found, strict=True)
         return [self._verdict(*row) for row in rows]
 
+    def of(self, outputs: "Outputs", views: "Sequence[View]") -> list[Verdict]:
+        """Verdicts on what the graph gave of these views."""
+        return self.verdicts(outputs.logits, outputs.raw_logits, outputs.scores)
+
     def _verdict(
-        self,
-        top: tuple[dict[str, Any], ...],
-        raw_index: int,
-        scores: list[float],
-        p_value: float,
-        failed: bool,
+        self, top: tuple[dict[str, Any], ...], raw_index: int, found: Suspicion
     ) -> Verdict:
-        # What cannot be judged counts as detected, whatever the rate, unless `on_failure` is open.
-        closed = failed and self.policy.on_failure == "closed"
-        detected = p_value < self.policy.false_alarm_rate or closed
-        decision = self.policy.on_detection if detected else "accept"
-        decision = "accept" if decision == "shadow" else decision
-        detail = {
-            "p_value": _rounded(p_value),
-            "scores": dict(zip(self.calibration.detectors, map(_rounded, scores), strict=True)),
+        detail = found.detail | {
             "raw_label": self.labels[raw_index],
             "changed_by_purifier": raw_index != top[0]["index"],
         }
         verdict = Verdict(
             **top[0],
-            decision=decision,
+            decision=found.decision,
             top=top,
             model=self.model,
             detail=detail if self.policy.detail == "full" else None,
-            p_value=p_value,
-            detected=detected,
-            failed=failed,
+            p_value=found.p_value,
+            detected=found.detected,
+            failed=found.failed,
         )
-        return verdict.rejected() if decision == "reject" else verdict
+        return verdict.rejected() if found.decision == "reject" else verdict
 
     def _top(self, best: list[int], confidences: list[float]) -> tuple[dict[str, Any], ...]:
         return tuple(
-            {"label": self.labels[i], "index": i, "confidence": _rounded(confidences[i])}
+            {"label": self.labels[i], "index": i, "confidence": rounded(confidences[i])}
             for i in best
         )
 
@@ -277,6 +320,6 @@ def _softmax(logits: NDArray[np.float32]) -> Floats:
     return result
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Six significant digits; JSON has no NaN or infinity, so these become null."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -15,7 +15,9 @@ there is no torch.
 
 TYPE_CHECKING = False  # to type checkers it is true
 if TYPE_CHECKING:
+    from rampart.calibrated import Form
     from rampart.handlers.errors import ImageError
+    from rampart.handlers.scenes import SceneVerdict
     from rampart.handlers.verdict import Calibration, Policy, Verdict
     from rampart.hardening.attack.ladder import QUICK, Budget
     from rampart.hardening.attack.pgd import Threat
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from rampart.hardening.model.purifier import Purifier
     from rampart.hardening.model.registry import register
     from rampart.hardening.train.loop import Recipe
-    from rampart.model import Figures, Form, Model
+    from rampart.model import Figures, Model
+    from rampart.scenes import SceneModel
     from rampart.sources import load_images
     from rampart.training import train
 
 _HOMES = {
     "rampart.handlers.errors": ("ImageError",),
+    "rampart.handlers.scenes": ("SceneVerdict",),
     "rampart.handlers.verdict": ("Calibration", "Policy", "Verdict"),
     "rampart.hardening.attack.ladder": ("Budget", "QUICK"),
     "rampart.hardening.attack.pgd": ("Threat",),
@@ -38,14 +42,16 @@ _HOMES = {
     "rampart.hardening.model.registry": ("register",),
     "rampart.hardening.model.images": ("Held", "Images"),
     "rampart.hardening.train.loop": ("Recipe",),
-    "rampart.model": ("Figures", "Form", "Model"),
+    "rampart.calibrated": ("Form",),
+    "rampart.model": ("Figures", "Model"),
+    "rampart.scenes": ("SceneModel",),
     "rampart.sources": ("load_images",),
     "rampart.training": ("train",),
 }
 __all__ = [
     "QUICK", "Budget", "Calibration", "Classifier", "ClassifierConfig", "Figures", "Form", "Held",
-    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "Threat", "Verdict",
-    "load_images", "register", "train",
+    "ImageError", "Images", "Model", "Policy", "Purifier", "Recipe", "SceneModel", "SceneVerdict",
+    "Threat", "Verdict", "load_images", "register", "train",
 ]  # fmt: skip
 
 

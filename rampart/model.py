@@ -7,12 +7,10 @@ Here the rooms meet: weights and figures come from `hardening`, files from `expo
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from rampart.export import archive as archives
+from rampart.calibrated import WEIGHTS, Calibrated, Form, Gate
 from rampart.export.precision import lower
-from rampart.export.shipped import Parity, check_made
+from rampart.export.shipped import check_made
 from rampart.handlers.engine import Engine
 from rampart.handlers.image import decode
+from rampart.handlers.tasks import CLASSIFY
 from rampart.handlers.verdict import Calibration, Judge, Policy, Verdict
 from rampart.hardening.attack import victims
 from rampart.hardening.attack.ladder import Budget
@@ -33,42 +32,28 @@ from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model import calibrate as ranks
-from rampart.hardening.model import checkpoint, promise
+from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL
-from rampart.hardening.model.files import ranges_file
+from rampart.hardening.model.files import ranges_file, read_contents
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
-from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
-from rampart.hardening.train.data import Folder, spread
-from rampart.hardening.train.loop import draw, say
+from rampart.hardening.train.data import Folder, load, spread
+from rampart.hardening.train.loop import say
 from rampart.preflight import check_classes
 from rampart.provenance import PYTHON
 from rampart.training import beside_chance, pick_device
 
-WEIGHTS = "weights.safetensors"
 CPU = torch.device("cpu")
 FOUND = Path("runs/found")  # where what attacks found is kept
 
 Pixels = NDArray[np.uint8] | Tensor  # (N, H, W, 3)
 Pictures = Images | Pixels | Sequence[Path | str | bytes]
-Gate = Images | Folder | None  # 64 of them for the parity gate, else crops of a photograph
-T = TypeVar("T")
-
-
-class Form(NamedTuple):
-    """What is exported of a model."""
-
-    variant: Variant
-    precision: Precision = "fp32"
-
-    def __str__(self) -> str:
-        return f"{self.variant}, {self.precision}"
 
 
 class Figures(NamedTuple):
@@ -82,7 +67,7 @@ class Figures(NamedTuple):
         return report.table(self.rows)
 
 
-class Model:
+class Model(Calibrated):
     """Classifier, purifier, detectors and their calibrations, with a card.
 
     `whole` holds all parts there are; `pipeline` picks those of a variant. `folder` is where the
@@ -98,14 +83,10 @@ class Model:
         card: Mapping[str, Any],
         folder: Path | None = None,
     ) -> None:
-        self.whole, self.classes, self.calibrations = pipeline, classes, dict(calibrations)
+        super().__init__(calibrations, card=card, folder=folder)
+        self.whole, self.classes = pipeline, classes
         self.classifier, self.purifier = pipeline.classifier, pipeline.purifier
         self.image_size = pipeline.classifier.config.image_size  # pixels a side
-        self.card, self.folder = dict(card), folder
-        self.calibrated_on = ""  # what calibration files say; those of a loaded model stay
-
-    def __str__(self) -> str:
-        return str(self.folder or self.card.get("model", "the model"))
 
     @property
     def threat(self) -> Threat:
@@ -113,10 +94,19 @@ class Model:
         told = self.card.get("threat_model") or self.card.get("training", {}).get("classifier")
         return Threat.parse(str(told)) or Threat()
 
+    def write_weights(self, file: Path) -> None:
+        """Write all parts there are."""
+        pipelines.save(file, self.whole, self.classes)
+
     @classmethod
     def load(cls, folder: Path | str) -> "Model":
         """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
         home = Path(folder)
+        if read_contents(home / WEIGHTS).task != CLASSIFY:
+            raise ValueError(
+                f"{home} finds objects: `rampart objects` measures it, and in Python"
+                " rampart.SceneModel loads it"
+            )
         whole, classes = pipelines.load_whole(home / WEIGHTS)
         tables = {
             Form(variant, precision): ranks.load_variant(home, variant, precision)
@@ -166,110 +156,9 @@ class Model:
         say(report.accuracy_in_words(model.card["accuracy"]))
         return model
 
-    @property
-    def rate(self) -> float:
-        """The share of false alarms that all its calibrations can promise."""
-        return max(promise.finest_rate(table.images) for table in self.calibrations.values())
-
-    def chosen_rate(self, rate: float | None) -> float:
-        """`rate`, or what the model can promise."""
-        return self.rate if rate is None else rate
-
-    def hold_to_promise(self, form: Form, found: PromiseCheck) -> None:
-        """Say how the promise of a form fared, and put it into the card."""
-        if form.precision == "fp32":
-            say(f"{form.variant} promises {promise.in_words(found.rate, found.ranked)}")
-        say(f"{form}: {found.in_words()}")
-        rows = self.card.get("promise", {}) | {str(form): found.row()}
-        self.add_to_card({"promise": rows})
-
-    @property
-    def variants(self) -> list[Variant]:
-        """Those it is calibrated for, `full` first."""
-        return [v for v in folders.VARIANTS if Form(v) in self.calibrations]
-
-    @property
-    def best_variant(self) -> Variant:
-        """What is taken where none is asked for: what the ablation chose, else `full`."""
-        return folders.best_variant(self.card, self.variants)
-
-    def chosen_variant(self, variant: Variant | None) -> Variant:
-        """`variant`, or the best. Raises ValueError where the model is not calibrated for it."""
-        if variant and variant not in self.variants:
-            raise ValueError(f"{self} is not calibrated as {variant}: leave out --variant")
-        return variant or self.best_variant
-
-    def form(self, variant: Variant | None = None, precision: Precision | None = None) -> Form:
-        """What is exported where less is said: the best variant, in int8 if that is as robust."""
-        chosen = self.chosen_variant(variant)
-        if precision or self.folder is None:
-            return Form(chosen, precision or "fp32")
-        return Form(chosen, folders.best_precision(self.folder, chosen))
-
     def pipeline(self, variant: Variant | None = None) -> DefendedClassifier:
         """The module of a variant, frozen: a copy, so that it may go to another device."""
         return copy.deepcopy(pipelines.as_variant(self.whole, self.chosen_variant(variant)))
-
-    def calibration(self, variant: Variant, precision: Precision = "fp32") -> Calibration:
-        """The ranks of a variant in a precision. Raises ValueError where there are none."""
-        if Form(variant, precision) not in self.calibrations:
-            raise ValueError(
-                f"{self} is not calibrated as {variant} in {precision}: `rampart quantize` does it"
-            )
-        return self.calibrations[Form(variant, precision)]
-
-    def save(self, folder: Path | str) -> Path:
-        """Write the model as a folder: weights, a calibration for each variant, a card.
-
-        What stood there of another model goes once all of it is written; what was measured of the
-        same one stays.
-        """
-        target = Path(folder)
-        with self.on_disk() as home:
-            if home.resolve() != target.resolve():
-                folders.deliver(home, target)
-        self.folder = target
-        return target
-
-    @contextmanager
-    def on_disk(self) -> Iterator[Path]:
-        """A folder that holds the model: its own, or one that goes again."""
-        if self.folder is not None:
-            yield self.folder
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            home = Path(scratch) / str(self.card["model"])
-            home.mkdir(parents=True)
-            pipelines.save(home / WEIGHTS, self.whole, self.classes)
-            for table in self.calibrations.values():
-                ranks.write(home, table, self.calibrated_on)
-            if self.card["history"]:
-                draw(self.card["history"], home / "curve.png")
-            report.write_card(home, self.card)
-            yield home
-
-    def add_to_card(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Put `entries` into the card, on disk as well where the model lies there; returns it."""
-        here, new = self.folder, dict(entries)
-        self.card = report.add_to_card(here, new) if here is not None else self.card | new
-        return self.card
-
-    def measured(self) -> dict[str, Any]:
-        """What was measured of it and not put into its card."""
-        return {} if self.folder is None else report.read_card(self.folder, report.MEASURED)
-
-    def keep(self, entries: Mapping[str, Any], *, into_card: bool) -> dict[str, Any]:
-        """Put what was measured into the card, or beside it; returns what that holds now."""
-        if into_card:
-            return self.add_to_card(entries)
-        if self.folder is None:
-            return dict(entries)
-        return report.add_to_card(self.folder, dict(entries), report.MEASURED)
-
-    def log(self, entry: dict[str, Any]) -> None:
-        """Note beside the model that it was evaluated."""
-        if self.folder is not None:
-            report.log_evaluation(self.folder, entry)
 
     def predict(
         self, images: Pictures, *, policy: Policy | None = None, variant: Variant | None = None
@@ -286,6 +175,10 @@ class Model:
         name = {"name": str(self.card["model"]), "version": "1.0"}
         bench = Judge(self.classes, self.calibration(chosen), policy or Policy(self.rate), name)
         return bench.verdicts(*outputs)
+
+    def gate(self, images: Path) -> Tensor:
+        """Images (64, H, W, 3) of a file or folder for the parity gate."""
+        return spread(load(images, train=False, size=self.image_size), 64).image
 
     def pixels(self, images: Pictures) -> Tensor:
         """Images as uint8 (N, H, W, 3) at the model's size, decoded as the endpoint decodes."""
@@ -377,13 +270,6 @@ class Model:
             if (classes := some.classes) != self.classes:
                 raise ValueError(f"the images have the classes {classes}, the model {self.classes}")
 
-    def export(self, path: Path | str, *, form: Form | None = None, images: Gate = None) -> Parity:
-        """Write one ONNX graph and prove that it decides as the torch pipeline does.
-
-        It compares on 64 of `images`, or on crops of a photograph. Raises RuntimeError if it fails.
-        """
-        return self._write(partial(archives.export_variant, out=Path(path)), form, images)
-
     def to_triton(
         self, repository: Path, *, form: Form | None = None, version: int = 1, images: Gate = None
     ) -> Path:
@@ -391,7 +277,7 @@ class Model:
         from rampart.export.to_triton import to_triton
 
         write = partial(to_triton, repository=repository, version=version)
-        return self._write(write, form, images)
+        return self.write(write, form, images)
 
     def to_tensorrt(self, plan: Path, *, form: Form | None = None, images: Gate = None) -> str:
         """Build a TensorRT plan on its GPU; returns what the parity gate saw."""
@@ -400,39 +286,7 @@ class Model:
         chosen = form or self.form()
         if chosen.precision == "int8":
             raise ValueError("int8 is for CPUs: a plan is built with --precision fp32 or fp16")
-        return self._write(partial(to_tensorrt, plan=plan), chosen, images)
-
-    def archive(
-        self,
-        path: Path | str,
-        *,
-        policy: Policy | None = None,
-        form: Form | None = None,
-        images: Gate = None,
-        plan: Path | None = None,
-        version: str = "1.0",
-        settings: Mapping[str, object] | None = None,
-        sample: bool = True,
-        anyway: bool = False,
-    ) -> Parity:
-        """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
-
-        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
-        `sample` picture in the model's folder goes along.
-        Raises ValueError for a policy that the endpoint would refuse; and, unless it is wanted
-        `anyway`, for a model that fails its own checks or is no better than chance.
-        """
-        terms = {"rampart": asdict(policy or Policy(self.rate)) | dict(settings or {})}
-        write = partial(archives.archive, out=Path(path), plan=plan)
-        write = partial(write, version=version, settings=terms, sample=sample)
-        return self._write(partial(write, anyway=anyway), form, images)
-
-    def _write(self, write: Callable[..., T], form: Form | None, images: Gate) -> T:
-        """What `write` makes of the model's folder, held to the gate on 64 of the images."""
-        variant, precision = form or self.form()
-        pixels = None if images is None else spread(images, 64).image  # (64, H, W, 3)
-        with self.on_disk() as folder:
-            return write(folder, variant=variant, precision=precision, images=pixels)
+        return self.write(partial(to_tensorrt, plan=plan), chosen, images)
 
 
 def one_module(classifier: Classifier, purifier: Purifier | None, held: Held) -> DefendedClassifier:

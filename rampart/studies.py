@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rampart import inputs
+from rampart.calibrated import Form
 from rampart.export.precision import make as make_form
 from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
@@ -30,7 +31,7 @@ from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
 from rampart.looks import shown
-from rampart.model import FOUND, Figures, Form, Model, to_engine, twin_of
+from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, held_images
 from rampart.training import pick_device

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from rampart.hardening.model.images import Images
     from rampart.hardening.model.pipeline import DefendedClassifier
     from rampart.hardening.objects.detector import ObjectDetector
+    from rampart.scenes import SceneModel
 
 # Fixtures that start one, wherever they are used.
 SERVERS = {"door", "launch", "redis", "server", "target"}
 # Fixtures that train a network to attack.
-TRAINED = {"learned", "learned_objects"}
+TRAINED = {"learned", "learned_objects", "scene_folder"}
 # Files in which most tests train, attack, export or run a whole command for seconds.
 TRAINING = {
     "test_ablation.py",
@@ -189,6 +190,49 @@ def tiny_archive(tiny_folder: Path, tiny_shipped: Path) -> Path:
 
     out = tiny_folder.parent / "tiny.mar"
     archive(tiny_shipped, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A model folder of an object detector that learned discs and squares for seconds, with the
+    graph of its lean variant.
+    """
+    from drawn import boxed
+    from filelock import FileLock
+    from found import learn_objects
+
+    from rampart.export.build import ship
+    from rampart.scenes import SceneModel
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent  # of all workers: one trains
+    folder = shared / "scenes" / "drawn"
+    with FileLock(shared / "scenes.lock"):
+        if not folder.is_dir():
+            others = boxed(200, seed=1).image
+            model = SceneModel.calibrate(learn_objects(), others, name="drawn", data="drawn")
+            part = model.save(folder.with_name("part") / "drawn")
+            ship(part, "lean")
+            part.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(scene_folder: Path) -> "SceneModel":
+    from rampart.scenes import SceneModel
+
+    return SceneModel.load(scene_folder)
+
+
+@pytest.fixture(scope="session")
+def scene_archive(scene_folder: Path) -> Path:
+    """drawn.mar, variant lean: 128x128, discs and squares."""
+    from rampart.export.archive import archive
+
+    out = scene_folder.parent / "drawn.mar"
+    if not out.is_file():
+        archive(scene_folder, out, variant="lean", settings={"rampart": {"min_confidence": 0.1}})
     return out
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rampart.handlers.errors import ImageError
 from rampart.handlers.http.lane import Lane
-from rampart.handlers.protocols.open_inference import INPUTS, OUTPUTS
+from rampart.handlers.protocols.open_inference import INPUTS
 
 NO_MODEL = ImageError(404, "no_such_model", "no such model or version is served here")
 SERVER = {"name": "rampart", "version": "2", "extensions": ["binary_tensor_data"]}
@@ -22,11 +22,11 @@ def find(models: Models, name: str, version: str | None) -> Lane:
 
 def tensors(models: Models, name: str, version: str | None) -> dict[str, Any]:
     """A model's versions and tensors. Raises ImageError."""
-    public = find(models, name, version).service.detail == "public"
+    service = find(models, name, version).service
     outputs = [
-        {"name": output, "datatype": kind, "shape": [-1]}
-        for output, (kind, _) in OUTPUTS.items()
-        if not (public and output == "p_value")
+        {"name": name, "datatype": output.datatype, "shape": [-1, *output.sides]}
+        for name, output in service.outputs.items()
+        if not (service.detail == "public" and name == "p_value")
     ]
     return {
         "name": name,

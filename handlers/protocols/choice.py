@@ -27,8 +27,10 @@ NO_IMAGE = ImageError(
 )
 
 
-def read(incoming: Incoming) -> Request:
-    """The images of a request, and what answers it in its own protocol.
+def read(
+    incoming: Incoming, outputs: Mapping[str, open_inference.Output] = open_inference.OUTPUTS
+) -> Request:
+    """The images of a request, and what answers it in its own protocol, in v2 by these `outputs`.
 
     An error that concerns the whole request stands as its one image.
     """
@@ -41,8 +43,8 @@ def read(incoming: Incoming) -> Request:
     images: Sequence[bytes | Pixels | ImageError] | ImageError
     reply: Replier
     if "inputs" in body:
-        reply = open_inference.replier(body)
-        images = outcome(open_inference.images, body, binary)
+        reply = open_inference.replier(body, outputs)
+        images = outcome(open_inference.images, body, binary, outputs)
     else:
         reply = plain if incoming.route == "predictions" else kserve_v1.reply
         images = outcome(kserve_v1.images, body)

@@ -4,9 +4,10 @@ Takes Triton's binary tensors too, which its clients send by default.
 Sources: the protocol's REST specification (KServe), "Binary tensor data extension" (Triton).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,20 +22,63 @@ SHAPE = (
 MAX_ID = 256  # characters of a request's id, which its answer repeats
 # What the model's metadata names; it takes pixels, UINT8, as well.
 INPUTS = ({"name": "image", "datatype": "BYTES", "shape": [-1]},)
-# Datatype of each output, and its value for a verdict; a rejected image has no label.
+
+
+class Output(NamedTuple):
+    """An output tensor: `of` a verdict one value, or with `sides` a row of them.
+
+    Rows are as long as the longest of a reply, and one at least; `fill` makes them so.
+    """
+
+    datatype: str
+    of: Callable[[Mapping[str, Any]], Any]
+    sides: tuple[int, ...] = ()  # of a row, -1 for its length
+    fill: Any = None
+
+    def tensor(self, verdicts: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[Any]]:
+        """Shape and flat data."""
+        rows = [self.of(verdict) for verdict in verdicts]
+        if not self.sides:
+            return [len(rows)], rows
+        longest = max(1, *map(len, rows))
+        each = [[*row, *[self.fill] * (longest - len(row))] for row in rows]
+        data = list(chain.from_iterable(each))
+        inner = self.sides[1:]
+        return [len(rows), longest, *inner], list(chain.from_iterable(data)) if inner else data
+
+
+# A rejected image has no label.
 OUTPUTS = {
-    "label": ("BYTES", lambda verdict: verdict["label"] or ""),
-    "index": ("INT64", lambda verdict: -1 if verdict["index"] is None else verdict["index"]),
-    "confidence": ("FP32", lambda verdict: verdict["confidence"] or 0.0),
-    "decision": ("BYTES", lambda verdict: verdict["decision"]),
-    "p_value": ("FP32", lambda verdict: verdict["detail"]["p_value"]),
+    "label": Output("BYTES", lambda verdict: verdict["label"] or ""),
+    "index": Output("INT64", lambda verdict: -1 if verdict["index"] is None else verdict["index"]),
+    "confidence": Output("FP32", lambda verdict: verdict["confidence"] or 0.0),
+    "decision": Output("BYTES", lambda verdict: verdict["decision"]),
+    "p_value": Output("FP32", lambda verdict: verdict["detail"]["p_value"]),
 }
 
 
-def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | ImageError]:
+def _of_boxes(name: str) -> Callable[[Mapping[str, Any]], list[Any]]:
+    return lambda verdict: [box[name] for box in verdict["boxes"]]
+
+
+# Of object detectors; `count` tells boxes from what fills the rows.
+SCENE_OUTPUTS = {
+    "count": Output("INT64", lambda verdict: len(verdict["boxes"])),
+    "boxes": Output("FP32", _of_boxes("box"), (-1, 4), (0.0,) * 4),
+    "label": Output("BYTES", _of_boxes("label"), (-1,), ""),
+    "index": Output("INT64", _of_boxes("index"), (-1,), -1),
+    "confidence": Output("FP32", _of_boxes("confidence"), (-1,), 0.0),
+    "decision": OUTPUTS["decision"],
+    "p_value": OUTPUTS["p_value"],
+}
+
+
+def images(
+    body: Mapping[str, Any], binary: bytes, outputs: Mapping[str, Output] = OUTPUTS
+) -> Sequence[bytes | Pixels | ImageError]:
     """The images of a request: encoded ones of BYTES, pixels (H, W, 3) of UINT8.
 
-    `binary` is what follows the JSON part. Raises ImageError.
+    `binary` is what follows the JSON part, `outputs` what may be asked for. Raises ImageError.
     """
     inputs = body.get("inputs")
     tensor = inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else None
@@ -46,8 +90,8 @@ def images(body: Mapping[str, Any], binary: bytes) -> Sequence[bytes | Pixels | 
     name = body.get("id")
     if isinstance(name, str) and len(name) > MAX_ID:
         raise ImageError(422, "id_too_long", f"an id may have {MAX_ID} characters: shorten it")
-    if wanted(body) - set(OUTPUTS):
-        raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(OUTPUTS)}")
+    if wanted(body) - set(outputs):
+        raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(outputs)}")
     check_count(shape[0] if shape else 0)
     raw = "data" not in tensor
     if tensor.get("datatype") == "UINT8":
@@ -112,17 +156,23 @@ def elements(data: bytes, count: int) -> list[bytes]:
     return out
 
 
-def replier(body: Mapping[str, Any]) -> Replier:
+def replier(body: Mapping[str, Any], outputs: Mapping[str, Output] = OUTPUTS) -> Replier:
     """What answers a request. It keeps little of the body, which may be 25 times as large parsed as
     in bytes."""
     name = body.get("id")
     echo = {"id": name} if isinstance(name, str) and len(name) <= MAX_ID else {}
-    return partial(reply, wanted(body), echo)
+    return partial(reply, outputs, wanted(body), echo)
 
 
-def reply(names: Collection[str], echo: Mapping[str, str], answers: Sequence[Answer]) -> Answer:
-    """The outputs `names`, or all where there are none, as tensors; `echo` is the request's id.
+def reply(
+    table: Mapping[str, Output],
+    names: Collection[str],
+    echo: Mapping[str, str],
+    answers: Sequence[Answer],
+) -> Answer:
+    """The outputs `names` of a `table`, or all where there are none, as tensors.
 
+    `echo` is the request's id.
     The protocol has no place for errors next to results, so the first error is the answer.
     """
     for number, (code, answer) in enumerate(answers):
@@ -138,12 +188,13 @@ def reply(names: Collection[str], echo: Mapping[str, str], answers: Sequence[Ans
         message = "this endpoint shows no p_value: ask for the other outputs"
         error = {"code": 422, "type": "unknown_output", "message": message}
         return 422, {**echo, **error, "error": message}
-    shown = names or set(OUTPUTS) - hidden
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [len(verdicts)], "data": [*map(of, verdicts)]}
-        for name, (kind, of) in OUTPUTS.items()
-        if name in shown
-    ]
+    shown = names or set(table) - hidden
+    outputs = []
+    for name, output in table.items():
+        if name in shown:
+            shape, data = output.tensor(verdicts)
+            entry = {"name": name, "datatype": output.datatype, "shape": shape, "data": data}
+            outputs.append(entry)
     return 200, {
         "model_name": model["name"],
         "model_version": model["version"],

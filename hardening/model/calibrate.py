@@ -10,23 +10,62 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rampart.handlers.engine import Engine
+from rampart.handlers.engine import Outputs as Arrays
+from rampart.handlers.engine import Runs, SceneOutputs
 from rampart.handlers.verdict import Calibration, combine, p_values
 from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.files import Precision as Precision
 from rampart.hardening.model.files import calibration_file as calibration_file
 from rampart.hardening.model.files import load_variant as load_variant
 from rampart.hardening.model.images import Images, split
-from rampart.hardening.model.pipeline import DefendedClassifier, Outputs, Variant
+from rampart.hardening.model.pipeline import Outputs, Variant
 from rampart.hardening.model.promise import PromiseCheck, check_enough
 
 KNOTS = 33
+TOGETHER = 2**18  # pixels of the images that are scored together, at most
+Runner = Runs[Arrays] | Runs[SceneOutputs]
+
+
+class Scores(Protocol):
+    """What a pipeline of any task says of a batch."""
+
+    @property
+    def scores(self) -> Tensor:
+        """Of suspicion (N, D)."""
+        ...
+
+
+class Named(Protocol):
+    """Detectors of attacks."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of their scores."""
+        ...
+
+
+class Scored(Protocol):
+    """A pipeline of any task, as far as suspicion goes."""
+
+    @property
+    def detectors(self) -> Named:
+        """What its scores are of."""
+        ...
+
+    def defend(self, x: Tensor) -> Scores:
+        """Of x (N, 3, H, W) in [0, 1]."""
+        ...
+
+    def __call__(self, image: Tensor, /) -> Scores:
+        """Of uint8 (N, H, W, 3)."""
+        ...
 
 
 def outputs_of(
@@ -39,10 +78,14 @@ def outputs_of(
     return logits, scores
 
 
-def scores_of(pipeline: DefendedClassifier, image: Tensor, engine: Engine | None = None) -> Floats:
+def scores_of(pipeline: Scored, image: Tensor, engine: Runner | None = None) -> Floats:
     """Scores (N, D) of uint8 images (N, H, W, 3), through the pipeline or an exported graph."""
-    scores = engine.run(image.cpu().numpy()).scores if engine else outputs_of(pipeline, image)[1]
-    return scores.astype(np.float64)
+    if engine:
+        return engine.run(image.cpu().numpy()).scores.astype(np.float64)
+    count = max(1, TOGETHER // (image.shape[1] * image.shape[2]))
+    with torch.no_grad():
+        every = [pipeline(part).scores for part in torch.split(image, count)]
+    return torch.cat(every).cpu().numpy().astype(np.float64)
 
 
 def tables(scores: Floats) -> tuple[Floats, Floats]:
@@ -53,7 +96,7 @@ def tables(scores: Floats) -> tuple[Floats, Floats]:
 
 
 def calibrate(
-    pipeline: DefendedClassifier, held: Images, variant: Variant, engine: Engine | None = None
+    pipeline: Scored, held: Images, variant: Variant, engine: Runner | None = None
 ) -> Calibration:
     """Tables from the tuning split of `held`, ranks from its calibration split; through its
     `engine` for fp16 or int8. Raises ValueError where `held` is too small for any promise.
@@ -67,11 +110,11 @@ def calibrate(
 
 
 def kept(
-    pipeline: DefendedClassifier,
+    pipeline: Scored,
     calibration: Calibration,
     images: Images,
     rate: float,
-    engine: Engine | None = None,
+    engine: Runner | None = None,
 ) -> PromiseCheck:
     """How the promise of `rate` fares on clean `images` that ranked nothing."""
     scores = scores_of(pipeline, images.image, engine)

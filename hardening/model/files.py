@@ -3,7 +3,7 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.model.presence import check_file
@@ -11,6 +11,14 @@ from rampart.hardening.model.presence import check_file
 FORMAT = "rampart-1"
 SAMPLE = "sample.png"  # one held-out picture, to try an endpoint with
 Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Contents(NamedTuple):
+    """What a model is for, what it tells apart, and how large it sees pictures."""
+
+    task: str  # of handlers.tasks
+    classes: list[str]
+    image_size: int  # pixels a side
 
 
 def calibration_file(folder: Path, variant: str, precision: Precision = "fp32") -> Path:
@@ -53,3 +61,13 @@ def read_config(weights: Path) -> dict[str, Any]:
     if metadata.get("format", config.pop("format", None)) != FORMAT:
         raise ValueError(f"{weights} carries no Rampart config: only files of `rampart train` load")
     return config
+
+
+def read_contents(weights: Path) -> Contents:
+    """What the weights of a model folder are of. Raises FileNotFoundError or ValueError."""
+    config = read_config(weights)
+    if net := config.get("object_detector"):
+        return Contents(config["task"], net["classes"], net["size"])
+    if "classes" not in config:
+        raise ValueError(f"{weights} holds no defended model: `rampart calibrate` makes one")
+    return Contents("classify", config["classes"], config["classifier"]["image_size"])

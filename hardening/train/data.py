@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rampart.handlers.containers import JPEG
 from rampart.handlers.errors import ImageError
-from rampart.handlers.image import Picture, examine
+from rampart.handlers.image import Fitting, Picture, cropped, examine, view_of
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out, least_held
@@ -372,12 +372,15 @@ def threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // distributed.beside())
 
 
-def read_picture(file: Path, size: int) -> Pixels:
+def read_picture(file: Path, size: int, fitting: Fitting = cropped) -> Pixels:
     """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
     try:
-        return decoded(file, open_picture(file, size))
+        view = view_of(open_picture(file, size), size, fitting)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
+    if isinstance(view, ImageError):
+        raise ValueError(f"{file}: {view.message}")
+    return view.pixels
 
 
 def open_picture(file: Path, size: int, *, whole: bool = True) -> Picture:

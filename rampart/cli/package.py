@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from typer import Argument, Option
 
-import rampart as rp
 from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
 
 if TYPE_CHECKING:
-    from rampart.hardening.model.images import Images
+    from torch import Tensor
 
 TRAINED, CLEANED = "File of `rampart train`", "File of `rampart purifier`"
 MADE, TRAFFIC = "Folder of the model to make", "What clients send: a folder of pictures"
@@ -21,6 +20,7 @@ RENEWED = "The new .mar; NAME-recalibrated.mar"
 FINISHED = "A finished .mar, to calibrate anew"
 PIXELS = "Of a request's images, four times as many as JPEGs; default what fits the model, 4194304"
 PIXELS += " or more"
+SURE = "Of the boxes that an object detector shows; default what its card says"
 FAILURE = "Of purifier or detectors; open: no defence"
 DETAIL = "public hides scores and p-values, an oracle for attackers"
 OWNER = "Header that tells whose queries to compare; default all"
@@ -35,7 +35,7 @@ Finished = Annotated[Path | None, Option("--archive", "--model", help=FINISHED),
 Detection = Literal["flag", "reject", "shadow"]
 Response = Literal["alert", "throttle", "reject"]
 
-UNSAID = ("max_pixels", "false_alarm_rate")  # settings that follow from the model
+UNSAID = ("max_pixels", "false_alarm_rate", "min_confidence")  # settings that follow from the model
 
 verb, app = o.theme("Package")
 
@@ -49,13 +49,13 @@ class Form(NamedTuple):
     images: o.Gated = None
     arch: o.Own = None
 
-    def gate(self) -> "Images | None":
-        """The images for the parity gate, if any are named."""
+    def gate(self) -> "Tensor | None":
+        """The images for the parity gate (64, H, W, 3), if any are named."""
         if self.images is None:
             return None
-        from rampart.hardening.train.data import load, spread
+        from rampart.models import load
 
-        return spread(load(self.images, train=False, size=rp.Model.load(self.model).image_size), 64)
+        return load(self.model).gate(self.images)
 
 
 class Settings(NamedTuple):
@@ -71,6 +71,7 @@ class Settings(NamedTuple):
     query_expiry: Annotated[float, Option(help="Seconds to remember a query")] = 3600
     query_capacity: Annotated[int, Option(help="Queries to remember")] = 100_000
     max_pixels: Annotated[int | None, Option(help=PIXELS)] = None
+    min_confidence: Annotated[float | None, Option(min=0, max=1, help=SURE)] = None
 
 
 @verb(
@@ -103,8 +104,8 @@ def calibrate(
         words = renew(archive, images, target, command=command_line()).in_words()
         say(*words, f"{target}: serve it with `rampart serve --archive {target}`")
     elif folder and data and classifier:
-        from rampart.assembly import assemble
         from rampart.hardening.model.folder import calibrations
+        from rampart.models import assemble
 
         source, command = o.Source(data, held, skip_bad).open(), command_line()
         assemble(folder, source, classifier, purifier, data_name=data_name, command=command)
@@ -147,11 +148,12 @@ def export(
         from rampart.export.to_triton_python import to_triton_python
 
         few, wanted = form.gate(), (form.variant, form.precision)
-        images = few.image if few else None
         write = partial(to_triton_python, form.model, triton, version=model_version)
-        say(f"{write(form=wanted, images=images)}: serve it with tritonserver")
+        say(f"{write(form=wanted, images=few)}: serve it with tritonserver")
         return
-    model, few = rp.Model.load(form.model), form.gate()
+    from rampart.models import load
+
+    model, few = load(form.model), form.gate()
     chosen = model.form(form.variant, form.precision)
     if ship:
         from rampart.export.build import ship as build_into
@@ -190,7 +192,7 @@ def archive(
     variant, precision = chosen(form.model, form.variant, form.precision)
     policy = {k: v for k, v in settings._asdict().items() if k not in UNSAID or v is not None}
     few, terms = form.gate(), {"rampart": policy}
-    pack = partial(pack, images=few.image if few else None, plan=plan, version=model_version)
+    pack = partial(pack, images=few, plan=plan, version=model_version)
     pack = partial(pack, sample=sample, anyway=anyway)
     say(pack(form.model, target, variant=variant, precision=precision, settings=terms))
     say(f"{target}: {variant}, {precision}, {target.stat().st_size / 1e6:.1f} MB")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import in_process
 from rampart.handlers.defended import incoming
 from rampart.handlers.errors import ImageError
-from rampart.handlers.image import MAX_PIXELS, pictures_of, pixels_of
+from rampart.handlers.image import MAX_PIXELS, pictures_of, view_of
 from rampart.handlers.protocols.choice import read
 
 NAMES = ("instances", "inputs", "outputs", "b64", "name", "datatype", "shape", "data", "id")
@@ -41,7 +41,7 @@ def test_json_of_any_shape_is_answered_and_never_a_server_error(
     request = read(incoming({"body": sent}, {"Inference-Header-Content-Length": length}))
     answers = []
     for picture in pictures_of(request.images, 8, MAX_PIXELS):
-        pixels = pixels_of(picture, 8)
+        pixels = view_of(picture, 8)
         assert not isinstance(pixels, ImageError) or 400 <= pixels.code < 500
         bad = {"code": 422, "type": "t", "message": "m"}
         answers.append((422, bad) if isinstance(pixels, ImageError) else (200, VERDICT))

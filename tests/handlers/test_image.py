@@ -23,7 +23,7 @@ from rampart.handlers.image import (
     fit,
     letterbox,
     pictures_of,
-    pixels_of,
+    view_of,
 )
 
 Encode = Callable[..., bytes]
@@ -354,7 +354,7 @@ def test_an_error_does_not_hold_the_picture_it_is_about() -> None:
     out = BytesIO()
     image.save(out, "PNG")
     (picture,) = pictures_of([out.getvalue()], 32, MAX_PIXELS)
-    error = pixels_of(picture, 32)
+    error = view_of(picture, 32)
     assert isinstance(error, ImageError) and error.type == "transparent_image"
     assert error.__traceback__ is error.__context__ is error.__cause__ is None
 

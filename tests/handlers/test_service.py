@@ -282,7 +282,7 @@ def test_a_reply_that_cannot_be_made_fails_its_own_request_alone(
     def broken(answers: object) -> Answer:
         raise TypeError("secret")
 
-    def read_some(incoming: Incoming) -> Request:
+    def read_some(incoming: Incoming, *_: object) -> Request:
         return Request([], broken) if incoming.headers else read(incoming)
 
     monkeypatch.setattr("rampart.handlers.service.read", read_some)

@@ -15,6 +15,7 @@ ROOMS = {
     "attack": {"model", "attack"},
     "train": {"model", "attack", "train"},
     "judge": {"model", "attack", "judge"},
+    "objects": {"model", "attack", "train", "judge", "objects"},
     "report": {"model", "attack", "judge", "report"},
 }
 

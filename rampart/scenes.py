@@ -1,0 +1,216 @@
+"""A defended object detector as one object: `rampart.Model`, for boxes in place of classes."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from rampart.calibrated import WEIGHTS, Calibrated, Form
+from rampart.handlers.engine import SceneOutputs
+from rampart.handlers.errors import ImageError
+from rampart.handlers.image import View, examine, framed, view_of
+from rampart.handlers.scenes import MIN_CONFIDENCE, SceneJudge, SceneVerdict
+from rampart.handlers.tasks import terms
+from rampart.handlers.verdict import Calibration, Policy
+from rampart.hardening.model import calibrate as ranks
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import folder as folders
+from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.images import Images, split
+from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.objects import defended
+from rampart.hardening.objects.defended import DefendedDetector
+from rampart.hardening.objects.detector import TASK, ObjectDetector, load
+from rampart.hardening.objects.scenes import divided
+from rampart.hardening.report import card as report
+from rampart.provenance import PYTHON
+from rampart.sources import Source
+
+LARGEST_SAMPLE = 65536  # bytes: objects need some pixels to be found
+TOGETHER = 16  # pictures that are looked at together
+Pictures = Sequence[Path | str | bytes | NDArray[np.uint8]]
+
+
+class SceneModel(Calibrated):
+    """Object detector, detectors of attacks and their calibrations, with a card."""
+
+    def __init__(
+        self,
+        detector: ObjectDetector,
+        calibrations: Mapping[Form, Calibration],
+        *,
+        card: Mapping[str, Any],
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__(calibrations, card=card, folder=folder)
+        self.detector, self.classes = detector, detector.config.classes
+        self.image_size = detector.config.size
+
+    def write_weights(self, file: Path) -> None:
+        """Write the object detector."""
+        defended.save(file, self.detector)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "SceneModel":
+        """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
+        home = Path(folder)
+        pipeline, _ = defended.load(home / WEIGHTS)
+        tables = {
+            Form(variant, precision): ranks.load_variant(home, variant, precision)
+            for variant, precision in folders.forms(home)
+        }
+        return cls(pipeline.detector, tables, card=report.read_card(home), folder=home)
+
+    @classmethod
+    def calibrate(
+        cls,
+        detector: ObjectDetector,
+        held: Tensor,
+        *,
+        name: str = "mine",
+        data: str = "pictures in memory",
+        min_confidence: float = MIN_CONFIDENCE,
+        calibrated_on: str = "",
+        card: Mapping[str, Any] | None = None,
+    ) -> "SceneModel":
+        """Rank held-out pictures uint8 (N, S, S, 3), letterboxed: 40 or more, 200 for 1% alarms.
+
+        Prints what is promised, and how it fares on those of them that rank nothing. Raises
+        ValueError for too few.
+        """
+        detector = detector.cpu().eval().requires_grad_(False)
+        source = drawn(held, detector.config.classes)
+        tables = {
+            Form(variant): ranks.calibrate(DefendedDetector(detector, names), source, variant)
+            for variant, names in defended.VARIANTS.items()
+        }
+        content: dict[str, Any] = {"model": name, "data": data, "task": TASK}
+        content |= {"training": {"detector": "not recorded"}, "history": [], "commands": [PYTHON]}
+        content |= {"objects": detector.config.as_json(), "min_confidence": min_confidence}
+        content |= {"max_overlap": detector.net.iou}
+        content |= {"calibration_images": next(iter(tables.values())).images}
+        model = cls(detector, tables, card=content | dict(card or {}))
+        model.calibrated_on = calibrated_on or f"{data}, calibration split"
+        for form, table in tables.items():
+            unranked = split(source, "validation")
+            found = ranks.kept(model.pipeline(form.variant), table, unranked, model.rate)
+            model.hold_to_promise(form, found)
+        return model
+
+    def pipeline(self, variant: Variant | None = None) -> DefendedDetector:
+        """The module of a variant, frozen: a copy, so that it may go to another device."""
+        names = self.calibrations[Form(self.chosen_variant(variant))].detectors
+        pipeline = DefendedDetector(copy.deepcopy(self.detector), names)
+        return pipeline.eval().requires_grad_(False)
+
+    def predict(
+        self, images: Pictures, *, policy: Policy | None = None, variant: Variant | None = None
+    ) -> list[SceneVerdict]:
+        """The verdicts of the endpoint on pictures: files, bytes, or pixels (H, W, 3) of any size.
+
+        Raises ImageError, as the endpoint answers, for a picture that is none.
+        """
+        chosen = self.chosen_variant(variant)
+        views = [self.view(image) for image in images]
+        judge = SceneJudge(
+            self.classes,
+            self.calibration(chosen),
+            policy or Policy(self.rate),
+            {"name": str(self.card["model"]), "version": "1.0"},
+            **terms(self.card, {}),
+        )
+        pixels = torch.from_numpy(np.stack([view.pixels for view in views]))
+        pipeline = self.pipeline(chosen)
+        with torch.no_grad():
+            pieces = [pipeline(part) for part in torch.split(pixels, TOGETHER)]
+        every = (torch.cat(parts).numpy() for parts in zip(*pieces, strict=True))
+        return judge.of(SceneOutputs(*every), views)
+
+    def gate(self, images: Path) -> Tensor:
+        """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""
+        some = divided(images, classes=self.classes).validation
+        return some.boxed(self.image_size).spread(64).image
+
+    def to_triton(self, repository: Path, **more: Any) -> Path:
+        """Raises ValueError: without Rampart's code Triton would show candidates that overlap."""
+        raise ValueError(
+            f"{self} finds objects, which Triton's onnxruntime would show unjudged: take"
+            " --backend python"
+        )
+
+    def to_tensorrt(self, plan: Path, **more: Any) -> str:
+        """Raises ValueError: plans are of classifiers."""
+        raise ValueError(
+            f"{self} finds objects, and a TensorRT plan is of a classifier: serve its graph with"
+            " --device cuda"
+        )
+
+    def view(self, image: Path | str | bytes | NDArray[np.uint8]) -> View:
+        """What the model sees of a picture, decoded as the endpoint decodes. Raises ImageError."""
+        if isinstance(image, (Path, str)):
+            image = Path(image).read_bytes()
+        picture = examine(image, self.image_size) if isinstance(image, bytes) else image
+        view = view_of(picture, self.image_size, framed)
+        if isinstance(view, ImageError):
+            raise view
+        return view
+
+
+def assemble(
+    folder: Path,
+    source: Source,
+    weights: Path,
+    purifier: Path | None = None,
+    *,
+    data_name: str = "",
+    command: str = PYTHON,
+) -> SceneModel:
+    """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
+
+    Raises ValueError for a purifier, which object detectors have none of, and too few pictures.
+    """
+    if purifier:
+        raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
+    config, _ = checkpoint.read(weights)
+    detector = load(weights)
+    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
+    held = data.validation
+    past = {
+        "training": {"detector": str(config.get("training", "told by no file of it"))},
+        "history": config.get("history", []),
+        "commands": [*config.get("commands", []), command],
+    }
+    model = SceneModel.calibrate(
+        detector,
+        held.boxed(detector.config.size).image,
+        name=folder.name,
+        data=data_name or source.data.name,
+        calibrated_on=f"{source.data.name}, {len(held)} validation pictures, calibration split",
+        card=past,
+    )
+    model.save(folder)
+    write_sample(held.picture(0)[0], folder / SAMPLE)
+    return model
+
+
+def write_sample(pixels: NDArray[np.uint8], file: Path) -> None:
+    """Write a picture to try the endpoint with: a few kB."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((256, 256))
+    while True:
+        picture.save(file, optimize=True)
+        if file.stat().st_size <= LARGEST_SAMPLE:
+            return
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
+
+
+def drawn(held: Tensor, classes: tuple[str, ...]) -> Images:
+    """Held-out pictures in an order of chance: files lie in that in which they were taken."""
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    return Images(held[order], torch.zeros(len(held), dtype=torch.int64), classes)

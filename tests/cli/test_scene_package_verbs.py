@@ -1,0 +1,104 @@
+"""From a file of `rampart train` to an archive that finds objects, by the verbs."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from drawn import write_voc
+from PIL import Image
+
+from rampart.handlers.service import Service
+from rampart.handlers.types import Incoming
+from rampart.hardening.objects.detector import ObjectDetector, save
+from rampart.models import load
+from rampart.scenes import SceneModel
+
+pytestmark = pytest.mark.training
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, learned_objects: ObjectDetector) -> Path:
+    """A data set with 60 validation pictures, trained weights, and what `calibrate` made."""
+    folder = tmp_path_factory.mktemp("home")
+    write_voc(folder / "voc", 70, parts={"train": range(10), "val": range(10, 70)})
+    save(folder / "detector.safetensors", learned_objects, {"commands": ["rampart train"]})
+    weights = folder / "detector.safetensors"
+    said = run("calibrate", folder / "cells", "--data", folder / "voc", "--classifier", weights)
+    assert "full promises at most 5.0% of clean images flagged" in said
+    return folder
+
+
+def test_calibrate_makes_a_model_folder_of_an_object_detector(home: Path) -> None:
+    card = json.loads((home / "cells" / "card.json").read_text())
+    assert (card["task"], card["model"], card["min_confidence"]) == ("detect", "cells", 0.5)
+    assert card["objects"]["classes"] == ["disc", "square"]
+    assert card["commands"][0] == "rampart train" and len(card["commands"]) == 2
+    assert set(card["promise"]) == {"full, fp32", "lean, fp32"}
+    assert isinstance(load(home / "cells"), SceneModel)
+    with Image.open(home / "cells" / "sample.png") as picture:
+        assert picture.size == (96, 80)
+
+
+def test_archive_packs_it_and_the_endpoint_shows_boxes_of_the_confidence_that_was_asked_for(
+    home: Path,
+) -> None:
+    words = ("--variant", "lean", "--min-confidence", 0.2, "--images", home / "voc")
+    said = run("archive", home / "cells", *words)
+    assert "boxes have an IoU of" in said and "0 boxes have no like" in said
+    with zipfile.ZipFile(home / "cells.mar") as content:
+        content.extractall(home / "unpacked")
+        picture = content.read("sample.png")
+    settings = {"false_alarm_rate": 0.05, "min_confidence": 0.2}
+    service = Service.open(home / "unpacked", settings)
+    answer = json.loads(service.answer([Incoming({}, [picture])])[0].body)
+    assert service.summary["min_confidence"] == 0.2 and answer["model"]["name"] == "cells"
+    assert all(box["confidence"] > 0.2 for box in answer["boxes"])
+    told = run("inspect", home / "cells.mar")
+    assert "model: cells, lean, fp32" in told and "it runs here, on the CPU" in told
+    assert "output boxes: float" in told and "min_confidence 0.2" in told
+
+
+def test_a_finished_archive_is_calibrated_anew_on_pictures_of_any_size(
+    home: Path, tmp_path: Path
+) -> None:
+    draws = np.random.default_rng(0)
+    (tmp_path / "traffic").mkdir()
+    for number in range(30):
+        shape = (*draws.integers(60, 200, 2), 3)
+        noise = draws.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "traffic" / f"{number}.png")
+    archive, out = home / "cells.mar", tmp_path / "new.mar"
+    run("calibrate", "--archive", archive, "--images", tmp_path / "traffic", "--out", out)
+    with zipfile.ZipFile(out) as content, zipfile.ZipFile(archive) as old:
+        assert json.loads(content.read("calibration.json"))["images"] == 30
+        assert content.read("graph.onnx") == old.read("graph.onnx")
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "told"),
+    [
+        ("export", ["--triton", "models"], "take --backend python"),
+        ("export", ["--tensorrt", "a.plan"], "a TensorRT plan is of a classifier"),
+        ("archive", ["--min-confidence", "1"], "above 0 and below 1"),
+        ("evaluate", ["--images", "voc"], "finds objects.*`rampart objects`"),
+        ("quantize", ["--data", "voc"], "finds objects"),
+    ],
+)
+def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
+    verb: str, options: list[str], told: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    with pytest.raises(ValueError, match=told) as error:
+        run(verb, "cells", *options)
+    assert "\n" not in str(error.value)
+    assert not (home / "models").exists()
+
+
+def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
+    weights = home / "detector.safetensors"
+    words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
+    with pytest.raises(ValueError, match="object detectors have none"):
+        run("calibrate", tmp_path / "x", *words)

@@ -1,0 +1,171 @@
+"""An object detector's graph, its gate, and the archive made of it."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from drawn import boxed
+
+from rampart.export import scenes as gate
+from rampart.export.archive import archive
+from rampart.export.build import build
+from rampart.export.scenes import Shown, together
+from rampart.export.shipped import SceneParity, find
+from rampart.export.to_onnx import check_batch_is_dynamic
+from rampart.handlers.engine import Engine, EngineError, SceneEngine, SceneOutputs
+from rampart.hardening.model.pixels import to_float
+from rampart.scenes import SceneModel
+
+
+@pytest.fixture(scope="module")
+def graph(scene_folder: Path) -> Path:
+    return scene_folder / "graph-lean.onnx"
+
+
+@pytest.fixture(scope="module")
+def engine(graph: Path) -> SceneEngine:
+    return SceneEngine(graph, threads=1)
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return boxed(6, seed=7).image
+
+
+def test_the_graph_takes_any_batch_and_gives_candidates_of_one_size(
+    graph: Path, engine: SceneEngine, image: torch.Tensor
+) -> None:
+    check_batch_is_dynamic(graph)
+    assert tuple(one.name for one in onnx.load(graph).graph.output) == SceneOutputs._fields
+    for batch in (1, 3, 6):
+        out = engine.run(image[:batch].numpy())
+        count = out.labels.shape[1]
+        assert out.boxes.shape == (batch, count, 4) and out.confidences.shape == (batch, count)
+        assert out.scores.shape == (batch, 3) and out.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("variant", ["lean", "full"])
+def test_the_gate_passes_the_graph_of_the_same_pipeline(
+    variant: str, scene_folder: Path, image: torch.Tensor, tmp_path: Path
+) -> None:
+    found = build(scene_folder, variant, tmp_path / "graph.onnx", images=image, rate=0.02)
+    assert isinstance(found, SceneParity)
+    assert found.images == 18 and found.boxes > 50
+    assert found.unmatched == found.decisions_differ == 0
+    assert found.iou > 0.999 and found.confidence < 1e-3 and found.scores < 1e-3
+
+
+def test_the_gate_stops_a_graph_with_other_weights(
+    engine: SceneEngine, scene_folder: Path, image: torch.Tensor
+) -> None:
+    other = SceneModel.load(scene_folder)
+    with torch.no_grad():
+        for name, weight in other.detector.named_parameters():
+            if "regression_head" in name:
+                weight.add_(0.2)
+    with pytest.raises(RuntimeError, match=r"finds other objects.* [1-9]\d* boxes have no like"):
+        gate.compare(other.pipeline("lean"), engine, other.calibration("lean"), image, rate=0.02)
+
+
+class Altered:
+    """A graph of which one output is another one."""
+
+    def __init__(self, engine: SceneEngine, change: Callable[[SceneOutputs], SceneOutputs]) -> None:
+        self.engine, self.change = engine, change
+        self.device, self.image_shape = engine.device, engine.image_shape
+
+    def run(self, images: np.ndarray) -> SceneOutputs:
+        return self.change(self.engine.run(images))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out._replace(boxes=out.boxes + np.float32(1)),
+        lambda out: out._replace(labels=1 - out.labels),
+        lambda out: out._replace(confidences=out.confidences * np.float32(0.9)),
+        lambda out: out._replace(confidences=0 * out.confidences),
+        lambda out: out._replace(boxes=out.boxes * np.float32("nan")),
+        lambda out: out._replace(scores=out.scores * np.float32("nan")),
+        lambda out: out._replace(scores=out.scores + np.float32(50)),
+    ],
+)
+def test_the_gate_stops_outputs_that_differ(
+    change: Callable[[SceneOutputs], SceneOutputs],
+    engine: SceneEngine,
+    scenes: SceneModel,
+    image: torch.Tensor,
+) -> None:
+    altered, table = Altered(engine, change), scenes.calibration("lean")
+    with pytest.raises(RuntimeError, match="finds other objects"):
+        gate.compare(scenes.pipeline("lean"), altered, table, image, rate=0.02)
+
+
+def test_a_box_too_many_has_no_like_whoever_found_it() -> None:
+    def answer(*confidences: float) -> Shown:
+        corners = np.arange(len(confidences), dtype=np.float32)[:, None] * 20
+        boxes = np.concatenate([corners, corners, corners + 9, corners + 9], 1)
+        labels = np.zeros(len(confidences), np.int64)
+        return Shown(boxes, np.array(confidences, np.float32), labels)
+
+    assert together([answer(0.9, 0.5)], [answer(0.9, 0.5)]).unmatched == 0
+    for pair in ((answer(0.9, 0.5), answer(0.9)), (answer(0.9), answer(0.9, 0.5))):
+        assert together(*([one] for one in pair)).unmatched == 1
+    # One that rounding alone may have brought over the threshold is no fault.
+    assert together([answer(0.9, 0.051)], [answer(0.9)]).unmatched == 0
+
+
+def test_every_score_has_a_gradient_that_attacks_can_follow(scenes: SceneModel) -> None:
+    x = to_float(boxed(3, seed=3).image)[1:].requires_grad_()
+    scores = scenes.pipeline("full").defend(x).scores
+    assert scores.shape == (2, 4) and scores.isfinite().all()
+    for score in scores.T:
+        (slope,) = torch.autograd.grad(score.sum(), x, retain_graph=True)
+        assert (slope.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_each_kind_of_engine_refuses_the_graph_of_the_other(graph: Path, tiny_graph: Path) -> None:
+    with pytest.raises(EngineError, match="outputs logits, raw_logits, scores, purified"):
+        Engine(graph)
+    with pytest.raises(EngineError, match="outputs boxes, confidences, labels, scores"):
+        SceneEngine(tiny_graph)
+
+
+def test_an_archive_says_what_it_is_for_and_packs_the_shipped_graph(
+    scene_folder: Path, scene_archive: Path
+) -> None:
+    with zipfile.ZipFile(scene_archive) as content:
+        card = json.loads(content.read("card.json"))
+        assert content.read("graph.onnx") == (scene_folder / "graph-lean.onnx").read_bytes()
+        assert json.loads(content.read("labels.json")) == ["disc", "square"]
+    assert (card["task"], card["variant"], card["max_overlap"]) == ("detect", "lean", 0.45)
+    shipped = find(scene_folder, "lean")
+    assert shipped and "boxes have an IoU of" in str(shipped.parity)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"min_confidence": 1.5}, "min_confidence must be a number above 0 and below 1"),
+        ({"min_confidence": "0.5"}, "min_confidence must be a number"),
+        ({"nonsense": 1}, "unknown rampart setting"),
+    ],
+)
+def test_settings_that_the_endpoint_would_refuse_are_refused_before_anything_is_exported(
+    settings: dict[str, object], words: str, scene_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        archive(scene_folder, tmp_path / "a.mar", variant="full", settings={"rampart": settings})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_threshold_for_boxes_is_no_setting_of_a_classifier(
+    tiny_shipped: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="min_confidence is a setting of other models"):
+        archive(tiny_shipped, tmp_path / "a.mar", settings={"rampart": {"min_confidence": 0.5}})
