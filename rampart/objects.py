@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 
 from rampart import preflight
+from rampart.assembly import deliver
+from rampart.export.archive import check_request
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
+from rampart.hardening.model.folder import contents
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
@@ -27,10 +30,16 @@ from rampart.hardening.objects.detector import (
 from rampart.hardening.objects.places import splits_name
 from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
-from rampart.hardening.train.loop import say
+from rampart.hardening.train.loop import Precision, say
+from rampart.hardening.train.stages import stages
+from rampart.provenance import PYTHON
+from rampart.scenes import SceneModel, assemble
 from rampart.sources import Source
+from rampart.studies import ChecksFailed
 from rampart.training import Run
 
+WEIGHTS = "objects.safetensors"
+LEAST = 0.1  # mAP50 of a detector that is worth serving
 SIZE = 256  # pixels a side, where nobody says
 
 
@@ -40,6 +49,16 @@ class Network(NamedTuple):
     arch: str = "ssd"  # as ssdlite, ssd-resnet34, fasterrcnn
     size: int = SIZE
     width: float = 1.0  # factor on the channels of a new ResNet
+
+
+class Place(NamedTuple):
+    """Where the whole way computes, and what it leaves."""
+
+    runs: Path  # a folder for what the stages make
+    device: str = "auto"
+    dtype: Precision | None = None
+    command: str = PYTHON
+    sample: bool = True  # whether a held-out picture goes into the archive
 
 
 def read(source: Source) -> Divided:
@@ -120,6 +139,60 @@ def train_from(
         (data.train, validation),
         commands=[*past, run.command],
     )
+
+
+def harden(
+    source: Source,
+    out: Path,
+    net: Network,
+    recipe: ObjectRecipe,
+    place: Place,
+    *,
+    init: Path | None = None,
+    anyway: bool = False,
+) -> list[str]:
+    """The whole way from pictures with boxes to an archive, the folder of its model beside it.
+
+    Each stage is done once. Returns what is to be said. Raises ChecksFailed, and packs nothing, for
+    a detector that finds next to nothing, unless it is wanted `anyway`.
+    """
+    faults = Faults()
+    data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
+    faults.of(partial(check_request, out, "1.0", None, "fp32"))
+    faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
+    faults.tell()
+    assert data
+    what: dict[str, object] = {"train": data.train.digest(), "held": data.validation.digest()}
+
+    def train(folder: Path) -> None:
+        run = Run(folder, place.device, place.dtype, command=place.command)
+        train_from(source, net, recipe, run, init=init)
+
+    def calibrate(folder: Path) -> None:
+        assemble(folder / out.stem, source, weights, command=place.command)
+
+    def pack(folder: Path) -> None:
+        SceneModel.load(model).archive(folder / out.name, sample=place.sample, anyway=True)
+
+    with stages(place.runs / out.stem, 3) as job:
+        made = what | {"net": net, "recipe": recipe, "init": init, "dtype": place.dtype}
+        weights = job.once("train", made, train) / WEIGHTS
+        insist_found(weights, anyway=anyway)
+        model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
+        packed = job.once("archive", contents(model), pack)
+    return deliver(model, packed / out.name, out)
+
+
+def insist_found(weights: Path, *, anyway: bool) -> None:
+    """Raise ChecksFailed where a detector finds next to nothing; say so where it is wanted."""
+    rows = checkpoint.read(weights)[0]["history"][-1]
+    best = max(row["clean"] for row in rows)
+    if best >= LEAST:
+        return
+    fault = f"the detector finds next to nothing: mAP50 {best:.3f} on its validation pictures"
+    if not anyway:
+        raise ChecksFailed(f"not packed: {fault}. Train for longer, or pass --anyway")
+    say(f"warning: {fault}")
 
 
 def timed(
