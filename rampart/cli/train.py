@@ -43,7 +43,9 @@ FROZEN = "classifier.safetensors from `rampart train`"
 STATE = "State dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
 STAGES = "Folder for intermediate results"
-YOURS = "Your weights, in a format that `adopt` reads"
+YOURS = (
+    "Your weights, in a format that `adopt` reads; for pictures with boxes, as --init of `train`"
+)
 NO_PURIFIER = "Epochs for the purifier; 0: no purifier, variant lean"
 FITS = "default: fits data and machine"
 YES = "Accept the proposal without asking; the default without a terminal"
@@ -75,7 +77,8 @@ def given(**values: Any) -> dict[str, Any]:
 @verb(
     "harden --data my_images/ --image-size 64 --out model_store/mine.mar",
     "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar",
-    together=inputs.hardening,
+    "harden --data bccd/ --skip-bad --arch ssd --eps 4 --out model_store/cells.mar",
+    together=inputs.whole_way,
 )
 def harden(
     *,
@@ -83,7 +86,7 @@ def harden(
     out: Annotated[Path, Option(help=ARCHIVE), inputs.new_archive],
     weights: Annotated[Path | None, Option(help=YOURS), inputs.weights] = None,
     arch: Annotated[
-        str | None, Option(help=f"{o.ARCH}; {FITS}", callback=o.take_factory), inputs.network
+        str | None, Option(help=f"{ANY_ARCH}; {FITS}", callback=o.take_factory), inputs.any_network
     ] = None,
     image_size: Annotated[int | None, Option(help=f"{o.SIZE}; {FITS}"), inputs.size] = None,
     network: o.Network,
@@ -92,7 +95,7 @@ def harden(
     epochs: Annotated[int | None, Option(min=0, help=f"{KEEP}; {FITS}")] = None,
     batch_size: Annotated[int | None, Option(min=1, help=f"Images per step; {FITS}")] = None,
     lr: Annotated[float | None, Option(help=f"Peak learning rate; {FITS}")] = None,
-    augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
+    augment: Annotated[list[str] | None, Option(help=ANY_AUGMENT), inputs.any_augmentation] = None,
     purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
@@ -106,8 +109,21 @@ def harden(
 
     It proposes a value for every option that you leave out, checks early what could fail late, and
     estimates the time. If you interrupt it, run the same command to resume. If you change the
-    inputs, it repeats only the stages that depend on them.
+    inputs, it repeats only the stages that depend on them. If the data have boxes, it makes an
+    object detector.
     """
+    if has_boxes(source.data):
+        from rampart import objects
+        from rampart.hardening.objects.training import ObjectRecipe
+
+        width = 1.0 if network.width is None else network.width
+        new = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
+        own = given(epochs=epochs, lr=lr, batch_size=batch_size, augment=chosen(augment))
+        place = objects.Place(runs, device, dtype, command_line(), sample=sample)
+        recipe = ObjectRecipe(method, threat.ball(), **own)
+        begun = objects.harden(source.open(), out, new, recipe, place, init=weights, anyway=anyway)
+        say(*begun, f"{out}: serve it with `rampart serve --archive {out}`")
+        return
     from rampart.assembly import harden as go
     from rampart.proposal import Wishes
 
@@ -165,9 +181,8 @@ def train(
         from rampart.hardening.objects.training import ObjectRecipe
 
         rest = given(lr=lr, ema=ema, batch_size=run.batch_size, aim=aim, passes=passes, augment=how)
-        new = ObjectRecipe(
-            method, threat.ball(), epochs, seed=run.seed, ramp=ramp, steps=steps, **rest
-        )
+        rest |= {"epochs": epochs, "seed": run.seed, "ramp": ramp, "steps": steps}
+        new = ObjectRecipe(method, threat.ball(), **rest)
         width = 1.0 if network.width is None else network.width
         net = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
         found = objects.train_from(source.open(), net, new, place, init=init)
