@@ -60,7 +60,7 @@ class Service:
         metrics: Metrics,
     ) -> None:
         self.summary = summary(card)  # what a client may ask about
-        self.detail = judge.policy.detail
+        self.policy, self.calibration = judge.policy, judge.calibration
         # When each stage of the last batch began and ended, in ns since 1970.
         self.stages: dict[str, tuple[int, int]] = {}
         self._engine, self._judge, self._metrics = engine, judge, metrics
@@ -148,6 +148,24 @@ class Service:
             parts = [[next(answers) for _ in request] for request in requests]
         self._end()
         return parts
+
+    def examine(self, data: bytes) -> Picture | ImageError:
+        """A picture as that of a request, not yet decoded, or what is wrong with it."""
+        (picture,) = pictures_of([data], self._size, self._max_pixels)
+        assert not isinstance(picture, np.ndarray)
+        return picture
+
+    def judge(
+        self, pictures: Sequence[Picture | ImageError]
+    ) -> list[tuple[Pixels | ImageError, Verdict | ImageError]]:
+        """The pixels of each picture, and the verdict on them, for who has time.
+
+        Nothing is counted, kept or compared with other queries.
+        """
+        images = [pixels_of(picture, self._size) for picture in pictures]
+        pixels = [image for image in images if not isinstance(image, ImageError)]
+        verdicts = iter(self._try_infer(pixels) if pixels else [])
+        return [(i, i if isinstance(i, ImageError) else next(verdicts)) for i in images]
 
     def _judged(
         self, images: Sequence[Pixels | ImageError], owners: Sequence[str]

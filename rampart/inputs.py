@@ -115,6 +115,11 @@ def archive(path: Path) -> None:
         raise ValueError(f"{path} is cut or damaged: copy it anew, or build it anew")
 
 
+def served(model: Path) -> None:
+    """An archive, or a folder of a calibrated model."""
+    (folder if model.is_dir() else archive)(model)
+
+
 def text(path: Path) -> None:
     """A document that gets a table."""
     check_file(path, "document", "run this in the checkout, or name the document")

@@ -22,7 +22,7 @@ def find(models: Models, name: str, version: str | None) -> Lane:
 
 def tensors(models: Models, name: str, version: str | None) -> dict[str, Any]:
     """A model's versions and tensors. Raises ImageError."""
-    public = find(models, name, version).service.detail == "public"
+    public = find(models, name, version).service.policy.detail == "public"
     outputs = [
         {"name": output, "datatype": kind, "shape": [-1]}
         for output, (kind, _) in OUTPUTS.items()

