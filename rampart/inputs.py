@@ -5,6 +5,7 @@ more than the head of a file.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -33,6 +34,9 @@ ROWS = (
     "+ purifier + reconstruction", "+ purifier + disagreement", "full",
 )  # fmt: skip
 AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
+Protocol = Literal["rampart", "v2", "torchserve", "tensorflow", "json"]
+Scaled = Literal["unit", "bytes", "signed", "imagenet"]
+HEADER = re.compile(r"[A-Za-z0-9-]+:[ -~]+")
 PAGE = b"<"  # what a web page begins with
 
 
@@ -387,6 +391,12 @@ def packing(
 
     form(model, variant)
     check_request(out or Path(f"{model}.mar"), model_version, plan, precision or "fp32")
+
+
+def header(line: str) -> None:
+    """A line of an HTTP header."""
+    if not HEADER.fullmatch(line):
+        raise ValueError(f"--header {line.partition(':')[0]}: write it as 'NAME: VALUE'")
 
 
 def redteaming(url: str, i_own_this_endpoint: bool, eps: int, queries: int) -> None:

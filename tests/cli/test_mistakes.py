@@ -133,6 +133,7 @@ MISTAKES = [
     ("certify --model tiny --sigma 0", "--sigma 0", "above 0"),
     ("redteam localhost:8080 good.npz", "localhost:8080", "http://127.0.0.1:8080/predictions/NAME"),
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
+    ("redteam http://127.0.0.1:1/a good.npz --header token", "--header token", "NAME: VALUE"),
     ("table nothing", "nothing", "rampart calibrate"),
     ("probe --metrics http://127.0.0.1:1/metrics", "127.0.0.1:1", "start a server"),
     ("download mnist", "mnist", "cifar10"),
@@ -234,7 +235,9 @@ def test_every_kind_of_error_has_words_for_people(
 def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     from rampart.hardening.attack.ladder import RUNGS
     from rampart.hardening.attack.redteam import ATTACKS
+    from rampart.hardening.attack.redteam.protocols import NAMES as PROTOCOLS
     from rampart.hardening.model.classifier import ARCHITECTURES
+    from rampart.hardening.model.scaling import NAMES as SCALED
     from rampart.hardening.train.augmentation import AUGMENTATIONS
     from rampart.hardening.train.methods import METHODS
 
@@ -242,6 +245,8 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert get_args(inputs.Method) == tuple(METHODS)
     assert tuple(rung.name for rung in RUNGS) == inputs.RUNGS
     assert tuple(ATTACKS) == inputs.TEAM
+    assert get_args(inputs.Protocol) == PROTOCOLS
+    assert get_args(inputs.Scaled) == SCALED
     assert (*AUGMENTATIONS, "none") == inputs.AUGMENTATIONS
 
 
