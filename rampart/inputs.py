@@ -119,6 +119,14 @@ def archive(path: Path) -> None:
         raise ValueError(f"{path} is cut or damaged: copy it anew, or build it anew")
 
 
+def measured(model: Path) -> None:
+    """A folder of a calibrated model, or an ONNX file."""
+    if model.suffix != ".onnx":
+        folder(model)
+    else:
+        check_file(model, "graph", "name the ONNX file, or the folder of a model")
+
+
 def served(model: Path) -> None:
     """An archive, or a folder of a calibrated model."""
     (folder if model.is_dir() else archive)(model)
@@ -262,6 +270,13 @@ def evaluation(
     fp16: bool,
 ) -> None:
     """What belongs together in an evaluation."""
+    if model.suffix == ".onnx":
+        measured(model)
+        if variant or held or part or int8 or fp16:
+            raise ValueError(
+                f"{model} is one classifier: leave out --variant, --held, --part, --int8 and --fp16"
+            )
+        return
     alone(variant, rung)
     sample(held, part)
     form(model, variant)

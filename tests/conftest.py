@@ -37,6 +37,7 @@ TRAINING = {
     "test_gradients.py",
     "test_methods.py",
     "test_models.py",
+    "test_onnx_study.py",
     "test_outside.py",
     "test_page.py",
     "test_parity.py",

@@ -43,9 +43,7 @@ REMEDIES = {
     errno.EROFS: "name a place that can be written to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
-RESUMED = (
-    "harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam", "screen",
-)  # fmt: skip
+RESUMED = ("harden", "train", "purifier", "evaluate", "ablate", "outside", "redteam", "screen")
 REPORT = "check what it was given, and report it where that is sound"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 

@@ -30,6 +30,10 @@ ALL, FIGURES = (
     "Gets a table of all models",
     "Gets the figures of each model that it has a place for",
 )
+EVALUATED = "Folder of the model, as model_store/NAME, or an ONNX file from elsewhere"
+ONNX_RANGE = "ONNX file: range of its pixels; default found by accuracy, and told"
+ONNX_LAYOUT = "ONNX file: order of its pixels, where it does not tell"
+ONNX_SIZE = "ONNX file: pixels a side, where it takes any"
 PROTOCOL = (
     "What it speaks; default by its URL: .../infer v2, ...:predict tensorflow, else Rampart's"
 )
@@ -46,13 +50,24 @@ RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/resu
 verb, app = o.theme("Evaluate")
 
 
+class Measured(NamedTuple):
+    """What is evaluated, and what its input is where it is an ONNX file."""
+
+    model: Annotated[Path, Argument(help=EVALUATED), inputs.measured]
+    arch: o.Own = None
+    range: Annotated[inputs.Scaled | None, Option(help=ONNX_RANGE)] = None
+    layout: Annotated[Literal["nchw", "nhwc"] | None, Option(help=ONNX_LAYOUT)] = None
+    image_size: Annotated[int | None, Option(help=ONNX_SIZE)] = None
+
+
 @verb(
     "evaluate model_store/mine --images cifar10/ --quick",
+    "evaluate resnet50.onnx --images my_images/ --quick --eps 4 --range imagenet",
     "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
     together=inputs.evaluation,
 )
 def evaluate(
-    subject: o.Subject,
+    subject: Measured,
     images: o.Sample,
     threat: o.Threat,
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
@@ -68,9 +83,23 @@ def evaluate(
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """Attack classifier and pipeline with full knowledge; write the figures and a page."""
+    """Attack classifier and pipeline with full knowledge; write the figures and a page.
+
+    An ONNX file from elsewhere is attacked by gradients where it converts to PyTorch, and as a
+    black box where it does not; NAME-measured.json beside it gets the figures.
+    """
     from rampart import studies
 
+    if subject.model.suffix == ".onnx":
+        from rampart import onnx_study
+
+        own = studies.Study(threat.ball(), None, quick, cache=cache, command=command_line())
+        measure = partial(onnx_study.evaluate, limit=limit or (100 if quick else None), notice=say)
+        described = onnx_study.Described(*subject[2:])
+        found = measure(subject.model, images.images, own, described=described, rungs=rung)
+        say(*found.lines)
+        studies.insist(found.checks)
+        return
     model = rp.Model.load(subject.model)
     sample = images.read(model, limit or (100 if quick else None))
     study = studies.Study(threat.ball(model), rate, quick, device, cache, twin, command_line())

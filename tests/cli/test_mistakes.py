@@ -43,6 +43,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     shutil.copy(folder / "good.mar", folder / "a,b.mar")
     (folder / "page.pth").write_text("<!DOCTYPE html><title>Sign in</title>")
     (folder / "words.txt").write_text("text")
+    (folder / "lfs.onnx").write_text(POINTER)
+    (folder / "x.onnx").write_bytes(b"x")
     (folder / "nothing").mkdir()
     np.savez(folder / "good.npz", image=np.zeros((1, 32, 32, 3), np.uint8), label=[0])
     shutil.copytree(tiny_folder, folder / "tiny")
@@ -97,6 +99,9 @@ MISTAKES = [
     ("evaluate tiny --images good.npz --variant lean", "--variant", "--rung"),
     ("evaluate tiny --images good.npz --held good.npz", "--held", "--part"),
     ("evaluate bare --images good.npz --rung pgd20 --variant full", "bare", "leave out --variant"),
+    ("evaluate nope.onnx --images good.npz", "nope.onnx", "name the ONNX file"),
+    ("evaluate lfs.onnx --images good.npz", "lfs.onnx", "git lfs pull"),
+    ("evaluate x.onnx --images good.npz --variant lean", "x.onnx", "leave out --variant"),
     ("ablate tiny --data good.npz --row energy", "energy", "+ energy"),
     ("ablate tiny --data good.npz --row lean --test good.npz", "--test", "without"),
     ("quantize tiny --data good.npz --precision int4", "int4", "'int8'"),

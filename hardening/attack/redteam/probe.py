@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rampart.handlers.image import MAX_IMAGES
-from rampart.hardening.attack.redteam.endpoint import Endpoint
-from rampart.hardening.attack.redteam.said import UNNAMED, Answer
+from rampart.hardening.attack.redteam.said import UNNAMED, Answer, Asked
 from rampart.hardening.model.arrays import Pixels
 
 Floats = NDArray[np.floating[Any]]
@@ -64,7 +63,7 @@ class Probe:
     them.
     """
 
-    def __init__(self, endpoint: Endpoint, image: Pixels, label: int, settings: Settings) -> None:
+    def __init__(self, endpoint: Asked, image: Pixels, label: int, settings: Settings) -> None:
         self.endpoint, self.image, self.label, self.settings = endpoint, image, label, settings
         self.queries = 0
         self.success: int | None = None

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rampart.hardening.attack.redteam.endpoint import Endpoint
 from rampart.hardening.attack.redteam.probe import AttackEnd, Outcome, Probe, Settings
+from rampart.hardening.attack.redteam.said import Asked
 from rampart.hardening.attack.redteam.searches import ATTACKS, DECISION_BASED, starts
 from rampart.hardening.model.images import Images
 
@@ -23,7 +23,7 @@ SAME = 0.001  # confidences that differ by less may be one model's
 
 
 def redteam(
-    endpoint: Endpoint,
+    endpoint: Asked,
     images: Images,
     out: Path,
     *,
@@ -76,7 +76,7 @@ def _index(images: Images, name: str) -> int:
     return images.classes.index(name)
 
 
-def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: Settings) -> Outcome:
+def _attack(name: str, row: int, endpoint: Asked, images: Images, settings: Settings) -> Outcome:
     """One attack on one image. The clean image is query 1; fooling by that needs no attack."""
     label = int(images.label[row])
     probe = Probe(endpoint, images.image[row].numpy(), label, settings)

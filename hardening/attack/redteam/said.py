@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+
+from rampart.hardening.model.arrays import Pixels
 
 UNNAMED = ("", "")  # of an answer that tells no model
 OFF = 0.01  # by which rounded probabilities may miss a sum of 1
@@ -29,6 +31,29 @@ class Said(NamedTuple):
     label: str | int | None = None
     scores: Scores | float | None = None
     accepted: bool = True
+
+
+class Asked(Protocol):
+    """What is attacked: an endpoint, or what answers as one does."""
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Its labels, in the order of its scores."""
+        ...
+
+    @property
+    def reading(self) -> "Reading":
+        """What was found out about its answers."""
+        ...
+
+    def ask(self, images: Pixels) -> list[Answer]:
+        """Answers for uint8 (N, H, W, 3)."""
+        ...
 
 
 class Reading:
