@@ -75,7 +75,7 @@ class Service:
     ) -> None:
         # What a client may ask about.
         self.summary = summary({**card, **terms(card, settings)})
-        self.detail = judge.policy.detail
+        self.policy, self.calibration = judge.policy, judge.calibration
         self.explains = read_explain(settings)
         if self.explains and not isinstance(judge, Judge):
             raise ValueError("object detectors do not explain their verdicts: leave explain out")
@@ -171,6 +171,24 @@ class Service:
             parts = [[next(answers) for _ in request] for request in requests]
         self._end()
         return parts
+
+    def examine(self, data: bytes) -> Picture | ImageError:
+        """A picture as that of a request, not yet decoded, or what is wrong with it."""
+        (picture,) = pictures_of([data], self._size, self._max_pixels)
+        assert not isinstance(picture, np.ndarray)
+        return picture
+
+    def judge(
+        self, pictures: Sequence[Picture | ImageError]
+    ) -> list[tuple[Pixels | ImageError, AnyVerdict | ImageError]]:
+        """The pixels of each picture, and the verdict on them, for who has time.
+
+        Nothing is counted, kept or compared with other queries.
+        """
+        views = [view_of(picture, self._size, self._fitting) for picture in pictures]
+        good = [view for view in views if isinstance(view, View)]
+        verdicts = iter(self._try_infer(good) if good else [])
+        return [(v.pixels, next(verdicts)) if isinstance(v, View) else (v, v) for v in views]
 
     def _judged(
         self, views: Sequence[View | ImageError], owners: Sequence[str]

@@ -123,16 +123,17 @@ def p_values(scores: NDArray[np.floating[Any]], calibration: Calibration) -> Flo
     return shares
 
 
-def drift(p_values: Floats) -> float:
+def drift(p_values: Floats, counts: NDArray[np.integer[Any]] | None = None) -> float:
     """How far p-values (N,) are from uniform, in [0, 1]: the Kolmogorov-Smirnov distance.
 
-    For exchangeable images it stays below `drift_by_chance` in 95% of cases (Smirnov 1948). More
-    means that traffic no longer resembles the calibration images.
+    With `counts` (N,) they are distinct and in order, and each stands for so many images. For
+    exchangeable images it stays below `drift_by_chance` in 95% of cases (Smirnov 1948). More means
+    that traffic no longer resembles the calibration images.
     """
-    ordered = np.sort(p_values)
-    rank = np.arange(1, len(ordered) + 1) / len(ordered)
-    above, below = rank - ordered, ordered - rank + 1 / len(ordered)
-    return float(max(above.max(), below.max()))
+    if counts is None:
+        p_values, counts = np.unique(p_values, return_counts=True)
+    up_to, own = np.cumsum(counts) / counts.sum(), counts / counts.sum()
+    return float(max((up_to - p_values).max(), (p_values - up_to + own).max()))
 
 
 def drift_by_chance(images: int, calibrated_on: int) -> float:

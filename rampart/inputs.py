@@ -5,6 +5,7 @@ more than the head of a file.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -39,6 +40,9 @@ OBJECT_METHODS = ("standard", "nfgsm", "pgd")
 JITTERS = ("flip", "turn", "crop", "shrink", "light", "none")
 Aim = Literal["sum", "alternate", "strongest"]
 NO_BOXES = "pass a folder in the layout of VOC or COCO"
+Protocol = Literal["rampart", "v2", "torchserve", "tensorflow", "json"]
+Scaled = Literal["unit", "bytes", "signed", "imagenet"]
+HEADER = re.compile(r"[A-Za-z0-9-]+:[ -~]+")
 PAGE = b"<"  # what a web page begins with
 
 
@@ -121,6 +125,19 @@ def archive(path: Path) -> None:
     check_archive(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is truncated or damaged: copy it again, or rebuild it")
+
+
+def measured(model: Path) -> None:
+    """A folder of a calibrated model, or an ONNX file."""
+    if model.suffix != ".onnx":
+        folder(model)
+    else:
+        check_file(model, "graph", "name the ONNX file, or the folder of a model")
+
+
+def served(model: Path) -> None:
+    """An archive, or a folder of a calibrated model."""
+    (folder if model.is_dir() else archive)(model)
 
 
 def text(path: Path) -> None:
@@ -362,6 +379,13 @@ def evaluation(
     fp16: bool,
 ) -> None:
     """What belongs together in an evaluation."""
+    if model.suffix == ".onnx":
+        measured(model)
+        if variant or held or part or int8 or fp16:
+            raise ValueError(
+                f"{model} is one classifier: leave out --variant, --held, --part, --int8 and --fp16"
+            )
+        return
     alone(variant, rung)
     sample(held, part)
     form(model, variant)
@@ -491,6 +515,12 @@ def packing(
 
     form(model, variant)
     check_request(out or Path(f"{model}.mar"), model_version, plan, precision or "fp32")
+
+
+def header(line: str) -> None:
+    """A line of an HTTP header."""
+    if not HEADER.fullmatch(line):
+        raise ValueError(f"--header {line.partition(':')[0]}: write it as 'NAME: VALUE'")
 
 
 def redteaming(url: str, i_own_this_endpoint: bool, eps: int, queries: int) -> None:

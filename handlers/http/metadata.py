@@ -26,7 +26,7 @@ def tensors(models: Models, name: str, version: str | None) -> dict[str, Any]:
     outputs = [
         {"name": name, "datatype": output.datatype, "shape": [-1, *output.sides]}
         for name, output in service.outputs.items()
-        if not (service.detail == "public" and name == "p_value")
+        if not (service.policy.detail == "public" and name == "p_value")
     ]
     return {
         "name": name,

@@ -13,13 +13,29 @@ from rampart.hardening.attack.redteam.probe import Floats
 from rampart.hardening.attack.redteam.run import require
 from rampart.hardening.judge.metrics import wilson
 
-__all__ = ["ATTACKS", "Endpoint", "by_attack", "curve", "picture", "read", "redteam", "summary"]
+__all__ = [
+    "ATTACKS", "Endpoint", "by_attack", "curve", "picture", "read", "redteam", "summary", "told",
+]  # fmt: skip
 
 
 def by_attack(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """The outcomes of each attack, attacks in the order of ATTACKS."""
     groups = {name: [o for o in outcomes if o.attack == name] for name in ATTACKS}
     return {name: group for name, group in groups.items() if group}
+
+
+READ = {
+    "probabilities": "probabilities",
+    "logits": "logits, or scores that do not sum to 1: attacks follow their softmax",
+    "a confidence": "a label with its confidence: the rest is spread evenly over other classes",
+    "labels": "labels alone, which Square, SimBA and OARS cannot follow",
+}
+
+
+def told(endpoint: Endpoint) -> list[str]:
+    """What the endpoint's answers are, where they are not Rampart's."""
+    kind = endpoint.reading.kind
+    return [f"{endpoint.url} answers with {READ[kind]}"] if kind else []
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from rampart.cli import evaluate, look, package, serve, train
+from rampart.cli import evaluate, look, package, screen, serve, train
 
 DISTRIBUTION = "rampart-endpoint"
 # What a package belongs to that only some verbs need.
@@ -25,6 +25,7 @@ EXTRAS = {
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
     "client": ("httpx2",),
+    "screen": ("pyarrow", "fsspec"),
 }
 # fmt: on
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:
@@ -48,12 +49,15 @@ REMEDIES = {
     errno.EROFS: "choose a folder that you can write to",
 }
 INTERRUPTED = 130  # exit code, as of a shell
-RESUMED = ("harden", "train", "purifier", "evaluate", "objects", "ablate", "outside", "redteam")
+RESUMED = (
+    *("harden", "train", "purifier", "evaluate", "objects", "ablate", "outside", "redteam"),
+    "screen",
+)
 REPORT = "check the input; if it is correct, report this error"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP_NAMES)
-for theme in (train, evaluate, package, serve, look):
+for theme in (train, evaluate, package, serve, screen, look):
     app.add_typer(theme.app)
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from typer import Argument, Option
 
@@ -11,6 +11,9 @@ from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.provenance import command_line
+
+if TYPE_CHECKING:
+    from rampart.hardening.attack.redteam import Wire
 
 QUICK = "Short attacks, on 100 images unless you pass --limit"
 ALONE = "With --rung: attack only this variant"
@@ -39,19 +42,45 @@ ALL, FIGURES = (
     "Document for the table of all models",
     "Document for the figures of each model that it has a section for",
 )
+EVALUATED = "Folder of the model, as model_store/NAME, or an ONNX file from elsewhere"
+ONNX_RANGE = "ONNX file: range of its pixels; default found by accuracy, and told"
+ONNX_LAYOUT = "ONNX file: order of its pixels, where it does not tell"
+ONNX_SIZE = "ONNX file: pixels a side, where it takes any"
+PROTOCOL = (
+    "What it speaks; default by its URL: .../infer v2, ...:predict tensorflow, else Rampart's"
+)
+SEND = """A body of JSON with "$b64", "$pixels", or lists "$b64*", "$pixels*"; default the PNG"""
+LABEL = "Path to the label in JSON of any server, as '$.label' or '$.predictions[*].label'"
+SCORE = "Path to the scores of all classes, to a table of them by name, or to the label's own"
+RANGE = "Range of pixels sent as numbers: [0, 1], 0 to 255, [-1, 1], or as torchvision has it"
+LAYOUT = "Order of pixels sent as numbers; default what the model tells, else nhwc"
+OUTPUT = "v2: the tensor that has the scores"
+HEADER = "Sent along, as 'Authorization: Bearer TOKEN'; repeatable"
+TARGET = "The class that attacks are to end in; default any wrong one"
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 EVIDENCE = Path("evidence.html")
 
 verb, app = o.theme("Evaluate")
 
 
+class Measured(NamedTuple):
+    """What is evaluated, and what its input is where it is an ONNX file."""
+
+    model: Annotated[Path, Argument(help=EVALUATED), inputs.measured]
+    arch: o.Own = None
+    range: Annotated[inputs.Scaled | None, Option(help=ONNX_RANGE)] = None
+    layout: Annotated[Literal["nchw", "nhwc"] | None, Option(help=ONNX_LAYOUT)] = None
+    image_size: Annotated[int | None, Option(help=ONNX_SIZE)] = None
+
+
 @verb(
     "evaluate model_store/mine --images cifar10/ --quick",
+    "evaluate resnet50.onnx --images my_images/ --quick --eps 4 --range imagenet",
     "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
     together=inputs.evaluation,
 )
 def evaluate(
-    subject: o.Subject,
+    subject: Measured,
     images: o.Sample,
     threat: o.Threat,
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
@@ -67,9 +96,23 @@ def evaluate(
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """Attack classifier and pipeline with full knowledge; write the figures and a report page."""
+    """Attack classifier and pipeline with full knowledge; write the figures and a report page.
+
+    An ONNX file from elsewhere is attacked by gradients if it converts to PyTorch, else as a black
+    box; the figures go into NAME-measured.json beside it.
+    """
     from rampart import studies
 
+    if subject.model.suffix == ".onnx":
+        from rampart import onnx_study
+
+        own = studies.Study(threat.ball(), None, quick, cache=cache, command=command_line())
+        measure = partial(onnx_study.evaluate, limit=limit or (100 if quick else None), notice=say)
+        described = onnx_study.Described(*subject[2:])
+        found = measure(subject.model, images.images, own, described=described, rungs=rung)
+        say(*found.lines)
+        studies.insist(found.checks)
+        return
     model = rp.Model.load(subject.model)
     sample = images.read(model, limit or (100 if quick else None))
     study = studies.Study(threat.ball(model), rate, quick, device, cache, twin, command_line())
@@ -185,8 +228,37 @@ def outside(
     say(*studies.beyond(model, images.read(model, limit), study).lines)
 
 
+class Server(NamedTuple):
+    """What is known of a server that is not Rampart's."""
+
+    protocol: Annotated[inputs.Protocol | None, Option(help=PROTOCOL)] = None
+    send: Annotated[str | None, Option(help=SEND)] = None
+    label: Annotated[str | None, Option(help=LABEL)] = None
+    score: Annotated[str | None, Option(help=SCORE)] = None
+    range: Annotated[inputs.Scaled, Option(help=RANGE)] = "unit"
+    layout: Annotated[Literal["nchw", "nhwc"] | None, Option(help=LAYOUT)] = None
+    output: Annotated[str | None, Option(help=OUTPUT)] = None
+    header: Annotated[list[str] | None, Option(help=HEADER), inputs.header] = None
+
+    def wire(self) -> "Wire":
+        """The same in the library."""
+        from rampart.hardening.attack.redteam import Wire
+        from rampart.hardening.model.scaling import SCALINGS
+
+        scaling = SCALINGS[self.range]
+        known = (self.protocol, self.send, self.label, self.score)
+        return Wire(*known, scaling, self.layout, self.output)
+
+    def headers(self) -> dict[str, str]:
+        """Header lines by name."""
+        pairs = [line.partition(":") for line in self.header or []]
+        return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 @verb(
     "redteam http://127.0.0.1:8080/predictions/cifar10 cifar10/",
+    "redteam http://127.0.0.1:8000/v2/models/resnet/infer cifar10/ --range imagenet --target cat",
+    """redteam http://127.0.0.1:80/classify cifar10/ --send '{"images": "$b64*"}' --label '$[*]'""",
     together=inputs.redteaming,
 )
 def redteam(
@@ -200,6 +272,9 @@ def redteam(
     image_size: Annotated[int, Option(help="Pixels per side of the model's input")] = 32,
     beside: Annotated[Path | None, Option(help="--out of another run, drawn dashed")] = None,
     seed: o.Seed = 0,
+    target: Annotated[str | None, Option(help=TARGET)] = None,
+    *,
+    server: Server,
     i_own_this_endpoint: Annotated[
         bool, Option("--i-own-this-endpoint", help="Required beyond loopback")
     ] = False,
@@ -209,10 +284,11 @@ def redteam(
     from rampart.hardening.train.data import load
 
     data = load(images, train=False, size=image_size)
-    endpoint = team.Endpoint(url, data.classes, owned=i_own_this_endpoint)
-    run = partial(team.redteam, limit=limit, eps=eps, budget=queries, seed=seed)
-    outcomes = run(endpoint, data, out, attacks=attack or tuple(team.ATTACKS))
-    say(team.summary(outcomes))
+    where = partial(team.Endpoint, size=image_size, wire=server.wire(), headers=server.headers())
+    endpoint = where(url, data.classes, owned=i_own_this_endpoint)
+    run = partial(team.redteam, limit=limit, eps=eps, budget=queries, seed=seed, target=target)
+    outcomes = run(endpoint, data, out, attacks=attack or ())
+    say(*team.told(endpoint), team.summary(outcomes))
     runs = {out.name: outcomes}
     if beside:
         runs[beside.name if beside.name != out.name else str(beside)] = team.read(beside)

@@ -5,7 +5,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,17 @@ class Opened(NamedTuple):
 
 
 def open_archive(
-    archive: Path, metrics: Metrics, *, copy: Path | None = None, workers: int = 1
+    archive: Path,
+    metrics: Metrics,
+    *,
+    copy: Path | None = None,
+    workers: int = 1,
+    changes: Mapping[str, Any] | None = None,
 ) -> Opened:
     """The service of an archive, or of a `copy` of it; all `workers` share the cores.
 
-    Raises ValueError on one line, OSError.
+    `changes` go before the archive's settings and those of the environment. Raises ValueError on
+    one line, OSError.
     """
     with tempfile.TemporaryDirectory(prefix="rampart-") as scratch:
         folder = Path(scratch)
@@ -43,7 +49,7 @@ def open_archive(
             name, version = str(model["modelName"]), str(model["modelVersion"])
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
             raise ValueError(f"{archive} is not a Rampart archive: rebuild it") from error
-        settings = override(config.get("rampart") or {}, os.environ)
+        settings = override(config.get("rampart") or {}, os.environ) | dict(changes or {})
         service = Service.open(
             folder, settings, metrics, name=name, version=version, workers=workers
         )

@@ -43,6 +43,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     shutil.copy(folder / "good.mar", folder / "a,b.mar")
     (folder / "page.pth").write_text("<!DOCTYPE html><title>Sign in</title>")
     (folder / "words.txt").write_text("text")
+    (folder / "lfs.onnx").write_text(POINTER)
+    (folder / "x.onnx").write_bytes(b"x")
     (folder / "nothing").mkdir()
     np.savez(folder / "good.npz", image=np.zeros((1, 32, 32, 3), np.uint8), label=[0])
     shutil.copytree(tiny_folder, folder / "tiny")
@@ -101,6 +103,9 @@ MISTAKES = [
     ("evaluate tiny --images good.npz --variant lean", "--variant", "--rung"),
     ("evaluate tiny --images good.npz --held good.npz", "--held", "--part"),
     ("evaluate bare --images good.npz --rung pgd20 --variant full", "bare", "leave out --variant"),
+    ("evaluate nope.onnx --images good.npz", "nope.onnx", "name the ONNX file"),
+    ("evaluate lfs.onnx --images good.npz", "lfs.onnx", "git lfs pull"),
+    ("evaluate x.onnx --images good.npz --variant lean", "x.onnx", "leave out --variant"),
     ("ablate tiny --data good.npz --row energy", "energy", "+ energy"),
     ("ablate tiny --data good.npz --row lean --test good.npz", "--test", "without"),
     ("quantize tiny --data good.npz --precision int4", "int4", "'int8'"),
@@ -124,6 +129,12 @@ MISTAKES = [
     ("serve --archive lfs.mar --server http", "lfs.mar", "git lfs pull"),
     ("serve --archive other.mar", "other.mar", "rebuild it"),
     ("serve --archive a,b.mar", "a,b.mar", "rename"),
+    ("screen nothing --model nope.mar", "nope.mar", "rampart archive"),
+    ("screen nothing --model nothing", "nothing", "rampart calibrate"),
+    ("screen nothing --model bare --out words.txt", "words.txt", "a folder is wanted"),
+    ("screen nope --model good.mar", "nope", "there is no such file"),
+    ("screen nothing --model good.mar", "nothing", "pass a folder of pictures"),
+    ("screen words.txt --model lfs.mar", "lfs.mar", "git lfs pull"),
     ("attack empty.png --model tiny", "empty.png", "copy or download it again"),
     ("attack nope.png --model tiny", "nope.png", "pass a JPEG"),
     ("attack lfs.png --model tiny", "lfs.png", "git lfs pull"),
@@ -131,6 +142,7 @@ MISTAKES = [
     ("certify --model tiny --sigma 0", "--sigma 0", "above 0"),
     ("redteam localhost:8080 good.npz", "localhost:8080", "http://127.0.0.1:8080/predictions/NAME"),
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
+    ("redteam http://127.0.0.1:1/a good.npz --header token", "--header token", "NAME: VALUE"),
     ("table nothing", "nothing", "rampart calibrate"),
     ("probe --metrics http://127.0.0.1:1/metrics", "127.0.0.1:1", "start a server"),
     ("download mnist", "mnist", "cifar10"),
@@ -236,7 +248,9 @@ def test_every_kind_of_error_has_words_for_people(
 def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     from rampart.hardening.attack.ladder import RUNGS
     from rampart.hardening.attack.redteam import ATTACKS
+    from rampart.hardening.attack.redteam.protocols import NAMES as PROTOCOLS
     from rampart.hardening.model.classifier import ARCHITECTURES
+    from rampart.hardening.model.scaling import NAMES as SCALED
     from rampart.hardening.train.augmentation import AUGMENTATIONS
     from rampart.hardening.train.methods import METHODS
 
@@ -244,6 +258,8 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert get_args(inputs.Method) == tuple(METHODS)
     assert tuple(rung.name for rung in RUNGS) == inputs.RUNGS
     assert tuple(ATTACKS) == inputs.TEAM
+    assert get_args(inputs.Protocol) == PROTOCOLS
+    assert get_args(inputs.Scaled) == SCALED
     assert (*AUGMENTATIONS, "none") == inputs.AUGMENTATIONS
 
 

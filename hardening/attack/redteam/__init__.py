@@ -3,9 +3,14 @@
 fools.
 """
 
-from rampart.hardening.attack.redteam.endpoint import Answer, Endpoint
+from rampart.hardening.attack.redteam.endpoint import Endpoint
 from rampart.hardening.attack.redteam.probe import Outcome, Probe, Settings
+from rampart.hardening.attack.redteam.protocols import Wire
 from rampart.hardening.attack.redteam.run import read, redteam
-from rampart.hardening.attack.redteam.searches import ATTACKS
+from rampart.hardening.attack.redteam.said import Answer
+from rampart.hardening.attack.redteam.searches import ATTACKS, DECISION_BASED
 
-__all__ = ["ATTACKS", "Answer", "Endpoint", "Outcome", "Probe", "Settings", "read", "redteam"]
+__all__ = [
+    "ATTACKS", "DECISION_BASED", "Answer", "Endpoint", "Outcome", "Probe", "Settings", "Wire",
+    "read", "redteam",
+]  # fmt: skip

@@ -6,38 +6,36 @@ import ipaddress
 import json
 import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
-
+from rampart.hardening.attack.redteam.protocols import JSON, Speech, Wire, png, speech_of
+from rampart.hardening.attack.redteam.said import UNNAMED, Answer, Reading
 from rampart.hardening.model.arrays import Pixels
-from rampart.hardening.model.pixels import as_file
 
 SIMILAR = "similar_query"  # how the endpoint calls what it throttles
-UNNAMED = ("", "")  # a throttled answer tells no model
-
-
-class Answer(NamedTuple):
-    """What the endpoint says of one image: `top` are (index, confidence), `model` name, version."""
-
-    label: int | None
-    top: tuple[tuple[int, float], ...]
-    model: tuple[str, str]
-    similar: bool = False
+AT_ONCE = 8  # requests to a server that takes one picture each, which may batch them itself
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to send images, and the `classes` of its labels. Raises ValueError for no prediction
-    URL, and for a foreign host unless it is `owned`: attacking it is a crime in most places.
+    """Where to send images of `size` pixels a side, and the `classes` of its labels, in the order
+    of its scores. `wire` says what is known of a server that is not Rampart's, `headers` go along.
+
+    Raises ValueError for no prediction URL, and for a foreign host unless it is `owned`: attacking
+    it is a crime in most places.
     """
 
     url: str
     classes: tuple[str, ...]
     owned: bool = False
+    size: int = 32
+    wire: Wire = Wire()  # noqa: RUF009  # of constants
+    headers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -49,31 +47,85 @@ class Endpoint:
                 " it with --i-own-this-endpoint"
             )
 
+    @cached_property
+    def _speech(self) -> Speech | None:
+        """How the server is asked; None for Rampart's own protocol."""
+        try:
+            return speech_of(self.wire, self.url, self.size, self._fetch)
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{self.url} tells no model of the protocol v2 ({error})") from error
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What was found out about its answers."""
+        return Reading(self.classes)
+
     def ask(self, images: Pixels) -> list[Answer]:
-        """Answers for uint8 (N, H, W, 3) in one request. Raises ConnectionError or ValueError."""
-        files = [as_file(Image.fromarray(image)) for image in images]
-        instances = [{"b64": base64.b64encode(file).decode()} for file in files]
-        status, text = self._post(json.dumps({"instances": instances}))
-        body: Any = None
+        """Answers for uint8 (N, H, W, 3) in as few requests as it takes. Raises ConnectionError or
+        ValueError.
+        """
+        speech = self._speech
+        if speech is None:
+            return self._ask_rampart(images)
+        pieces = [images[i : i + speech.most] for i in range(0, len(images), speech.most)]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            said = threads.map(lambda piece: self._ask(speech, piece), pieces)
+            return [answer for answers in said for answer in answers]
+
+    def _ask(self, speech: Speech, images: Pixels) -> list[Answer]:
+        """Answers to one request."""
+        status, text = self._send("POST", self.url, *speech.request(images))
+        if status != 200:
+            raise ValueError(f"{self.url} answers with status {status}: {_short(text)}")
+        try:
+            said = speech.read(json.loads(text), len(images))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.url} does not answer as it should ({type(error).__name__}: {error}), but"
+                f" {_short(text)}: name what it speaks with --protocol"
+            ) from error
+        if len(said) != len(images):
+            raise ValueError(f"{self.url} does not answer {len(images)} images: {_short(text)}")
+        try:
+            return [self.reading.answer(one) for one in said]
+        except ValueError as error:
+            raise ValueError(f"{self.url}: {error}") from error
+
+    def _ask_rampart(self, images: Pixels) -> list[Answer]:
+        instances = [{"b64": base64.b64encode(png(image)).decode()} for image in images]
+        body = json.dumps({"instances": instances}).encode()
+        status, text = self._send("POST", self.url, body, JSON)
+        content: Any = None
         with suppress(ValueError):
-            body = json.loads(text)
-        if not isinstance(body, dict) or (status != 200 and body.get("type") != SIMILAR):
-            message = body.get("message", text) if isinstance(body, dict) else text
+            content = json.loads(text)
+        if not isinstance(content, dict) or (status != 200 and content.get("type") != SIMILAR):
+            message = content.get("message", text) if isinstance(content, dict) else text
             raise ValueError(f"{self.url} answers with status {status}: {_short(message)}")
-        verdicts = body.get("predictions", [body])  # a single image's comes without a list
+        verdicts = content.get("predictions", [content])  # a single image's comes without a list
         if not isinstance(verdicts, list) or len(verdicts) != len(images):
             raise ValueError(f"{self.url} does not answer {len(images)} images: {_short(text)}")
         return [self._parse(verdict) for verdict in verdicts]
 
-    def _post(self, body: str) -> tuple[int, str]:
-        """Status and text. Neither proxies nor redirects, which might lead to another machine."""
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    def _fetch(self, url: str) -> Any:
+        """The JSON at a URL. Raises ValueError."""
+        status, text = self._send("GET", url)
         try:
-            with closing(kind(str(parts.hostname), parts.port, timeout=60)) as connection:
-                connection.request("POST", target, body, {"Content-Type": "application/json"})
+            if status == 200:
+                return json.loads(text)
+        except ValueError:
+            pass
+        raise ValueError(f"{url} answers with status {status}: {_short(text)}")
+
+    def _send(self, verb: str, url: str, body: bytes = b"", kind: str = JSON) -> tuple[int, str]:
+        """Status and text. Neither proxies nor redirects, which might lead to another machine."""
+        parts = urlsplit(url)
+        secure = parts.scheme == "https"
+        client = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Content-Type": kind, **(self.headers or {})}
+        try:
+            with closing(client(str(parts.hostname), parts.port, timeout=60)) as connection:
+                connection.request(verb, target, body, headers)
                 response = connection.getresponse()
                 return response.status, response.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as error:
@@ -93,7 +145,8 @@ class Endpoint:
             return Answer(self._index(verdict["label"]) if accepted else None, top, model, similar)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.url} does not return a Rampart verdict, but {_short(json.dumps(verdict))}"
+                f"{self.url} does not return a Rampart verdict, but {_short(json.dumps(verdict))}:"
+                " pass what it speaks as --protocol"
             ) from error
 
     def _index(self, label: str) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rampart.handlers.image import MAX_IMAGES
-from rampart.hardening.attack.redteam.endpoint import UNNAMED, Answer, Endpoint
+from rampart.hardening.attack.redteam.said import UNNAMED, Answer, Asked
 from rampart.hardening.model.arrays import Pixels
 
 Floats = NDArray[np.floating[Any]]
@@ -28,6 +28,7 @@ class Settings:
     eps: int
     budget: int
     seed: int
+    target: int | None = None  # the class that an attack is to end in, else any wrong one
     said: Sequence[Sequence[float]] = ()
 
 
@@ -62,7 +63,7 @@ class Probe:
     them.
     """
 
-    def __init__(self, endpoint: Endpoint, image: Pixels, label: int, settings: Settings) -> None:
+    def __init__(self, endpoint: Asked, image: Pixels, label: int, settings: Settings) -> None:
         self.endpoint, self.image, self.label, self.settings = endpoint, image, label, settings
         self.queries = 0
         self.success: int | None = None
@@ -78,9 +79,20 @@ class Probe:
         return as_float(self.image)
 
     @property
+    def targeted(self) -> bool:
+        """Whether one class is wanted."""
+        return self.settings.target is not None
+
+    @property
     def one_hot(self) -> Floats:
-        """The true label as probabilities (1, K)."""
-        return np.eye(1, len(self.endpoint.classes), self.label)
+        """What attacks are told as probabilities (1, K): the wanted class, else the true one."""
+        target = self.settings.target
+        return np.eye(1, len(self.endpoint.classes), self.label if target is None else target)
+
+    def wanted(self, shares: Floats) -> bool:
+        """Whether probabilities (K,) say what the attack wants."""
+        best = int(shares.argmax())
+        return best != self.label if self.settings.target is None else best == self.settings.target
 
     def __call__(self, x: Floats) -> Floats:
         """Probabilities (N, K); sends what was not sent before. Raises AttackEnd."""
@@ -114,12 +126,18 @@ class Probe:
         if answer.similar and self.noticed is None:
             self.noticed = self.queries
         self._answers[image.tobytes()] = scores(answer, self.label, len(self.endpoint.classes))
-        if answer.label is None or answer.label == self.label:
+        if not self._fools(answer):
             return
         distance = int(np.abs(image.astype(int) - self.image).max())
         self.distance = distance if self.distance is None else min(self.distance, distance)
         if distance <= self.settings.eps and self.success is None:
             self.success = self.queries
+
+    def _fools(self, answer: Answer) -> bool:
+        """Whether an answer is what the attack wants."""
+        if self.settings.target is not None:
+            return answer.label == self.settings.target
+        return answer.label is not None and answer.label != self.label
 
 
 def as_float(image: Pixels) -> Floats:

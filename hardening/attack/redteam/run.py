@@ -12,40 +12,46 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rampart.hardening.attack.redteam.endpoint import Endpoint
 from rampart.hardening.attack.redteam.probe import AttackEnd, Outcome, Probe, Settings
-from rampart.hardening.attack.redteam.searches import ATTACKS, starts
+from rampart.hardening.attack.redteam.said import Asked
+from rampart.hardening.attack.redteam.searches import ATTACKS, DECISION_BASED, starts
 from rampart.hardening.model.images import Images
 
 FILE = "queries.jsonl"
+TOLD = 5  # classes of the first image that tell one model from another
 SAME = 0.001  # confidences that differ by less may be one model's
 
 
 def redteam(
-    endpoint: Endpoint,
+    endpoint: Asked,
     images: Images,
     out: Path,
     *,
-    attacks: Sequence[str] = tuple(ATTACKS),
+    attacks: Sequence[str] = (),
     limit: int = 50,
     eps: int = 8,
     budget: int = 1000,
     seed: int = 0,
+    target: str | None = None,
 ) -> list[Outcome]:
     """Attack `limit` images, evenly spaced over all, each with up to `budget` queries an attack.
-    Every finished image is a line of OUT/queries.jsonl, from which a second run goes on. Raises
-    ValueError for a run with other settings, and what Endpoint.ask raises.
+    `attacks` are all by default, or those that follow labels where nothing else is answered; a
+    `target` is the class that each is to end in, of images that show another. Every finished image
+    is a line of OUT/queries.jsonl, from which a second run goes on. Raises ValueError for a run
+    with other settings, and what Endpoint.ask raises.
     """
     require("art")
     if not set(attacks) <= set(ATTACKS):
         raise ValueError(f"no such attack: choose among {', '.join(ATTACKS)}")
     if min(eps, budget, limit) < 1:
         raise ValueError("eps, queries and limit must be at least 1")
+    wanted = None if target is None else _index(images, target)
     (first,) = endpoint.ask(images.image[:1].numpy())
-    settings = Settings(endpoint.url, *first.model, eps, budget, seed, list(map(list, first.top)))
+    attacks = attacks or (DECISION_BASED if endpoint.reading.kind == "labels" else tuple(ATTACKS))
+    said = [list(pair) for pair in first.top[:TOLD]]
+    settings = Settings(endpoint.url, *first.model, eps, budget, seed, wanted, said)
     done = {(outcome.attack, outcome.index): outcome for outcome in _resume(out, settings)}
-    count = min(limit, len(images))
-    rows = [number * len(images) // count for number in range(count)]
+    rows = _spread([row for row in range(len(images)) if images.label[row] != wanted], limit)
     for name in attacks:
         for row in tqdm(rows, desc=name):
             old = done.get((name, row))
@@ -58,7 +64,19 @@ def redteam(
     return [done[name, row] for name in attacks for row in rows]
 
 
-def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: Settings) -> Outcome:
+def _spread(rows: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of the rows, evenly spaced."""
+    count = min(limit, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _index(images: Images, name: str) -> int:
+    if name not in images.classes:
+        raise ValueError(f"no class {name} among these images: {', '.join(images.classes)}")
+    return images.classes.index(name)
+
+
+def _attack(name: str, row: int, endpoint: Asked, images: Images, settings: Settings) -> Outcome:
     """One attack on one image. The clean image is query 1; fooling by that needs no attack."""
     label = int(images.label[row])
     probe = Probe(endpoint, images.image[row].numpy(), label, settings)
@@ -67,7 +85,7 @@ def _attack(name: str, row: int, endpoint: Endpoint, images: Images, settings: S
     np.random.seed(source)  # noqa: NPY002
     with suppress(AttackEnd):
         probe(probe.x)
-        ATTACKS[name](probe, starts(images, label, np.random.default_rng(source)))
+        ATTACKS[name](probe, starts(images, label, np.random.default_rng(source), settings.target))
     counts = (probe.queries, probe.success, probe.success == 1, probe.distance, probe.noticed)
     return Outcome(settings, name, row, _sha256(images, row), images.classes[label], *counts)
 

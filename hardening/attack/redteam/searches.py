@@ -14,9 +14,14 @@ from rampart.hardening.model.images import Images
 STARTS = 100
 
 
-def starts(images: Images, label: int, generator: np.random.Generator) -> Iterator[Floats]:
-    """Float32 (1, 3, H, W) to begin at, first images: ART begins in noise, which is flagged."""
-    others = np.flatnonzero(images.label.numpy() != label)
+def starts(
+    images: Images, label: int, generator: np.random.Generator, target: int | None = None
+) -> Iterator[Floats]:
+    """Float32 (1, 3, H, W) to begin at, first images of other classes, or of the `target`: ART
+    begins in noise, which is flagged.
+    """
+    labels = images.label.numpy()
+    others = np.flatnonzero(labels != label if target is None else labels == target)
     for row in generator.permutation(others)[:STARTS]:
         yield as_float(images.image[int(row)].numpy())
     _, height, width, _ = images.image.shape
@@ -25,8 +30,8 @@ def starts(images: Images, label: int, generator: np.random.Generator) -> Iterat
 
 
 def _first_adversarial(probe: Probe, begin: Iterator[Floats]) -> Floats | None:
-    """The first start that the endpoint accepts under a wrong label."""
-    return next((x for x in begin if probe(x)[0].argmax() != probe.label), None)
+    """The first start that the endpoint accepts under a label that is wanted."""
+    return next((x for x in begin if probe.wanted(probe(x)[0])), None)
 
 
 def _classifier(probe: Probe, predict: Callable[[Floats], Floats]) -> Any:
@@ -44,8 +49,27 @@ def square(probe: Probe, begin: Iterator[Floats]) -> None:
 
     eps, budget = probe.settings.eps / 255, probe.settings.budget
     # An iteration costs one query; the squares shrink by the share of iterations that have gone.
-    attack = SquareAttack(_classifier(probe, probe), eps=eps, max_iter=budget, verbose=False)
+    classifier = _classifier(probe, probe)
+    terms = {"adv_criterion": _is_class, "loss": _lead_over(classifier)} if probe.targeted else {}
+    attack = SquareAttack(classifier, eps=eps, max_iter=budget, verbose=False, **terms)
     attack.generate(probe.x, probe.one_hot)
+
+
+def _is_class(shares: Floats, one_hot: Floats) -> Any:
+    """Which rows (N, K) say the wanted class (N, K)."""
+    return shares.argmax(1) == one_hot.argmax(1)
+
+
+def _lead_over(classifier: Any) -> Callable[[Floats, Floats], Floats]:
+    """By how much other classes lead before the wanted one (N,): what Square is to lower."""
+
+    def lead(x: Floats, one_hot: Floats) -> Floats:
+        shares = classifier.predict(x)
+        others: Floats = np.where(one_hot > 0, -np.inf, shares).max(1)
+        gap: Floats = others - shares[one_hot > 0]
+        return gap
+
+    return lead
 
 
 def simba(probe: Probe, begin: Iterator[Floats]) -> None:
@@ -58,7 +82,8 @@ def simba(probe: Probe, begin: Iterator[Floats]) -> None:
     low, high = probe.x - eps, probe.x + eps
     inside = _classifier(probe, lambda x: probe(np.clip(x, low, high)))
     step = eps * probe.image.shape[0] / 2
-    attack = SimBA(inside, "dct", max_iter=probe.settings.budget, epsilon=step, verbose=False)
+    terms = {"epsilon": step, "targeted": probe.targeted, "verbose": False}
+    attack = SimBA(inside, "dct", max_iter=probe.settings.budget, **terms)
     attack.generate(probe.x, probe.one_hot)
 
 
@@ -70,7 +95,8 @@ def hopskipjump(probe: Probe, begin: Iterator[Floats]) -> None:
     if start is None:
         return
     classifier = _classifier(probe, probe)
-    attack = HopSkipJump(classifier, norm=np.inf, max_iter=probe.settings.budget, verbose=False)
+    terms = {"targeted": probe.targeted, "norm": np.inf, "verbose": False}
+    attack = HopSkipJump(classifier, max_iter=probe.settings.budget, **terms)
     # ART probes the boundary with noise of a hundredth of a level a pixel, which rounding to 8 bits
     # takes back; this noise has a standard deviation of two levels.
     noise = 2 / 255 * np.sqrt(probe.image.size)
@@ -85,9 +111,9 @@ def boundary(probe: Probe, begin: Iterator[Floats]) -> None:
     start = _first_adversarial(probe, begin)
     if start is None:
         return
-    attack = BoundaryAttack(
-        _classifier(probe, probe), targeted=False, max_iter=probe.settings.budget, verbose=False
-    )
+    terms = {"targeted": probe.targeted, "verbose": False}
+    classifier = _classifier(probe, probe)
+    attack = BoundaryAttack(classifier, max_iter=probe.settings.budget, **terms)
     attack.generate(probe.x, probe.one_hot, x_adv_init=start)
 
 
@@ -96,7 +122,7 @@ def oars(probe: Probe, begin: Iterator[Floats]) -> None:
     eps, side = probe.settings.eps / 255, probe.image.shape[0]
     generator = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002  # seeded by _attack
     best, share = probe.x, 0.05
-    lowest = probe(best)[0][probe.label]
+    lowest = _distance(probe, best)
     while True:
         blocks = int(generator.choice([side // 8, side // 4, side // 2, side]))
         signs = generator.choice([-eps, eps], (1, 3, blocks, blocks))
@@ -104,12 +130,20 @@ def oars(probe: Probe, begin: Iterator[Floats]) -> None:
         step = np.repeat(np.repeat(signs, side // blocks, 2), side // blocks, 3)
         step = np.pad(step, [(0, 0), (0, 0), *[(0, side - step.shape[2])] * 2])
         x = np.where(step != 0, np.clip(probe.x + step, 0, 1), best).astype(np.float32)
-        confidence = probe(x)[0][probe.label]
+        confidence = _distance(probe, x)
         share = min(1.0, share * 1.2) if probe.refused else max(0.01, share * 0.98)
         if confidence < lowest:
             best, lowest = x, confidence
 
 
+def _distance(probe: Probe, x: Floats) -> float:
+    """What OARS lowers: the confidence in the true class, or what the wanted one lacks."""
+    shares, target = probe(x)[0], probe.settings.target
+    return float(shares[probe.label] if target is None else 1 - shares[target])
+
+
 ATTACKS: dict[str, Callable[[Probe, Iterator[Floats]], None]] = {
     attack.__name__: attack for attack in (square, simba, hopskipjump, boundary, oars)
 }
+# These need labels alone.
+DECISION_BASED = ("hopskipjump", "boundary")

@@ -1,0 +1,47 @@
+"""The verb that judges stores of pictures, offline."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from rampart import inputs
+from rampart.cli import options as o
+from rampart.cli.options import say
+from rampart.cli.serve import DEVICE, Device
+
+SOURCE = "Folder, list of addresses (.txt), tar or Parquet files, or a pattern of them as"
+SOURCE += " 'shards/{000..099}.tar'; any address of fsspec, as s3://BUCKET/PREFIX"
+BY = "Archive (.mar), or folder of a model that ships its graph"
+OUT = "Folder of the verdicts; the same run goes on there"
+COLUMN = "Of Parquet files: the column with bytes or addresses; default the first that has some"
+FLAGGED = "Write rows of flagged pictures, and of those at fault, alone"
+COPIES = "Copy the files of flagged pictures into this folder"
+NEAR = "Also find pictures that are nearly the same, as attacks by queries leave them"
+WORKERS = "Processes; default one a core"
+
+verb, app = o.theme("Serve")
+
+
+@verb(
+    "screen pictures/ --model model_store/traffic-signs",
+    "screen 's3://bucket/{000..099}.tar' --model mine.mar --out verdicts --only-flagged",
+)
+def screen(
+    source: Annotated[str, Argument(help=SOURCE)],
+    model: Annotated[Path, Option("--archive", "--model", help=BY), inputs.served] = o.SHIPPED,
+    out: Annotated[Path, Option(help=OUT), inputs.folder_to_write] = Path("runs/screen"),
+    column: Annotated[str | None, Option(help=COLUMN)] = None,
+    only_flagged: Annotated[bool, Option("--only-flagged", help=FLAGGED)] = False,
+    copy_flagged: Annotated[Path | None, Option(help=COPIES), inputs.folder_to_write] = None,
+    near_duplicates: Annotated[bool, Option("--near-duplicates", help=NEAR)] = False,
+    workers: Annotated[int | None, Option(min=1, help=WORKERS)] = None,
+    device: Annotated[Device, Option(help=DEVICE)] = "auto",
+) -> None:
+    """Verdicts on a store of pictures, as Parquet, and no server. Ctrl-C is safe: run it again."""
+    from rampart.screening.screen import Wanted, screen
+
+    wanted = Wanted(column, only_flagged, copy_flagged, near_duplicates)
+    result = screen(source, model, out, wanted, workers=workers, device=device)
+    say(*result.lines)
+    result.insist()
