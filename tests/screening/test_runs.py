@@ -144,7 +144,7 @@ def test_ctrl_c_ends_all_of_it_and_says_how_to_go_on(
     assert 0 < run.parts() < SHARDS
 
 
-def test_what_could_not_be_read_is_tried_again_and_what_is_new_is_added(
+def test_a_shard_that_changed_is_screened_anew_and_what_is_new_is_added(
     tiny_archive: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -164,6 +164,17 @@ def test_what_could_not_be_read_is_tried_again_and_what_is_new_is_added(
     (store / "c.tar").unlink()
     third = screen(str(store), tiny_archive, tmp_path / "o", workers=1).figures
     assert third["images"] == 3 == names(tmp_path / "o").total()
+
+
+def test_a_picture_that_was_missing_is_asked_for_again(tiny_archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("0.png\n1.png\n")
+    folder(tmp_path, {"0.png": picture(0)})
+    runs = []
+    for _ in range(2):
+        source = str(tmp_path / "list.txt")
+        runs.append(screen(source, tiny_archive, tmp_path / "o", workers=1).figures)
+        folder(tmp_path, {"1.png": picture(1)})
+    assert [run["errors"] for run in runs] == [{"unreadable": 1}, {}]
 
 
 def test_a_model_folder_that_ships_its_graph_screens_without_torch(
