@@ -131,7 +131,7 @@ MISTAKES = [
     ("serve --archive a,b.mar", "a,b.mar", "rename"),
     ("screen nothing --model nope.mar", "nope.mar", "rampart archive"),
     ("screen nothing --model nothing", "nothing", "rampart calibrate"),
-    ("screen nothing --model bare --out words.txt", "words.txt", "a folder is wanted"),
+    ("screen nothing --model bare --out words.txt", "words.txt", "a folder is expected"),
     ("screen nope --model good.mar", "nope", "there is no such file"),
     ("screen nothing --model good.mar", "nothing", "pass a folder of pictures"),
     ("screen words.txt --model lfs.mar", "lfs.mar", "git lfs pull"),
