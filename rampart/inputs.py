@@ -274,26 +274,59 @@ def learning(
 ) -> None:
     """What belongs together in a training: boxes in the data make it one of an object detector."""
     training(method, teacher, smoothing, steps)
-    kind = finds_objects(arch) if arch else None
-    if not has_boxes(data):
-        if kind:
-            raise ValueError(f"--arch {arch} finds objects, but {data} has no boxes: {NO_BOXES}")
+    boxes = has_boxes(data)
+    task(data, arch, boxes=boxes)
+    for name in augment or []:
+        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    if not boxes:
         if aim or passes:
             raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
-        for name in augment or []:
-            augmentation(name)
         return
-    if kind is False:
+    among(method, OBJECT_METHODS, "method of object detectors")
+    given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    if named := [option for option, value in given.items() if value]:
+        raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
+
+
+def task(data: Path, arch: str | None, *, boxes: bool) -> None:
+    """Data with boxes and an object detector, or neither."""
+    if arch and finds_objects(arch) and not boxes:
+        raise ValueError(f"--arch {arch} finds objects, but {data} has no boxes: {NO_BOXES}")
+    if arch and boxes and not finds_objects(arch):
         raise ValueError(
             f"{data} has boxes, but --arch {arch} is a classifier: choose one of"
             f" {', '.join(ARCHITECTURES)}, as ssd or ssd-resnet34"
         )
-    among(method, OBJECT_METHODS, "method of object detectors")
+
+
+def whole_way(
+    *,
+    data: Path,
+    arch: str | None,
+    weights: Path | None,
+    epochs: int | None,
+    method: str,
+    augment: list[str] | None,
+    purifier_epochs: int | None,
+) -> None:
+    """What belongs together on the whole way from images, with boxes or without."""
+    hardening(weights, epochs, method)
+    boxes = has_boxes(data)
+    task(data, arch, boxes=boxes)
     for name in augment or []:
-        among(name, JITTERS, "augmentation of boxes")
-    given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
-    if named := [option for option, value in given.items() if value]:
-        raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
+        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    if not boxes:
+        return
+    among(method, OBJECT_METHODS, "method of object detectors")
+    if epochs == 0:
+        raise ValueError(
+            "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"
+            " one"
+        )
+    if weights:
+        checkpoint(weights)
+    if purifier_epochs:
+        raise ValueError("--purifier-epochs: object detectors have no purifier, leave it out")
 
 
 def hardening(weights: Path | None, epochs: int | None, method: str) -> None:

@@ -1,5 +1,7 @@
 """Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
 
+import copy
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,10 +10,13 @@ from typing import NamedTuple
 import torch
 
 from rampart import preflight
+from rampart.assembly import deliver
+from rampart.export.archive import check_request
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
+from rampart.hardening.model.folder import contents
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
@@ -23,12 +28,18 @@ from rampart.hardening.objects.detector import (
     on_classifier,
 )
 from rampart.hardening.objects.places import splits_name
-from rampart.hardening.objects.scenes import Boxed, Divided, divided
-from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects
-from rampart.hardening.train.loop import say
+from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
+from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
+from rampart.hardening.train.loop import Precision, say
+from rampart.hardening.train.stages import stages
+from rampart.provenance import PYTHON
+from rampart.scenes import SceneModel, assemble
 from rampart.sources import Source
+from rampart.studies import ChecksFailed
 from rampart.training import Run
 
+WEIGHTS = "objects.safetensors"
+LEAST = 0.1  # mAP50 of a detector that is worth serving
 SIZE = 256  # pixels a side, where nobody says
 
 
@@ -38,6 +49,16 @@ class Network(NamedTuple):
     arch: str = "ssd"  # as ssdlite, ssd-resnet34, fasterrcnn
     size: int = SIZE
     width: float = 1.0  # factor on the channels of a new ResNet
+
+
+class Place(NamedTuple):
+    """Where the whole way computes, and what it leaves."""
+
+    runs: Path  # a folder for what the stages make
+    device: str = "auto"
+    dtype: Precision | None = None
+    command: str = PYTHON
+    sample: bool = True  # whether a held-out picture goes into the archive
 
 
 def read(source: Source) -> Divided:
@@ -102,18 +123,95 @@ def train_from(
         faults.of(partial(ObjectTrainer, detector, recipe, run.out))
     faults.tell()
     assert data and detector
+    detector = detector.to(where)
     recipe = recipe._replace(
         precision=run.arithmetic(where), after=checkpoint.digest(detector) if init else ""
     )
     validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    trial = timed(detector, recipe, data.train, validation.to(where))
+    shown = recipe.passes * len(data.train)
+    say(trial.in_words("object detector", shown, len(validation), recipe))
     past = checkpoint.read(init)[0].get("commands", []) if init else []
     return train_objects(
-        detector.to(where),
+        detector,
         recipe,
         run.out,
         (data.train, validation),
         commands=[*past, run.command],
     )
+
+
+def harden(
+    source: Source,
+    out: Path,
+    net: Network,
+    recipe: ObjectRecipe,
+    place: Place,
+    *,
+    init: Path | None = None,
+    anyway: bool = False,
+) -> list[str]:
+    """The whole way from pictures with boxes to an archive, the folder of its model beside it.
+
+    Each stage is done once. Returns what is to be said. Raises ChecksFailed, and packs nothing, for
+    a detector that finds next to nothing, unless it is wanted `anyway`.
+    """
+    faults = Faults()
+    data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
+    faults.of(partial(check_request, out, "1.0", None, "fp32"))
+    faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
+    faults.tell()
+    assert data
+    what: dict[str, object] = {"train": data.train.digest(), "held": data.validation.digest()}
+
+    def train(folder: Path) -> None:
+        run = Run(folder, place.device, place.dtype, command=place.command)
+        train_from(source, net, recipe, run, init=init)
+
+    def calibrate(folder: Path) -> None:
+        assemble(folder / out.stem, source, weights, command=place.command)
+
+    def pack(folder: Path) -> None:
+        SceneModel.load(model).archive(folder / out.name, sample=place.sample, anyway=True)
+
+    with stages(place.runs / out.stem, 3) as job:
+        made = what | {"net": net, "recipe": recipe, "init": init, "dtype": place.dtype}
+        weights = job.once("train", made, train) / WEIGHTS
+        insist_found(weights, anyway=anyway)
+        model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
+        packed = job.once("archive", contents(model), pack)
+    return deliver(model, packed / out.name, out)
+
+
+def insist_found(weights: Path, *, anyway: bool) -> None:
+    """Raise ChecksFailed where a detector finds next to nothing; say so where it is wanted."""
+    rows = checkpoint.read(weights)[0]["history"][-1]
+    best = max(row["clean"] for row in rows)
+    if best >= LEAST:
+        return
+    fault = f"the detector finds next to nothing: mAP50 {best:.3f} on its validation pictures"
+    if not anyway:
+        raise ChecksFailed(f"not packed: {fault}. Train for longer, or pass --anyway")
+    say(f"warning: {fault}")
+
+
+def timed(
+    detector: ObjectDetector, recipe: ObjectRecipe, scenes: Scenes, validation: Boxed
+) -> preflight.Trial:
+    """What a step takes, and a validation; the detector stays as it is."""
+    with torch.random.fork_rng():
+        trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
+        lessons = Lessons(scenes, detector.config.size, 1, trainer.device)
+        order = {"seed": recipe.seed, "epoch": 0, "skip": 0}
+        batch = next(lessons.shuffled(recipe.batch_size, augmentations=recipe.augment, **order))
+        for _ in range(2):  # the first one prepares much
+            start = time.monotonic()
+            float(trainer.step(batch, 0.5))
+            step = time.monotonic() - start
+        start = time.monotonic()
+        validate(trainer.ema, validation.spread(1), recipe.threat)
+        look = time.monotonic() - start
+    return preflight.Trial(step, look, preflight.peak(trainer.device))
 
 
 def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | None) -> Boxed:

@@ -23,11 +23,13 @@ from rampart.hardening.model.detectors import FULL
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.objects.training import ObjectRecipe
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch
 from rampart.hardening.train.loop import Recipe, Trainer, accuracy
 from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 
+AnyRecipe = Recipe | PurifierRecipe | ObjectRecipe
 STEPS, SECONDS = 5, 3.0  # most steps that are tried, and how long
 LAYERS = 160  # a network of more takes longer to export than one waits for: 7 s for 127 layers
 WRITTEN = 16  # times its weights that is written: the state of training, twice, and copies
@@ -41,14 +43,12 @@ class Trial(NamedTuple):
     look: float  # seconds that validation spends on an image
     memory: int  # bytes at most
 
-    def seconds(self, images: int, validation: int, recipe: Recipe | PurifierRecipe) -> float:
+    def seconds(self, images: int, validation: int, recipe: AnyRecipe) -> float:
         """How long the whole training takes."""
         steps = max(1, images // recipe.batch_size)
         return recipe.epochs * (steps * self.step + validation * self.look)
 
-    def in_words(
-        self, what: str, images: int, validation: int, recipe: Recipe | PurifierRecipe
-    ) -> str:
+    def in_words(self, what: str, images: int, validation: int, recipe: AnyRecipe) -> str:
         """The same for people."""
         steps = max(1, images // recipe.batch_size)
         each = f"{self.step:.2g} s" if self.step > 0.01 else "under 0.01 s"

@@ -34,7 +34,7 @@ def attack(
     """White-box attack on the shipped defence, written as 8-bit PNGs at model resolution.
 
     Where an undefended twin is at hand, a second attack is on that, and both answer each picture.
-    Against an object detector there is one with each aim, and the panel shows boxes.
+    On an object detector there is one with each aim, and one that wants not to be flagged.
     """
     from rampart import looks, scene_looks
     from rampart.model import twin_of

@@ -43,7 +43,7 @@ FROZEN = "classifier.safetensors of `rampart train`"
 STATE = "state dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
 STAGES = "Folder for what the stages make"
-YOURS = "Yours, as `adopt` takes them"
+YOURS = "Yours, as `adopt` takes them; with boxes a file of `train` to begin with, as --init there"
 NO_PURIFIER = "Passes for the purifier; 0: none, and variant lean"
 FITS = "default what fits data and machine"
 YES = "Take what is proposed, without a question; so does a run without a terminal"
@@ -75,7 +75,8 @@ def given(**values: Any) -> dict[str, Any]:
 @verb(
     "harden --data my_images/ --image-size 64 --out model_store/mine.mar",
     "harden --data my_images/ --weights mine.pth --arch resnet50 --epochs 0 --out mine.mar",
-    together=inputs.hardening,
+    "harden --data bccd/ --skip-bad --arch ssd --eps 4 --out model_store/cells.mar",
+    together=inputs.whole_way,
 )
 def harden(
     *,
@@ -83,7 +84,7 @@ def harden(
     out: Annotated[Path, Option(help=ARCHIVE), inputs.new_archive],
     weights: Annotated[Path | None, Option(help=YOURS), inputs.weights] = None,
     arch: Annotated[
-        str | None, Option(help=f"{o.ARCH}; {FITS}", callback=o.take_factory), inputs.network
+        str | None, Option(help=f"{ANY_ARCH}; {FITS}", callback=o.take_factory), inputs.any_network
     ] = None,
     image_size: Annotated[int | None, Option(help=f"{o.SIZE}; {FITS}"), inputs.size] = None,
     network: o.Network,
@@ -92,7 +93,7 @@ def harden(
     epochs: Annotated[int | None, Option(min=0, help=f"{KEEP}; {FITS}")] = None,
     batch_size: Annotated[int | None, Option(min=1, help=f"Images a step; {FITS}")] = None,
     lr: Annotated[float | None, Option(help=f"Largest learning rate, of one cycle; {FITS}")] = None,
-    augment: Annotated[list[str] | None, Option(help=AUGMENT), inputs.augmentation] = None,
+    augment: Annotated[list[str] | None, Option(help=ANY_AUGMENT), inputs.any_augmentation] = None,
     purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
@@ -106,8 +107,21 @@ def harden(
 
     It looks at data and machine, proposes what you leave open, tries all that could fail later and
     says how long it will take. Each stage is done once: the same command goes on where it was
-    interrupted, and does again only what other inputs change.
+    interrupted, and does again only what other inputs change. Where the data have boxes it makes
+    an object detector.
     """
+    if has_boxes(source.data):
+        from rampart import objects
+        from rampart.hardening.objects.training import ObjectRecipe
+
+        width = 1.0 if network.width is None else network.width
+        new = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
+        own = given(epochs=epochs, lr=lr, batch_size=batch_size, augment=chosen(augment))
+        place = objects.Place(runs, device, dtype, command_line(), sample=sample)
+        recipe = ObjectRecipe(method, threat.ball(), **own)
+        begun = objects.harden(source.open(), out, new, recipe, place, init=weights, anyway=anyway)
+        say(*begun, f"{out}: serve it with `rampart serve --archive {out}`")
+        return
     from rampart.assembly import harden as go
     from rampart.proposal import Wishes
 
@@ -164,9 +178,8 @@ def train(
         from rampart.hardening.objects.training import ObjectRecipe
 
         rest = given(lr=lr, ema=ema, batch_size=run.batch_size, aim=aim, passes=passes, augment=how)
-        new = ObjectRecipe(
-            method, threat.ball(), epochs, seed=run.seed, ramp=ramp, steps=steps, **rest
-        )
+        rest |= {"epochs": epochs, "seed": run.seed, "ramp": ramp, "steps": steps}
+        new = ObjectRecipe(method, threat.ball(), **rest)
         width = 1.0 if network.width is None else network.width
         net = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
         found = objects.train_from(source.open(), net, new, place, init=init)

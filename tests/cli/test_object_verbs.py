@@ -24,6 +24,7 @@ def test_pictures_with_boxes_make_an_object_detector_that_is_then_attacked(tmp_p
     file = tmp_path / "run" / "objects.safetensors"
     assert f"best object detector: {file}" in said
     assert "voc, train: 8 pictures, 1 of them empty; objects: disc" in said
+    assert "object detector: about" in said and "(1 epochs of 2 steps," in said
     config = checkpoint.read(file)[0]
     assert config["task"] == "detect" and config["object_detector"]["size"] == 128
     assert "eps=0.0156" in config["training"] and "augment=('flip',)" in config["training"]
@@ -42,6 +43,58 @@ def test_pictures_with_boxes_make_an_object_detector_that_is_then_attacked(tmp_p
     assert figures["task"] == "detect" and figures["rows"]["clean"]["n"] == 2
     with pytest.raises(ValueError, match="has no part test"):
         run("objects", file, data)
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_harden_goes_from_pictures_with_boxes_to_an_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rampart.studies import ChecksFailed
+
+    monkeypatch.chdir(tmp_path)
+    data = write_voc(tmp_path / "voc", 48, parts={"train": range(8), "val": range(8, 48)})
+    asked = ("harden", "--data", data, *TINY, "--epochs", 1, "--batch-size", 8)
+    asked = (*asked, "--method", "standard", "--out", tmp_path / "cells.mar")
+    with pytest.raises(ChecksFailed, match="finds next to nothing"):
+        run(*asked)
+    said = run(*asked, "--anyway")
+    assert "[1/3] train: done before" in said and "warning: the detector finds next to" in said
+    assert (tmp_path / "cells.mar").stat().st_size > 100_000
+    card = json.loads((tmp_path / "cells" / "card.json").read_text())
+    assert card["task"] == "detect" and len(card["commands"]) >= 1
+    again = run(*asked, "--anyway")
+    assert "[3/3] archive: done before" in again
+
+
+def whole_way(tmp_path: Path, **changed: object) -> None:
+    usual: dict[str, object] = dict.fromkeys(
+        ("arch", "weights", "epochs", "augment", "purifier_epochs")
+    )
+    inputs.whole_way(**(usual | {"method": "nfgsm", "data": tmp_path / "voc"} | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"arch": "vgg11"}, "--arch vgg11 is a classifier"),
+        ({"method": "mart"}, "choose among standard, nfgsm, pgd"),
+        ({"purifier_epochs": 2}, "have no purifier"),
+        ({"augment": ["cutout"]}, "choose among flip, turn"),
+        ({"epochs": 0, "weights": Path("a")}, "rampart calibrate"),
+        ({"weights": Path("nothing.pth")}, r"nothing\.pth"),
+        ({"data": Path(), "arch": "fasterrcnn"}, "has no boxes"),
+    ],
+)
+def test_the_whole_way_refuses_what_is_of_the_other_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], word: str
+) -> None:
+    write_voc(tmp_path / "voc", 2)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    whole_way(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=word):
+        whole_way(tmp_path, **changed)
 
 
 def learning(tmp_path: Path, **changed: object) -> None:
