@@ -1,6 +1,7 @@
 """One picture of objects and what attacks make of it, with boxes drawn."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from rampart.hardening.report import verdicts
 from rampart.scenes import SceneModel
 
 AIMS = ("vanish", "fabricate", "mislabel")
+UNFLAGGED = "vanish-unflagged"
 STEPS = 50
 PALETTE = ("red", "blue", "darkorange", "purple", "teal", "magenta")  # by class
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -43,16 +45,17 @@ def attack(
     model: SceneModel, image: Path | None, out: Path, plan: Plan, variant: Variant | None = None
 ) -> list[str]:
     """Attacks with each aim on one picture: 8-bit PNGs in `out`, at the model's size, and a panel
-    with boxes. They follow the gradient of the object detector and of the scores of suspicion.
+    with boxes. The last of them also wants not to be flagged, and knows all of Rampart.
     """
     chosen = model.chosen_variant(variant)
     pipeline, table = model.pipeline(chosen), model.calibration(chosen)
     policy = Policy(plan.rate)
     views = {"clean": View(model.view(shown(model, image)).pixels)}
     (clean,) = model.judged([views["clean"]], policy=policy, variant=chosen)
+    make = partial(craft, pipeline, table, views["clean"].pixels, clean, plan)
     for name in AIMS[: 2 if len(model.classes) == 1 else 3]:
-        crafted = craft(pipeline, table, views["clean"].pixels, (name, clean), plan)
-        views[name] = View(crafted)
+        views[name] = View(make(name))
+    views[UNFLAGGED] = View(make(AIMS[0], unflagged=True))
     if plan.also:
         views["also"] = View(model.view(plan.also).pixels)
     found = model.judged(list(views.values()), policy=policy, variant=chosen)
@@ -62,7 +65,7 @@ def attack(
         file = out / f"{name}.png"
         Image.fromarray(view.pixels).save(file)
         lines.append(f"{file}: {in_words(verdict)}")
-        title = f"{name}, {plan.threat}" if name in AIMS else name
+        title = name if name in ("clean", "also") else f"{name}, {plan.threat}"
         panels.append((title, drawn(view.pixels, verdict), in_words(verdict)))
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
@@ -79,14 +82,16 @@ def craft(
     pipeline: DefendedDetector,
     calibration: Calibration,
     pixels: Pixels,
-    aim: tuple[str, SceneVerdict],
+    clean: SceneVerdict,
     plan: Plan,
+    name: str,
+    *,
+    unflagged: bool = False,
 ) -> Pixels:
-    """Pixels after Auto-PGD on an aim against what the clean picture shows, unflagged if it can.
+    """Pixels after Auto-PGD on an aim against what the `clean` verdict shows.
 
-    Both parts count as shares of their size on the clean picture.
+    To be `unflagged` weighs as much as the aim, as a share of its size on the clean picture.
     """
-    name, clean = aim
     x = to_float(torch.from_numpy(pixels)[None])
     boxes = [box["box"] for box in clean.boxes]
     labels = torch.tensor([box["index"] for box in clean.boxes], dtype=torch.int64)
@@ -101,7 +106,7 @@ def craft(
 
     def objective(near: Tensor, rows: Tensor) -> Outcome:
         margin = detection_margin(pipeline.defend(near).scores, calibration, plan.rate)
-        value = wanted(near) / size - margin.clamp(0)
+        value = wanted(near) / size - margin.clamp(0) * unflagged
         return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
 
     start = random_start(x, plan.threat, Noise(torch.zeros(1, dtype=torch.int64)))

@@ -34,7 +34,7 @@ def attack(
     """Attack one picture with full knowledge of the model; write 8-bit PNGs at model resolution.
 
     If there is an undefended twin, attack it too, and show the answers of both. Attack an object
-    detector once with each aim, and show the boxes.
+    detector once with each aim, and once more without being flagged.
     """
     from rampart import looks, scene_looks
     from rampart.model import twin_of

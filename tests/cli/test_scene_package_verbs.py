@@ -24,6 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, learned_objects: ObjectDetect
     """A data set with 60 validation pictures, trained weights, and what `calibrate` made."""
     folder = tmp_path_factory.mktemp("home")
     write_voc(folder / "voc", 70, parts={"train": range(10), "val": range(10, 70)})
+    write_voc(folder / "few", 12, parts={"train": range(4), "val": range(4, 12)}, seed=1)
     save(folder / "detector.safetensors", learned_objects, {"commands": ["rampart train"]})
     weights = folder / "detector.safetensors"
     said = run("calibrate", folder / "cells", "--data", folder / "voc", "--classifier", weights)
@@ -45,7 +46,7 @@ def test_calibrate_makes_a_model_folder_of_an_object_detector(home: Path) -> Non
 def test_archive_packs_it_and_the_endpoint_shows_boxes_of_the_confidence_that_was_asked_for(
     home: Path,
 ) -> None:
-    words = ("--variant", "lean", "--min-confidence", 0.2, "--images", home / "voc")
+    words = ("--variant", "lean", "--min-confidence", 0.2, "--images", home / "few")
     said = run("archive", home / "cells", *words)
     assert "boxes have an IoU of" in said and "0 boxes have no like" in said
     with zipfile.ZipFile(home / "cells.mar") as content:
@@ -106,12 +107,12 @@ def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
 
 def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Path) -> None:
     said = run("attack", "--model", home / "cells", "--eps", 8, "--out", tmp_path / "out")
-    names = ("clean", "vanish", "fabricate", "mislabel")
+    names = ("clean", "vanish", "fabricate", "mislabel", "vanish-unflagged")
     views = {}
     for name in (*names, "panel"):
         with Image.open(tmp_path / "out" / f"{name}.png") as file:
             views[name] = np.asarray(file)
-    assert views.pop("panel").shape[1] > 4 * 288
+    assert views.pop("panel").shape[1] > 5 * 288
     assert all(view.shape == (128, 128, 3) for view in views.values())
     for name in names[1:]:
         change = np.abs(views[name].astype(int) - views["clean"])

@@ -175,6 +175,7 @@ def test_a_threshold_for_boxes_is_no_setting_of_a_classifier(
         archive(tiny_shipped, tmp_path / "a.mar", settings={"rampart": {"min_confidence": 0.5}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["ssdlite", "ssd", "fasterrcnn"])
 def test_every_architecture_becomes_a_graph_of_any_batch_that_finds_what_torch_finds(
     arch: str, tmp_path: Path

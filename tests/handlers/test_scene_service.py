@@ -131,6 +131,14 @@ def test_what_was_drawn_is_found_where_it_was_drawn(service: Service) -> None:
     assert iou(box["box"], list(map(float, own[0][1:]))) > 0.5
 
 
+def test_a_jpeg_that_its_decoder_reduces_has_boxes_of_the_picture_as_sent(service: Service) -> None:
+    pixels = scene(1200, 900, seed=2)
+    whole, reduced = (ask(service, encoded(pixels, kind))["boxes"] for kind in ("PNG", "JPEG"))
+    assert whole and reduced
+    assert reduced[0]["label"] == whole[0]["label"]
+    assert iou(reduced[0]["box"], whole[0]["box"]) > 0.8
+
+
 def test_a_verdict_has_boxes_in_place_of_a_class(service: Service, folder: Path) -> None:
     answer = ask(service, encoded(scene(128, 128)))
     assert list(answer) == ["boxes", "decision", "model", "detail"]

@@ -62,6 +62,19 @@ def test_the_boxes_that_are_kept_are_those_of_torchvision(seed: int, above: floa
     assert kept.tolist() == expected.tolist() and len(kept) > 20
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_many_candidates_cover_is_kept_once_however_many_there_are(seed: int) -> None:
+    """More candidates of one object than are compared at once."""
+    draw = np.random.default_rng(seed)
+    objects = draw.integers(0, 8, 700)
+    corners = np.stack([objects % 4 * 60.0, objects // 4 * 60.0], 1) + draw.normal(0, 2, (700, 2))
+    boxes = np.concatenate([corners, corners + 40], 1).astype(np.float32)
+    confidences, labels = draw.random(700).astype(np.float32), objects % 2
+    kept = distinct(boxes, confidences, labels, above=0.05, overlap=0.45)
+    parts = [torch.from_numpy(part) for part in (boxes, confidences, labels)]
+    assert kept.tolist() == batched_nms(*parts, 0.45).tolist() and len(kept) < 16
+
+
 def test_no_candidate_and_no_sure_one_are_no_boxes() -> None:
     assert verdict((0.5, 0, (1, 1, 9, 9))).boxes == ()
     empty = SceneOutputs(
