@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from rampart.hardening.objects.detector import (
 from rampart.hardening.objects.places import splits_name
 from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
+from rampart.hardening.report.card import add_to_card
 from rampart.hardening.train.loop import Precision, say
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
@@ -259,6 +260,14 @@ def evaluate(
             " follow one prove nothing: pass --queries, or --source with a network like it"
         )
     return judgement
+
+
+def keep(file: Path, judgement: judging.Judgement, setting: Mapping[str, object]) -> None:
+    """Put figures into the card that lies beside a detector's weights, with their `setting`."""
+    figures = as_json(file, judgement)
+    del figures["task"]  # the card says it
+    count = judgement.rows[judging.CLEAN].n
+    add_to_card(file.parent, {"attacks": figures | {"n": count} | dict(setting)})
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:

@@ -43,7 +43,7 @@ def test_the_tables_in_the_documents_are_those_of_the_cards() -> None:
         report.check_card(report.read_card(model))
     text, results = README.read_text(), (ROOT / "docs" / "results.md").read_text()
     assert report.fenced(text, "models", report.model_table(models)) == text
-    for name in ("traffic-signs", "cifar10"):
+    for name in ("traffic-signs", "cifar10", "blood-cells"):
         assert f"<!-- figures of {name}:" in results
     assert report.with_figures(results, models) == results
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Outcome, Threat, apgd, pgd, random_start
@@ -48,9 +49,39 @@ def objectness(dense: Dense) -> Tensor:
     return dense.logits[:, :, 1:].logsumexp(2) - dense.logits[:, :, 0]
 
 
+def on_objects(dense: Dense, truth: Sequence[Truth]) -> Tensor:
+    """Which anchors (N, A) are on a true object, by half of the union of both or more."""
+    rows = []
+    for boxes, real in zip(dense.boxes.detach(), truth, strict=True):  # (A, R, 4)
+        overlaps = box_iou(boxes.flatten(0, 1), real.boxes.to(boxes)).view(*boxes.shape[:2], -1)
+        rows.append((overlaps >= 0.5).flatten(1).any(1))
+    return torch.stack(rows)
+
+
 def vanish(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
-    """No anchor is of an object."""
-    return -F.softplus(objectness(detector.dense(x))).sum(1)
+    """No anchor that is on an object is of one.
+
+    TOG descends all anchors, which takes false boxes away too, and so makes a robust detector
+    better: 0.90 in place of 0.88 mAP50 on blood cells.
+    """
+    dense = detector.dense(x)
+    return -(F.softplus(objectness(dense)) * on_objects(dense, truth)).sum(1)
+
+
+def invert(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
+    """Anchors on objects are sure of none or of another class, and all others are sure of one.
+
+    Average precision counts which of them comes first.
+    """
+    dense = detector.dense(x)
+    shares = dense.logits.softmax(2)[:, :, 1:]  # (N, A, K)
+    real = torch.zeros_like(shares)
+    for row, one in enumerate(truth):
+        for label in sorted(set(one.labels.tolist())):
+            mine = Truth(one.boxes[one.labels == label], one.labels[one.labels == label])
+            part = Dense(dense.boxes[row : row + 1], dense.logits[row : row + 1])
+            real[row, :, label] = on_objects(part, [mine])[0].float()
+    return (shares * (1 - real)).sum((1, 2)) - (shares * real).sum((1, 2))
 
 
 def fabricate(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Tensor:
@@ -74,7 +105,7 @@ def mislabel(detector: ObjectDetector, x: Tensor, truth: Sequence[Truth]) -> Ten
 def aims_of(detector: ObjectDetector) -> dict[str, Aim]:
     """All aims there are against a detector."""
     aims = {name: loss_aim(name) for name in detector.net.loss_names}
-    aims |= {"sum": losses_together, "vanish": vanish, "fabricate": fabricate}
+    aims |= {"sum": losses_together, "vanish": vanish, "fabricate": fabricate, "invert": invert}
     if len(detector.config.classes) > 1:
         aims["mislabel"] = mislabel
     return aims

@@ -18,6 +18,7 @@ from rampart.hardening.model.card import (
     Subject,
     cell_text,
     main_figures,
+    percent,
 )
 from rampart.hardening.model.card import MEASURED as MEASURED
 from rampart.hardening.model.card import failed_checks as failed_checks
@@ -110,6 +111,8 @@ def table(rows: Iterable[Row]) -> str:
 
 def markdown(card: Row) -> str:
     """The card's main figures, the lowest of each, as one Markdown table for each data set."""
+    if "objects" in card:
+        return objects_markdown(card["attacks"])
     tables: dict[str, Lowest] = {}
     for figure in main_figures(card):
         title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"
@@ -118,6 +121,26 @@ def markdown(card: Row) -> str:
             lowest[key] = figure
     parts = {title: one_table(worst_cases(lowest)) for title, lowest in tables.items()}
     return "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items() if text)
+
+
+def objects_markdown(attacks: Row) -> str:
+    """An object detector's figures as a Markdown table."""
+    classes = list(attacks["rows"]["clean"]["classes"])
+    head = ["", "mAP50", "COCO AP", *(f"AP50 {name}" for name in classes)]
+    head += ["objects kept", "false boxes a picture"]
+    body = [
+        [
+            name,
+            percent(row["map50"], row["interval"]),
+            f"{row['ap']:.1%}",
+            *(f"{row['classes'][one]:.1%}" for one in classes),
+            f"{row['objects_kept']:.1%}",
+            f"{row['false_boxes']:.2f}",
+        ]
+        for name, row in attacks["rows"].items()
+    ]
+    said = f"{attacks['data']} (n = {attacks['n']}), {attacks['threat_model']}, {attacks['budget']}"
+    return f"{said}:\n\n{piped(head, body)}"
 
 
 def worst_cases(lowest: Lowest) -> Lowest:
@@ -155,8 +178,9 @@ def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def model_table(folders: Sequence[Path]) -> str:
-    """The models side by side as a Markdown table: network, size, training, main figures."""
-    return piped(MODELS, [model_cells(folder, read_card(folder)) for folder in folders])
+    """The classifiers side by side as a Markdown table: network, size, training, main figures."""
+    cards = [(folder, read_card(folder)) for folder in folders]
+    return piped(MODELS, [model_cells(*one) for one in cards if "classifier" in one[1]])
 
 
 def model_cells(folder: Path, card: Row) -> list[str]:

@@ -137,6 +137,7 @@ def objects(
     out: Annotated[Path | None, Option(help=JSON), inputs.file_to_write] = None,
     skip_bad: o.SkipBad = False,
     cache: o.Cache = o.FOUND,
+    into_card: o.IntoCard = False,
 ) -> None:
     """Attack an object detector with full knowledge; print mAP50 and AP by attack, and the worst.
 
@@ -159,6 +160,10 @@ def objects(
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
+    if into_card:
+        data, ball = f"{pictures.name}, {part}", threat.ball()
+        setting = {"data": data, "threat_model": str(ball), "budget": str(Budget(steps, queries))}
+        library.keep(weights, found, setting | {"command": command_line()})
 
 
 @verb("ablate model_store/mine --data cifar10/", together=inputs.ablation)
