@@ -94,6 +94,6 @@ def test_a_version_that_a_server_may_be_reading_is_not_replaced(
     assert (model / "2" / "model.onnx").is_file()
     assert (model / "1" / "model.onnx").read_bytes() == before
     assert {path.name for path in model.iterdir()} == {"1", "2", "config.pbtxt", "labels.txt"}
-    with pytest.raises(ValueError, match=r"config\.pbtxt is of a model with other .* outputs"):
+    with pytest.raises(ValueError, match=r"config\.pbtxt belongs to a model with other .* outputs"):
         to_triton(tiny_shipped, model.parent, variant="lean", version=3)
     assert not (model / "3").exists()

@@ -494,7 +494,7 @@ def test_the_picture_shows_two_runs_of_one_eps(tmp_path: Path) -> None:
     assert one != two
     with Image.open(tmp_path / "two.png") as picture:
         assert picture.width == 1000
-    with pytest.raises(ValueError, match=r"eps \[4, 8\] do not"):
+    with pytest.raises(ValueError, match=r"different eps \[4, 8\] in one"):
         report.picture({"a": some, "b": outcomes(eps=4)}, tmp_path / "no.png")
     with pytest.raises(ValueError, match="no outcomes in a"):
         report.picture({"a": [], "b": some}, tmp_path / "no.png")

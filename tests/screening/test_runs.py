@@ -134,8 +134,10 @@ def test_ctrl_c_ends_all_of_it_and_says_how_to_go_on(
 ) -> None:
     run = start()
     run.until(1)
+    os.killpg(run.process.pid, signal.SIGSTOP)  # or it might be done before we ask it to end
     family = run.family()
     os.killpg(run.process.pid, signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGCONT)
     said, _ = run.process.communicate(timeout=60)
     assert run.process.returncode == 130
     assert "what was done is kept, and this goes on: rampart screen" in said
