@@ -140,7 +140,7 @@ def test_ctrl_c_ends_all_of_it_and_says_how_to_go_on(
     os.killpg(run.process.pid, signal.SIGCONT)
     said, _ = run.process.communicate(timeout=60)
     assert run.process.returncode == 130
-    assert "what was done is kept, and this goes on: rampart screen" in said
+    assert "progress is saved. To resume: rampart screen" in said
     assert "Traceback" not in said
     assert wait_gone(family) == []
     assert 0 < run.parts() < SHARDS
