@@ -85,15 +85,12 @@ def serve(desk: Path, launch: Callable[..., Server]) -> Callable[[str], Server]:
 
     def begin(text: str) -> Server:
         port = free_port()
-        words = shlex.split(text.replace("8081", str(port + 3)))
-        return started(launch(desk, code=CODE, port=port, words=[*words, "--port", str(port)]))
+        words = shlex.split(text.replace("8081", str(port + 3)), comments=True)
+        server = launch(desk, code=CODE, port=port, words=[*words, "--port", str(port)])
+        assert "Rampart is ready" in server.read(), server.lines
+        return server
 
     return begin
-
-
-def started(server: Server) -> Server:
-    assert "Rampart is ready" in server.read(), server.lines
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +180,73 @@ def test_the_built_in_server_starts_by_its_command_and_gives_the_same_answers(
     first, second = (answers(shell(text, desk, one.port)) for one in (endpoint, own))
     assert first == second
     assert own.end() == 0
+
+
+def test_beyond_loopback_a_token_and_a_certificate_open_the_server(
+    desk: Path, serve: Callable[[str], Server]
+) -> None:
+    names = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out chain.pem"
+    shell(f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 {names}", desk)
+    (desk / "tokens.txt").write_text(f"team {'a' * 20}\n")
+    server = serve(block("docs/serve.md", "rampart serve --host 0.0.0.0"))
+    ask = block("docs/serve.md", "curl -T picture.png").replace("http://", "https://")
+    ask = ask.replace("curl", "curl --cacert chain.pem")
+    (refused,) = answers(shell(ask, desk, server.port))
+    assert refused["code"] == 401
+    ask = ask.replace("curl", f"curl -H 'Authorization: Bearer {'a' * 20}'")
+    (told,) = answers(shell(ask, desk, server.port))
+    assert told["label"] == PICTURES["picture"]
+    assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def mine(desk: Path) -> str:
+    """model_store/mine of the documents, here the shipped model, and its archive; its address."""
+    (desk / "model_store" / "mine").symlink_to(ROOT / "model_store" / "traffic-signs")
+    shell(".venv/bin/rampart archive model_store/mine", desk)
+    return "127.0.0.1:8080/predictions/mine"
+
+
+def test_an_archive_of_your_own_is_served(
+    desk: Path, serve: Callable[[str], Server], mine: str
+) -> None:
+    server = serve(block("docs/tutorials/photographs.md", "rampart serve --archive"))
+    (told,) = answers(shell(f"curl -T picture.png {mine}", desk, server.port))
+    assert told["label"] == PICTURES["picture"]
+    server.end()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mine")
+def test_an_archive_of_your_own_is_calibrated_on_your_traffic(desk: Path) -> None:
+    shell(".venv/bin/rampart samples my_traffic --count 10", desk)
+    text = block("docs/tutorials/photographs.md", "rampart calibrate --archive")
+    assert text == block("docs/watch.md", "rampart calibrate --archive")
+    assert f"of these {10 * len(SIGNS)} pictures (promised: 1.0%)" in shell(text, desk)
+    assert (desk / "model_store" / "mine-recalibrated.mar").is_file()
+
+
+def test_queries_are_kept_where_the_command_says(
+    desk: Path, serve: Callable[[str], Server]
+) -> None:
+    text = block("docs/watch.md", "rampart serve --query-store /dev/shm/rampart")
+    server = serve(text.replace("/dev/shm/rampart", str(desk / "queries")))
+    shell(block("docs/serve.md", "curl -T picture.png"), desk, server.port)
+    assert (desk / "queries" / "data.mdb").is_file()
+    server.end()
+
+
+@pytest.mark.slow
+def test_the_next_version_takes_over_from_the_one_that_is_served(
+    desk: Path, serve: Callable[[str], Server], mine: str
+) -> None:
+    server = serve(".venv/bin/rampart serve --archive model_store/mine.mar --model-api")
+    (key,) = [line for line in server.read("  curl '") if line.startswith("  rampart_key")]
+    text = block("docs/serve.md", "rampart_key management")
+    shell(f"{key}\n{text}".replace("8081", str(server.port + 1)), desk)
+    (told,) = answers(shell(f"curl -T picture.png {mine}", desk, server.port))
+    assert told["model"] == {"name": "mine", "version": "2.0"}
+    server.end()
 
 
 @pytest.mark.slow
