@@ -14,6 +14,7 @@ import pytest
 import torch
 from blobs import blobs
 from command import run
+from documents import block
 from PIL import Image
 from torch import Tensor, nn
 
@@ -70,6 +71,27 @@ def test_the_short_way_leads_from_a_module_to_an_archive(tmp_path: Path) -> None
     with ZipFile(tmp_path / "mine.mar") as packed:
         assert "on_detection: reject" in packed.read("model-config.yaml").decode()
         assert json.loads(packed.read("labels.json")) == list(train.classes)
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_the_first_page_and_the_tutorial_show_that_way_in_code_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = block("README.md", "rp.Classifier.wrap(my_module")
+    assert text == block("docs/tutorials/own-network.md", "rp.Classifier.wrap(my_module")
+    monkeypatch.chdir(tmp_path)
+    images = blobs(1200, size=64)
+    for number, (pixels, label) in enumerate(zip(images.image, images.label, strict=True)):
+        home = tmp_path / "my_images" / images.classes[label]
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(home / f"{number}.png")
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"my_module": Small(), "test": blobs(20, size=64, seed=1)}
+    exec(compile(text, "block", "exec"), names)
+    assert names["model"].classes == tuple(sorted(images.classes))
+    with ZipFile(tmp_path / "mine.mar") as packed:
+        assert "on_detection: reject" in packed.read("model-config.yaml").decode()
 
 
 def test_a_normalization_of_pixels_up_to_255_is_refused_with_the_right_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import typer
 import yaml
+from documents import block, blocks, run_by_tests
 from features import FEATURES, SERVERS
 
 from rampart import cli
@@ -48,29 +49,47 @@ def test_the_tables_in_the_documents_are_those_of_the_cards() -> None:
     assert report.with_figures(results, models) == results
 
 
-@pytest.mark.parametrize("section", ["Add a detector", "Add an attack"])
-def test_what_the_guide_for_contributors_shows_runs(
-    section: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda file: file.stem)
+def test_every_block_of_code_is_run_by_a_test_or_says_why_not(document: Path) -> None:
+    name = str(document.relative_to(ROOT))
+    shown = blocks(name)
+    assert document.read_text().count("```") == 2 * len(shown)
+    assert {one.language for one in shown} <= {"sh", "python", "json", ""}
+    run = run_by_tests()
+    for one in shown:
+        said = re.fullmatch(r"<!-- Not run in CI: (.+)\. -->", one.before)
+        assert bool(said) == (one.language in ("sh", "python") and (name, one.text) not in run), one
+        for file in re.findall(r"[\w/]+\.py", said[1] if said else ""):
+            assert (ROOT / file).is_file(), file
+
+
+def defined(text: str) -> dict[str, Any]:
+    """What a block of Python defines."""
+    names: dict[str, Any] = {}
+    exec(compile(text, "block", "exec"), names)
+    return names
+
+
+def test_the_detector_that_contributors_are_shown_is_registered(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from rampart.hardening.attack import ladder
     from rampart.hardening.model import detectors
 
     monkeypatch.setattr(detectors, "DETECTORS", dict(detectors.DETECTORS))
-    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## {section}\n")[2]
-    code = text.partition("```python\n")[2].partition("```")[0]
-    names: dict[str, Any] = {}
-    exec(compile(code, section, "exec"), names)
-    x = torch.full((2, 3, 8, 8), 0.25)
-    if section == "Add a detector":
-        assert detectors.DETECTORS["darkness"] is names["Darkness"]
-        views = SimpleNamespace(x=x)
-        assert names["Darkness"](10, 4)(views).tolist() == [0.75, 0.75]
-    else:
-        assert isinstance(names["whitening"], ladder.Attack)
-        label = torch.zeros(2, dtype=torch.int64)
-        craft = names["whitening"].craft
-        attacked = craft(None, x, label, threat=Threat(eps=0.5), budget=ladder.QUICK)
-        assert (attacked == 0.75).all()
+    darkness = defined(block("CONTRIBUTING.md", "class Darkness"))["Darkness"]
+    assert detectors.DETECTORS["darkness"] is darkness
+    views = SimpleNamespace(x=torch.full((2, 3, 8, 8), 0.25))
+    assert darkness(10, 4)(views).tolist() == [0.75, 0.75]
+
+
+def test_the_attack_that_contributors_are_shown_attacks() -> None:
+    from rampart.hardening.attack import ladder
+
+    whitening = defined(block("CONTRIBUTING.md", "def whiten"))["whitening"]
+    assert isinstance(whitening, ladder.Attack)
+    x, label = torch.full((2, 3, 8, 8), 0.25), torch.zeros(2, dtype=torch.int64)
+    attacked = whitening.craft(None, x, label, threat=Threat(eps=0.5), budget=ladder.QUICK)
+    assert (attacked == 0.75).all()
 
 
 def test_the_reference_names_every_error_and_every_metric() -> None:
