@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,11 @@ def serve(desk: Path, launch: Callable[..., Server]) -> Callable[[str], Server]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(serve: Callable[[str], Server]) -> Server:
+def endpoint(serve: Callable[[str], Server]) -> Iterator[Server]:
     """TorchServe as `make serve` starts it, but that it explains verdicts as well."""
-    return serve(block("docs/serve.md", "rampart serve --explain"))
+    server = serve(block("docs/serve.md", "rampart serve --explain"))
+    yield server
+    server.end()
 
 
 @pytest.fixture
@@ -119,6 +121,7 @@ def test_the_first_endpoint_answers_curl_and_python_as_the_tutorial_shows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = block("docs/tutorials/first-endpoint.md", "curl -T model_store")
+    assert f"\n    {text}" in (ROOT / "README.md").read_text()
     (told,) = answers(shell(text, desk, endpoint.port))
     shown = (ROOT / "docs" / "tutorials" / "first-endpoint.md").read_text()
     start = f'{{"label": "{told["label"]}", "index": {told["index"]}, "confidence": 0.99'
