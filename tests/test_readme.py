@@ -55,6 +55,10 @@ def test_every_block_of_code_is_run_by_a_test_or_says_why_not(document: Path) ->
     shown = blocks(name)
     assert document.read_text().count("```") == 2 * len(shown)
     assert {one.language for one in shown} <= {"sh", "python", "json", ""}
+    if document != README:  # where it saves lines
+        assert not re.search(
+            r"^ {4}(\S*bin/\w+|rampart|curl|pip|make) ", document.read_text(), re.M
+        )
     run = run_by_tests()
     for one in shown:
         said = re.fullmatch(r"<!-- Not run in CI: (.+)\. -->", one.before)
