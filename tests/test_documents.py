@@ -137,8 +137,8 @@ def test_the_first_endpoint_answers_curl_and_python_as_the_tutorial_shows(
 def test_a_drawn_sign_is_attacked_and_sent_as_the_first_pages_show(
     desk: Path, endpoint: Server
 ) -> None:
-    text = block("README.md", "rampart attack signs/yield-0.png")
-    ways = block("docs/tutorials/first-endpoint.md", "rampart attack signs/yield-0.png")
+    text = block("README.md", "rampart attack signs/stop-0.png")
+    ways = block("docs/tutorials/first-endpoint.md", "rampart attack signs/stop-0.png")
     ways += block("docs/tutorials/first-endpoint.md", "curl -T attacked/attacked.png")
     assert ways == text
     said = shell(text, desk, endpoint.port)

@@ -132,7 +132,7 @@ def test_without_a_yes_on_a_terminal_harden_trains_nothing(
         keys.flush()
         asked = subprocess.run([sys.executable, *command], stdin=follower, capture_output=True)
     os.close(follower)
-    assert b"Go on with that?" in asked.stdout and asked.returncode == 1
+    assert b"Continue with these settings?" in asked.stdout and asked.returncode == 1
     assert b"classifier: about " in asked.stdout
     assert not list(Path("runs").glob("*/train-*"))
 
@@ -193,7 +193,7 @@ def test_training_goes_on_from_earlier_weights_and_remembers_both_runs(
     for name, tensor in checkpoint.read(first)[1].items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(state[name], tensor, msg=name)
-    with pytest.raises(ValueError, match=r"10 classes apart"):
+    with pytest.raises(ValueError, match=r"has 10 classes, but"):
         run("train", "--data", tmp_path / "two.npz", "--out", tmp_path / "c", "--init", first)
 
 

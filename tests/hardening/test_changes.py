@@ -86,7 +86,7 @@ def test_a_run_with_one_picture_more_says_which_and_goes_on_without_it(tmp_path:
     extra = home / "a" / "extra.png"
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(extra)
     Source._read.cache_clear()  # as another process begins
-    with pytest.raises(ValueError, match=r"began: 1 new \(data/a/extra\.png\)\. With"):
+    with pytest.raises(ValueError, match=r"began: 1 new \(data/a/extra\.png\)\. Restore"):
         run(*command, 1)
     extra.unlink()
     Source._read.cache_clear()
