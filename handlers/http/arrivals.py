@@ -16,6 +16,7 @@ from rampart.handlers.protocols.content_encoding import MAX_BODY
 
 AT_ONCE = MAX_BUFFERED // MAX_BODY
 SHARE_SECONDS = 0.2  # that a message has before it makes room for one that waits
+LATE = 0.05  # seconds after which a look was held up
 MAX_WAITING = 4096  # calls; where there are more, one of the peer that has most gives up
 
 Message = TypeVar("Message")
@@ -121,10 +122,12 @@ class Arrivals:
         if not self._waiting:
             return
         now = time.monotonic()
-        # A look that comes late was held up, and so were the messages: that time is nobody's.
+        # A look that comes late was held up, and so were the messages: that time is nobody's, and
+        # what has come meanwhile is seen before the next look.
+        held_up = now - self._next_look > LATE
         for one in self._arriving:
             one.began += now - max(one.began, min(now, self._next_look))
-        due = [one for one in self._arriving if now - one.began >= SHARE_SECONDS]
+        due = [one for one in self._arriving if now - one.began >= SHARE_SECONDS and not held_up]
         if due:
             reading = Counter(one.peer for one in self._arriving)
             arrival = max(due, key=lambda one: reading[one.peer])  # the oldest of those

@@ -174,6 +174,8 @@ class Play:
         """Attack the picture in the body: a line of JSON a step, then one of what came of it."""
         order = Order.read(request.query_params, self._bench)
         image, _ = await self._image(request)
+        if self._attacking.locked() and not self._stop.is_set():
+            raise ANOTHER.bare()
         try:
             async with asyncio.timeout(PATIENCE):
                 await self._attacking.acquire()

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -59,7 +60,9 @@ def start(store: Path, tiny_archive: Path, tmp_path: Path) -> Iterator[Callable[
             str(tmp_path / "o"),
         ]
         words += ["--model", str(tiny_archive), "--workers", "2"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # In the background of a script SIGINT arrives ignored, and Python leaves it so.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(words, text=True, start_new_session=True, **pipes)
         runs.append(process)
         return Run(process, tmp_path / "o")
