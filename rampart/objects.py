@@ -126,7 +126,8 @@ def train_from(
     assert data and detector
     detector = detector.to(where)
     recipe = recipe._replace(
-        precision=run.arithmetic(where), after=checkpoint.digest(detector) if init else ""
+        precision=arithmetic(run, where, detector),
+        after=checkpoint.digest(detector) if init else "",
     )
     validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
     trial = timed(detector, recipe, data.train, validation.to(where))
@@ -260,6 +261,12 @@ def evaluate(
             " follow one prove nothing: pass --queries, or --source with a network like it"
         )
     return judgement
+
+
+def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Precision:
+    """What a run computes in; by default fp32 for SSDLite, whose layers overflowed in bf16."""
+    narrow = detector.config.arch == "ssdlite" and run.dtype is None
+    return "fp32" if narrow else run.arithmetic(where)
 
 
 def keep(file: Path, judgement: judging.Judgement, setting: Mapping[str, object]) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
@@ -31,6 +31,8 @@ from rampart.play.bench import Bench, data_uri, timed
 from rampart.play.pictures import Offer
 from rampart.play.worker import Worker
 
+# Whoever went away before the body was there needs no answer, and no traceback in the terminal.
+REFUSED = (ImageError, HTTPException, ClientDisconnect, Exception)
 PATIENCE = 2.0  # seconds for which an attack waits until one that was stopped has ended
 # What is answered belongs to the page alone: no other may embed it, and no cache keeps it.
 PRIVATE = (
@@ -62,7 +64,7 @@ def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
             Route("/api/verdict", play.verdict, methods=upload),
             Route("/api/attack", play.attack, methods=upload),
         ],
-        exception_handlers=dict.fromkeys((ImageError, HTTPException, Exception), refusal),
+        exception_handlers=dict.fromkeys(REFUSED, refusal),
         lifespan=play.lifespan,
     )
     app.state.end = play.end
