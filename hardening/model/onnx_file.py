@@ -18,6 +18,7 @@ from torch import Tensor
 from rampart.hardening.model.arrays import Floats, Pixels
 from rampart.hardening.model.scaling import SCALINGS, Layout, Scaling
 
+CHANNELS: dict[Layout, int] = {"nchw": 0, "nhwc": 2}  # where they stand after the batch
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -182,7 +183,7 @@ def entry_of(session: Any, path: Path, layout: Layout | None, size: int | None) 
         raise ValueError(f"{path} takes {told}, and a classifier of pictures takes (N, 3, H, W)")
     (one,) = inputs
     batch, *rest = (side if isinstance(side, int) else None for side in one.shape)
-    orders: list[Layout] = [name for name, at in (("nchw", 0), ("nhwc", 2)) if rest[at] == 3]  # type: ignore[misc]
+    orders = [name for name, at in CHANNELS.items() if rest[at] == 3]
     if rest[0] == 1 or rest[2] == 1:
         raise ValueError(f"{path} takes pictures in gray ({told}), and only RGB is attacked")
     if layout is None and len(orders) != 1:
