@@ -55,6 +55,7 @@ Judged = tuple[View | ImageError, AnyVerdict | ImageError, Response | None]
 Reasons = Mapping[str, Any] | ImageError | None
 
 ECHOED = ("x-request-id", "traceparent")  # headers of a request that its reply repeats
+_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make one each time
 MAX_REPLY = 1 << 22  # bytes; TorchServe ends a worker whose reply has more than 6,553,500
 
 
@@ -401,4 +402,4 @@ def _with_reasons(verdict: AnyVerdict | ImageError, reasons: Reasons) -> AnyVerd
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, allow_nan=False).encode() + b"\n"
+    return _ENCODER.encode(content).encode() + b"\n"

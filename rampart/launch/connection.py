@@ -22,15 +22,27 @@ NO_HTTP = ImageError(400, "no_http", "this is not valid HTTP/1.1")
 class Closing:
     """A transport that closes once the client has had its answer.
 
-    To close a socket that holds unread data resets it, and the client may lose the answer.
+    To close a socket that holds unread data resets it, and the client may lose the answer. An
+    answer's head goes out with the body, which uvicorn writes next: one packet wakes a client once.
     """
 
     def __init__(self, transport: Any, connection: "Connection") -> None:
         self._transport, self._connection = transport, connection
+        self._answered: Any = None  # the cycle whose head was written
+        self._head = b""
         self.lingers = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send, once the body of an answer's head is there."""
+        cycle = self._connection.cycle
+        if cycle and cycle.response_started and cycle is not self._answered:
+            self._answered, self._head = cycle, data
+        else:
+            self._transport.write(self._head + data)
+            self._head = b""
 
     def is_closing(self) -> bool:
         """As of any transport."""
@@ -38,6 +50,8 @@ class Closing:
 
     def close(self) -> None:
         """Close, at once unless a body is still on its way."""
+        if self._head:
+            self.write(b"")
         cycle = self._connection.cycle
         if self.is_closing() or not (cycle and cycle.more_body and cycle.response_complete):
             self._transport.close()

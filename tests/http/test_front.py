@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import socket
+import struct
 import threading
 import time
 import zipfile
@@ -240,6 +241,17 @@ def test_a_client_that_reads_no_answers_is_closed(front: Server) -> None:
             while piece := one.recv(1 << 20):
                 got += len(piece)
     assert got < count * size / 4
+
+
+def test_an_answer_comes_in_one_piece(front: Server, picture: bytes) -> None:
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    with ExitStack() as stack:
+        (one,) = connected(front, 1, b"", stack)
+        for _ in range(20):
+            one.sendall(head % len(picture) + picture)
+            assert receive(one, b"}\n").startswith(b"HTTP/1.1 200 ")
+        (segments,) = struct.unpack_from("I", one.getsockopt(socket.IPPROTO_TCP, 11, 160), 152)
+    assert segments == 20  # TCP_INFO's tcpi_data_segs_in
 
 
 def test_large_bodies_in_one_piece_and_a_head_of_some_size_are_taken(
