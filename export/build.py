@@ -1,20 +1,16 @@
 """A model folder's variant as an ONNX graph: exported, held to the parity gate, lowered."""
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from skimage.data import data_dir
 from torch import Tensor
 
-from rampart.export import scenes, shipped
-from rampart.export.parity import check_close, compare
+from rampart.export import shipped
 from rampart.export.precision import lower
 from rampart.export.shipped import AnyParity
-from rampart.export.to_onnx import to_onnx
-from rampart.handlers.engine import Engine, SceneEngine
+from rampart.export.ways import WAYS
 from rampart.handlers.image import decode
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.files import (
@@ -24,24 +20,8 @@ from rampart.hardening.model.files import (
     ranges_file,
     read_contents,
 )
-from rampart.hardening.objects import defended
 
 TOOLS = ("torch", "onnx", "onnxscript")
-
-
-class Way(NamedTuple):
-    """From a task's weights to its graph, and what holds that to torch."""
-
-    load: Callable[..., Any]
-    to_onnx: Callable[..., Path]
-    engine: Callable[..., Any]
-    compare: Callable[..., AnyParity]
-
-
-WAYS = {
-    "classify": Way(pipelines.load, to_onnx, Engine, compare),
-    "detect": Way(defended.load, scenes.to_onnx, SceneEngine, scenes.compare),
-}
 
 
 def build(
@@ -66,8 +46,8 @@ def build(
     parity = way.compare(pipeline, engine, calibration, images, rate=rate)
     if precision != "fp32":
         lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
-        lowered = Engine(out, device="cpu"), load_variant(folder, variant, precision)
-        check_close((engine, calibration), lowered, images)
+        lowered = way.engine(out, device="cpu"), load_variant(folder, variant, precision)
+        way.check_close((engine, calibration), lowered, images)
     return parity
 
 

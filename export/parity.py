@@ -107,6 +107,11 @@ class Agreement(NamedTuple):
     differ: tuple[int, ...]  # images whose labels differ
 
     @property
+    def unranked(self) -> int:
+        """Of how many images `flagged` are shares: of all, since none of them rank anything."""
+        return self.images
+
+    @property
     def holds(self) -> bool:
         """Whether the graph may ship.
 

@@ -1,18 +1,23 @@
 """A model folder's variants in fp16 for GPUs, and in int8 for CPUs, each with its calibration."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rampart.export.halve import halve
-from rampart.export.parity import Agreement, agree
+from rampart.export.parity import Agreement
 from rampart.export.quantize import quantize
+from rampart.export.scene_agreement import SceneAgreement
 from rampart.export.to_onnx import to_onnx
-from rampart.handlers.engine import Engine
+from rampart.export.ways import WAYS
 from rampart.hardening.model import calibrate
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.files import Precision, load_variant, ranges_file
+from rampart.hardening.model.files import Precision, load_variant, ranges_file, read_contents
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.train.data import spread
+
+Found = TypeVar("Found", Agreement, SceneAgreement)
 
 
 def lower(
@@ -34,29 +39,32 @@ def make(
     variant: pipelines.Variant,
     precision: Precision,
     held: Images,
+    agree: Callable[..., Found],
     *,
     source: str,
     limit: int = 512,
-    rate: float = 0.01,
-) -> Agreement:
+) -> Found:
     """Write the calibration of a model folder's variant in `precision`; for int8 its ranges too.
-    Raises RuntimeError, and writes nothing, where the graph fails its gate on images of `held`.
+
+    `agree` compares two pairs of graph and calibration, in fp32 and in `precision`. Raises
+    RuntimeError, and writes nothing, where it does not hold.
     """
-    pipeline, classes = pipelines.load(folder / "weights.safetensors", variant)
+    weights = folder / "weights.safetensors"
+    way = WAYS[read_contents(weights).task]
+    pipeline, classes = way.load(weights, variant)
     if held.classes != tuple(classes):
         raise ValueError(f"the images have the classes {held.classes}, the model {classes}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
-        graph, form = to_onnx(pipeline, work / "fp32.onnx"), work / f"{precision}.onnx"
+        graph, form = way.to_onnx(pipeline, work / "fp32.onnx"), work / f"{precision}.onnx"
         ranges = ranges_file(work, variant)
         if precision == "int8":
             quantize(graph, ranges, form, spread(split(held, "tuning"), limit).image.numpy())
         else:
             lower(pipeline, precision, form, ranges)
-        engine = Engine(form)
+        engine = way.engine(form)
         table = calibrate.calibrate(pipeline, held, variant, engine)
-        few, fp32 = split(held, "validation"), (Engine(graph), load_variant(folder, variant))
-        agreement = agree(fp32, (engine, table), few, precision=precision, rate=rate)
+        agreement = agree((way.engine(graph), load_variant(folder, variant)), (engine, table))
         if not agreement.holds:
             loss = f"{variant} loses too much in {precision}"
             raise RuntimeError(f"{loss}, so nothing was written: {agreement}")

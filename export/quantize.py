@@ -1,8 +1,8 @@
-"""The exported graph with its classifier in int8: a third of the size, and less time.
+"""The exported graph with its network in int8: a third of the size, and less time.
 
 Static quantization (ONNX Runtime's, Q/DQ): weights by channel, activations by tensor, ranges from
 tuning images. Weights have 7 bits, so that CPUs without 8-bit dot products (AVX-512 VNNI and its
-like) can sum their products in 16 bits. Purifier, head and detectors stay in float32, since
+like) can sum their products in 16 bits. Purifier, heads and detectors stay in float32, since
 thresholds are about small differences.
 """
 
@@ -29,9 +29,9 @@ from rampart.handlers.engine import SAFE_BITS, WEIGHT_BITS
 # The largest 1 in 100,000 activations are clipped: with them in, a step is too coarse for the rest.
 PERCENTILE = 99.999
 BATCH = 32
-# How the exporter begins the names of the classifier's weights. Its head stays in float32: it costs
-# nothing, and the steps of 8-bit logits would show in the scores.
-OWN, HEAD = "classifier.", "classifier.head."
+# How the exporter begins the names of the weights, of a classifier and of an object detector. Heads
+# stay in float32: they cost little, and the steps of 8-bit logits would show in the scores.
+OWN, HEAD = ("classifier.", "detector.net.backbone."), "classifier.head."
 LAYERS = ("Conv", "Gemm", "MatMul")
 BETWEEN = ("Add", "Concat", "MaxPool", "Relu")
 
@@ -51,8 +51,8 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | None = None) -> Path:
-    """Write `graph` with an int8 classifier; its `ranges` are measured on `images`, else read."""
-    inside = classifier_nodes(onnx.load(graph).graph)
+    """Write `graph` with its network in int8; its `ranges` are measured on `images`, else read."""
+    inside = network_nodes(onnx.load(graph).graph)
     if images is not None:
         ranges.unlink(missing_ok=True)
     elif not ranges.is_file():
@@ -88,13 +88,14 @@ def bits_of(ranges: Path) -> int:
     return int(json.loads(ranges.read_text()).get(WEIGHT_BITS, 8))
 
 
-def classifier_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Names of the classifier's layers in `graph`, and of what lies between them and its head."""
+def network_nodes(graph: onnx.GraphProto) -> list[str]:
+    """Names of the network's layers in `graph`, and of what lies between them and its head."""
     own = {value.name for value in graph.initializer if value.name.startswith(OWN)}
     layers = {n.name for n in graph.node if n.op_type in LAYERS and own & {*n.input}}
     heads = {n.name for n in graph.node if any(name.startswith(HEAD) for name in n.input)}
     if not layers - heads:
-        raise ValueError(f"the graph has no layer whose weights are named {OWN}*: export it again")
+        named = " or ".join(f"{name}*" for name in OWN)
+        raise ValueError(f"the graph has no layer whose weights are named {named}: export it again")
     after: set[str] = set()  # values that a layer leads to
     for node in graph.node:  # in topological order, as ONNX demands
         if node.name in layers or after & {*node.input}:

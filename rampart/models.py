@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rampart import assembly, scenes
+from rampart import assembly, objects, scenes, studies
 from rampart.calibrated import WEIGHTS
 from rampart.handlers.tasks import CLASSIFY
 from rampart.hardening.model.files import read_config
@@ -16,6 +16,10 @@ MODELS: dict[str, type[Model] | type[SceneModel]] = {CLASSIFY: Model, TASK: Scen
 ASSEMBLIES: dict[str, Callable[..., Model | SceneModel]] = {
     CLASSIFY: assembly.assemble,
     TASK: scenes.assemble,
+}
+QUANTIZERS: dict[str, Callable[..., studies.Outcome]] = {
+    CLASSIFY: studies.quantize,
+    TASK: objects.quantize,
 }
 
 
@@ -32,3 +36,8 @@ def load(folder: Path) -> Model | SceneModel:
 def assemble(folder: Path, source: Any, weights: Path, *parts: Any, **more: Any) -> Any:
     """Put what training wrote together as a calibrated model, as the task of its weights asks."""
     return ASSEMBLIES[task_of(weights)](folder, source, weights, *parts, **more)
+
+
+def quantize(folder: Path, *what: Any, **more: Any) -> studies.Outcome:
+    """Make a model folder's forms in lower precision, as the task of its weights asks."""
+    return QUANTIZERS[task_of(folder / WEIGHTS)](folder, *what, **more)

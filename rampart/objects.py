@@ -11,12 +11,16 @@ import torch
 
 from rampart import preflight
 from rampart.assembly import deliver
+from rampart.calibrated import Form
 from rampart.export.archive import check_request
+from rampart.export.precision import make as make_form
+from rampart.export.scene_agreement import agree
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.model import checkpoint
+from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents
+from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
@@ -34,9 +38,9 @@ from rampart.hardening.report.card import add_to_card
 from rampart.hardening.train.loop import Precision, say
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
-from rampart.scenes import SceneModel, assemble
+from rampart.scenes import SceneModel, assemble, drawn
 from rampart.sources import Source
-from rampart.studies import ChecksFailed
+from rampart.studies import ChecksFailed, Outcome, Study, keep_form
 from rampart.training import Run
 
 WEIGHTS = "objects.safetensors"
@@ -183,6 +187,39 @@ def harden(
         model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
         packed = job.once("archive", contents(model), pack)
     return deliver(model, packed / out.name, out)
+
+
+def quantize(
+    folder: Path,
+    source: Source,
+    study: Study,
+    precision: files.Precision = "int8",
+    *,
+    limit: int = 512,
+) -> Outcome:
+    """Make the int8 form of every variant of a model folder and hold it to its gate.
+
+    Raises ValueError for fp16, which object detectors do not have.
+    """
+    if precision != "int8":
+        raise ValueError(f"{folder} finds objects, for which there is int8 alone: leave out fp16")
+    model, lines = SceneModel.load(folder), []
+    boxed = pictures(source, "validation", model.detector, None)
+    held = drawn(boxed.image, model.classes)
+    gate = partial(
+        agree,
+        detector=model.detector,
+        boxed=boxed,
+        unranked=split(held, "validation"),
+        threat=model.threat,
+        rate=model.chosen_rate(study.rate),
+    )
+    data = f"{source.name}, validation"
+    for variant in model.variants:
+        found = make_form(folder, variant, precision, held, gate, source=data, limit=limit)
+        lines.append(f"{variant}: {found}")
+        keep_form(model, Form(variant, precision), found, data, study)
+    return Outcome(model.card, lines)
 
 
 def insist_found(weights: Path, *, anyway: bool) -> None:

@@ -11,8 +11,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rampart import inputs
-from rampart.calibrated import Form
+from rampart.calibrated import Calibrated, Form
+from rampart.export.parity import Agreement, agree
 from rampart.export.precision import make as make_form
+from rampart.export.scene_agreement import SceneAgreement
 from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
@@ -332,24 +334,32 @@ def quantize(
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
     rate = model.chosen_rate(study.rate)
-    held, card = held_images(model, source), model.card
+    held = held_images(model, source)
+    few, data = split(held, "validation"), f"validation split of {source.name}"
+    gate = partial(agree, images=few, precision=precision, rate=rate)
     for variant in model.variants:
-        form = partial(make_form, folder, variant, precision, held)
-        found = form(source=source.name, limit=limit, rate=rate)
+        found = make_form(folder, variant, precision, held, gate, source=source.name, limit=limit)
         lines.append(f"{variant}: {found}")
-        ranked, flagged = load_variant(folder, variant, precision).images, found.flagged[1]
-        kept = PromiseCheck.on(
-            round(flagged * found.images), found.images, rate=rate, ranked=ranked
-        )
-        model.hold_to_promise(Form(variant, precision), kept)
-        digests = parts_of(folder, variant, precision)
-        origin = {"data": f"validation split of {source.name}", "sha256": digests}
         # Figures of an earlier graph are not this one's.
-        rows = [r for r in card.get("metrics", []) if precision not in r["subject"]]
+        rows = [r for r in model.card.get("metrics", []) if precision not in r["subject"]]
+        model.add_to_card({"metrics": rows})
         if beside := model.measured().get("metrics"):
             others = [r for r in beside if precision not in r["subject"]]
             model.keep({"metrics": others}, into_card=False)
-        entry = {variant: found._asdict() | origin, "command": study.command}
-        entry = model.card.get(precision, {}) | entry
-        card = model.add_to_card({"metrics": rows, precision: entry})
-    return Outcome(card, lines)
+        keep_form(model, Form(variant, precision), found, data, study)
+    return Outcome(model.card, lines)
+
+
+def keep_form(
+    model: Calibrated, form: Form, found: Agreement | SceneAgreement, data: str, study: Study
+) -> None:
+    """Put into the card how a form in lower precision came through its gate, on which `data`."""
+    assert model.folder is not None
+    ranked, flagged = load_variant(model.folder, *form).images, found.flagged[1]
+    kept = PromiseCheck.on(
+        round(flagged * found.unranked), found.unranked, rate=found.rate, ranked=ranked
+    )
+    model.hold_to_promise(form, kept)
+    origin = {"data": data, "sha256": parts_of(model.folder, *form)}
+    entry = {form.variant: found._asdict() | origin, "command": study.command}
+    model.add_to_card({form.precision: model.card.get(form.precision, {}) | entry})

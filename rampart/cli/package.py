@@ -123,8 +123,8 @@ def quantize(
     rate: o.Rate = None,
 ) -> None:
     """Build every variant in int8 or fp16, calibrate it, and check it against a gate."""
+    from rampart.models import quantize as lower
     from rampart.studies import Study
-    from rampart.studies import quantize as lower
 
     study = Study(rate=rate, command=command_line())
     say(*lower(subject.model, source.open(), study, precision, limit=limit).lines)

@@ -1,6 +1,7 @@
 """From a file of `rampart train` to an archive that finds objects, by the verbs."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from command import run
 from drawn import write_voc
 from PIL import Image
 
+from rampart.handlers.image import as_png
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
 from rampart.hardening.objects.detector import ObjectDetector, save
@@ -119,3 +121,28 @@ def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Pat
         assert 4 <= change.max() <= 8 and f"{name}.png: " in said
     with pytest.raises(ValueError, match="is of classifiers"):
         run("attack", "--model", home / "cells", "--twin", home / "cells", "--out", tmp_path)
+
+
+@pytest.mark.slow
+def test_quantize_makes_an_int8_form_that_finds_as_much_and_archive_takes_it(
+    home: Path, tmp_path: Path
+) -> None:
+    cells = Path(shutil.copytree(home / "cells", tmp_path / "cells"))
+    with pytest.raises(ValueError, match="for which there is int8 alone"):
+        run("quantize", cells, "--data", home / "voc", "--precision", "fp16")
+    said = run("quantize", cells, "--data", home / "voc")
+    assert "lean: int8 against fp32 on 60 pictures: mAP50" in said
+    card = json.loads((cells / "card.json").read_text())
+    made = card["int8"]["lean"]
+    assert made["map50"][0] > 0.5 and made["map50"][0] - made["map50"][1] <= 0.01
+    assert made["attacked"][0] < made["map50"][0]
+    assert set(card["promise"]) == {f"{v}, {p}" for v in ("full", "lean") for p in ("fp32", "int8")}
+    run("archive", cells, "--variant", "lean", "--images", home / "few")
+    assert "model: cells, lean, int8" in run("inspect", tmp_path / "cells.mar")
+    with zipfile.ZipFile(tmp_path / "cells.mar") as content:
+        content.extractall(tmp_path / "unpacked")
+    service = Service.open(tmp_path / "unpacked", {"false_alarm_rate": 0.05})
+    with Image.open(home / "voc" / "JPEGImages" / "012.png") as picture:
+        sent = as_png(np.array(picture))
+    answer = json.loads(service.answer([Incoming({}, [sent])])[0].body)
+    assert answer["boxes"] and answer["decision"] == "accept"

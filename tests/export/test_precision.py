@@ -1,6 +1,7 @@
 import json
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,11 @@ from rampart.hardening.model.calibrate import Precision, calibration_file, load_
 from rampart.hardening.model.card import read_card, write_card
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import DefendedClassifier
+
+
+def gate(images: Images, precision: str = "int8") -> partial[parity.Agreement]:
+    few = split(images, "validation")
+    return partial(parity.agree, images=few, precision=precision, rate=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,9 @@ def test_an_archive_in_lower_precision_is_smaller_calibrated_for_itself_and_answ
         ValueError, match=f"was not made: `rampart quantize --precision {precision}"
     ):
         archive(folder, tmp_path / "early.mar", variant="lean", precision=precision)
-    found = make(folder, "lean", precision, tiny_images, source="blobs", rate=0.05)
+    found = make(
+        folder, "lean", precision, tiny_images, gate(tiny_images, precision), source="blobs"
+    )
     assert found.equal >= parity.GATES[precision][0]
     made = {"lean": {"sha256": parts(folder, "lean", precision)}}
     write_card(folder, read_card(folder) | {precision: made})
@@ -139,7 +147,7 @@ def test_a_form_that_fails_its_gate_leaves_nothing_behind(
     before = sorted(file.name for file in folder.iterdir())
     monkeypatch.setitem(parity.GATES, "int8", (1.01, 0))  # equal labels on all images fall short
     with pytest.raises(RuntimeError, match="loses too much in int8, so nothing was written"):
-        make(folder, "full", "int8", tiny_images, source="blobs", rate=0.05)
+        make(folder, "full", "int8", tiny_images, gate(tiny_images), source="blobs")
     assert sorted(file.name for file in folder.iterdir()) == before
 
 
@@ -151,7 +159,7 @@ def test_images_unlike_the_calibration_are_held_against_int8_no_more_than_agains
     noise = torch.randint(256, (first, 32, 32, 3), generator=torch.manual_seed(0)).byte()
     image = torch.cat([noise, tiny_images.image[first:]])
     mixed = Images(image, tiny_images.label, tiny_images.classes)
-    found = make(folder, "full", "int8", mixed, source="blobs", rate=0.05)
+    found = make(folder, "full", "int8", mixed, gate(mixed), source="blobs")
     assert found.flagged == (1, 1)
 
 
@@ -161,4 +169,4 @@ def test_images_of_other_classes_are_refused(
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     other = Images(tiny_images.image, tiny_images.label, tuple("abcdefghij"))
     with pytest.raises(ValueError, match="the images have the classes"):
-        make(folder, "full", "int8", other, source="letters")
+        make(folder, "full", "int8", other, gate(other), source="letters")
