@@ -26,7 +26,7 @@ NETWORKS = (
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "alexnet", "googlenet", "squeezenet1_1",
 )  # fmt: skip
-Method = Literal["standard", "nfgsm", "gat", "pgd", "trades", "mart", "rslad"]
+Method = Literal["standard", "nfgsm", "fgsm-cs", "gat", "pgd", "trades", "mart", "rslad"]
 RUNGS = ("pgd20", "autoattack", "autoattack_short", "joint_apgd", "forced_rejection")
 TEAM = ("square", "simba", "hopskipjump", "boundary", "oars")
 ROWS = (

@@ -33,6 +33,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
+from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.store import Store, fits
@@ -473,6 +474,7 @@ class Batch(NamedTuple):
     label: Tensor  # (B,)
     noise: Noise
     soft: Tensor | None = None  # (B, K) what a teacher says of x, probabilities
+    convergence: Convergence | None = None  # what the loss was in past epochs
 
 
 def shuffled(

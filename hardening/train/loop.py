@@ -30,6 +30,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed, provenance
 from rampart.hardening.train import state as states
 from rampart.hardening.train.augmentation import check_augmentations
+from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.data import Batch, Folder, shuffled
 from rampart.hardening.train.interrupt import Stop, on_interrupt
 from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
@@ -367,6 +368,10 @@ class Trainer:
         self.optimizer = sgd(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
         names = ("model", "ema", "optimizer")
         parts: dict[str, Part] = {name: getattr(self, name) for name in names}
+        self.convergence: Convergence | None = None
+        if METHODS[recipe.method].converges:
+            self.convergence = Convergence().to(self.device)
+            parts["convergence"] = self.convergence
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
         self.run = Run(folder, settings, parts, seed=recipe.seed, augmentations=recipe.augment)
 
@@ -375,7 +380,8 @@ class Trainer:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(progress)
-        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        x = batch.x.contiguous(memory_format=torch.channels_last)
+        batch = batch._replace(x=x, convergence=self.convergence)
         with autocast(self.device, recipe.precision):
             if self.teacher is not None:
                 with torch.no_grad():
@@ -386,6 +392,8 @@ class Trainer:
         statistics = [b for name, b in self.model.named_buffers() if "running_" in name]
         distributed.average([*gradients, *statistics, loss])
         self.optimizer.step()
+        if self.convergence is not None:
+            self.convergence.note(self.run.epoch)
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
         return loss
