@@ -7,7 +7,7 @@ more than the head of a file.
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +27,7 @@ NETWORKS = (
     "alexnet", "googlenet", "squeezenet1_1",
 )  # fmt: skip
 Method = Literal["standard", "nfgsm", "fgsm-cs", "gat", "pgd", "trades", "mart", "rslad"]
+Activation = Literal["relu", "silu"]
 RUNGS = ("pgd20", "autoattack", "autoattack_short", "joint_apgd", "forced_rejection")
 TEAM = ("square", "simba", "hopskipjump", "boundary", "oars")
 ROWS = (
@@ -289,6 +290,7 @@ def learning(
     awp: float,
     rectify: bool,
     compile: bool,
+    activation: str,
     augment: list[str] | None,
     aim: str | None,
     passes: int | None,
@@ -305,6 +307,11 @@ def learning(
         return
     among(method, OBJECT_METHODS, "method of object detectors")
     given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    of_classifiers(data, given | {"--activation": activation != "relu"})
+
+
+def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
+    """Raise ValueError where an option of classifiers is `given` for pictures with boxes."""
     if named := [option for option, value in given.items() if value]:
         raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
 
@@ -327,6 +334,7 @@ def whole_way(
     weights: Path | None,
     epochs: int | None,
     method: str,
+    activation: str,
     augment: list[str] | None,
     purifier_epochs: int | None,
 ) -> None:
@@ -339,6 +347,7 @@ def whole_way(
     if not boxes:
         return
     among(method, OBJECT_METHODS, "method of object detectors")
+    of_classifiers(data, {"--activation": activation != "relu"})
     if epochs == 0:
         raise ValueError(
             "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"

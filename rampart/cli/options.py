@@ -111,6 +111,12 @@ Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
 WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less where harden proposes it"
 
 
+SMOOTH = (
+    "What follows each layer of a ResNet, VGG, alexnet or squeezenet1_1: relu, or silu, which is "
+)
+SMOOTH += "smooth (Xie et al. 2020)"
+
+
 class Network(NamedTuple):
     """What a network is built with, besides its architecture and the size of its images."""
 
@@ -118,6 +124,7 @@ class Network(NamedTuple):
     head: Annotated[str, Option(help="For your own network: its logits layer, such as fc")] = ""
     channels: Annotated[int, Option(min=1, max=3, help=CHANNELS)] = 3
     channels_last: Annotated[bool, Option("--channels-last", help=LAST)] = False
+    activation: Annotated[inputs.Activation, Option(help=SMOOTH)] = "relu"
 
     def config(self, arch: str, image_size: int, classes: int = 0) -> "rp.ClassifierConfig":
         """The same in the library; 0 classes stand for as many as the images have."""
