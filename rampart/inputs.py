@@ -36,6 +36,7 @@ ROWS = (
     "+ purifier + reconstruction", "+ purifier + disagreement", "full",
 )  # fmt: skip
 AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
+MIXTURES = ("cutmix",)
 # Of object detectors.
 OBJECT_METHODS = ("standard", "nfgsm", "pgd")
 JITTERS = ("flip", "turn", "crop", "shrink", "light", "none")
@@ -246,7 +247,7 @@ def augmentation(name: str) -> None:
 
 def any_augmentation(name: str) -> None:
     """What is done to training images, with boxes or without."""
-    among(name, tuple(dict.fromkeys((*AUGMENTATIONS, *JITTERS))), "augmentation")
+    among(name, tuple(dict.fromkeys((*AUGMENTATIONS, *MIXTURES, *JITTERS))), "augmentation")
 
 
 def attack(name: str) -> None:
@@ -291,6 +292,7 @@ def learning(
     rectify: bool,
     compile: bool,
     activation: str,
+    balance: float,
     augment: list[str] | None,
     aim: str | None,
     passes: int | None,
@@ -299,15 +301,29 @@ def learning(
     training(method, teacher, smoothing, steps)
     boxes = has_boxes(data)
     task(data, arch, boxes=boxes)
-    for name in augment or []:
-        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    augmenting(augment, method, boxes=boxes, rectify=rectify)
     if not boxes:
         if aim or passes:
             raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
         return
     among(method, OBJECT_METHODS, "method of object detectors")
     given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
-    of_classifiers(data, given | {"--activation": activation != "relu"})
+    of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
+
+
+def augmenting(
+    augment: list[str] | None, method: str, *, boxes: bool, rectify: bool = False
+) -> None:
+    """Augmentations that fit the pictures, and mixed ones what is trained on them."""
+    for name in augment or []:
+        known = JITTERS if boxes else (*AUGMENTATIONS, *MIXTURES)
+        among(name, known, "augmentation of such pictures")
+    mixed = set(augment or []) & set(MIXTURES)
+    if mixed and (method == "mart" or rectify):
+        other = "--rectify" if rectify else "--method mart"
+        raise ValueError(
+            f"--augment cutmix does not go with {other}, which takes one label an image"
+        )
 
 
 def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
@@ -335,6 +351,7 @@ def whole_way(
     epochs: int | None,
     method: str,
     activation: str,
+    balance: float | None,
     augment: list[str] | None,
     purifier_epochs: int | None,
 ) -> None:
@@ -342,12 +359,11 @@ def whole_way(
     hardening(weights, epochs, method)
     boxes = has_boxes(data)
     task(data, arch, boxes=boxes)
-    for name in augment or []:
-        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    augmenting(augment, method, boxes=boxes)
     if not boxes:
         return
     among(method, OBJECT_METHODS, "method of object detectors")
-    of_classifiers(data, {"--activation": activation != "relu"})
+    of_classifiers(data, {"--activation": activation != "relu", "--balance": balance})
     if epochs == 0:
         raise ValueError(
             "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"

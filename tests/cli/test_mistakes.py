@@ -251,7 +251,7 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     from rampart.hardening.attack.redteam.protocols import NAMES as PROTOCOLS
     from rampart.hardening.model.classifier import ACTIVATIONS, ARCHITECTURES
     from rampart.hardening.model.scaling import NAMES as SCALED
-    from rampart.hardening.train.augmentation import AUGMENTATIONS
+    from rampart.hardening.train.augmentation import AUGMENTATIONS, MIXTURES
     from rampart.hardening.train.methods import METHODS
 
     assert inputs.NETWORKS == ARCHITECTURES
@@ -262,6 +262,7 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert get_args(inputs.Protocol) == PROTOCOLS
     assert get_args(inputs.Scaled) == SCALED
     assert (*AUGMENTATIONS, "none") == inputs.AUGMENTATIONS
+    assert inputs.MIXTURES == MIXTURES
 
 
 def test_every_row_of_an_ablation_is_among_those_that_are_checked_early(
