@@ -105,8 +105,22 @@ def network_nodes(graph: onnx.GraphProto) -> list[str]:
         if node.name in layers or before & {*node.output}:
             before.update(node.input)
     between = {n.name for n in graph.node if after & {*n.input} and before & {*n.output}}
-    inside = {n.name for n in graph.node if n.op_type in BETWEEN} & between
+    inside = ({n.name for n in graph.node if n.op_type in BETWEEN} | silus(graph)) & between
     return [n.name for n in graph.node if n.name in (layers - heads) | inside]
+
+
+def silus(graph: onnx.GraphProto) -> set[str]:
+    """Names of what the exporter makes of SiLU: a sigmoid, and its product with what it is of.
+
+    Other products, as in the backward pass of consistency, stay in float32.
+    """
+    gates = {node.output[0]: node for node in graph.node if node.op_type == "Sigmoid"}
+    found: set[str] = set()
+    for node in graph.node:
+        for gate in (gates[name] for name in node.input if name in gates):
+            if node.op_type == "Mul" and gate.input[0] in node.input:
+                found |= {node.name, gate.name}
+    return found
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ more than the head of a file.
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,7 +26,8 @@ NETWORKS = (
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "alexnet", "googlenet", "squeezenet1_1",
 )  # fmt: skip
-Method = Literal["standard", "nfgsm", "gat", "pgd", "trades", "mart", "rslad"]
+Method = Literal["standard", "nfgsm", "fgsm-cs", "gat", "pgd", "trades", "mart", "rslad"]
+Activation = Literal["relu", "silu"]
 RUNGS = ("pgd20", "autoattack", "autoattack_short", "joint_apgd", "forced_rejection")
 TEAM = ("square", "simba", "hopskipjump", "boundary", "oars")
 ROWS = (
@@ -35,6 +36,7 @@ ROWS = (
     "+ purifier + reconstruction", "+ purifier + disagreement", "full",
 )  # fmt: skip
 AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
+MIXTURES = ("cutmix",)
 # Of object detectors.
 OBJECT_METHODS = ("standard", "nfgsm", "pgd")
 JITTERS = ("flip", "turn", "crop", "shrink", "light", "none")
@@ -245,7 +247,7 @@ def augmentation(name: str) -> None:
 
 def any_augmentation(name: str) -> None:
     """What is done to training images, with boxes or without."""
-    among(name, tuple(dict.fromkeys((*AUGMENTATIONS, *JITTERS))), "augmentation")
+    among(name, tuple(dict.fromkeys((*AUGMENTATIONS, *MIXTURES, *JITTERS))), "augmentation")
 
 
 def attack(name: str) -> None:
@@ -289,6 +291,8 @@ def learning(
     awp: float,
     rectify: bool,
     compile: bool,
+    activation: str,
+    balance: float,
     augment: list[str] | None,
     aim: str | None,
     passes: int | None,
@@ -297,14 +301,33 @@ def learning(
     training(method, teacher, smoothing, steps)
     boxes = has_boxes(data)
     task(data, arch, boxes=boxes)
-    for name in augment or []:
-        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    augmenting(augment, method, boxes=boxes, rectify=rectify)
     if not boxes:
         if aim or passes:
             raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
         return
     among(method, OBJECT_METHODS, "method of object detectors")
     given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
+
+
+def augmenting(
+    augment: list[str] | None, method: str, *, boxes: bool, rectify: bool = False
+) -> None:
+    """Augmentations that fit the pictures, and mixed ones what is trained on them."""
+    for name in augment or []:
+        known = JITTERS if boxes else (*AUGMENTATIONS, *MIXTURES)
+        among(name, known, "augmentation of such pictures")
+    mixed = set(augment or []) & set(MIXTURES)
+    if mixed and (method == "mart" or rectify):
+        other = "--rectify" if rectify else "--method mart"
+        raise ValueError(
+            f"--augment cutmix does not go with {other}, which takes one label an image"
+        )
+
+
+def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
+    """Raise ValueError where an option of classifiers is `given` for pictures with boxes."""
     if named := [option for option, value in given.items() if value]:
         raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
 
@@ -327,6 +350,8 @@ def whole_way(
     weights: Path | None,
     epochs: int | None,
     method: str,
+    activation: str,
+    balance: float | None,
     augment: list[str] | None,
     purifier_epochs: int | None,
 ) -> None:
@@ -334,11 +359,11 @@ def whole_way(
     hardening(weights, epochs, method)
     boxes = has_boxes(data)
     task(data, arch, boxes=boxes)
-    for name in augment or []:
-        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+    augmenting(augment, method, boxes=boxes)
     if not boxes:
         return
     among(method, OBJECT_METHODS, "method of object detectors")
+    of_classifiers(data, {"--activation": activation != "relu", "--balance": balance})
     if epochs == 0:
         raise ValueError(
             "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"

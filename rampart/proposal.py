@@ -11,8 +11,8 @@ from PIL import Image
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.images import Images
-from rampart.hardening.train.augmentation import mirroring, suited
-from rampart.hardening.train.data import Folder
+from rampart.hardening.train.augmentation import mirroring, of_one_image, suited
+from rampart.hardening.train.data import Folder, counted
 from rampart.hardening.train.listing import pictures_below
 from rampart.hardening.train.loop import Precision, Recipe
 from rampart.hardening.train.purifier import PurifierRecipe
@@ -27,6 +27,7 @@ STEPS = 1500  # that a training should have
 EPOCHS = (60, 15, 30)  # at most; at least on a CPU; at least on a GPU
 BATCH, SMALLEST = 128, 8  # images a step
 RATE = 0.2  # learning rate at BATCH
+UNBALANCED, ROOT = 4.0, 0.5  # times that classes differ in size; the balance proposed from there on
 LOOKED_AT = 200  # pictures whose size is looked at
 
 
@@ -49,6 +50,7 @@ class Wishes(NamedTuple):
     dtype: Precision | None = None
     device: str = "auto"
     sample: bool = True  # whether a held-out picture goes into the archive
+    balance: float | None = None
 
 
 class Plan(NamedTuple):
@@ -77,7 +79,8 @@ class Plan(NamedTuple):
     def purifier(self) -> PurifierRecipe:
         """How its purifier is trained."""
         recipe = self.recipe
-        return PurifierRecipe(recipe.threat, self.purifier_epochs, augment=recipe.augment)
+        augment = of_one_image(recipe.augment)
+        return PurifierRecipe(recipe.threat, self.purifier_epochs, augment=augment)
 
 
 class Row(NamedTuple):
@@ -168,8 +171,27 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     classes = train.classes if train is not None else ()
     augment = pick("--augment", wishes.augment, suited(classes), mirroring(classes)[1])
     recipe = Recipe(wishes.method, wishes.threat, epochs, batch, lr, augment=augment)
+    recipe = recipe._replace(balance=balance(wishes, train, rows))
     rest = (wishes.weights, cleaned, wishes.evaluate_on, wishes.dtype, wishes.device)
     return Proposal(Plan(net, recipe, *rest, wishes.sample), rows)
+
+
+def balance(wishes: Wishes, train: Images | Folder | None, rows: list[Row]) -> float:
+    """How far classes are drawn alike: as is said, else by the root where their sizes differ much.
+
+    Alike in full would show few images so often that they are learned by heart.
+    """
+    if wishes.balance is not None or train is None:
+        return wishes.balance or 0.0
+    sizes = {name: count for name, count in counted(train).items() if count}
+    if not sizes or max(sizes.values()) < UNBALANCED * min(sizes.values()):
+        return 0.0
+    large, small = (
+        max(sizes, key=lambda name: sizes[name]),
+        min(sizes, key=lambda name: sizes[name]),
+    )
+    why = f"{large} has {sizes[large]:,} images, {small} has {sizes[small]:,}: small classes are"
+    return taken(rows, "--balance", None, ROOT, f"{why} shown more often")
 
 
 def taken(rows: list[Row], option: str, said: T | None, proposed: T, why: str) -> T:

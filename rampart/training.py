@@ -20,7 +20,7 @@ from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.model.purifier import PurifierConfig, of_config
 from rampart.hardening.train import changes, distributed
 from rampart.hardening.train import state as states
-from rampart.hardening.train.augmentation import suited
+from rampart.hardening.train.augmentation import of_one_image, suited
 from rampart.hardening.train.data import Folder, spread
 from rampart.hardening.train.loop import (
     Precision,
@@ -249,9 +249,8 @@ def train_purifier_from(
         prove_purifier(source, net, recipe, run)
     images, held = source.read(net.config.image_size)
     if augment is None:
-        augment = augmentations_of(str(checkpoint.read(classifier)[0].get("training", "")))
-    if augment is None:
-        augment = suited(images.classes)
+        past = augmentations_of(str(checkpoint.read(classifier)[0].get("training", "")))
+        augment = suited(images.classes) if past is None else of_one_image(past)
     recipe = recipe._replace(augment=augment)
     say(f"augmentation: {', '.join(augment) or 'none'}")
     check_images(run.out, images, held)

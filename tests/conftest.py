@@ -33,6 +33,7 @@ TRAINING = {
     "test_alarms.py",
     "test_changes.py",
     "test_checks.py",
+    "test_convergence.py",
     "test_distributed.py",
     "test_evaluate.py",
     "test_extension.py",

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from blobs import blobs
 from PIL import Image
 
@@ -76,6 +77,28 @@ def test_weights_of_ones_own_keep_their_network() -> None:
     plan, rows = propose(Wishes(weights=Path("w.pth"), image_size=32), images(60), gpu=False)
     assert (plan.net.arch, plan.net.width) == ("resnet18", 1.0)
     assert not {"--arch", "--width"} & {row.option for row in rows}
+
+
+@pytest.mark.parametrize(("small", "balance"), [(100, 0.5), (101, 0.0), (0, 0.0)])
+def test_classes_of_very_unlike_size_are_drawn_more_alike(small: int, balance: float) -> None:
+    one = blobs(1)
+    label = torch.tensor([0] * 400 + [1] * small)
+    uneven = Images(one.image[[0] * len(label)], label, ("cat", "dog"))
+    plan, rows = propose(Wishes(image_size=32), uneven, gpu=False)
+    assert plan.recipe.balance == balance
+    told = [row for row in rows if row.option == "--balance"]
+    assert len(told) == bool(balance)
+    if told:
+        assert told[0].why == "cat has 400 images, dog has 100: small classes are shown more often"
+    plan, rows = propose(Wishes(image_size=32, balance=0.25), uneven, gpu=False)
+    assert plan.recipe.balance == 0.25 and "--balance" not in {row.option for row in rows}
+
+
+def test_a_purifier_is_trained_on_images_that_are_not_mixed() -> None:
+    wishes = Wishes(image_size=32, augment=("crop", "cutmix"))
+    plan = propose(wishes, images(20_000), gpu=False).plan
+    assert plan.recipe.augment == ("crop", "cutmix")
+    assert plan.purifier.augment == ("crop",)
 
 
 @pytest.mark.parametrize(

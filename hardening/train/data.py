@@ -33,6 +33,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import POINTER, check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
+from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.store import Store, fits
@@ -473,6 +474,7 @@ class Batch(NamedTuple):
     label: Tensor  # (B,)
     noise: Noise
     soft: Tensor | None = None  # (B, K) what a teacher says of x, probabilities
+    convergence: Convergence | None = None  # what the loss was in past epochs
 
 
 def shuffled(
@@ -483,20 +485,49 @@ def shuffled(
     epoch: int,
     skip: int = 0,
     augmentations: Sequence[str] = (),
+    balance: float = 0.0,
 ) -> Iterator[Batch]:
     """Yield the augmented batches of an epoch after the first `skip`; this process's part of each.
     Order and augmentation follow from `seed`, `epoch` and the image alone.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(images), generator=draws)
+    if balance:
+        order, keys = balanced(images.label.cpu(), len(images.classes), balance, draws)
+    else:
+        order = keys = torch.randperm(len(images), generator=draws)
     if isinstance(images, Images):
-        order = order.to(images.label.device)  # once, and not at every step
+        # Once, and not at every step.
+        order, keys = (index.to(images.label.device) for index in (order, keys))
     size = min(size, len(order))
     size -= size % distributed.place()[1]
     last = len(order) - len(order) % size
-    whole = torch.split(order[:last], size)
-    rows = [distributed.mine(index) for index in whole[skip:]]
-    for index, (image, label) in zip(rows, images.read(rows), strict=True):
-        key = images.send(index) if isinstance(images, Folder) else index
-        noise = Noise(key, seed=seed, epoch=epoch)
+    parts = [
+        [distributed.mine(part) for part in torch.split(index[:last], size)[skip:]]
+        for index in (order, keys)
+    ]
+    for key, (image, label) in zip(parts[1], images.read(parts[0]), strict=True):
+        own = images.send(key) if isinstance(images, Folder) else key
+        noise = Noise(own, seed=seed, epoch=epoch)
         yield Batch(augment(to_float(image), noise, augmentations), label, noise)
+
+
+def balanced(
+    label: Tensor, classes: int, balance: float, draws: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """As many images as there are labels (N,), in random order, and keys (N,) for their noise.
+
+    A class of n images is drawn in proportion to n ** (1 - balance): 1 draws all classes equally
+    often, 1/2 by the square root (Kang et al. 2020, section 4.1). Each image comes as often as its
+    share says, rounded up or down, and with other noise each time.
+    """
+    count = len(label)
+    weight = torch.bincount(label, minlength=classes).double().pow(-balance)[label]
+    mixed = torch.randperm(count, generator=draws)
+    mixed = mixed[label[mixed].argsort(stable=True)]  # by class, so that each gets its share
+    ends = weight[mixed].cumsum(0)
+    offset = torch.rand((), generator=draws, dtype=torch.float64)
+    at = (torch.arange(count) + offset) / count * ends[-1]
+    place = torch.searchsorted(ends, at, right=True).clamp(max=count - 1)
+    again = torch.arange(count) - torch.searchsorted(place, place)  # which time it is
+    order = torch.randperm(count, generator=draws)
+    return mixed[place][order], (mixed[place] + count * again)[order]

@@ -29,7 +29,8 @@ from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.train import distributed, provenance
 from rampart.hardening.train import state as states
-from rampart.hardening.train.augmentation import check_augmentations
+from rampart.hardening.train.augmentation import MIXTURES, check_augmentations, cutmix
+from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.data import Batch, Folder, shuffled
 from rampart.hardening.train.interrupt import Stop, on_interrupt
 from rampart.hardening.train.methods import METHODS, adversarial_weights, rectification
@@ -65,9 +66,17 @@ class Recipe(NamedTuple):
     steps: int = 10  # of the attack, where the method has more than one
     precision: Precision = "fp32"
     teacher: str = ""  # stands for the weights of the network that is distilled from
-    augment: tuple[str, ...] = ("flip", "crop")  # of AUGMENTATIONS, in their order
+    augment: tuple[str, ...] = ("flip", "crop")  # of AUGMENTATIONS and MIXTURES, in their order
     # The recipe that made the weights this run goes on from, where it does not start afresh.
     after: str = ""
+    balance: float = 0.0  # 0: images as often as they are; 1: classes equally often
+
+    def __repr__(self) -> str:
+        # What runs go on under says of those without balance what it always said.
+        shown = self._asdict()
+        if not self.balance:
+            del shown["balance"]
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def one_cycle(progress: float) -> float:
@@ -155,11 +164,13 @@ class Run:
         *,
         seed: int = 0,
         augmentations: Sequence[str] = ("flip", "crop"),
+        balance: float = 0.0,
         save_every: float = 300.0,
         figure: str = "validation accuracy",
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
         self.seed, self.augmentations, self.save_every = seed, augmentations, save_every
+        self.balance = balance
         self.epoch, self.done, self.steps = 0, 0, 0  # `done` are the steps of this epoch
         self.loss = torch.zeros((), dtype=torch.float64)  # their sum
         self.minutes, self.since = 0.0, time.monotonic()  # up to the last save, and that moment
@@ -224,7 +235,10 @@ class Run:
         """The rest of one epoch of `step(batch, progress)`; returns the epoch's mean loss."""
         rank, world = distributed.place()
         count = max(1, len(images) // batch_size)
-        own = partial(shuffled, images) if isinstance(images, Images | Folder) else images.shuffled
+        if isinstance(images, Images | Folder):
+            own: Callable[..., Iterator[Any]] = partial(shuffled, images, balance=self.balance)
+        else:
+            own = images.shuffled
         rounds = partial(own, batch_size, seed=self.seed, epoch=self.epoch)
         title, quiet = f"epoch {self.epoch + 1}/{epochs}", not distributed.first()
         with tqdm(total=count, initial=self.done, desc=title, disable=quiet) as bar:
@@ -339,6 +353,16 @@ def one_part(batch_size: int) -> None:
         raise ValueError(f"--batch-size {batch_size} does not divide among {world} processes")
 
 
+def check_mixtures(recipe: Recipe, classifier: Classifier) -> None:
+    """Raise ValueError where mixed images meet what takes one label an image."""
+    if not set(recipe.augment) & set(MIXTURES):
+        return
+    if recipe.method == "mart":
+        raise ValueError("--augment cutmix does not work with mart, whose loss takes one label")
+    if classifier.config.rectified:
+        raise ValueError("--augment cutmix does not work with --rectify, which takes one label")
+
+
 class Trainer:
     """Adversarial training of one classifier, from the weights it has."""
 
@@ -357,7 +381,10 @@ class Trainer:
                 "--smoothing does not work with rslad: its labels come from the teacher"
             )
         one_part(recipe.batch_size)
-        check_augmentations(recipe.augment)
+        check_augmentations(recipe.augment, mixtures=True)
+        check_mixtures(recipe, classifier)
+        if not 0 <= recipe.balance <= 1:
+            raise ValueError(f"--balance {recipe.balance:g}: use a number from 0 to 1")
         self.recipe, self.device, self.teacher = recipe, classifier.mean.device, teacher
         self.model = classifier.requires_grad_(True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -367,15 +394,24 @@ class Trainer:
         self.optimizer = sgd(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
         names = ("model", "ema", "optimizer")
         parts: dict[str, Part] = {name: getattr(self, name) for name in names}
+        self.convergence: Convergence | None = None
+        if METHODS[recipe.method].converges:
+            self.convergence = Convergence().to(self.device)
+            parts["convergence"] = self.convergence
         settings = repr((classifier.config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, seed=recipe.seed, augmentations=recipe.augment)
+        run = partial(Run, augmentations=recipe.augment, balance=recipe.balance)
+        self.run = run(folder, settings, parts, seed=recipe.seed)
 
     def step(self, batch: Batch, progress: float) -> Tensor:
         """Craft, descend, average; returns the loss on the perturbed batch."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(progress)
-        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        x = batch.x.contiguous(memory_format=torch.channels_last)
+        batch = batch._replace(x=x, convergence=self.convergence)
+        if "cutmix" in recipe.augment:
+            x, label = cutmix(x, batch.label, self.model.config.classes)
+            batch = batch._replace(x=x, label=label)
         with autocast(self.device, recipe.precision):
             if self.teacher is not None:
                 with torch.no_grad():
@@ -386,6 +422,8 @@ class Trainer:
         statistics = [b for name, b in self.model.named_buffers() if "running_" in name]
         distributed.average([*gradients, *statistics, loss])
         self.optimizer.step()
+        if self.convergence is not None:
+            self.convergence.note(self.run.epoch)
         self.run.steps += 1
         update_ema(self.ema, self.model, min(recipe.ema, self.run.steps / (10 + self.run.steps)))
         return loss

@@ -3,7 +3,9 @@
 Sources: PGD training, Madry et al. 2018; N-FGSM, de Jorge et al. 2022; TRADES, Zhang et al. 2019
 (equation 5); MART, Wang et al. 2020 (equation 10); RSLAD, Zi et al. 2021 (equation 4); adversarial
 weights, Wu et al. 2020 (section 4); rectified rejection, Pang et al. 2022 (section 4); GAT (guided
-adversarial training), Sriramanan et al. 2020 (section 3.2).
+adversarial training), Sriramanan et al. 2020 (section 3.2); FGSM-RS, Wong et al. 2020 (section 4);
+convergence stride, Zhao et al. 2023 ("Fast adversarial training with smooth convergence", the form
+for batches).
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from rampart.hardening.attack.pgd import (
 )
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.train import distributed
+from rampart.hardening.train.convergence import outlying
 from rampart.hardening.train.data import Batch
 
 AUXILIARY = 0.3  # weight of GoogLeNet's auxiliary heads (Szegedy et al. 2015, section 5)
@@ -38,6 +41,7 @@ class Method(NamedTuple):
 
     craft: Callable[[Classifier, Batch, Threat, int], Tensor]
     loss: Callable[[Classifier, Batch, Tensor, float], Tensor]
+    converges: bool = False  # whether the loss depends on that of past epochs
 
 
 def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Tensor) -> Tensor:
@@ -51,6 +55,16 @@ def in_steps(loss: Loss, batch: Batch, threat: Threat, steps: int, *, start: Ten
 def in_one_step(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
     """N-FGSM, whatever `steps`."""
     return n_fgsm(cross_entropy(model, batch.label), batch.x, threat, noise=batch.noise)
+
+
+def in_one_step_from_within(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
+    """FGSM from a random start in the ball, whatever `steps`. As in N-FGSM the step of eps is not
+    projected: Zhao et al. bound noise and step by eps each.
+    """
+    start = random_start(batch.x, threat, batch.noise)
+    free = threat._replace(eps=float("inf"))
+    loss = cross_entropy(model, batch.label)
+    return pgd(loss, batch.x, free, steps=1, step_size=threat.eps, start=start, keep_best=False)
 
 
 def away_from_the_label(model: Classifier, batch: Batch, threat: Threat, steps: int) -> Tensor:
@@ -130,6 +144,17 @@ def gat(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> 
     return classification(every, batch.label, smoothing) + GAT_LAMBDA * gap.mean()
 
 
+def convergent(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy on attacked images, plus that on clean ones where it leaves the neighbourhood
+    of the epoch before: upwards it is descended, downwards climbed.
+    """
+    clean = classification(model.all_logits(batch.x), batch.label, smoothing)
+    robust = on_attacked(model, batch, attacked, smoothing)
+    if batch.convergence is None:
+        return robust
+    return robust + outlying(batch.convergence, clean) * clean
+
+
 def mart(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -> Tensor:
     """Margin-boosted cross-entropy on attacked images; misclassified ones weigh more."""
     label = batch.label
@@ -153,6 +178,7 @@ def rslad(model: Classifier, batch: Batch, attacked: Tensor, smoothing: float) -
 METHODS = {
     "standard": Method(lambda model, batch, threat, steps: batch.x, on_attacked),  # the control
     "nfgsm": Method(in_one_step, on_attacked),
+    "fgsm-cs": Method(in_one_step_from_within, convergent, converges=True),
     "gat": Method(guided, gat),
     "pgd": Method(away_from_the_label, on_attacked),
     "trades": Method(away_from_itself, trades),

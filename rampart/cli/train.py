@@ -18,7 +18,10 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 AWP = "Adversarial weight perturbation, relative to the weights' norm, such as 0.005; 0: none"
-AUGMENT = "flip, crop, warp (turn, zoom, light), cutout, none; repeatable. Default flip and crop; "
+AUGMENT = (
+    "flip, crop, warp (turn, zoom, light), cutout, cutmix (a part of another image, and of its "
+)
+AUGMENT += "label), none; repeatable. Default flip and crop; "
 AUGMENT += "harden chooses by the classes. "
 AUGMENT += "Leave out flip if mirroring changes the class (signs, letters, digits)"
 ANY_ARCH = f"{o.ARCH}; for pictures with boxes ssd, fasterrcnn (ssd-resnet34: on that ResNet) or "
@@ -27,6 +30,8 @@ SIZES = "default 32; for pictures with boxes a multiple of 64, default 256"
 RATES = "Highest learning rate, in one cycle; default 0.2, for object detectors 0.001"
 DECAY = "Decay of the weight average; default 0.998, for object detectors 0.99"
 ANY_AUGMENT = f"{AUGMENT}; for pictures with boxes flip, turn (by quarters), crop, shrink, light"
+BALANCE = "How far classes of unlike size are drawn alike: 0, as often as they have images, to 1, "
+BALANCE += "equally often"
 AIM = "For pictures with boxes: attack the sum of losses, alternate among them (default), or take "
 AIM += "the strongest for each"
 PASSES = "For pictures with boxes: how often an epoch shows each before it validates; default 1"
@@ -34,7 +39,8 @@ SAME = "As in `train`; by default, the classifier's augmentation"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
 RECTIFY = "Also train a second head for rectified rejection"
 COMPILE = "Use torch.compile: starts a minute or more later, then runs faster steps"
-INIT = "Start from these weights of an earlier run; --arch, --width and --image-size come from them"
+INIT = "Start from these weights of an earlier run; --arch, --width, --activation and --image-size "
+INIT += "come from them"
 INIT += ". An object detector can start from a classifier, also one of model_store"
 NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
 NORM += "else ImageNet's"
@@ -47,13 +53,14 @@ YOURS = (
     "Your weights, in a format that `adopt` reads; for pictures with boxes, as --init of `train`"
 )
 NO_PURIFIER = "Epochs for the purifier; 0: no purifier, variant lean"
-FITS = "default: fits data and machine"
 YES = "Accept the proposal without asking; the default without a terminal"
 QUESTION = "Continue with these settings?"
 ARCHIVE = "The .mar to write, such as model_store/mine.mar; the model folder goes beside it"
 
 DATA_SETS = "cifar10 (170 MB), or gtsrb, German traffic signs (280 MB)"
 INTO = "Folder for the data; by default, a folder with the data set's name"
+
+FITS = "default: fits data and machine"
 
 verb, app = o.theme("Train")
 
@@ -96,6 +103,7 @@ def harden(
     batch_size: Annotated[int | None, Option(min=1, help=f"Images per step; {FITS}")] = None,
     lr: Annotated[float | None, Option(help=f"Peak learning rate; {FITS}")] = None,
     augment: Annotated[list[str] | None, Option(help=ANY_AUGMENT), inputs.any_augmentation] = None,
+    balance: Annotated[float | None, Option(min=0, max=1, help=f"{BALANCE}; {FITS}")] = None,
     purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
@@ -129,7 +137,8 @@ def harden(
 
     net, how = network.config(arch or "resnet18", image_size or 32), chosen(augment)
     asked = (threat.ball(), method, arch, network.width, image_size, net, epochs, batch_size, lr)
-    wishes = Wishes(*asked, how, weights, purifier_epochs, evaluate_on, dtype, device, sample)
+    rest = (purifier_epochs, evaluate_on, dtype, device, sample, balance)
+    wishes = Wishes(*asked, how, weights, *rest)
     agree = bool if yes or not sys.stdin.isatty() else ask
     go = partial(go, runs=runs, command=command_line(), agree=agree, anyway=anyway)
     outcome = go(source.open(), out, wishes)
@@ -164,6 +173,7 @@ def train(
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     init: Annotated[Path | None, Option(help=INIT), inputs.checkpoint] = None,
     augment: Annotated[list[str] | None, Option(help=ANY_AUGMENT), inputs.any_augmentation] = None,
+    balance: Annotated[float, Option(min=0, max=1, help=f"{BALANCE}; default 0")] = 0,
     aim: Annotated[inputs.Aim | None, Option(help=AIM)] = None,
     passes: Annotated[int | None, Option(min=1, help=PASSES)] = None,
 ) -> None:
@@ -191,7 +201,7 @@ def train(
     from rampart.training import train_from
 
     recipe = rp.Recipe(method, threat.ball(), epochs, run.batch_size or 128, seed=run.seed)
-    recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps)
+    recipe = recipe._replace(smoothing=smoothing, awp=awp, ramp=ramp, steps=steps, balance=balance)
     recipe = recipe._replace(**given(lr=lr, ema=ema, augment=how))
     config = network.config(arch or "resnet18", image_size or 32)._replace(rectified=rectify)
     best = train_from(source.open(), config, recipe, place, init=init, teacher=teacher)

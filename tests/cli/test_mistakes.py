@@ -249,18 +249,20 @@ def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     from rampart.hardening.attack.ladder import RUNGS
     from rampart.hardening.attack.redteam import ATTACKS
     from rampart.hardening.attack.redteam.protocols import NAMES as PROTOCOLS
-    from rampart.hardening.model.classifier import ARCHITECTURES
+    from rampart.hardening.model.classifier import ACTIVATIONS, ARCHITECTURES
     from rampart.hardening.model.scaling import NAMES as SCALED
-    from rampart.hardening.train.augmentation import AUGMENTATIONS
+    from rampart.hardening.train.augmentation import AUGMENTATIONS, MIXTURES
     from rampart.hardening.train.methods import METHODS
 
     assert inputs.NETWORKS == ARCHITECTURES
     assert get_args(inputs.Method) == tuple(METHODS)
+    assert get_args(inputs.Activation) == tuple(ACTIVATIONS)
     assert tuple(rung.name for rung in RUNGS) == inputs.RUNGS
     assert tuple(ATTACKS) == inputs.TEAM
     assert get_args(inputs.Protocol) == PROTOCOLS
     assert get_args(inputs.Scaled) == SCALED
     assert (*AUGMENTATIONS, "none") == inputs.AUGMENTATIONS
+    assert inputs.MIXTURES == MIXTURES
 
 
 def test_every_row_of_an_ablation_is_among_those_that_are_checked_early(

@@ -69,9 +69,10 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
 
 def whole_way(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(
-        ("arch", "weights", "epochs", "augment", "purifier_epochs")
+        ("arch", "weights", "epochs", "augment", "balance", "purifier_epochs")
     )
-    inputs.whole_way(**(usual | {"method": "nfgsm", "data": tmp_path / "voc"} | changed))  # type: ignore[arg-type]
+    usual |= {"method": "nfgsm", "activation": "relu", "data": tmp_path / "voc"}
+    inputs.whole_way(**(usual | changed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
         ({"method": "mart"}, "choose among standard, nfgsm, pgd"),
         ({"purifier_epochs": 2}, "have no purifier"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
+        ({"activation": "silu"}, "--activation is of classifiers"),
+        ({"balance": 0.5}, "--balance is of classifiers"),
         ({"epochs": 0, "weights": Path("a")}, "rampart calibrate"),
         ({"weights": Path("nothing.pth")}, r"nothing\.pth"),
         ({"data": Path(), "arch": "fasterrcnn"}, "has no boxes"),
@@ -99,8 +102,8 @@ def test_the_whole_way_refuses_what_is_of_the_other_task(
 
 def learning(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(("arch", "teacher", "augment", "aim", "passes"))
-    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0}
-    usual |= {"rectify": False, "compile": False, "data": tmp_path / "voc"}
+    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0, "balance": 0}
+    usual |= {"activation": "relu", "rectify": False, "compile": False, "data": tmp_path / "voc"}
     inputs.learning(**(usual | changed))  # type: ignore[arg-type]
 
 
@@ -110,9 +113,13 @@ def learning(tmp_path: Path, **changed: object) -> None:
         ({"arch": "resnet18"}, "--arch resnet18 is a classifier: choose one of ssdlite"),
         ({"method": "trades"}, "choose among standard, nfgsm, pgd"),
         ({"awp": 0.005}, "--awp is of classifiers"),
+        ({"activation": "silu"}, "--activation is of classifiers"),
+        ({"balance": 0.5}, "--balance is of classifiers"),
         ({"augment": ["warp"]}, "choose among flip, turn"),
         ({"data": Path(), "arch": "ssd"}, "finds objects, but . has no boxes"),
         ({"data": Path(), "aim": "sum"}, "--aim and --passes go with boxes"),
+        ({"data": Path(), "augment": ["cutmix"], "method": "mart"}, "not go with --method mart"),
+        ({"data": Path(), "augment": ["cutmix"], "rectify": True}, "not go with --rectify"),
         ({"data": Path(), "augment": ["turn"]}, "choose among flip, crop, warp"),
     ],
 )

@@ -18,10 +18,10 @@ from rampart.hardening.model.pipeline import DefendedClassifier
 SIZE = 32
 
 
-def pipeline(arch: str, width: float = 1.0) -> DefendedClassifier:
+def pipeline(arch: str, width: float = 1.0, activation: str = "relu") -> DefendedClassifier:
     """An untrained one that looks at consistency."""
     torch.manual_seed(0)
-    net = Classifier(ClassifierConfig(arch, 10, width, SIZE))
+    net = Classifier(ClassifierConfig(arch, 10, width, SIZE, activation=activation))
     looks = ("consistency", "confidence")
     return DefendedClassifier(net, None, looks).eval().requires_grad_(False)
 
@@ -32,15 +32,19 @@ def images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
 
 
-# Residuals and strides; max-pooling; concatenation.
+# Residuals and strides; max-pooling.
 @pytest.mark.parametrize(
-    ("arch", "width"),
-    [("resnet10", 0.125), pytest.param("vgg11_bn", 0.125, marks=pytest.mark.slow)],
+    ("arch", "activation"),
+    [
+        ("resnet10", "relu"),
+        ("resnet10", "silu"),
+        pytest.param("vgg11_bn", "relu", marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
-    arch: str, width: float, tmp_path: Path
+    arch: str, activation: str, tmp_path: Path
 ) -> None:
-    looks = pipeline(arch, width)
+    looks = pipeline(arch, 0.125, activation)
     graph = to_onnx(looks, tmp_path / "graph.onnx")
     engine = Engine(graph)
     for count in (1, 2, 5):

@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 from onnx.numpy_helper import to_array
 
 from rampart.export.quantize import network_nodes, quantize
-from rampart.handlers.engine import overflows
+from rampart.export.to_onnx import to_onnx
+from rampart.handlers.engine import Engine, overflows
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.images import Images
+from rampart.hardening.model.pipeline import DefendedClassifier
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,32 @@ def test_the_classifier_is_quantized_and_what_surrounds_it_is_not(graph: Path, i
 def test_ranges_that_were_kept_give_the_same_graph_again(graph: Path, int8: Path) -> None:
     again = quantize(graph, graph.with_name("ranges.json"), graph.with_name("again.onnx"))
     assert again.read_bytes() == int8.read_bytes()
+
+
+def smooth(folder: Path, *looks: str) -> Path:
+    """The graph of an untrained network with SiLU."""
+    torch.manual_seed(0)
+    net = Classifier(ClassifierConfig("resnet10", 10, 0.125, activation="silu"))
+    pipeline = DefendedClassifier(net, None, looks).eval().requires_grad_(False)
+    return to_onnx(pipeline, folder / "silu.onnx")
+
+
+def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images: Images) -> None:
+    graph, image = smooth(tmp_path, "confidence"), tiny_images.image[:128].numpy()
+    nodes = onnx.load(graph).graph
+    inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]
+    assert inside.count("Sigmoid") == inside.count("Mul") == 9  # one a ReLU of a ResNet-10
+    int8 = quantize(graph, tmp_path / "ranges.json", tmp_path / "int8.onnx", image)
+    exact, near = (Engine(file).run(image).logits for file in (graph, int8))
+    assert np.abs(exact - near).max() < 0.1 * np.ptp(exact)
+
+
+def test_products_of_a_backward_pass_stay_in_float32(tmp_path: Path) -> None:
+    nodes = onnx.load(smooth(tmp_path, "consistency")).graph
+    inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]
+    assert [n.op_type for n in nodes.node].count("Mul") > 30
+    # Of the two looks at the image, before the step and after it.
+    assert inside.count("Mul") == inside.count("Sigmoid") == 18
 
 
 def test_weights_have_7_bits_and_need_no_guard_where_products_are_added_in_16(int8: Path) -> None:

@@ -104,3 +104,37 @@ def test_the_architectures_are_torchvisions_names() -> None:
                 num_classes=2,
                 **{"init_weights": True} if arch == "googlenet" else {},
             )
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg11_bn", "alexnet", "squeezenet1_1"])
+def test_silu_takes_the_place_of_every_relu_and_no_weight_changes(arch: str) -> None:
+    nets = []
+    for activation in ("relu", "silu"):
+        torch.manual_seed(0)
+        nets.append(Classifier(ClassifierConfig(arch, 10, activation=activation)).eval())
+    kinds = [[type(layer) for layer in net.modules()] for net in nets]
+    assert kinds[1] == [torch.nn.SiLU if kind is torch.nn.ReLU else kind for kind in kinds[0]]
+    assert kinds[0] != kinds[1]
+    both = zip(nets[0].state_dict().items(), nets[1].state_dict().items(), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in both)
+
+
+@pytest.mark.parametrize(
+    ("arch", "activation", "words"),
+    [
+        ("googlenet", "silu", "googlenet keeps its own activations"),
+        ("timm:resnet10t", "silu", "timm:resnet10t keeps its own activations"),
+        ("resnet18", "gelu", "--activation gelu: choose one of relu, silu"),
+    ],
+)
+def test_an_activation_that_a_network_cannot_have_is_refused(
+    arch: str, activation: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Classifier(ClassifierConfig(arch, 10, activation=activation))
+
+
+def test_what_stands_for_weights_names_an_activation_other_than_relu() -> None:
+    config = ClassifierConfig("resnet18", 10)
+    assert "activation" not in repr(config)
+    assert repr(config._replace(activation="silu")).endswith("rectified=False, activation='silu')")
