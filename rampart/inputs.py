@@ -130,11 +130,18 @@ def archive(path: Path) -> None:
 
 
 def measured(model: Path) -> None:
-    """A folder of a calibrated model, or an ONNX file."""
-    if model.suffix != ".onnx":
+    """A folder of a calibrated model, an ONNX file, or a folder of such files."""
+    if not is_foreign(model):
         folder(model)
-    else:
+    elif not model.is_dir():
         check_file(model, "graph", "name the ONNX file, or the folder of a model")
+
+
+def is_foreign(model: Path) -> bool:
+    """Whether that is an ONNX file, or a folder of such files and no model's."""
+    if model.suffix == ".onnx":
+        return True
+    return not (model / "weights.safetensors").exists() and any(model.glob("*.onnx"))
 
 
 def served(model: Path) -> None:
@@ -402,14 +409,18 @@ def evaluation(
     part: str | None,
     int8: bool,
     fp16: bool,
+    twin: Path | None,
+    gallery: Path | None,
+    into_card: bool,
 ) -> None:
     """What belongs together in an evaluation."""
-    if model.suffix == ".onnx":
+    if is_foreign(model):
         measured(model)
-        if variant or held or part or int8 or fp16:
-            raise ValueError(
-                f"{model} is one classifier: leave out --variant, --held, --part, --int8 and --fp16"
-            )
+        given = {"--variant": variant, "--held": held, "--part": part, "--int8": int8}
+        given |= {"--fp16": fp16, "--twin": twin, "--into-card": into_card}
+        given |= {"--gallery": gallery} if model.is_dir() else {}
+        if named := [option for option, value in given.items() if value]:
+            raise ValueError(f"{model} is no model of Rampart's: leave out {', '.join(named)}")
         return
     alone(variant, rung)
     sample(held, part)

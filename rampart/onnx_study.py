@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from rampart.hardening.attack.ladder import QUICK, Attack, fool
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.redteam import redteam
 from rampart.hardening.attack.redteam.said import Answer, Reading, Said
@@ -15,14 +18,16 @@ from rampart.hardening.attack.victims import Answer as Guess
 from rampart.hardening.attack.victims import Victim, label_victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.checks import Check
-from rampart.hardening.judge.metrics import Metric
+from rampart.hardening.judge.evaluate import Evaluation, Record, Replay, Rung
 from rampart.hardening.model.arrays import Pixels
-from rampart.hardening.model.card import RATE, Subject
+from rampart.hardening.model.card import RATE, Row, Subject
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.onnx_file import OnnxFile, Unconvertible
+from rampart.hardening.model.pixels import to_uint8
 from rampart.hardening.model.scaling import NAMES, SCALINGS, Layout, Name
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import load, spread
+from rampart.looks import TABBY, picture
 from rampart.provenance import versions
 from rampart.studies import Outcome, Study
 
@@ -30,6 +35,7 @@ GATED = 64  # images that the parity gate compares on
 TRIED, CLEAR = 200, 0.05  # images that tell a range, by a lead in accuracy of so much
 QUERIES, FEW = 1000, 200  # of Square an image, and in a quick study
 CLASSIFIER = Subject("classifier")
+BLIND = "sees its answers alone"
 
 
 class Described(NamedTuple):
@@ -61,9 +67,11 @@ def evaluate(
     described: Described = Described(),  # noqa: B008
     limit: int | None = None,
     rungs: list[str] | None = None,
+    gallery: Path | None = None,
     notice: Callable[[str], object] = str,
 ) -> Outcome:
-    """Attack the classifier in an ONNX file; write its figures into NAME-measured.json beside it.
+    """Attack the classifier in an ONNX file; write its figures into NAME-measured.json beside it,
+    and the report NAME-report.html. `gallery` is a second page with attacked images in it.
 
     White-box where onnx2torch converts the file and the parity gate holds, else black-box. Raises
     ValueError, in a sentence, for a file or images that do not go together.
@@ -84,18 +92,40 @@ def evaluate(
             raise ValueError(f"{path} is a black box, since {why}: leave out --rung") from why
         how = f"as a black box, since {why}; an attack with gradients would find more"
         notice(f"attacked {how}")
-        metrics, checks = black_box(file, range, few, study), list[Check]()
+        found = black_box(file, range, few, study)
     else:
         how = "by gradients: its twin in torch passed the parity gate"
         attack = partial(judge.evaluate, [victim_of(file, range, run)], few, study.threat)
         found = attack(study.budget, rate=RATE, folder=study.cache, only=rungs or [])
-        metrics, checks = found.metrics, found.checks
     title = images.name if len(few) == len(every) else f"{len(few)} of {images.name}"
-    rows = [report.row(metric, data=title, command=study.command) for metric in metrics]
+    rows = [report.row(metric, data=title, command=study.command) for metric in found.metrics]
     known = {"input": file.entry._asdict() | {"range": words}, "attacked": how}
-    content = write(path, file, study, known | {"metrics": rows, "checks": told(checks)})
+    content = write(path, file, study, known | {"metrics": rows, "checks": told(found.checks)})
     lines = [described_in_words(file, words), f"attacked {how}", report.table(rows)]
-    return Outcome(content, [*lines, *map(str, checks), str(beside(path))], content)
+    lines += [*map(str, found.checks), str(beside(path))]
+    if not rungs:
+        lines += write_pages(path, content, found, gallery)
+    return Outcome(content, lines, content)
+
+
+def write_pages(
+    path: Path, content: Row, found: Evaluation, gallery: Path | None = None
+) -> list[str]:
+    """The report beside the file, and the gallery; returns their names."""
+    from rampart.hardening.report import page
+
+    write = partial(page.write, card=content, rows=content["metrics"], evaluation=found)
+    pictures = None
+    if found.attempts:  # there are gradients to attack a picture by
+        pixels = picture(None, found.images.image.shape[1])
+        look = found.records[CLASSIFIER.name].victim.look
+        attacked = fool(look, pixels, found.threat, QUICK)
+        source = "scikit-image's CC0 cat (chelsea)."
+        pictures = page.Pictures(pixels, attacked, [TABBY], source)
+    lines = [str(write(report_of(path), pipeline=None, pictures=pictures))]
+    if gallery:
+        lines.append(str(write(gallery, pipeline=None, pictures=page.gallery(found, None))))
+    return lines
 
 
 def told(checks: list[Check]) -> list[dict[str, Any]]:
@@ -106,6 +136,11 @@ def told(checks: list[Check]) -> list[dict[str, Any]]:
 def beside(path: Path) -> Path:
     """The file for the figures of an ONNX file."""
     return path.with_name(f"{path.stem}-measured.json")
+
+
+def report_of(path: Path) -> Path:
+    """The report page of an ONNX file."""
+    return path.with_name(f"{path.stem}-report.html")
 
 
 def write(path: Path, file: OnnxFile, study: Study, entries: dict[str, Any]) -> dict[str, Any]:
@@ -161,19 +196,33 @@ def described_in_words(file: OnnxFile, words: str) -> str:
     return f"{text}; {file.classes} classes{', its softmax cut off' if file.was_cut else ''}"
 
 
-def black_box(file: OnnxFile, range: Name, images: Images, study: Study) -> list[Metric]:
-    """Clean accuracy, and what Square leaves. Raises ValueError for another norm than Linf."""
+def black_box(file: OnnxFile, range: Name, images: Images, study: Study) -> Evaluation:
+    """Clean accuracy, and what Square leaves (Andriushchenko et al. 2020). Raises ValueError for
+    another norm than Linf.
+    """
     if study.threat.norm != "Linf":
         raise ValueError("a black box is attacked within Linf alone: leave out --norm")
     queries, eps = FEW if study.quick else QUERIES, round(study.threat.eps * 255)
     endpoint = Local(file, range, images.classes)
     run = partial(redteam, attacks=["square"], limit=len(images), eps=eps, budget=queries)
     outcomes = run(endpoint, images, study.cache / f"{file.digest[:16]}-{range}-{eps}-{queries}")
-    clean = float(np.mean([not outcome.clean_wrong for outcome in outcomes]))
-    left = float(np.mean([outcome.success is None for outcome in outcomes]))
-    threat = Threat("Linf", eps / 255)
+
+    def answer(x: Tensor) -> Tensor:
+        return torch.from_numpy(file.logits(to_uint8(x).cpu().numpy(), SCALINGS[range]))
+
+    victim, threat = victim_of(file, range, answer), Threat("Linf", eps / 255)
     effort = f"Square, {queries:,} queries, on 8-bit images"
-    return [
-        Metric(CLASSIFIER, "clean", clean, len(outcomes)),
-        Metric(CLASSIFIER, "square", left, len(outcomes), threat, effort),
-    ]
+    square = Attack("square", "label", unmade, lambda *_: effort, lambda _: 0, "")
+    rung = Rung(victim, square, threat, study.budget, effort)
+    said = victim.deployed(images.image)
+    clean = np.array([not outcome.clean_wrong for outcome in outcomes])
+    left = np.array([outcome.success is None for outcome in outcomes])
+    before, after = (Replay(right, right, ~said.accepted, said, ~right) for right in (clean, left))
+    record = Record(victim, before, [(rung, after)], "")
+    metrics = [record.metric("clean", clean), record.metric("square", left, rung)]
+    return Evaluation(images, threat, metrics, [], {victim.name: record}, [], BLIND, "under Square")
+
+
+def unmade(*_: Any, **__: Any) -> Tensor:
+    """Stands where an attack makes images: Square's stay in the run of the red team."""
+    raise NotImplementedError

@@ -44,6 +44,7 @@ TRAINING = {
     "test_object_detectors.py",
     "test_object_training.py",
     "test_onnx_study.py",
+    "test_onnx_table.py",
     "test_outside.py",
     "test_page.py",
     "test_parity.py",

@@ -204,6 +204,8 @@ class Record(NamedTuple):
     def everything(self) -> Rung:
         """What stands beside a worst case."""
         largest = max((rung for rung, _ in self.under), key=lambda rung: rung.threat.eps)
+        if len(self.under) == 1:
+            return largest
         short = "short " if any(rung.name == "autoattack_short" for rung, _ in self.under) else ""
         what = f"worst case over {len(self.under)} attacks in float and 8-bit"
         return largest._replace(effort=f"{what} ({short}AutoAttack, {self.budget})")
@@ -290,6 +292,8 @@ class Evaluation(NamedTuple):
     checks: list[Check]
     records: dict[str, Record]  # by the victim's name
     attempts: list[Attempt]
+    knowledge: str = "knows every part"  # of the attacker
+    worst: str = "worst case"  # what is left is called
 
 
 def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) -> list[Rung]:

@@ -102,8 +102,12 @@ def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
 def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
     """What was defended, against whom, and how all of it was made."""
     reach = {"Linf": "moves every pixel of", "L2": "moves, in the L2 norm with pixels from 0 to 1,"}
+    defended = any(record.victim.rejects for record in evaluation.records.values())
+    known = (
+        "knows weights, purifier, detectors and thresholds" if defended else evaluation.knowledge
+    )
     words = [
-        f"Threat model: the attacker knows weights, purifier, detectors and thresholds, and"
+        f"Threat model: the attacker {known}, and"
         f" {reach[evaluation.threat.norm]} an image by at most {str(evaluation.threat).split()[1]}."
         " Not covered: other norms, patches, poisoned training data, theft of the model, and"
         " attacks stronger than those listed here."

@@ -20,6 +20,7 @@ TITLES = {
     "clean": "clean accuracy",
     "clean_rejection": "clean images rejected",
     "transfer": "images made against the twin",
+    "square": "Square attack",
     "robust": "worst case, label right",
     "robust_with_rejection": "worst case, right or rejected",
     "accepted_and_wrong": "worst case, accepted and wrong",
@@ -37,6 +38,7 @@ MEANINGS = {
     "clean": "label right on clean images",
     "transfer": "label right on images made against the undefended twin",
     "robust_with_rejection": "right or rejected in the worst case",
+    "square": "label right after a random search that sees answers alone",
     "robust": "label right in the worst case",
     "accepted_and_wrong": "accepted and wrong in the worst case",
     "gain_over_max_softmax": "gain over rejecting low confidence, at the same clean rejection",
@@ -125,18 +127,20 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
     return next(reversed(record.attacks(name)), None)
 
 
-def attacked(evaluation: Evaluation, pipeline: DefendedClassifier) -> Tensor | None:
+def attacked(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Tensor | None:
     """Evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20."""
     record = record_of(evaluation, pipeline)
     for name in (JOINT, STATIC):
-        if record and (mine := own(record, name)):
+        if record and evaluation.attempts and (mine := own(record, name)):
             x = next(item.x for item in evaluation.attempts if item.rung is mine[0])
             return in_8_bits(x, evaluation.images.image, mine[0].threat)
     return None
 
 
-def record_of(evaluation: Evaluation, pipeline: DefendedClassifier) -> Record | None:
-    """What happened to a pipeline, where it was evaluated."""
+def record_of(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Record | None:
+    """What happened to a pipeline, or to a classifier without one, where it was evaluated."""
+    if pipeline is None:
+        return evaluation.records.get("classifier")
     variant = "lean" if pipeline.purifier is None else "full"
     return evaluation.records.get(f"pipeline {variant}")
 

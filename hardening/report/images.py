@@ -30,7 +30,7 @@ class Pictures(NamedTuple):
     source: str
 
 
-def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | None:
+def gallery(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Pictures | None:
     """Evaluated images for the grid, evenly spaced, or None; they may not leave this machine."""
     pixels = attacked(evaluation, pipeline)
     if pixels is None:
@@ -43,10 +43,10 @@ def gallery(evaluation: Evaluation, pipeline: DefendedClassifier) -> Pictures | 
     return Pictures(few.image, pixels[chosen], truth, source)
 
 
-def features(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
+def features(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Iterator[Section]:
     """A t-SNE map (van der Maaten and Hinton 2008) of what the classifier makes of each image."""
     pixels = attacked(evaluation, pipeline)
-    if pixels is None or len(evaluation.images) < 4:
+    if pipeline is None or pixels is None or len(evaluation.images) < 4:
         return
     count = min(EMBEDDED, len(pixels))
     few = torch.arange(count) * len(pixels) // count
@@ -78,7 +78,7 @@ def embedded(
 
 
 def grid(
-    evaluation: Evaluation, pipeline: DefendedClassifier, pictures: Pictures | None
+    evaluation: Evaluation, pipeline: DefendedClassifier | None, pictures: Pictures | None
 ) -> Iterator[Section]:
     """Pictures as sent, attacked and purified, each with the verdict on it."""
     record, names = record_of(evaluation, pipeline), evaluation.images.classes
@@ -89,11 +89,11 @@ def grid(
     change = pixels.int() - clean.int()
     largest = [f"at most {levels}/255" for levels in change.abs().flatten(1).amax(1).tolist()]
     columns = [
-        ("clean", clean, verdicts(record, pipeline, clean, names)),
-        ("attacked", pixels, verdicts(record, pipeline, pixels, names)),
+        ("clean", clean, verdicts(record, clean, names)),
+        ("attacked", pixels, verdicts(record, pixels, names)),
         ("difference x10", (128 + 10 * change).clamp(0, 255).byte(), largest),
     ]
-    if pipeline.purifier is not None:
+    if pipeline is not None and pipeline.purifier is not None:
         with torch.no_grad():
             purified = pipeline(pixels).purified
         columns.append(("purified", purified, ["what the classifier sees"] * len(pixels)))
@@ -107,19 +107,23 @@ def grid(
     yield Section("Pictures", [pictures.source], grid=rows)
 
 
-def verdicts(
-    record: Record, pipeline: DefendedClassifier, image: Tensor, names: tuple[str, ...]
-) -> list[str]:
-    """What the endpoint says of each image uint8 (N, H, W, 3)."""
+def verdicts(record: Record, image: Tensor, names: tuple[str, ...]) -> list[str]:
+    """What a victim says of each image uint8 (N, H, W, 3)."""
     with torch.no_grad():
-        confidence, index = pipeline(image).logits.softmax(1).max(1)
+        logits = record.victim.label_look(to_float(image)).logits
+    confidence, index = logits.softmax(1).max(1)
+    labels = [
+        f"{names[i]} {share:.0%}"
+        for i, share in zip(index.tolist(), confidence.tolist(), strict=True)
+    ]
+    if not record.victim.rejects:
+        return labels
     accepted = record.victim.deployed(image).accepted
-    verdicts = zip(index.tolist(), confidence.tolist(), accepted, strict=True)
     decision = {True: "accepted", False: "rejected"}
-    return [f"{names[i]} {share:.0%}, {decision[bool(fine)]}" for i, share, fine in verdicts]
+    return [f"{label}, {decision[bool(a)]}" for label, a in zip(labels, accepted, strict=True)]
 
 
-def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Section]:
+def classes(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Iterator[Section]:
     """Which classes fall."""
     record = record_of(evaluation, pipeline)
     if record is None or not record.under:
@@ -131,10 +135,12 @@ def classes(evaluation: Evaluation, pipeline: DefendedClassifier) -> Iterator[Se
     names = [evaluation.images.classes[index] for index in shown]
     every = [
         counted(name, range(len(shown)), [held[label == index] for index in shown])
-        for name, held in (("clean", record.clean.right), ("worst case", worst))
+        for name, held in (("clean", record.clean.right), (evaluation.worst, worst))
     ]
     shares = zip(names, every[0].value, every[1].value, strict=True)
-    alt = " ".join(f"{name}: {one:.0%} clean, {two:.0%} worst case." for name, one, two in shares)
+    alt = " ".join(
+        f"{name}: {one:.0%} clean, {two:.0%} {evaluation.worst}." for name, one, two in shares
+    )
     caption = f"{record.victim.subject.title}: label right by class, with 95% intervals."
     drawing = Drawing(plots.dots(names, every, x_label="label right"), f"Dot plot. {alt}", caption)
     attack = record.everything().effort

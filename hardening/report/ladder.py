@@ -11,7 +11,7 @@ from rampart.hardening.report.elements import STATIC, Drawing, Section, Table, b
 from rampart.hardening.report.plots import Shares
 
 # Figures of the main drawing, beside those of the main rungs.
-MAIN = ("clean", "transfer", "robust", "robust_with_rejection")
+MAIN = ("clean", "transfer", "square", "robust", "robust_with_rejection")
 
 
 def verdict(rows: Sequence[Figure], evaluation: Evaluation, who: str) -> Iterator[str]:
@@ -23,20 +23,28 @@ def verdict(rows: Sequence[Figure], evaluation: Evaluation, who: str) -> Iterato
             f"Control: the same attacks leave {both(control)} of the undefended twin's labels"
             f" right; on clean images {both(clean)} are."
         )
-    if not any(row.name == "robust" for row in rows):
+    if blind := pick(rows, "square", who):
+        yield (
+            f"Square leaves {both(blind)} of {blind.n} labels right, up to {evaluation.threat}."
+            f" The attacker {evaluation.knowledge}: one with gradients would find more, so this is"
+            " no worst case."
+        )
+    elif not any(row.name == "robust" for row in rows):
         yield "Only a part of the ladder was climbed: there is no worst case and no verdict."
 
 
 def verdict_on(rows: Sequence[Figure], who: str, threat: Threat) -> Iterator[str]:
-    """What the figures say of one pipeline."""
+    """What the figures say of one victim."""
     kept, safe = pick(rows, "robust", who), pick(rows, "robust_with_rejection", who)
-    if not (kept and safe):
+    if not kept:
         return
     name = plots.title(who)
-    yield (
-        f"{name}: in the worst case over these attacks up to {threat}, the label of {both(kept)} of"
-        f" {kept.n} images stays right, and {both(safe)} are right or rejected."
-    )
+    words = f"{name}: in the worst case over these attacks up to {threat}, the label of"
+    words += f" {both(kept)} of {kept.n} images stays right"
+    if not safe:
+        yield f"{words}."
+        return
+    yield f"{words}, and {both(safe)} are right or rejected."
     for figure, other in (
         ("gain_over_classifier", "the bare classifier"),
         ("gain_over_max_softmax", "rejecting low confidence at the same clean rate"),
@@ -69,13 +77,15 @@ def main_bars(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing | None:
     places = [float(place) for place in range(len(found))]
     every = [
         elements.listed("clean", places, clean),
-        elements.listed("worst case", places, worst),
+        elements.listed(evaluation.worst, places, worst),
     ]
     said = "; ".join(
-        f"{name}: clean {both(pair[0])}, worst case {both(pair[1])}" for name, pair in found.items()
+        f"{name}: clean {both(pair[0])}, {evaluation.worst} {both(pair[1])}"
+        for name, pair in found.items()
     )
-    caption = f"Labels that are right, clean and in the worst case up to {evaluation.threat}, each"
-    caption += " with its 95% interval. The attacker knows every part."
+    where = "in the worst case" if evaluation.worst == "worst case" else evaluation.worst
+    caption = f"Labels that are right, clean and {where} up to {evaluation.threat}, each"
+    caption += f" with its 95% interval. The attacker {evaluation.knowledge}."
     return Drawing(plots.bars(list(found), every), f"Bar chart. {said}.", caption)
 
 
@@ -83,7 +93,7 @@ def worst_of(rows: Sequence[Figure], who: str) -> Figure | None:
     """Labels that a victim keeps in the worst case, or under its strongest attack."""
     if worst := pick(rows, "robust", who):
         return worst
-    on_labels = [attack.name for attack in rungs.RUNGS if attack.aim == "label"]
+    on_labels = ["square", *(attack.name for attack in rungs.RUNGS if attack.aim == "label")]
     mine = [row for row in rows if row.subject.name == who and row.name in on_labels]
     return min(mine, key=lambda row: row.value, default=None)
 
@@ -100,13 +110,13 @@ def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section
     rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
     right, safe = "worst case, label right", f"worst case, right or rejected at {rate}"
     head = ("", right, safe, "clean accuracy", "clean images rejected", "images")
-    caption = f"Share and 95% interval, {evaluation.threat}; the attacker knows every part"
+    caption = f"Share and 95% interval, {evaluation.threat}; the attacker {evaluation.knowledge}"
     words = [
         line
         for record in elements.pipelines(evaluation)
         for line in verdict_on(rows, record.victim.name, evaluation.threat)
     ]
-    if body:
+    if len(body) > 1 or elements.pipelines(evaluation):
         yield Section("All forms side by side", words, tables=[Table(caption, head, body)])
 
 
@@ -128,6 +138,8 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
         " is then put to every victim: the worst case counts an image only if nothing beat it, in"
         " float and in 8 bits."
     ]
+    if not evaluation.attempts:
+        words = ["Square is a random search, here on 8-bit images. It follows no gradient."]
     yield Section("The ladder", words, [main_figures(rows, evaluation)], tables)
 
 

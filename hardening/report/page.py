@@ -23,16 +23,17 @@ def write(
     card: Row,
     rows: Sequence[Row],
     evaluation: Evaluation,
-    pipeline: DefendedClassifier,
+    pipeline: DefendedClassifier | None,
     *,
     pictures: Pictures | None,
     served: Subject | None = None,
 ) -> Path:
     """Write the page to `path`; `rows` are its metrics, and only `pictures` puts images into it.
-    `served` is what is served by default; without it the variant of `pipeline` in fp32.
+    `served` is what is served by default; without it the variant of `pipeline` in fp32. Without a
+    `pipeline` it is about a bare classifier.
     """
     figures = [Figure.of(row) for row in rows]
-    served = served or Subject("pipeline", "full" if pipeline.purifier else "lean")
+    served = served or served_of(pipeline)
     who = measured(evaluation, served)
     texts = {"model": card.get("model", path.stem), "data": figures[0].data if figures else ""}
     html = template().render(
@@ -40,7 +41,7 @@ def write(
         evaluation=evaluation,
         tiles=tiles(figures, evaluation, served, who),
         bars=main_bars(figures, evaluation),
-        verdict=verdict(figures, evaluation, who),
+        verdict=[*verdict(figures, evaluation, who), *how(card)],
         failed=[check for check in evaluation.checks if not check.passed],
         sections=sections_of(card, figures, evaluation, pipeline, pictures=pictures),
     )
@@ -48,11 +49,27 @@ def write(
     return path
 
 
+def how(card: Row) -> list[str]:
+    """What an ONNX file takes, and how it could be attacked; of a model there is nothing to say."""
+    if "attacked" not in card:
+        return []
+    entry = card["input"]
+    takes = f"It takes {entry['layout']}, {entry['size']} pixels a side; range {entry['range']}."
+    return [takes, f"It was attacked {card['attacked']}."]
+
+
+def served_of(pipeline: DefendedClassifier | None) -> Subject:
+    """The subject that a pipeline is, or a bare classifier."""
+    if pipeline is None:
+        return Subject("classifier")
+    return Subject("pipeline", "full" if pipeline.purifier else "lean")
+
+
 def sections_of(
     card: Row,
     figures: Sequence[Figure],
     evaluation: Evaluation,
-    pipeline: DefendedClassifier,
+    pipeline: DefendedClassifier | None,
     *,
     pictures: Pictures | None,
 ) -> list[Section]:

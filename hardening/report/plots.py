@@ -55,6 +55,7 @@ INKS = {
     "attacked": Ink("#D55E00", "^", "--"),
     "purified": Ink("#009E73", "s", ":"),
     "worst case": Ink("#D55E00", "s", "--"),
+    "under Square": Ink("#D55E00", "s", "--"),
 }
 
 

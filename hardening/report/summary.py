@@ -31,12 +31,13 @@ def tiles(
     rows: Sequence[Figure], evaluation: Evaluation, served: Subject, who: str
 ) -> Iterator[Tile]:
     """What is `served`, by the figures of `who`, with the undefended twin as a control."""
-    note = "" if who == served.name else f"figures of {plots.title(who)}"
-    yield Tile("served by default", served.title, note)
+    if served.kind == "pipeline":
+        note = "" if who == served.name else f"figures of {plots.title(who)}"
+        yield Tile("served by default", served.title, note)
     threat = str(evaluation.threat)
     for label, figure, beside in (
         ("right on clean images", pick(rows, "clean", who), ""),
-        ("right under attack", worst_of(rows, who), f"worst case, {threat}"),
+        ("right under attack", worst_of(rows, who), f"{evaluation.worst}, {threat}"),
         ("undefended twin under attack", worst_of(rows, "undefended"), f"worst case, {threat}"),
         ("clean images rejected", pick(rows, "clean_rejection", who), ""),
     ):

@@ -42,7 +42,8 @@ ALL, FIGURES = (
     "Document for the table of all models",
     "Document for the figures of each model that it has a section for",
 )
-EVALUATED = "Folder of the model, as model_store/NAME, or an ONNX file from elsewhere"
+EVALUATED = "Folder of the model, as model_store/NAME; or an ONNX file from elsewhere, or a folder"
+EVALUATED += " of several, for a table of them"
 ONNX_RANGE = "ONNX file: range of its pixels; default found by accuracy, and told"
 ONNX_LAYOUT = "ONNX file: order of its pixels, where it does not tell"
 ONNX_SIZE = "ONNX file: pixels a side, where it takes any"
@@ -76,6 +77,7 @@ class Measured(NamedTuple):
 @verb(
     "evaluate model_store/mine --images cifar10/ --quick",
     "evaluate resnet50.onnx --images my_images/ --quick --eps 4 --range imagenet",
+    "evaluate onnx_files/ --images my_images/ --quick",
     "evaluate model_store/mine --images cifar10/ --part validation --rung pgd20",
     together=inputs.evaluation,
 )
@@ -99,17 +101,21 @@ def evaluate(
     """Attack classifier and pipeline with full knowledge; write the figures and a report page.
 
     An ONNX file from elsewhere is attacked by gradients if it converts to PyTorch, else as a black
-    box; the figures go into NAME-measured.json beside it.
+    box; figures and page go into NAME-measured.json and NAME-report.html beside it. A folder of
+    such files also gets a table, the most robust file first.
     """
     from rampart import studies
 
-    if subject.model.suffix == ".onnx":
-        from rampart import onnx_study
+    if inputs.is_foreign(subject.model):
+        from rampart import onnx_study, onnx_table
 
         own = studies.Study(threat.ball(), None, quick, cache=cache, command=command_line())
-        measure = partial(onnx_study.evaluate, limit=limit or (100 if quick else None), notice=say)
-        described = onnx_study.Described(*subject[2:])
-        found = measure(subject.model, images.images, own, described=described, rungs=rung)
+        measure = partial(onnx_study.evaluate, gallery=gallery)
+        if subject.model.is_dir():
+            measure = partial(onnx_table.compare)
+        few = limit or (100 if quick else None)
+        how = partial(measure, described=onnx_study.Described(*subject[2:]), notice=say)
+        found = how(subject.model, images.images, own, limit=few, rungs=rung)
         say(*found.lines)
         studies.insist(found.checks)
         return

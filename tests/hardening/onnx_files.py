@@ -13,6 +13,12 @@ from rampart.hardening.model.pixels import to_float
 SIZE = 16
 
 
+def saved(path: Path, images: Images) -> Path:
+    """Images as an .npz file."""
+    np.savez(path, image=images.image, label=images.label, classes=images.classes)
+    return path
+
+
 class Signed(torch.nn.Module):
     """A network that wants pixels in [-1, 1], and gives probabilities."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from blobs import Learned, blobs
 from command import run
-from onnx_files import Signed, by_scikit_learn, by_timm, export, quantized
+from onnx_files import Signed, by_scikit_learn, by_timm, export, quantized, saved
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import onnx_file
@@ -21,11 +21,6 @@ from rampart.onnx_study import Described, evaluate
 from rampart.studies import Study
 
 SIGNED = Described(range="signed")
-
-
-def saved(path: Path, images: Images) -> Path:
-    np.savez(path, image=images.image, label=images.label, classes=images.classes)
-    return path
 
 
 @pytest.fixture(scope="module")
