@@ -1,9 +1,10 @@
 """One picture of objects and what attacks make of it, with boxes drawn."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.objects import attack as attacks
 from rampart.hardening.objects.boxes import Truth
-from rampart.hardening.objects.defended import DefendedDetector
+from rampart.hardening.objects.defended import DefendedDetector, SceneOutputs
 from rampart.hardening.report import verdicts
 from rampart.scenes import SceneModel
 
@@ -31,6 +32,9 @@ UNFLAGGED = "vanish-unflagged"
 STEPS = 50
 PALETTE = ("red", "blue", "darkorange", "purple", "teal", "magenta")  # by class
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+Boxes = Sequence[Mapping[str, Any]]  # of a verdict
+# What a victim gives of one picture, and how far beyond the threshold (1,) that is.
+Watch = Callable[[SceneOutputs, Tensor], None]
 
 
 class Plan(NamedTuple):
@@ -39,6 +43,14 @@ class Plan(NamedTuple):
     threat: Threat
     also: Path | None = None  # another picture, shown as it is
     rate: float = 0.01
+    steps: int = STEPS
+
+
+class Victim(NamedTuple):
+    """One variant of an object detector, with the ranks that its flags are cut from."""
+
+    pipeline: DefendedDetector
+    calibration: Calibration
 
 
 def attack(
@@ -48,11 +60,11 @@ def attack(
     with boxes. The last of them also wants not to be flagged, and knows all of Rampart.
     """
     chosen = model.chosen_variant(variant)
-    pipeline, table = model.pipeline(chosen), model.calibration(chosen)
+    victim = Victim(model.pipeline(chosen), model.calibration(chosen))
     policy = Policy(plan.rate)
     views = {"clean": View(model.view(shown(model, image)).pixels)}
     (clean,) = model.judged([views["clean"]], policy=policy, variant=chosen)
-    make = partial(craft, pipeline, table, views["clean"].pixels, clean, plan)
+    make = partial(craft, victim, views["clean"], clean.boxes, plan)
     for name in AIMS[: 2 if len(model.classes) == 1 else 3]:
         views[name] = View(make(name))
     views[UNFLAGGED] = View(make(AIMS[0], unflagged=True))
@@ -79,39 +91,68 @@ def shown(model: SceneModel, file: Path | None) -> Path:
 
 
 def craft(
-    pipeline: DefendedDetector,
-    calibration: Calibration,
-    pixels: Pixels,
-    clean: SceneVerdict,
+    victim: Victim,
+    view: View,
+    boxes: Boxes,
     plan: Plan,
     name: str,
     *,
     unflagged: bool = False,
+    watch: Watch = lambda outputs, margin: None,
 ) -> Pixels:
-    """Pixels after Auto-PGD on an aim against what the `clean` verdict shows.
+    """Pixels after Auto-PGD on an aim against `boxes`, those that a verdict shows.
 
-    To be `unflagged` weighs as much as the aim, as a share of its size on the clean picture.
+    To be `unflagged` weighs as much as the aim, as a share of its size on the clean picture. Where
+    the view has a frame, its border stays grey, since no client can send another one. `watch` is
+    told what the victim gives at each step.
     """
-    x = to_float(torch.from_numpy(pixels)[None])
-    boxes = [box["box"] for box in clean.boxes]
-    labels = torch.tensor([box["index"] for box in clean.boxes], dtype=torch.int64)
-    truth = [Truth(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), labels)]
-    goal = attacks.aims_of(pipeline.detector)[name]
+    x, inside = to_float(torch.from_numpy(view.pixels)[None]), sent(view)
+    truth = [truth_of(view, boxes)]
+    goal = attacks.aims_of(victim.pipeline.detector)[name]
 
     def wanted(near: Tensor) -> Tensor:
-        return goal(pipeline.detector, near, truth)
+        return goal(victim.pipeline.detector, near, truth)
 
     with torch.no_grad():
         size = 1 + wanted(x).abs()
 
     def objective(near: Tensor, rows: Tensor) -> Outcome:
-        margin = detection_margin(pipeline.defend(near).scores, calibration, plan.rate)
-        value = wanted(near) / size - margin.clamp(0) * unflagged
+        framed = torch.where(inside, near, x)
+        outputs = victim.pipeline.defend(framed)
+        margin = detection_margin(outputs.scores, victim.calibration, plan.rate)
+        watch(outputs, margin)
+        value = wanted(framed) / size - margin.clamp(0) * unflagged
         return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
 
     start = random_start(x, plan.threat, Noise(torch.zeros(1, dtype=torch.int64)))
-    near = apgd(objective, x, plan.threat, steps=STEPS, start=start)[0]
-    return to_uint8(near)[0].numpy()
+    near = apgd(objective, x, plan.threat, steps=plan.steps, start=start)[0]
+    return to_uint8(torch.where(inside, near, x))[0].numpy()
+
+
+def sent(view: View) -> Tensor:
+    """Which pixels (1, 1, S, S) of a view are of the picture as sent, and not of its border."""
+    inside = torch.zeros(1, 1, *view.pixels.shape[:2], dtype=torch.bool)
+    left, top, width, height = within(view)
+    inside[..., top : top + height, left : left + width] = True
+    return inside
+
+
+def within(view: View) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the picture in what the model sees of it, in pixels."""
+    side = view.pixels.shape[0]
+    if view.frame is None:
+        return 0, 0, side, side
+    (scale, left, top), width, height = view.frame
+    return left, top, max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def truth_of(view: View, boxes: Boxes) -> Truth:
+    """The boxes of a verdict as the truth of what the model sees."""
+    corners = np.array([box["box"] for box in boxes], np.float32).reshape(-1, 4)
+    if view.frame is not None:
+        corners = view.frame.placement.inside(corners)
+    labels = torch.tensor([box["index"] for box in boxes], dtype=torch.int64)
+    return Truth(torch.from_numpy(corners), labels)
 
 
 def in_words(verdict: SceneVerdict) -> str:

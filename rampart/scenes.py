@@ -122,20 +122,23 @@ class SceneModel(Calibrated):
         self, views: Sequence[View], *, policy: Policy | None = None, variant: Variant | None = None
     ) -> list[SceneVerdict]:
         """Verdicts on what the model sees; without a frame boxes are in pixels of that."""
-        chosen = self.chosen_variant(variant)
-        judge = SceneJudge(
-            self.classes,
-            self.calibration(chosen),
-            policy or Policy(self.rate),
-            {"name": str(self.card["model"]), "version": "1.0"},
-            **terms(self.card, {}),
-        )
+        judge = self.judge(policy, variant)
         pixels = torch.from_numpy(np.stack([view.pixels for view in views]))
-        pipeline = self.pipeline(chosen)
+        pipeline = self.pipeline(variant)
         with torch.no_grad():
             pieces = [pipeline(part) for part in torch.split(pixels, TOGETHER)]
         every = (torch.cat(parts).numpy() for parts in zip(*pieces, strict=True))
         return judge.of(SceneOutputs(*every), views)
+
+    def judge(self, policy: Policy | None = None, variant: Variant | None = None) -> SceneJudge:
+        """What turns the outputs of a variant's pipeline into verdicts, as the endpoint does."""
+        return SceneJudge(
+            self.classes,
+            self.calibration(self.chosen_variant(variant)),
+            policy or Policy(self.rate),
+            {"name": str(self.card["model"]), "version": "1.0"},
+            **terms(self.card, {}),
+        )
 
     def gate(self, images: Path) -> Tensor:
         """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""
@@ -165,6 +168,23 @@ class SceneModel(Calibrated):
         if isinstance(view, ImageError):
             raise view
         return view
+
+
+def twin_of(model: SceneModel, folder: Path | None) -> SceneModel | None:
+    """The undefended object detector of `folder`, or of the folder beside the model's.
+
+    Raises ValueError for one that finds other classes, or sees pictures at another size.
+    """
+    home = folder or (model.folder and folders.sibling(model.folder))
+    if home is None:
+        return None
+    twin = SceneModel.load(home)
+    if (twin.classes, twin.image_size) != (model.classes, model.image_size):
+        raise ValueError(
+            f"{home} is no twin of {model}: it finds {', '.join(twin.classes)} at"
+            f" {twin.image_size} pixels. Pass --twin with one of the same classes and size"
+        )
+    return twin
 
 
 def assemble(

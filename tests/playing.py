@@ -22,8 +22,8 @@ class Playground(NamedTuple):
 
 
 @contextmanager
-def playing(folder: Path, *options: object, log: Path) -> Iterator[Playground]:
-    """`rampart play` on a free port."""
+def playing(folder: Path, *options: object, log: Path, name: str = "tiny") -> Iterator[Playground]:
+    """`rampart play` on a free port, of the model that its card calls `name`."""
     command = [sys.executable, "-m", "rampart", "play", "--model", folder, "--no-browser"]
     words = [str(word) for word in [*command, "--port", 0, *options]]
     with log.open("w") as complaints:
@@ -31,7 +31,7 @@ def playing(folder: Path, *options: object, log: Path) -> Iterator[Playground]:
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
-        assert line.startswith("The playground of tiny: http://127.0.0.1:"), log.read_text()
+        assert line.startswith(f"The playground of {name}: http://127.0.0.1:"), log.read_text()
         yield Playground(line.split()[4], process)
     finally:
         process.kill()

@@ -6,29 +6,29 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from torch import Tensor
 
 from rampart.handlers.errors import INTERNAL, ImageError
 from rampart.handlers.http.application import Unread
 from rampart.handlers.http.bodies import Bodies
-from rampart.handlers.image import decode
 from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.launch.addresses import is_loopback
 from rampart.play.attack import MAX_EPS, MAX_STEPS, Event, Order, Stopped, attack, refused
-from rampart.play.bench import Bench, data_uri, timed
+from rampart.play.bench import Bench, timed
 from rampart.play.pictures import Offer
+from rampart.play.scene_attack import SceneOrder
+from rampart.play.scene_attack import attack as scene_attack
+from rampart.play.scene_bench import SceneBench
 from rampart.play.worker import Worker
 
 # Whoever went away before the body was there needs no answer, and no traceback in the terminal.
@@ -48,7 +48,7 @@ NOT_FOUND = ImageError(404, "not_found", "there is nothing at this address")
 NO_METHOD = ImageError(405, "method_not_allowed", "this address takes another method")
 
 
-def application(bench: Bench, pictures: Mapping[str, Offer]) -> Starlette:
+def application(bench: Bench | SceneBench, pictures: Mapping[str, Offer]) -> Starlette:
     """The ASGI application that shows `bench` to one person, with `pictures` to pick from.
 
     `state.end()` ends an attack that is under way.
@@ -110,8 +110,11 @@ def is_own(headers: Mapping[bytes, bytes]) -> bool:
 class Play:
     """What answers at each address; one picture is judged at a time, and one attacked."""
 
-    def __init__(self, bench: Bench, pictures: Mapping[str, Offer]) -> None:
+    def __init__(self, bench: Bench | SceneBench, pictures: Mapping[str, Offer]) -> None:
         self._bench, self._pictures = bench, dict(pictures)
+        scenes = isinstance(bench, SceneBench)
+        self._order: Callable[..., Any] = SceneOrder.read if scenes else Order.read
+        self._attack: Callable[..., Event] = scene_attack if scenes else attack
         self._bodies = Bodies()
         self._judge, self._attacker = Worker(), Worker()
         self._attacking, self._stop = asyncio.Lock(), threading.Event()
@@ -168,13 +171,12 @@ class Play:
         """What everybody says of the picture in the body."""
         image, milliseconds = await self._image(request)
         answers = await self._judge.do(self._bench.answers, image)
-        return JSONResponse(
-            {"picture": data_uri(image), "decoded_in": milliseconds, "answers": answers}
-        )
+        found = {"decoded_in": milliseconds, "answers": answers}
+        return JSONResponse(found | self._bench.seen(image))
 
     async def attack(self, request: Request) -> Response:
         """Attack the picture in the body: a line of JSON a step, then one of what came of it."""
-        order = Order.read(request.query_params, self._bench)
+        order = self._order(request.query_params, self._bench)
         image, _ = await self._image(request)
         if self._attacking.locked() and not self._stop.is_set():
             raise ANOTHER.bare()
@@ -185,7 +187,7 @@ class Play:
             raise ANOTHER.bare() from None
         return StreamingResponse(self._begin(image, order), media_type="application/x-ndjson")
 
-    def _begin(self, image: Tensor, order: Order) -> AsyncIterator[str]:
+    def _begin(self, image: Any, order: Any) -> AsyncIterator[str]:
         """Start an attack; its lines. Who stops reading them stops the attack."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
         stop = self._stop = threading.Event()
@@ -195,7 +197,7 @@ class Play:
 
         def run() -> None:
             try:
-                tell(attack(self._bench, image, order, tell, stop))
+                tell(self._attack(self._bench, image, order, tell, stop))
             except Stopped:
                 pass
             except Exception as error:
@@ -214,12 +216,11 @@ class Play:
         self._attacker.do(run).add_done_callback(lambda _: self._attacking.release())
         return lines()
 
-    async def _image(self, request: Request) -> tuple[Tensor, float]:
-        """The picture in the body as uint8 (1, H, W, 3), and milliseconds. Raises ImageError."""
+    async def _image(self, request: Request) -> tuple[Any, float]:
+        """What the model sees of the picture in the body, and milliseconds. Raises ImageError."""
         body = await self._bodies.read(dict(request.headers), request.stream())
-        size = self._bench.model.image_size
-        pixels, milliseconds = await self._judge.do(timed, lambda data: decode(data, size), body)
-        return torch.from_numpy(pixels)[None], milliseconds
+        found: tuple[Any, float] = await self._judge.do(timed, self._bench.see, body)
+        return found
 
 
 def headers_for(html: str) -> dict[str, str]:

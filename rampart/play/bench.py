@@ -4,23 +4,26 @@ import base64
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from rampart.handlers.image import decode
+from rampart.handlers.tasks import CLASSIFY
 from rampart.handlers.verdict import TOP, Calibration, Judge, Policy, surprises
 from rampart.hardening.attack.objectives import Look, View, look_at
 from rampart.hardening.model.calibrate import threshold
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import DETECTORS
-from rampart.hardening.model.pipeline import DefendedClassifier, Outputs, Variant
+from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.pixels import as_file, to_float
 from rampart.model import Model
 from rampart.play.switches import Chosen, p_value_of
 
+Pipeline = TypeVar("Pipeline", bound=nn.Module)
 Answer = dict[str, Any]  # one defence's, as JSON has it
 UNDEFENDED = "undefended"
 BARS = 36  # of a histogram
@@ -41,49 +44,39 @@ QUESTIONS = {
 }
 
 
-class Defence(NamedTuple):
+class Defence(NamedTuple, Generic[Pipeline]):
     """One variant, as it judges at `rate`."""
 
-    pipeline: DefendedClassifier
+    pipeline: Pipeline
     calibration: Calibration
     rate: float
 
-    def answer(self, image: Tensor, judge: Judge) -> Answer:
-        """What it says of an image uint8 (1, H, W, 3)."""
-        out, milliseconds = timed(self.pipeline, image)
-        verdict = judge.verdicts(out.logits.numpy(), out.raw_logits.numpy(), out.scores.numpy())[0]
-        answer = {**verdict.to_dict(), "milliseconds": milliseconds}
-        answer["p_value"] = verdict.p_value
-        row = surprises(out.scores.double().numpy(), self.calibration)[0]  # (D,)
-        names, own = self.calibration.detectors, row.tolist()
-        answer["parts"] = [
-            {"name": name, "surprise": finite(value)}
-            for name, value in zip(names, own, strict=True)
-        ]
-        answer["suspicion"] = finite(float(row.sum()))
-        if self.pipeline.purifier is not None:
-            answer["purified"] = data_uri(out.purified)
-        return answer
+    def suspicion(self, scores: Tensor) -> Answer:
+        """What each detector makes of scores (1, D), and all of them together."""
+        row = surprises(scores.double().numpy(), self.calibration)[0]  # (D,)
+        pairs = zip(self.calibration.detectors, row.tolist(), strict=True)
+        parts = [{"name": name, "surprise": finite(value)} for name, value in pairs]
+        return {"parts": parts, "suspicion": finite(float(row.sum()))}
 
     def switched(self, surprise: Mapping[str, float]) -> Chosen:
         """The p-value of the detectors that are named, from the surprise of each."""
         row = np.array([surprise.get(name, 0.0) for name in self.calibration.detectors])
         return p_value_of(self.calibration, row, surprise.keys())
 
-    def described(self) -> dict[str, Any]:
-        """What the page has to know of it."""
+    def described(self, questions: Mapping[str, str]) -> dict[str, Any]:
+        """What the page has to know of it, with what each detector asks."""
         edge, ranks = threshold(self.calibration, self.rate), self.calibration.combined
         top = float(max(np.quantile(ranks, 0.995), min(edge, 1e6) * 1.5, 1e-6))
         counts = np.histogram(ranks.clip(0, top), bins=BARS, range=(0, top))[0]
         return {
             "detectors": [
-                {"name": name, "question": question(name)} for name in self.calibration.detectors
+                {"name": name, "question": questions.get(name) or docstring(name)}
+                for name in self.calibration.detectors
             ],
             "rate": self.rate,
             "images": self.calibration.images,
             "threshold": finite(edge),
             "histogram": {"top": top, "counts": counts.tolist()},
-            "purifier": self.pipeline.purifier is not None,
         }
 
 
@@ -95,7 +88,7 @@ class Bench:
     ) -> None:
         self.model, self.twin = model, twin
         self.rate, self.name = model.chosen_rate(rate), str(model.card["model"])
-        self.defences: dict[Variant, Defence] = {
+        self.defences: dict[Variant, Defence[DefendedClassifier]] = {
             v: Defence(model.pipeline(v), model.calibration(v), self.rate) for v in model.variants
         }
         names = {"name": self.name, "version": "1.0"}
@@ -117,13 +110,31 @@ class Bench:
         """What each says of an image uint8 (1, H, W, 3)."""
         with torch.no_grad():
             found: dict[str, Answer] = {
-                v: one.answer(image, self._judges[v]) for v, one in self.defences.items()
+                v: self._answer(v, one, image) for v, one in self.defences.items()
             }
             if self.twin:
                 logits, milliseconds = timed(self.twin, to_float(image))
                 top = likeliest(logits, self.model.classes)
                 found[UNDEFENDED] = {**top[0], "top": top, "milliseconds": milliseconds}
         return {name: found[name] for name in self.names}
+
+    def _answer(self, variant: Variant, one: Defence[DefendedClassifier], image: Tensor) -> Answer:
+        out, milliseconds = timed(one.pipeline, image)
+        every = (out.logits.numpy(), out.raw_logits.numpy(), out.scores.numpy())
+        (verdict,) = self._judges[variant].verdicts(*every)
+        answer = {**verdict.to_dict(), "milliseconds": milliseconds, "p_value": verdict.p_value}
+        answer |= one.suspicion(out.scores)
+        if one.pipeline.purifier is not None:
+            answer["purified"] = data_uri(out.purified)
+        return answer
+
+    def see(self, data: bytes) -> Tensor:
+        """A picture as the model sees it, uint8 (1, H, W, 3). Raises ImageError."""
+        return torch.from_numpy(decode(data, self.model.image_size))[None]
+
+    def seen(self, image: Tensor) -> Answer:
+        """What the page shows of it."""
+        return {"picture": data_uri(image)}
 
     def look(self, name: str) -> Look:
         """One of them as an attacker sees it. KeyError for another name."""
@@ -137,18 +148,19 @@ class Bench:
         """What the page has to know of the model."""
         return {
             "name": self.name,
+            "task": CLASSIFY,
             "classes": self.model.classes,
             "size": self.model.image_size,
             "names": self.names,
-            "variants": {v: one.described() for v, one in self.defences.items()},
+            "variants": {v: one.described(QUESTIONS) for v, one in self.defences.items()},
             "eps": levels(self.model.card),
         }
 
 
-def timed(run: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, float]:
+def timed(run: Callable[[Any], Any], x: Any) -> tuple[Any, float]:
     """What `run` makes of x, and the milliseconds that took."""
     began = time.perf_counter()
-    out: Outputs | Tensor = run(x)
+    out = run(x)
     return out, round(1000 * (time.perf_counter() - began), 2)
 
 
@@ -161,7 +173,12 @@ def likeliest(logits: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def data_uri(image: Tensor) -> str:
     """An image uint8 (1, H, W, 3) as a page shows it."""
-    file = as_file(Image.fromarray(image[0].numpy()))
+    return png_uri(Image.fromarray(image[0].numpy()))
+
+
+def png_uri(picture: Image.Image) -> str:
+    """A picture as a page shows it."""
+    file = as_file(picture)
     return f"data:image/png;base64,{base64.b64encode(file).decode()}"
 
 
@@ -170,13 +187,14 @@ def finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def question(name: str) -> str:
-    """What a detector asks, for people."""
-    return QUESTIONS.get(name) or " ".join((DETECTORS[name].__doc__ or name).split())
+def docstring(name: str) -> str:
+    """What a detector of somebody's own says of itself."""
+    return " ".join((DETECTORS[name].__doc__ or name).split())
 
 
 def levels(card: Mapping[str, Any]) -> int:
     """The levels of 255 that the model was trained to withstand, or the usual ones."""
-    recipe = str(card.get("training", {}).get("classifier", ""))
+    training = card.get("training", {})
+    recipe = str(training.get("classifier", training.get("detector", "")))
     found = re.search(r"norm='Linf', eps=([\d.]+)", recipe)
     return max(1, round(255 * float(found[1]))) if found else NOTCH

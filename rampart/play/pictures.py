@@ -12,6 +12,7 @@ from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.pixels import as_file
 from rampart.model import Model
 from rampart.samples import SIGNS, sample
+from rampart.scenes import SceneModel
 
 
 class Offer(NamedTuple):
@@ -26,11 +27,19 @@ FEW = 3  # signs that a model must know to be shown signs
 PHOTOGRAPHS = {"cat": "chelsea.png", "rocket": "rocket.jpg", "coffee": "coffee.png"}
 
 
-def offered(model: Model, own: Path | None = None) -> dict[str, Offer]:
-    """What one may pick, by name; `own` is a picture file that stands first."""
+def offered(model: Model | SceneModel, own: Path | None = None) -> dict[str, Offer]:
+    """What one may pick, by name; `own` is a picture file that stands first.
+
+    An object detector's sample comes next, since it may find nothing in the others.
+    """
     found: dict[str, Offer] = {}
     if own is not None:
         found[own.name] = always(own)
+    sampled = {}
+    if model.folder is not None and (model.folder / SAMPLE).is_file():
+        sampled = {"the model's sample": always(model.folder / SAMPLE)}
+    if isinstance(model, SceneModel):
+        found |= sampled
     signs = [name for name in SIGNS if name in model.classes]
     if len(signs) >= FEW:
         found |= {name: Offer(partial(sign, name), True) for name in signs}
@@ -38,9 +47,7 @@ def offered(model: Model, own: Path | None = None) -> dict[str, Offer]:
         from skimage.data import data_dir
 
         found |= {name: always(Path(data_dir) / file) for name, file in PHOTOGRAPHS.items()}
-    if model.folder is not None and (model.folder / SAMPLE).is_file():
-        found["the model's sample"] = always(model.folder / SAMPLE)
-    return found | {"noise": Offer(noise, True)}
+    return found | sampled | {"noise": Offer(noise, True)}
 
 
 def always(file: Path) -> Offer:

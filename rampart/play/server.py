@@ -9,12 +9,16 @@ from types import FrameType
 
 import uvicorn
 
+from rampart import scenes
 from rampart.launch.connection import Connection
 from rampart.launch.http import listen
-from rampart.model import Model, twin_of
+from rampart.model import twin_of
+from rampart.models import load
 from rampart.play.application import application
 from rampart.play.bench import Bench
 from rampart.play.pictures import offered
+from rampart.play.scene_bench import SceneBench
+from rampart.scenes import SceneModel
 
 HOST = "127.0.0.1"
 
@@ -42,15 +46,14 @@ def play(
     `picture` stands first among those on offer. Raises LaunchError for a port that is taken.
     """
     with listen(HOST, port) as listener:
-        model = Model.load(folder)
-        bench = Bench(model, twin_of(model, twin), rate=rate)
+        bench = bench_of(folder, twin, rate)
         listener.listen()
         address = f"http://{HOST}:{listener.getsockname()[1]}"
         print(f"The playground of {bench.name}: {address} (Ctrl-C ends it)", flush=True)
         if browser and has_screen(os.environ):
             webbrowser.open(address)
         config = uvicorn.Config(
-            application(bench, offered(model, picture)),
+            application(bench, offered(bench.model, picture)),
             http=Connection,
             ws="none",
             lifespan="on",
@@ -64,6 +67,14 @@ def play(
             Server(config).run([listener])
         except KeyboardInterrupt:  # which uvicorn passes on once it has ended
             return
+
+
+def bench_of(folder: Path, twin: Path | None, rate: float | None) -> Bench | SceneBench:
+    """A folder's model, whatever its task, with its twin. Raises FileNotFoundError, ValueError."""
+    model = load(folder)
+    if isinstance(model, SceneModel):
+        return SceneBench(model, scenes.twin_of(model, twin), rate=rate)
+    return Bench(model, twin_of(model, twin), rate=rate)
 
 
 def has_screen(environment: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""A playground of the tiny model, with an undefended twin beside it."""
+"""Playgrounds of tiny models, each with an undefended twin beside it."""
 
 import shutil
 from collections.abc import Iterator
@@ -31,6 +31,34 @@ def playground(twinned: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """One for all tests that leave it at work."""
     log = tmp_path_factory.mktemp("playground") / "log"
     with playing(twinned, log=log) as one:
+        yield one
+        assert one.end() == 0
+    assert log.read_text() == ""
+
+
+@pytest.fixture(scope="session")
+def twinned_scenes(tmp_path_factory: pytest.TempPathFactory, scene_folder: Path) -> Path:
+    """The folder of an object detector with a sample, and beside it itself as its twin."""
+    import numpy as np
+    from drawn import objects, picture
+
+    from rampart.scenes import write_sample
+
+    store = tmp_path_factory.mktemp("scenes")
+    folder = Path(shutil.copytree(scene_folder, store / "drawn"))
+    shutil.copytree(scene_folder, store / "drawn-undefended")
+    draws = np.random.default_rng(5)
+    write_sample(picture(draws, 96, 80, objects(draws, 80, 3)), folder / "sample.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_playground(
+    twinned_scenes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Playground]:
+    """One for all tests that leave it at work."""
+    log = tmp_path_factory.mktemp("playground") / "log"
+    with playing(twinned_scenes, log=log, name="drawn") as one:
         yield one
         assert one.end() == 0
     assert log.read_text() == ""

@@ -64,7 +64,7 @@ def test_the_parts_of_the_suspicion_add_up_to_where_the_histogram_has_the_pictur
     ranks = defence.calibration.combined
     share = (1 + int((ranks >= answer["suspicion"]).sum())) / (len(ranks) + 1)
     assert answer["p_value"] == pytest.approx(share)
-    assert sum(defence.described()["histogram"]["counts"]) == len(ranks)
+    assert sum(defence.described({})["histogram"]["counts"]) == len(ranks)
 
 
 @pytest.mark.parametrize("victim", ["full", "lean", UNDEFENDED])
