@@ -23,6 +23,19 @@ CONFIG = Path("deploy/ray/serve.yaml")
 TOKEN = "a" * 20
 
 
+def environment(temp: Path) -> dict[str, str]:
+    """What Ray's own Python wants: a cluster that keeps to itself."""
+    return os.environ | {
+        "PYTHONPATH": str(Path.cwd()),
+        "RAY_TMPDIR": str(temp),
+        # Nodes listen on this machine's own address, whatever one asks for.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "1000",
+    }
+
+
 class Ray:
     """Serves an archive by deploy/ray/serve.yaml, a replica on each node."""
 
@@ -32,22 +45,13 @@ class Ray:
         self.port = free_port()
         self.root = f"http://127.0.0.1:{self.port}"
         self._temp = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want a short path
-        environment = os.environ | {
-            "PYTHONPATH": str(Path.cwd()),
-            "RAY_TMPDIR": str(self._temp),
-            # Nodes listen on this machine's own address, whatever one asks for.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_metrics_report_interval_ms": "1000",
-        }
         self._log = (self._temp / "log").open("w")
         self._nodes = subprocess.Popen(
             [PYTHON, "tests/ray_nodes.py", self._configuration(archive)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
-            env=environment,
+            env=environment(self._temp),
             text=True,
         )
 

@@ -26,6 +26,7 @@ EXTRAS = {
     "redis": ("redis",),
     "client": ("httpx2",),
     "screen": ("pyarrow", "fsspec"),
+    "ray": ("ray",),
 }
 # fmt: on
 START = """Rampart turns an image classifier into a hardened inference endpoint. To begin:

@@ -18,7 +18,8 @@ COLUMN = "Of Parquet files: the column with bytes or addresses; default the firs
 FLAGGED = "Write rows of flagged pictures, and of those at fault, alone"
 COPIES = "Copy the files of flagged pictures into this folder"
 NEAR = "Also find pictures that are nearly the same, as attacks by queries leave them"
-WORKERS = "Processes; default one a core"
+WORKERS = "Processes, or tasks of a cluster at once; default one a core"
+RAY = "Screen by this Ray cluster (HOST:PORT, ray://HOST:PORT), or auto for the one that runs here"
 
 verb, app = o.theme("Serve")
 
@@ -37,11 +38,12 @@ def screen(
     near_duplicates: Annotated[bool, Option("--near-duplicates", help=NEAR)] = False,
     workers: Annotated[int | None, Option(min=1, help=WORKERS)] = None,
     device: Annotated[Device, Option(help=DEVICE)] = "auto",
+    ray: Annotated[str | None, Option(metavar="ADDRESS", help=RAY)] = None,
 ) -> None:
     """Verdicts on a store of pictures, as Parquet, and no server. Ctrl-C is safe: run it again."""
     from rampart.screening.screen import Wanted, screen
 
     wanted = Wanted(column, only_flagged, copy_flagged, near_duplicates)
-    result = screen(source, model, out, wanted, workers=workers, device=device)
+    result = screen(source, model, out, wanted, workers=workers, device=device, ray=ray)
     say(*result.lines)
     result.insist()

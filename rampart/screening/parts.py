@@ -86,11 +86,22 @@ class Part:
             self._file.add_key_value_metadata({KEY.decode(): json.dumps(content)})
         self._file.close()
         if kind is None:
-            with self._unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            self._unfinished.replace(self._path)
+            _finish(self._unfinished, self._path)
         else:
             self._unfinished.unlink()
+
+
+def place(path: Path, content: bytes) -> None:
+    """Write a part that was made elsewhere, whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(content)
+    _finish(unfinished, path)
+
+
+def _finish(unfinished: Path, path: Path) -> None:
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 def read(path: Path, digest: str) -> Tally | None:

@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -27,6 +27,8 @@ from rampart.screening.worker import Screener, Setup
 FILE, PARTS = "screen.json", "verdicts"
 TRIES = 2  # for a shard whose process ends
 POLL = 0.5  # seconds between two looks at what was done
+# Screens shards, and gives each with its tally, or why it has none, as they are done.
+Screened = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Tally | str]]]
 
 
 class Outcome(NamedTuple):
@@ -78,25 +80,23 @@ def claimed(out: Path, content: dict[str, Any]) -> Iterator[Path]:
         yield out / PARTS
 
 
-def run(store: Store, setup: Setup) -> Outcome:
-    """Screen all shards of a store but those that have their part already."""
-    for left in setup.out.glob("*.unfinished"):
+def run(store: Store, out: Path, screened: Screened) -> Outcome:
+    """Screen all shards of a store but those that have their part in `out` already."""
+    for left in out.glob("*.unfinished"):
         left.unlink()
     total, todo = Tally(), []
     for shard in store.shards:
-        tally = parts.read(setup.out / shard.part, shard.digest)
+        tally = parts.read(out / shard.part, shard.digest)
         # What could not be read may be there now.
         if tally is None or tally.errors["unreadable"]:
             todo.append(shard)
         else:
             total.add(tally)
-    for gone in {file.name for file in setup.out.glob("*.parquet")} - {
-        s.part for s in store.shards
-    }:
-        (setup.out / gone).unlink()
+    for gone in {file.name for file in out.glob("*.parquet")} - {s.part for s in store.shards}:
+        (out / gone).unlink()
     began, failed = time.monotonic(), dict[str, str]()
     done = Tally()
-    for shard, result in Processes(setup).screened(todo):
+    for shard, result in screened(todo):
         if isinstance(result, Tally):
             done.add(result)
         else:
@@ -121,7 +121,7 @@ class Processes:
         pools = [self._begin() for _ in range(count)]
         for pool in pools:
             self._idle.put(pool)
-        bar = Bar(shards, self._done)
+        bar = Bar(shards, lambda: self._done.value)
         with ThreadPoolExecutor(max(1, count)) as threads, bar:
             try:
                 futures = {threads.submit(self._screen, shard): shard for shard in shards}
@@ -155,9 +155,12 @@ class Processes:
 
 
 class Bar:
-    """Progress in images; how many there are is estimated by the weights of what is done."""
+    """Progress in images; how many there are is estimated by the weights of what is done.
 
-    def __init__(self, shards: Sequence[Shard], done: Any) -> None:
+    `done` counts the images of shards that are not done yet as well, where that is known.
+    """
+
+    def __init__(self, shards: Sequence[Shard], done: Callable[[], int] | None = None) -> None:
         self._all = sum(shard.weight for shard in shards)
         self._done, self._weight, self._images = done, 0, 0
         self._bar = tqdm(unit=" images", disable=None if shards else True, smoothing=0.05)
@@ -182,7 +185,7 @@ class Bar:
                 yield shard, tally
             if self._images:
                 self._bar.total = round(self._images / self._weight * self._all)
-            self._bar.update(self._done.value - self._bar.n)
+            self._bar.update((self._done() if self._done else self._images) - self._bar.n)
 
 
 _screener: Screener
@@ -195,7 +198,7 @@ def _begin(setup: Setup, done: Any, halt: Any) -> None:
     global _screener, _told, _halted
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _screener, _told, _halted = Screener(setup), done, halt
+    _screener, _told, _halted = Screener(setup, setup.open()), done, halt
 
 
 def _end_with_parent() -> None:

@@ -1,13 +1,14 @@
 """A store screened by a model: shards, processes, verdicts, and what they come to."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rampart.handlers.cores import available_cores
-from rampart.screening import near, shards, summary
+from rampart.screening import cluster, near, shards, summary
 from rampart.screening.model import packed
-from rampart.screening.run import claimed, run, settings
+from rampart.screening.run import Processes, claimed, run, settings
 from rampart.screening.worker import Setup
 
 
@@ -43,20 +44,31 @@ def screen(
     *,
     workers: int | None = None,
     device: str = "auto",
+    ray: str | None = None,
 ) -> Result:
     """Verdicts on each picture of `source` (any address of fsspec), in OUT/verdicts/*.parquet.
 
     `model` is an archive, or a model folder that ships its graph. The same call goes on from the
-    shards that are done. Raises ValueError for a source without pictures, a model that cannot be
-    served, and an OUT of another run.
+    shards that are done. `workers` are processes of this machine, one a core by default; with
+    `ray`, the address of a cluster or `auto`, tasks of that at once. Raises ValueError for a source
+    without pictures, a model that cannot be served, an OUT of another run, and a cluster that does
+    not answer.
     """
-    workers = workers or available_cores()
-    store = shards.find(source, wanted.column)
-    with packed(model) as archive:
-        setup = Setup(archive, out, workers, device, *wanted[1:])
+    if ray and device not in ("auto", "cpu"):
+        raise ValueError(f"--ray screens on CPUs, not on {device}: leave out --device")
+    with contextlib.ExitStack() as stack:
+        if ray:
+            stack.enter_context(cluster.connected(ray))
+        store = shards.find(source, wanted.column)
+        archive = stack.enter_context(packed(model))
+        setup = Setup(
+            archive, out, workers or available_cores(), "cpu" if ray else device, *wanted[1:]
+        )
         service = setup.open()
         with claimed(out, settings(service, source, setup)) as parts:
-            outcome = run(store, setup._replace(out=parts))
+            placed = setup._replace(out=parts)
+            made = cluster.Cluster(placed, workers) if ray else Processes(placed)
+            outcome = run(store, parts, made.screened)
             figures = summary.figures(service, outcome) | {"files_left_out": store.left_out}
             if wanted.near_duplicates:
                 figures["near_duplicates"] = near.write(parts, out)

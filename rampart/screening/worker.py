@@ -52,8 +52,8 @@ class Setup(NamedTuple):
 class Screener:
     """Screens shards by one loaded graph."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup, self._service = setup, setup.open()
+    def __init__(self, setup: Setup, service: Service) -> None:
+        self._setup, self._service = setup, service
         self._ranked = self._service.calibration.images + 1
         detectors = self._service.calibration.detectors
         self._columns = schema(detectors, fingerprints=setup.fingerprints)

@@ -135,6 +135,12 @@ MISTAKES = [
     ("screen nope --model good.mar", "nope", "there is no such file"),
     ("screen nothing --model good.mar", "nothing", "pass a folder of pictures"),
     ("screen words.txt --model lfs.mar", "lfs.mar", "git lfs pull"),
+    (
+        "screen nothing --model good.mar --ray auto",
+        "needs ray",
+        'pip install "rampart-endpoint[ray]"',
+    ),
+    ("screen nothing --model good.mar --ray auto --device cuda", "cuda", "leave out --device"),
     ("attack empty.png --model tiny", "empty.png", "copy or download it again"),
     ("attack nope.png --model tiny", "nope.png", "pass a JPEG"),
     ("attack lfs.png --model tiny", "lfs.png", "git lfs pull"),

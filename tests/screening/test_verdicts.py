@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def screener(tiny_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Screener:
-    return Screener(Setup(tiny_archive, tmp_path_factory.mktemp("unused"), 2, fingerprints=True))
+    setup = Setup(tiny_archive, tmp_path_factory.mktemp("unused"), 2, fingerprints=True)
+    return Screener(setup, setup.open())
 
 
 @pytest.fixture(autouse=True)
