@@ -253,7 +253,7 @@ def lesson_of(options: argparse.Namespace) -> Lesson:
     """Images and what they are attacked with."""
     train, held = Source(options.data, options.held).read(options.size)
     few = spread(split(held, "validation"), options.n)
-    home = options.out / options.data.stem
+    home = options.out / (options.name or options.data.stem)
     budget = Budget() if options.standard else SHORT
     threat = Threat("Linf", options.eps / 255)
     return Lesson(home, spread(train, options.images), few, threat, options.minutes, budget)
@@ -264,6 +264,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="as in `rampart train`")
     parser.add_argument("--held", type=Path)
+    parser.add_argument("--name", default="", help="of the data; default that of their file")
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--eps", type=float, default=8, help="of Linf, n/255")
     parser.add_argument("--minutes", type=float, default=1, help="of CPU time, per method")
@@ -290,7 +291,7 @@ def main() -> int:
         rows[entry.name] = figures(entry, lesson)
         print(table({entry.name: rows[entry.name]})[-1], flush=True)
     attack = "standard AutoAttack" if options.standard else f"short AutoAttack ({SHORT})"
-    setting = f"{options.data.stem}, {options.minutes:g} min, n = {len(lesson.validation)}"
+    setting = f"{lesson.home.name}, {options.minutes:g} min, n = {len(lesson.validation)}"
     print(f"\n{setting}, {len(lesson.train):,} training images, {ARCH} x {WIDTH}, {lesson.threat},")
     print(f"{precision}, {attack}; {ratios.machine()}\n")
     print("\n".join(table(rows)))
