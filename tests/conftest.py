@@ -39,6 +39,7 @@ TRAINING = {
     "test_extension.py",
     "test_gradients.py",
     "test_methods.py",
+    "test_methods_bench.py",
     "test_models.py",
     "test_object_attack.py",
     "test_object_detectors.py",
