@@ -49,14 +49,19 @@ PAGE = b"<"  # what a web page begins with
 
 
 def images(path: Path) -> None:
-    """Labelled images: an .npz file, CIFAR-10's folder, or a folder of class folders."""
+    """Labelled images: an .npz file, CIFAR-10's folder, a folder of class folders, tar shards."""
+    if path.suffix == ".tar":
+        from rampart.hardening.train.shards import shards_of
+
+        shards_of(path)
+        return
     if path.is_dir():
         if not any(path.iterdir()):
             raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
         return
     if path.exists() and path.suffix != ".npz":
         unpacked = f": unpack it, and pass the folder {path.with_suffix('')}"
-        packed = path.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz")
+        packed = path.suffix in (".zip", ".gz", ".tgz", ".xz")
         raise ValueError(
             f"{path} is neither an .npz file nor a folder"
             + (unpacked if packed else ": pass a folder with one sub-folder a class, or an .npz")

@@ -26,7 +26,7 @@ from rampart.hardening.model.onnx_file import OnnxFile, Unconvertible
 from rampart.hardening.model.pixels import to_uint8
 from rampart.hardening.model.scaling import NAMES, SCALINGS, Layout, Name
 from rampart.hardening.report import card as report
-from rampart.hardening.train.data import load, spread
+from rampart.hardening.train.data import spread, survey
 from rampart.looks import TABBY, picture
 from rampart.provenance import versions
 from rampart.studies import Outcome, Study
@@ -77,7 +77,7 @@ def evaluate(
     ValueError, in a sentence, for a file or images that do not go together.
     """
     file = OnnxFile(path, layout=described.layout, size=described.image_size)
-    every = load(images, train=False, size=file.entry.size)
+    every, _ = survey(images, train=False, size=file.entry.size, stream=True)
     if len(every.classes) != file.classes:
         raise ValueError(
             f"{path} tells {file.classes} classes apart, and {images} has {len(every.classes)}:"

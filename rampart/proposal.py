@@ -1,7 +1,9 @@
 """What `harden` proposes where you say nothing: what fits the data and the machine, and why."""
 
 import zipfile
+from collections.abc import Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +18,7 @@ from rampart.hardening.train.data import Folder, counted
 from rampart.hardening.train.listing import pictures_below
 from rampart.hardening.train.loop import Precision, Recipe
 from rampart.hardening.train.purifier import PurifierRecipe
+from rampart.hardening.train.shards import Member, is_sharded, list_samples, shards_of
 
 T = TypeVar("T")
 USUAL = ClassifierConfig("resnet18", 0)
@@ -127,13 +130,16 @@ def stored_side(data: Path) -> int:
     """The median of the shorter sides of pictures in `data`; 32 where that cannot be known."""
     if data.suffix == ".npz" and data.is_file():
         return npz_side(data)
-    if not data.is_dir() or (data / "cifar-10-batches-py").is_dir():
-        return SIZES[0]
-    files = pictures_below(data)
+    files: Sequence[Path | Member] = []
+    if is_sharded(data):
+        files = list_samples(shards_of(data)[:1]).members
+    elif data.is_dir() and not (data / "cifar-10-batches-py").is_dir():
+        files = pictures_below(data)
     sides = []
     for file in files[:: max(1, len(files) // LOOKED_AT)]:
         try:
-            with Image.open(file) as picture:
+            stored = BytesIO(file.read()) if isinstance(file, Member) else file
+            with Image.open(stored) as picture:
                 sides.append(min(picture.size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue  # the survey names it

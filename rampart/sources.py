@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from rampart.hardening.model.promise import FEWEST, RATES, finest_rate, held_for
 from rampart.hardening.model.provenance import check_unseen, trained_on
 from rampart.hardening.train.data import Folder, counted, load, load_training, spread, survey
 from rampart.hardening.train.loop import say
+from rampart.hardening.train.shards import is_sharded, shards_of
 
 if TYPE_CHECKING:
     from rampart.model import Model
@@ -56,7 +57,7 @@ class Source(NamedTuple):
     @lru_cache(maxsize=1)  # noqa: B019  # the stages of `harden` read the same, in the same folder
     def _read(self, size: int, _: Path) -> tuple[Images | Folder, Images]:
         data, held, skip_bad = self
-        if held and held.is_dir() and held.resolve().is_relative_to(data.resolve()):
+        if held and lies_in(held, data):
             raise ValueError(f"--held {held} lies in --data {data}: training would use its images")
         images, summary = survey(data, size=size, stream=True, skip_bad=skip_bad)
         say("\n".join(summary.lines(size)))
@@ -65,7 +66,8 @@ class Source(NamedTuple):
             apart, summary = survey(held, size=size, skip_bad=skip_bad)
             say("\n".join(summary.lines(size)))
             # Names in a folder are its own; only a file of twins names pictures of another.
-            held_out = replace(apart.whole(), paths=()) if held.is_dir() else apart.whole()
+            whole = apart.whole()
+            held_out = whole if held.suffix == ".npz" else replace(whole, paths=())
         check_classes(data, images)
         train, out = hold_out(images, held_out, least=least_held(len(images)))
         check_held(held or data, out)
@@ -74,6 +76,14 @@ class Source(NamedTuple):
         for line in doubts(out):
             say(line)
         return train, out
+
+
+def lies_in(held: Path, data: Path) -> bool:
+    """Whether training on `data` would use the pictures of a folder or of shards."""
+    if is_sharded(held) and is_sharded(data):
+        ours, theirs = (map(Path.resolve, shards_of(path)) for path in (held, data))
+        return not set(ours).isdisjoint(theirs)
+    return held.is_dir() and held.resolve().is_relative_to(data.resolve())
 
 
 def check_classes(data: Path, images: Images | Folder) -> None:
@@ -172,15 +182,18 @@ def sample_of(
         every = held_images(model, source)
     else:
         skip_bad = source.skip_bad or folders.skipped_bad(model.card, data)
-        every = load(data, train=False, size=model.image_size, skip_bad=skip_bad)
+        read = partial(survey, data, train=False, size=model.image_size, skip_bad=skip_bad)
+        found, _ = read(stream=part is None)
+        count, every = len(found), found if isinstance(found, Images) else spread(found, limit)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
             warning = f"{data} has the name of the training data: on training images,"
             warning += " every figure is too high"
         warning = training_warning(model, every, held_out=part is not None) or warning
     if part:
         every, title = split(every, part), f"{part} split of {title}"
+        count = len(every)
     images = spread(every, limit)
-    whole = len(images) == len(every)
+    whole = len(images) == count
     return Sample(images, title if whole else f"{len(images)} of {title}", warning)
 
 

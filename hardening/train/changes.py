@@ -7,6 +7,7 @@ from pathlib import Path
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.provenance import fingerprints
 from rampart.hardening.train.data import Folder
+from rampart.hardening.train.shards import size_of
 
 FILE = "images.json"
 NAMED = 3  # pictures that are named of each kind
@@ -19,7 +20,7 @@ def listing(parts: Iterable[Images | Folder]) -> Listing:
     for images in parts:
         names = images.paths or ("",) * len(images)
         if isinstance(images, Folder):
-            stamps = [str(file.stat().st_size) for file in images.files]
+            stamps = [str(size_of(file)) for file in images.files]
         else:
             stamps = [f"{print_:016x}" for print_ in fingerprints(images.image).tolist()]
         labels = [images.classes[label] for label in images.label.tolist()]

@@ -1,4 +1,4 @@
-"""Labelled images from CIFAR-10, an ImageFolder or an .npz file, and their batches."""
+"""Labelled images from CIFAR-10, an ImageFolder, tar shards or an .npz file, and their batches."""
 
 import hashlib
 import os
@@ -36,6 +36,15 @@ from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
+from rampart.hardening.train.shards import (
+    Member,
+    class_names,
+    is_sharded,
+    list_samples,
+    numbered,
+    shards_of,
+    size_of,
+)
 from rampart.hardening.train.store import Store, fits
 from rampart.hardening.train.survey import Size, Survey
 
@@ -58,7 +67,7 @@ class Folder:
     `store` keeps what was decoded.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[Path | Member, ...]
     label: Tensor  # (N,) int64
     classes: tuple[str, ...]
     paths: tuple[str, ...]
@@ -128,7 +137,7 @@ class Folder:
     def whole(self) -> Images:
         """All pictures, decoded. Raises ValueError that names each that cannot be read."""
         image, found = self.examined(keep=True)
-        check_readable(self.files, found)
+        check_readable(found)
         return Images(image, self.label, self.classes, self.paths)
 
     def examined(self, *, keep: bool) -> tuple[Tensor, list[Size | str]]:
@@ -172,16 +181,17 @@ class Folder:
 
     def digest(self) -> str:
         """Stands for the files by names and sizes; times would differ between copies."""
-        sizes = [file.stat().st_size for file in self.files]
+        sizes = [size_of(file) for file in self.files]
         listing = list(zip(self.paths, sizes, strict=True))
         return hashlib.sha256(repr((listing, self.classes, self.size)).encode()).hexdigest()
 
 
 def load(path: Path, *, train: bool = True, size: int = 32, skip_bad: bool = False) -> Images:
-    """Read the images under `path`: an .npz file, CIFAR-10's official batches, or an ImageFolder.
-    An .npz file holds `image` uint8 (N, H, W, 3) and `label` (N,), optionally `classes`. `train`
-    picks the half of CIFAR-10; `skip_bad` leaves out the pictures of a folder that cannot be read.
-    Raises FileNotFoundError or ValueError with the remedy.
+    """Read the images under `path`: an .npz file, CIFAR-10's official batches, an ImageFolder, or
+    tar shards in WebDataset's layout. An .npz file holds `image` uint8 (N, H, W, 3) and `label`
+    (N,), optionally `classes`. `train` picks the half of CIFAR-10; `skip_bad` leaves out the
+    pictures of a folder or of shards that cannot be read. Raises FileNotFoundError or ValueError
+    with the remedy.
     """
     return survey(path, size=size, train=train, skip_bad=skip_bad)[0].whole()
 
@@ -194,10 +204,12 @@ def survey(
     stream: bool = False,
     skip_bad: bool = False,
 ) -> tuple[Images | Folder, Survey]:
-    """As `load`, with what was found; with `stream` a folder that would fill memory stays on disk.
+    """As `load`, with what was found; with `stream` pictures that would fill memory stay on disk.
 
     Of such a folder the structure of each picture is checked, and not its pixels.
     """
+    if is_sharded(path):
+        return survey_shards(path, size=size, stream=stream, skip_bad=skip_bad)
     if path.is_dir() and not (path / "cifar-10-batches-py").is_dir():
         return survey_folder(path, size=size, stream=stream, skip_bad=skip_bad)
     if path.suffix == ".npz" and path.is_file():
@@ -206,8 +218,8 @@ def survey(
         images = load_cifar10(path, train=train)
     else:
         raise FileNotFoundError(
-            f"no data at {path}: pass an .npz file, a folder of class folders, or the folder that"
-            " holds cifar-10-batches-py (`rampart download cifar10 PATH` fetches it)"
+            f"no data at {path}: pass an .npz file, a folder of class folders, tar shards, or the"
+            " folder that holds cifar-10-batches-py (`rampart download cifar10 PATH` fetches it)"
         )
     height, width = images.image.shape[1:3]
     if (height, width) != (size, size):
@@ -220,27 +232,59 @@ def survey_folder(
 ) -> tuple[Images | Folder, Survey]:
     """As `survey`, of an ImageFolder directory."""
     listing = list_classes(path)
-    folder, left_out = folder_of(path, listing.classes, size), listing.lines()
+    folder = folder_of(path, listing.classes, size)
+    found, report = survey_files(folder, [], listing.lines(), stream=stream, skip_bad=skip_bad)
+    if empty := [name for name, count in report.counts.items() if not count]:
+        raise ValueError(f"{path / empty[0]} has no readable picture: add some")
+    return found, report._replace(name=path.name)
+
+
+def survey_shards(
+    path: Path, *, size: int, stream: bool, skip_bad: bool
+) -> tuple[Images | Folder, Survey]:
+    """As `survey`, of tar shards."""
+    shards = shards_of(path)
+    listed = list_samples(shards)
+    if not listed.members:
+        why = f" ({listed.bad[0]})" if listed.bad else ""
+        raise ValueError(
+            f"{path} has no labelled picture{why}: in WebDataset's shards NAME.cls or NAME.json"
+            " lies beside NAME.jpg; unpack what holds class folders"
+        )
+    classes = class_names(shards, listed.labels, MOST_CLASSES)
+    listed = numbered(listed, classes)
+    label = torch.tensor(listed.labels, dtype=torch.int64)
+    names = tuple(f"{member.shard.name}/{member.name}" for member in listed.members)
+    device = torch.device("cpu")
+    folder = Folder(tuple(listed.members), label, classes, names, size, device)
+    lines = [f"{count} {reason}" for reason, count in sorted(listed.left_out.items())]
+    found, report = survey_files(folder, listed.bad, lines, stream=stream, skip_bad=skip_bad)
+    return found, report._replace(name=path.name)
+
+
+def survey_files(
+    folder: Folder, bad: list[str], left_out: list[str], *, stream: bool, skip_bad: bool
+) -> tuple[Images | Folder, Survey]:
+    """As `survey`, of pictures on disk; `bad` tells of others that have no place in `folder`."""
+    size = folder.size
     # Whatever the number of processes, or a run could not go on with another one.
     keep = not stream or len(folder) * size * size * 3 <= MEMORY
     # What is cut or no picture is told in seconds, where to decode all takes minutes.
-    if not keep or sum(file.stat().st_size for file in folder.files if file.is_file()) > SOON:
+    if not keep or sum(bytes_in(file) for file in folder.files) > SOON:
         image, found = folder.examined(keep=False)
         if not skip_bad:
-            check_readable(folder.files, found)
+            check_readable([*bad, *found])
     if keep:
         image, found = folder.examined(keep=True)
     good = torch.tensor([not isinstance(entry, str) for entry in found])
     if not skip_bad:
-        check_readable(folder.files, found)
-    elif not good.all():
-        left_out.append(f"{int((~good).sum())} that cannot be read")
+        check_readable([*bad, *found])
+    elif bad or not good.all():
+        left_out = [*left_out, f"{len(bad) + int((~good).sum())} that cannot be read"]
         rows = good.nonzero().flatten()
         folder, image = folder[rows], image[rows] if keep else image
     sizes = [entry for entry in found if not isinstance(entry, str)]
-    report = Survey(path.name, counted(folder), sizes, left_out)
-    if empty := [name for name, count in report.counts.items() if not count]:
-        raise ValueError(f"{path / empty[0]} has no readable picture: add some")
+    report = Survey("", counted(folder), sizes, left_out)
     if not keep:
         return folder, report
     return Images(image, folder.label, folder.classes, folder.paths), report
@@ -252,15 +296,23 @@ def counted(images: Images | Folder) -> dict[str, int]:
     return dict(zip(images.classes, counts, strict=True))
 
 
-def check_readable(files: Sequence[Path], found: Sequence[Size | str]) -> None:
-    """Raise ValueError that names each of `files` that cannot be read, and why."""
+def bytes_in(file: Path | Member) -> int:
+    """The size of a picture's file; 0 of one that is gone, which is told when it is opened."""
+    try:
+        return size_of(file)
+    except OSError:
+        return 0
+
+
+def check_readable(found: Sequence[Size | str]) -> None:
+    """Raise ValueError that names each picture of those `found` that cannot be read, and why."""
     bad = [entry for entry in found if isinstance(entry, str)]
     if not bad:
         return
     more = [f"and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
     names = ";\n  ".join([*bad[:LISTED], *more])
     raise ValueError(
-        f"{len(bad):,} of {len(files):,} pictures cannot be read (train, harden and calibrate leave"
+        f"{len(bad):,} of {len(found):,} pictures cannot be read (train, harden and calibrate leave"
         f" them out with --skip-bad):\n  {names}"
     )
 
@@ -373,7 +425,7 @@ def threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // distributed.beside())
 
 
-def read_picture(file: Path, size: int, fitting: Fitting = cropped) -> Pixels:
+def read_picture(file: Path | Member, size: int, fitting: Fitting = cropped) -> Pixels:
     """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
     try:
         view = view_of(open_picture(file, size), size, fitting)
@@ -384,12 +436,15 @@ def read_picture(file: Path, size: int, fitting: Fitting = cropped) -> Pixels:
     return view.pixels
 
 
-def open_picture(file: Path, size: int, *, whole: bool = True) -> Picture:
+def open_picture(file: Path | Member, size: int, *, whole: bool = True) -> Picture:
     """A picture whose structure was checked, and no pixel. Raises OSError or ValueError.
 
     Unless it is read `whole`, a large JPEG has pixels to its head alone: it is not to be decoded.
     """
     try:
+        if isinstance(file, Member):
+            check_bytes(file, file.size)
+            return picture_in(file.read(), size)
         # A pipe without a writer is opened too, and at once.
         with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
             check_picture(file, os.fstat(stream.fileno()))
@@ -401,7 +456,12 @@ def open_picture(file: Path, size: int, *, whole: bool = True) -> Picture:
 def read_whole(stream: BinaryIO, size: int) -> Picture:
     """The picture in a file. Raises ImageError."""
     stream.seek(0)
-    data = stream.read(os.fstat(stream.fileno()).st_size)  # within LARGEST, as was checked
+    # Within LARGEST, as was checked.
+    return picture_in(stream.read(os.fstat(stream.fileno()).st_size), size)
+
+
+def picture_in(data: bytes, size: int) -> Picture:
+    """The picture that a file holds. Raises ImageError."""
     if data.startswith(POINTER):
         raise ImageError(
             415, "pointer", "this is Git LFS's pointer to a picture: fetch it by `git lfs pull`"
@@ -424,7 +484,7 @@ def by_its_ends(stream: BinaryIO, size: int) -> Picture | None:
     return None if picture.still.progressive else picture
 
 
-def decoded(file: Path, picture: Picture) -> Pixels:
+def decoded(file: Path | Member, picture: Picture) -> Pixels:
     """The pixels of the picture in `file`. Raises ValueError that names it."""
     try:
         return picture.pixels()
@@ -436,10 +496,13 @@ def check_picture(file: Path, status: os.stat_result) -> None:
     """Raise ValueError for what is no plain file, or far larger than any picture."""
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{file} is not a regular file: remove it")
-    if status.st_size > LARGEST:
-        raise ValueError(
-            f"{file} has {status.st_size / 1e6:.0f} MB, too many for a picture: remove it"
-        )
+    check_bytes(file, status.st_size)
+
+
+def check_bytes(file: Path | Member, count: int) -> None:
+    """Raise ValueError for far more bytes than any picture has."""
+    if count > LARGEST:
+        raise ValueError(f"{file} has {count / 1e6:.0f} MB, too many for a picture: remove it")
 
 
 def write_digits(folder: Path) -> dict[str, int]:

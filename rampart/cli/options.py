@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 Verb = Callable[..., None]
 
-DATA = "Training images: CIFAR-10 folder, one folder per class, or .npz"
+DATA = "Training images: CIFAR-10 folder, one folder per class, tar shards, or .npz"
 Data = Annotated[Path, Option(help=DATA), inputs.images]
 HELD = "Held-out images; by default, a tenth of --data"
 Held = Annotated[Path | None, Option(help=HELD), inputs.images]
 SKIP_BAD = "Skip unreadable pictures; by default, the command lists them and stops"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
-MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder per class, or .npz"
+MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder per class, tar"
+MEASURED += " shards, or .npz"
 GATED = "Images for the parity gate, which uses 64; by default, crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED), inputs.images]
 TITLE = "Name of these images in the card; by default, their file or folder name"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rampart.handlers.errors import ImageError
+from rampart.hardening.train.listing import spelled_out
 
 PIECE = 1000  # files of a folder or a list that make a shard
 AT_ONCE = 32  # files that are fetched together
@@ -26,7 +27,6 @@ PICTURES = (
 )  # fmt: skip
 # What a column of Parquet may be called that names files.
 NAMING = ("path", "file", "filename", "file_name", "file_path", "url", "image", "image_path")
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as WebDataset writes its shards
 Kind = Literal["files", "tar", "parquet"]
 
 
@@ -146,7 +146,7 @@ def _files(source: str) -> Iterator[File]:
     """The files at an address, in order of their names."""
     from fsspec.core import url_to_fs
 
-    for address in _ranges(source):
+    for address in spelled_out(source):
         system, path = url_to_fs(address)
         if set("*?[") & set(path):
             found = system.glob(path, detail=True)
@@ -166,18 +166,6 @@ def _version(about: dict[str, Any]) -> str:
     """What changes where a file is written anew."""
     known = [about.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified")]
     return str(next(filter(None, known), ""))
-
-
-def _ranges(address: str) -> Iterator[str]:
-    """`a-{000..002}.tar` as its three addresses."""
-    match = RANGE.search(address)
-    if not match:
-        yield address
-        return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        text = f"{number:0{len(first)}d}"
-        yield from _ranges(address[: match.start()] + text + address[match.end() :])
 
 
 def _open(address: str) -> Any:
