@@ -28,9 +28,9 @@ from rampart.training import pick_device
 # What the pictures of an attack are, by the names of their files.
 TITLES = {
     "clean": "as sent",
-    "attacked-twin": "attack on the undefended twin, {}",
-    "attacked": "attack that knows all of Rampart, {}",
-    "also": "another picture",
+    "attacked-twin": "attacked to fool the undefended network",
+    "attacked": "attacked to fool Rampart, all of it known",
+    "also": "another picture, not attacked",
 }
 TABBY = "cat"  # what scikit-image's picture shows, where a model knows it
 Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
@@ -89,10 +89,20 @@ def attack(
     lines = [f"{out / name}.png: {caption.replace(chr(10), '; ')}" for name, _, caption in panels]
     if pipeline.purifier is not None:
         panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
-    panels = [
-        (TITLES.get(name, name).format(aim.threat), view, text) for name, view, text in panels
-    ]
-    return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
+    panels = [(TITLES.get(name, name), view, text) for name, view, text in panels]
+    return [*lines, str(verdicts.picture(panels, out / "panel.png", legend(aim)))]
+
+
+def legend(aim: Aim) -> str:
+    """What has to be known to read the panels."""
+    change = f"changes no colour by more than {255 * aim.threat.eps:g} of 255"
+    if aim.threat.norm != "Linf":
+        change = f"stays within {aim.threat}"
+    first = f"An attack {change}. Percent: how sure a network is."
+    if aim.twin:
+        first += " Undefended: the same network, trained without attacks."
+    p_value = "p: the share of clean images that look at least as unusual."
+    return f"{first}\n{p_value} Below {aim.rate:g} Rampart flags a picture, else it accepts it."
 
 
 def verdict_panels(

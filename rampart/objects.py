@@ -1,22 +1,25 @@
 """Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from rampart import preflight
 from rampart.assembly import deliver
+from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
 from rampart.export.archive import check_request
 from rampart.export.precision import make as make_form
 from rampart.export.scene_agreement import agree
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint, files
+from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents
@@ -34,7 +37,7 @@ from rampart.hardening.objects.detector import (
 from rampart.hardening.objects.places import splits_name
 from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
-from rampart.hardening.report.card import add_to_card
+from rampart.hardening.report.card import add_to_card, log_evaluation, read_card
 from rampart.hardening.train.loop import Precision, say
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
@@ -45,6 +48,7 @@ from rampart.training import Run
 
 WEIGHTS = "objects.safetensors"
 LEAST = 0.1  # mAP50 of a detector that is worth serving
+QUICK = Budget(steps=10)  # of the attacks that `harden` makes
 SIZE = 256  # pixels a side, where nobody says
 
 
@@ -64,6 +68,7 @@ class Place(NamedTuple):
     dtype: Precision | None = None
     command: str = PYTHON
     sample: bool = True  # whether a held-out picture goes into the archive
+    evaluate_on: int = 0  # validation pictures that are attacked
 
 
 def read(source: Source) -> Divided:
@@ -159,8 +164,9 @@ def harden(
 ) -> list[str]:
     """The whole way from pictures with boxes to an archive, the folder of its model beside it.
 
-    Each stage is done once. Returns what is to be said. Raises ChecksFailed, and packs nothing, for
-    a detector that finds next to nothing, unless it is wanted `anyway`.
+    Each stage is done once; attacks are short, and on validation pictures. Returns what is to be
+    said. Raises ChecksFailed, and packs nothing, for a detector that finds next to nothing, unless
+    it is wanted `anyway`.
     """
     faults = Faults()
     data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
@@ -177,14 +183,21 @@ def harden(
     def calibrate(folder: Path) -> None:
         assemble(folder / out.stem, source, weights, command=place.command)
 
+    def attack(folder: Path) -> None:
+        home = Path(shutil.copytree(model, folder / model.name, dirs_exist_ok=True))
+        judge(home, source, recipe.threat, place)
+
     def pack(folder: Path) -> None:
         SceneModel.load(model).archive(folder / out.name, sample=place.sample, anyway=True)
 
-    with stages(place.runs / out.stem, 3) as job:
+    with stages(place.runs / out.stem, 3 + bool(place.evaluate_on)) as job:
         made = what | {"net": net, "recipe": recipe, "init": init, "dtype": place.dtype}
         weights = job.once("train", made, train) / WEIGHTS
         insist_found(weights, anyway=anyway)
         model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
+        if place.evaluate_on:
+            asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
+            model = job.once("evaluate", asked | contents(model), attack) / out.stem
         packed = job.once("archive", contents(model), pack)
     return deliver(model, packed / out.name, out)
 
@@ -220,6 +233,15 @@ def quantize(
         lines.append(f"{variant}: {found}")
         keep_form(model, Form(variant, precision), found, data, study)
     return Outcome(model.card, lines)
+
+
+def judge(home: Path, source: Source, threat: Threat, place: Place) -> None:
+    """Attack some validation pictures, shortly; figures go into the card of the model."""
+    few, weights = place.evaluate_on, home / MODEL_WEIGHTS
+    found = evaluate((weights, None), source, threat, QUICK, part="validation", limit=few)
+    setting = {"data": f"{source.data.name}, validation", "threat_model": str(threat)}
+    setting |= {"budget": str(QUICK), "command": place.command}
+    keep(home, found, setting, into_card=True)
 
 
 def insist_found(weights: Path, *, anyway: bool) -> None:
@@ -306,12 +328,40 @@ def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Preci
     return "fp32" if narrow else run.arithmetic(where)
 
 
-def keep(file: Path, judgement: judging.Judgement, setting: Mapping[str, object]) -> None:
-    """Put figures into the card that lies beside a detector's weights, with their `setting`."""
-    figures = as_json(file, judgement)
-    del figures["task"]  # the card says it
+def home_of(weights: Path, *, into_card: bool = False) -> Path | None:
+    """The folder of the model that a file of weights is of, if it is of one.
+
+    Raises ValueError where its card is wanted and there is none.
+    """
+    home = weights.parent
+    if weights.name == MODEL_WEIGHTS and (home / CARD).is_file():
+        return home
+    if into_card:
+        raise ValueError(
+            f"--into-card: {weights} is of no model folder, pass the {MODEL_WEIGHTS} of one:"
+            " `rampart calibrate` makes it"
+        )
+    return None
+
+
+def keep(
+    home: Path, judgement: judging.Judgement, setting: Mapping[str, Any], *, into_card: bool
+) -> None:
+    """Note in a model's log that it was attacked in such a `setting`, and put figures into its card
+    where they are wanted there. The card keeps figures of more pictures in the same setting.
+    """
     count = judgement.rows[judging.CLEAN].n
-    add_to_card(file.parent, {"attacks": figures | {"n": count} | dict(setting)})
+    log_evaluation(home, {"data": setting["data"], "n": count, "command": setting["command"]})
+    if not into_card:
+        return
+    old = read_card(home).get("attacks", {})
+    same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
+    if same and old["n"] > count:
+        say(f"the card keeps its figures of {old['n']} pictures: these are of {count}")
+        return
+    figures = as_json(home / MODEL_WEIGHTS, judgement)
+    del figures["task"]  # the card says it
+    add_to_card(home, {"attacks": figures | {"n": count} | dict(setting)})
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:

@@ -209,7 +209,7 @@ def assemble(
     past = {
         "training": {"detector": str(config.get("training", "told by no file of it"))},
         "history": config.get("history", []),
-        "commands": [*config.get("commands", []), command],
+        "commands": list(dict.fromkeys([*config.get("commands", []), command])),  # one of `harden`
     }
     model = SceneModel.calibrate(
         detector,

@@ -31,13 +31,19 @@ def describe(
     return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
 
 
-def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path) -> Path:
-    """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG."""
+def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path, legend: str = "") -> Path:
+    """Write (title, image uint8 (H, W, 3), caption) panels side by side as one PNG, a `legend`
+    below them.
+    """
     side, margin, line = SIDE, 16, 24
     lines = max(caption.count("\n") + 1 for _, _, caption in panels)
     width = len(panels) * (side + margin) + margin
-    sheet = Image.new("RGB", (width, side + (1 + lines) * line + 2 * margin), "white")
+    below = side + (1 + lines) * line + 2 * margin
+    height = below + (legend.count("\n") + 1) * line + 8 if legend else below
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
+    small = fitting([legend], width - 2 * margin)
+    draw.text((margin, below), legend, fill="#444444", font=small, spacing=8)
     font = fitting([text for title, _, caption in panels for text in (title, caption)], side)
     for number, (title, image, caption) in enumerate(panels):
         left = margin + number * (side + margin)

@@ -155,6 +155,7 @@ def objects(
     from rampart.hardening.objects.attack import Budget
     from rampart.sources import Source
 
+    home = library.home_of(weights, into_card=into_card)
     found = library.evaluate(
         (weights, crafted_on),
         Source(pictures, None, skip_bad),
@@ -166,10 +167,11 @@ def objects(
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
-    if into_card:
+    if home:
         data, ball = f"{pictures.name}, {part}", threat.ball()
         setting = {"data": data, "threat_model": str(ball), "budget": str(Budget(steps, queries))}
-        library.keep(weights, found, setting | {"command": command_line()})
+        setting |= {"command": command_line()}
+        library.keep(home, found, setting, into_card=into_card)
 
 
 @verb("ablate model_store/mine --data cifar10/", together=inputs.ablation)

@@ -50,6 +50,21 @@ def test_attack_shows_what_an_undefended_twin_says_and_another_picture(
     found = {name: np.asarray(Image.open(out / f"{name}.png")).astype(int) for name in names}
     assert (found["clean"] == pixels).all() and (found["also"] == (255, 0, 0)).all()
     assert 1 <= np.abs(found["attacked-twin"] - found["clean"]).max() <= 4
+    with Image.open(out / "panel.png") as panel:  # two lines of words below two of captions
+        assert panel.size == (4 * 304 + 16, 288 + 5 * 24 + 32 + 8)
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_the_words_below_an_attack_tell_what_its_numbers_mean(twin: bool) -> None:
+    from rampart.hardening.attack.pgd import Threat
+    from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+    from rampart.looks import Aim, legend
+
+    net = Classifier(ClassifierConfig("resnet10", 2, 0.125)) if twin else None
+    said = legend(Aim(Threat("Linf", 4 / 255), net, rate=0.02))
+    assert "no colour by more than 4 of 255" in said and "Below 0.02 Rampart flags" in said
+    assert ("trained without attacks" in said) == twin
+    assert "stays within L2 0.5." in legend(Aim(Threat("L2", 0.5)))
 
 
 @pytest.mark.parametrize("verb", ["attack", "certify", "purify"])

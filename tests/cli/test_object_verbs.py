@@ -1,6 +1,8 @@
 """Object detectors on the command line: trained where the data have boxes, and attacked."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,16 +57,58 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
     monkeypatch.chdir(tmp_path)
     data = write_voc(tmp_path / "voc", 48, parts={"train": range(8), "val": range(8, 48)})
     asked = ("harden", "--data", data, *TINY, "--epochs", 1, "--batch-size", 8)
-    asked = (*asked, "--method", "standard", "--out", tmp_path / "cells.mar")
+    asked = (*asked, "--method", "standard", "--out", tmp_path / "cells.mar", "--evaluate-on", 2)
     with pytest.raises(ChecksFailed, match="finds next to nothing"):
         run(*asked)
     said = run(*asked, "--anyway")
-    assert "[1/3] train: done before" in said and "warning: the detector finds next to" in said
+    assert "[1/4] train: done before" in said and "warning: the detector finds next to" in said
     assert (tmp_path / "cells.mar").stat().st_size > 100_000
     card = json.loads((tmp_path / "cells" / "card.json").read_text())
-    assert card["task"] == "detect" and len(card["commands"]) >= 1
+    assert card["task"] == "detect" and len(card["commands"]) == 1
+    attacks = card["attacks"]
+    assert (attacks["n"], attacks["data"]) == (2, "voc, validation")
+    assert attacks["budget"] == "10 steps, 0 queries"
+    (line,) = map(json.loads, (tmp_path / "cells" / "evaluations.jsonl").read_text().splitlines())
+    assert line["command"] == attacks["command"] == card["commands"][0] and line["n"] == 2
     again = run(*asked, "--anyway")
-    assert "[3/3] archive: done before" in again
+    assert "[3/4] evaluate: done before" in again and "[4/4] archive: done before" in again
+    assert len((tmp_path / "cells" / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_figures(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    data = write_voc(tmp_path / "voc", 8, parts={"train": range(4), "val": range(4, 8)})
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    weights = home / "weights.safetensors"
+    common = (weights, data, "--part", "validation", "--steps", 1, "--cache", tmp_path / "found")
+
+    def log() -> list[dict[str, object]]:
+        return list(map(json.loads, (home / "evaluations.jsonl").read_text().splitlines()))
+
+    run("objects", *common, "--limit", 2)
+    assert "attacks" not in json.loads((home / "card.json").read_text())
+    run("objects", *common, "--limit", 3, "--into-card")
+    card = (home / "card.json").read_text()
+    attacks = json.loads(card)["attacks"]
+    assert attacks["n"] == 3
+    said = run("objects", *common, "--limit", 2, "--into-card")
+    assert "the card keeps its figures of 3 pictures: these are of 2" in said
+    assert (home / "card.json").read_text() == card
+    assert [line["n"] for line in log()] == [2, 3, 2]
+    assert {line["data"] for line in log()} == {"voc, validation"}
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {line["weights"] for line in log()} == {digest}
+    assert log()[1]["command"] == attacks["command"]
+
+
+def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    alone = shutil.copy(scene_folder / "weights.safetensors", tmp_path / "objects.safetensors")
+    with pytest.raises(ValueError, match="is of no model folder"):
+        run("objects", alone, data, "--part", "validation", "--into-card")
 
 
 def whole_way(tmp_path: Path, **changed: object) -> None:

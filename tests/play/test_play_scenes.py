@@ -159,6 +159,7 @@ def test_boxes_are_the_same_where_label_and_place_are() -> None:
     assert damage(before, before) == (3, 0)
     assert damage(before, moved) == (2, 1)  # another label is another box
     assert damage(before, [box(0, 0, 0, 10, 10)] * 4) == (2, 2)  # each is found once
+    assert damage([box(0, 0, 0, 10, 10)], [box(0, 6, 6, 16, 16)]) == (0, 1)
     assert damage([], moved) == (0, 3)
 
 
