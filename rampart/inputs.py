@@ -168,6 +168,10 @@ def folder_to_write(path: Path) -> None:
 
 def to_write(path: Path) -> None:
     """A file or folder to make: the folder that is to hold it must take files."""
+    if re.match("[a-z][a-z0-9+]+:/", str(path)):  # or a folder of that name is made here
+        raise ValueError(
+            f"{path} is an address: pass a path of this machine, and copy what is written"
+        )
     home = path if path.is_dir() else path.absolute().parent
     while not home.exists():
         home = home.parent

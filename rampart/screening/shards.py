@@ -90,8 +90,11 @@ def find(source: str, column: str | None = None) -> Store:
         source = str(Path(source).absolute())
     try:
         files = list(_listed(source) if source.endswith(LISTS) else _files(source))
-    except (ImportError, OSError) as error:
-        raise ValueError(f"{source} cannot be listed: {error or type(error).__name__}") from error
+    except ImportError as error:
+        raise ValueError(f"{source} {_missing(source, error)}") from error
+    except Exception as error:  # of any store: one without credentials raises one of its own
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{source} cannot be listed: {reason}") from error
     tars = [file for file in files if file.address.endswith(TARS)]
     tables = [file for file in files if file.address.endswith(".parquet")]
     pictures = [file for file in files if _suffix(file.address) in PICTURES]
@@ -106,6 +109,12 @@ def find(source: str, column: str | None = None) -> Store:
             f" ({', '.join(LISTS)}), tar or Parquet files, or a pattern of them"
         )
     return Store(shards, len(files) - len(tars) - len(tables) - len(pictures))
+
+
+def _missing(source: str, error: ImportError) -> str:
+    if source.startswith("s3"):
+        return 'needs s3fs: `pip install "rampart-endpoint[s3]"`'
+    return f"cannot be listed: {error}"
 
 
 def _shard(
@@ -150,16 +159,23 @@ def _files(source: str) -> Iterator[File]:
         system, path = url_to_fs(address)
         if set("*?[") & set(path):
             found = system.glob(path, detail=True)
-        elif system.isfile(path):
-            found = {path: system.info(path)}
-        elif system.exists(path):
-            found = system.find(path, detail=True)
         else:
-            raise FileNotFoundError("there is no such file or folder")
+            about = _about(system, path)
+            is_file = about["type"] == "file"
+            found = {path: about} if is_file else system.find(path, detail=True)
         for name, about in sorted(found.items()):
             if about.get("type") == "file":
                 address = name if "://" not in source else str(system.unstrip_protocol(name))
                 yield File(address, about.get("size") or 0, _version(about))
+
+
+def _about(system: Any, path: str) -> dict[str, Any]:
+    """What a store tells of a path. `exists` would say no of a store that does not answer."""
+    try:
+        about: dict[str, Any] = system.info(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError("there is no such file or folder") from error
+    return about
 
 
 def _version(about: dict[str, Any]) -> str:

@@ -134,6 +134,7 @@ MISTAKES = [
     ("screen nothing --model bare --out words.txt", "words.txt", "a folder is expected"),
     ("screen nope --model good.mar", "nope", "there is no such file"),
     ("screen nothing --model good.mar", "nothing", "pass a folder of pictures"),
+    ("screen nothing --model good.mar --out s3://bucket/a", "s3:/bucket/a", "copy what is written"),
     ("screen words.txt --model lfs.mar", "lfs.mar", "git lfs pull"),
     (
         "screen nothing --model good.mar --ray auto",
