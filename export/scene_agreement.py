@@ -4,7 +4,6 @@ Average precision may fall by a point, on clean pictures and on those that an at
 detector left; it may flag no more than is promised, or than in float32.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -107,10 +106,15 @@ def average_precision(
     engine: Runs[SceneOutputs], image: Tensor, boxed: Boxed, overlap: float
 ) -> float:
     """mAP50 of what a graph finds in uint8 (N, S, S, 3)."""
-    outputs = engine.run(image.numpy())
-    candidates = Candidates(*map(torch.from_numpy, outputs[:3]))
-    found: Sequence[Found] = suppressed(candidates, iou=overlap, most=MOST)
+    found = found_by(engine, image, overlap)
     return precision(boxed.truth, found, len(boxed.classes)).map50
+
+
+def found_by(engine: Runs[SceneOutputs], image: Tensor, overlap: float) -> list[Found]:
+    """What a graph finds in uint8 (N, S, S, 3)."""
+    outputs = engine.run(image.cpu().numpy())
+    candidates = Candidates(*map(torch.from_numpy, outputs[:3]))
+    return suppressed(candidates, iou=overlap, most=MOST)
 
 
 def count_alike(one: Shown, other: Shown) -> tuple[int, int]:

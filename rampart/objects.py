@@ -14,9 +14,11 @@ from rampart import preflight
 from rampart.assembly import deliver
 from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
+from rampart.export import shipped
 from rampart.export.archive import check_request
 from rampart.export.precision import make as make_form
-from rampart.export.scene_agreement import agree
+from rampart.export.scene_agreement import agree, found_by
+from rampart.handlers.engine import SceneEngine
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.card import FILE as CARD
@@ -293,11 +295,13 @@ def evaluate(
     part: str = "test",
     limit: int | None = None,
     cache: Path | None = None,
+    home: Path | None = None,
     notice: Callable[[str], None] = say,
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
 
-    Each row is told to `notice` as it is known.
+    The graph that its model folder `home` ships gets rows of its own. Each row is told to `notice`
+    as it is known.
     """
     detector = load(files[0])
     other = load(files[1]) if files[1] else None
@@ -311,6 +315,7 @@ def evaluate(
         threat,
         budget,
         source=other,
+        served=served_from(home, detector) if home else None,
         cache=cache,
         notice=lambda name, row: notice(judging.line(name, row)),
     )
@@ -320,6 +325,14 @@ def evaluate(
             " follow one prove nothing: pass --queries, or --source with a network like it"
         )
     return judgement
+
+
+def served_from(home: Path, detector: ObjectDetector) -> judging.Finding | None:
+    """What the graph finds that a model folder ships to be served; None where it ships none."""
+    graph = shipped.find(home, *SceneModel.load(home).form())
+    if graph is None:
+        return None
+    return partial(found_by, SceneEngine(graph.file), overlap=detector.net.iou)
 
 
 def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Precision:

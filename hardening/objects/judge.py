@@ -29,7 +29,7 @@ from rampart.hardening.objects.precision import count, interval, precision
 from rampart.hardening.objects.scenes import Boxed
 
 TOGETHER = 8  # pictures that are attacked together
-CLEAN, WORST = "clean", "worst case"
+CLEAN, WORST, SERVED = "clean", "worst case", "as served"
 # The code that what attacks found depends on.
 SOURCE = ("attack/pgd", "attack/noise", "objects/attack", "objects/detector", "objects/boxes")
 
@@ -82,12 +82,7 @@ def merit(truth: Truth, found: Found, classes: int) -> tuple[float, int]:
     return (precision([truth], [found], classes).map50 if len(truth.boxes) else 0.0, false)
 
 
-def worst(truth: Sequence[Truth], tries: Sequence[Sequence[Found]], classes: int) -> list[Found]:
-    """For each picture the answer under the attack that hurt it most."""
-    return [
-        min(answers, key=lambda found: merit(real, found, classes))
-        for real, answers in zip(truth, zip(*tries, strict=True), strict=True)
-    ]
+Finding = Callable[[Tensor], list[Found]]  # in uint8 (N, S, S, 3)
 
 
 class Judgement(NamedTuple):
@@ -105,36 +100,57 @@ def judge(
     budget: Budget,
     *,
     source: ObjectDetector | None = None,
+    served: Finding | None = None,
     cache: Path | None = None,
     notice: Callable[[str, Figures], None] = lambda name, row: None,
 ) -> Judgement:
     """Attack a detector with full knowledge, or with what is crafted on `source`.
 
-    `cache` keeps attacked pictures, so that a judgement goes on where it was interrupted. `notice`
-    is told of each row once it is known.
+    `served` is the graph that is served; it gets rows of its own, on the same attacked pictures.
+    `cache` keeps these, so that a judgement goes on where it was interrupted. `notice` is told of
+    each row once it is known.
     """
     crafted_on = source or detector
     classes = len(boxed.classes)
-    found = {CLEAN: seen(detector, boxed.image)}
-    rows = {CLEAN: figures(boxed.truth, found[CLEAN], classes)}
+    sides = {"": partial(seen, detector)} | ({f", {SERVED}": served} if served else {})
+    found = {side: {CLEAN: find(boxed.image)} for side, find in sides.items()}
+    rows = {CLEAN: figures(boxed.truth, found[""][CLEAN], classes)}
     notice(CLEAN, rows[CLEAN])
     for name, how in attacks_of(crafted_on, budget).items():
         craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget)
         key = f"{attack_source(SOURCE)} {checkpoint.digest(crafted_on)} {threat!r} {budget} {name}"
         image = attacked(boxed, craft, threat, title=name, key=key, cache=cache)
-        found[name] = seen(detector, image)
-        rows[name] = figures(boxed.truth, found[name], classes)
+        for side, find in sides.items():
+            found[side][name] = find(image)
+        rows[name] = figures(boxed.truth, found[""][name], classes)
         notice(name, rows[name])
-    # The clean picture is among an attacker's choices. What hurts each picture most need not hurt
-    # most where scores of all are ranked together: then the strongest attack stands.
-    found[WORST] = worst(boxed.truth, list(found.values()), classes)
-    each = figures(boxed.truth, found[WORST], classes)
-    strongest = min(rows, key=lambda name: rows[name].map50)
-    if rows[strongest].map50 < each.map50:
-        found[WORST], each = found[strongest], rows[strongest]
-    rows[WORST] = each
-    notice(WORST, rows[WORST])
-    return Judgement(rows, found, blindness(detector, boxed))
+    for side, tries in found.items():
+        tries[WORST] = list(hardest(boxed.truth, list(tries.values()), classes))
+        for name in (CLEAN, WORST):
+            rows[name + side] = figures(boxed.truth, tries[name], classes)
+            if name + side != CLEAN:
+                notice(name + side, rows[name + side])
+    return Judgement(rows, found[""], blindness(detector, boxed))
+
+
+def worst(truth: Sequence[Truth], tries: Sequence[Sequence[Found]], classes: int) -> list[Found]:
+    """For each picture the answer under the attack that hurt it most."""
+    return [
+        min(answers, key=lambda found: merit(real, found, classes))
+        for real, answers in zip(truth, zip(*tries, strict=True), strict=True)
+    ]
+
+
+def hardest(
+    truth: Sequence[Truth], tries: Sequence[Sequence[Found]], classes: int
+) -> Sequence[Found]:
+    """The answers of `worst`, or those under one attack where these are worse.
+
+    What hurts each picture most need not hurt most where scores of all are ranked together. The
+    clean pictures are among an attacker's choices.
+    """
+    every = (worst(truth, tries, classes), *tries)
+    return min(every, key=lambda found: precision(truth, found, classes).map50)
 
 
 def seen(detector: ObjectDetector, image: Tensor) -> list[Found]:

@@ -164,6 +164,7 @@ def objects(
         part=part,
         limit=limit,
         cache=cache,
+        home=home,
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")

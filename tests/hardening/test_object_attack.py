@@ -68,6 +68,19 @@ def test_the_worst_case_is_never_above_an_attack(judgement: Judgement) -> None:
     assert judgement.rows[WORST].map50 <= min(row.map50 for row in judgement.rows.values())
 
 
+def test_the_graph_that_is_served_gets_rows_of_its_own() -> None:
+    net, some, asked = untrained(), SCENES[[1, 2]], []
+
+    def served(image: torch.Tensor) -> list[Found]:
+        asked.append(image)
+        return [Found(one.boxes, one.labels.float(), one.labels) for one in SCENES[[1, 2]].truth]
+
+    rows = judge(net, some, THREAT, Budget(1), served=served).rows
+    assert list(rows)[-2:] == ["clean, as served", "worst case, as served"]
+    assert rows["worst case, as served"].map50 == 1 > rows["clean"].map50
+    assert len(asked) == len(rows) - 3 and torch.equal(asked[0], some.image)
+
+
 def test_an_empty_picture_is_worst_where_most_is_seen() -> None:
     empty = SCENES.truth[0]
     box = torch.tensor([[1.0, 1, 30, 30]])
