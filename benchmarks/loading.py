@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/loading.py [--count 2000] [--side 500] [--size 224]
 
 The files are JPEGs of noise over a gradient, `side` pixels wide. The first epoch decodes them and
-fills the store; later ones read it. Each is the median of three passes, with what the CPU can do.
+fills the store, by threads or by processes; later ones read it. Training takes threads up to
+ENOUGH of them. Each is the median of three passes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rampart.handlers.cores import available_cores
 from rampart.hardening.model.images import Source
+from rampart.hardening.train import data
 from rampart.hardening.train.data import find_pictures
 
 BATCH, ROUNDS = 128, 3
@@ -54,14 +56,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch) / "pictures", given.count, given.side)
         files = find_pictures(Path(scratch) / "pictures", size=given.size)
-        store = files.stored(Path(scratch) / "run")
-        rate(store)  # fills it
-        sides = {"files": files, "store": store, "memory": files.whole()}
-        rates = {name: [rate(side) for _ in range(ROUNDS)] for name, side in sides.items()}
+        rates: dict[str, list[float]] = {"threads": [], "processes": []}
+        for turn in range(ROUNDS):
+            for name, enough in (("threads", sys.maxsize), ("processes", 0)):
+                data.ENOUGH = enough
+                store = files.stored(Path(scratch) / f"{name}{turn}")
+                rates[name].append(rate(store))  # fills it
+        sides = {"store": store, "memory": files.whole()}
+        rates |= {name: [rate(side) for _ in range(ROUNDS)] for name, side in sides.items()}
     shape = f"{given.side}x{given.side} JPEG to {given.size}x{given.size}"
     print(f"{given.count} pictures, {shape}, {available_cores()} cores")
     for name, found in rates.items():
-        print(f"{name:8}{statistics.median(found):10,.0f} images/s")
+        print(f"{name:10}{statistics.median(found):10,.0f} images/s")
 
 
 if __name__ == "__main__":

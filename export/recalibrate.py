@@ -23,7 +23,7 @@ from rampart.handlers.settings import read_policy
 from rampart.handlers.tasks import task_of
 from rampart.handlers.verdict import Calibration, combine, drift, drift_by_chance, p_values
 from rampart.hardening.model.promise import least_images, spread
-from rampart.hardening.train.data import read_picture
+from rampart.hardening.train.decoding import read_picture
 from rampart.hardening.train.listing import pictures_below
 
 # Entries of the card that were measured with the old thresholds.

@@ -21,7 +21,7 @@ from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.project import project
 from rampart.hardening.report import verdicts
-from rampart.hardening.train.data import read_picture
+from rampart.hardening.train.decoding import read_picture
 from rampart.model import Model
 from rampart.training import pick_device
 

@@ -1,5 +1,6 @@
 """What `harden` proposes where you say nothing: what fits the data and the machine, and why."""
 
+import math
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -30,6 +31,8 @@ STEPS = 1500  # that a training should have
 EPOCHS = (60, 15, 30)  # at most; at least on a CPU; at least on a GPU
 BATCH, SMALLEST = 128, 8  # images a step
 RATE = 0.2  # learning rate at BATCH
+# Of what training from scratch would take, where you have weights: benchmarks/methods.py compares.
+TUNED_RATE, TUNED_EPOCHS, FEWEST_EPOCHS = 1 / 4, 1 / 3, 5
 UNBALANCED, ROOT = 4.0, 0.5  # times that classes differ in size; the balance proposed from there on
 LOOKED_AT = 200  # pictures whose size is looked at
 
@@ -167,9 +170,14 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     batch = pick("--batch-size", wishes.batch_size, batch_for(count), why)
     rate = round(RATE * min(1.0, batch / BATCH) ** 0.5, 3)
     why = f"{RATE} at {BATCH} images per step, scaled by the square root for smaller batches"
+    if wishes.weights:
+        rate, why = round(rate * TUNED_RATE, 4), f"a quarter of the rate from scratch, {rate}"
     lr = pick("--lr", wishes.lr, rate, why)
     epochs = epochs_for(count, batch, gpu=gpu)
     why = f"{epochs * max(1, count // batch):,} steps; the aim is {STEPS:,}, in 15 to 60 epochs"
+    if wishes.weights:
+        why = f"a third of the {epochs} epochs from scratch, {FEWEST_EPOCHS} at least"
+        epochs = max(FEWEST_EPOCHS, math.ceil(epochs * TUNED_EPOCHS))
     epochs = pick("--epochs", wishes.epochs, epochs, why)
     why = f"{FEW:,} images or more" if count >= FEW else f"with fewer than {FEW:,} images it"
     why += " allow one" if count >= FEW else " withstands only static attacks"

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from rampart.hardening.objects.places import PARTS, coco_files, part_of, voc_home
-from rampart.hardening.train.data import LISTED, open_picture
+from rampart.hardening.train.data import LISTED
+from rampart.hardening.train.decoding import open_picture
 from rampart.hardening.train.listing import SUFFIXES
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import stat
 import zipfile
 import zlib
 from collections import deque
@@ -13,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from rampart.handlers.containers import JPEG
-from rampart.handlers.errors import ImageError
-from rampart.handlers.image import Fitting, Picture, cropped, examine, view_of
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out, least_held
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.model.presence import POINTER, check_file
+from rampart.hardening.model.presence import check_file
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.convergence import Convergence
+from rampart.hardening.train.decoding import Decoders, decoded, open_picture, read_picture
 from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.shards import (
@@ -52,11 +49,10 @@ ARRAYS = ("image", "label", "classes", "jpeg_path")  # of an .npz file
 MOST_CLASSES = 100_000  # that labels alone, without names, may make
 # Decoded training images up to this size are kept in memory; beyond, files are read as needed.
 MEMORY = 4 * 2**30
-LARGEST = 256 * 2**20  # bytes of one picture's file
-HEAD = 2**16  # bytes at either end of a JPEG that its structure is told by
 AHEAD = 2  # batches decoded before they are asked for
-JPEG_END = b"\xff\xd9"
 SOON = 256 * 2**20  # bytes of pictures that are decoded in seconds
+# Threads that decode side by side: of more, each would wait while others run Python.
+ENOUGH = 4
 PIECE = 1024  # pictures that wait for a thread at most
 LISTED = 100  # bad pictures that an error names
 
@@ -100,6 +96,7 @@ class Folder:
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (image, label) for each index tensor of `rows`, decoded ahead by threads."""
         pool = ThreadPoolExecutor(threads())
+        decoders = self.decoders()
         waiting: deque[tuple[Tensor, list[Future[Pixels]]]] = deque()
         try:
             for index in rows:
@@ -107,7 +104,7 @@ class Folder:
                 if self.store and self.store.has(own):
                     parts = [pool.submit(self.store.read, own)]
                 else:
-                    parts = [pool.submit(self.picture, row) for row in own.tolist()]
+                    parts = [pool.submit(self.picture, row, decoders) for row in own.tolist()]
                 waiting.append((index, parts))
                 if len(waiting) > AHEAD:
                     yield self.collect(*waiting.popleft())
@@ -115,9 +112,18 @@ class Folder:
                 yield self.collect(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
+            if decoders:
+                decoders.close()
 
-    def picture(self, row: int) -> Pixels:
+    def decoders(self) -> Decoders | None:
+        """Processes that decode into the store, where threads would wait for each other."""
+        return Decoders(self.store, self.size) if self.store and threads() > ENOUGH else None
+
+    def picture(self, row: int, decoders: Decoders | None = None) -> Pixels:
         """One picture as (1, size, size, 3), decoded, and stored where there is a store."""
+        if decoders and self.store:
+            decoders.decode(row, self.files[row])
+            return self.store.read(np.array([row]))
         pixels = read_picture(self.files[row], self.size)
         if self.store:
             self.store.keep(row, pixels)
@@ -423,86 +429,6 @@ def folder_of(path: Path, classes: Mapping[str, Sequence[Path]], size: int) -> F
 def threads() -> int:
     """How many threads of this process read pictures."""
     return max(1, len(os.sched_getaffinity(0)) // distributed.beside())
-
-
-def read_picture(file: Path | Member, size: int, fitting: Fitting = cropped) -> Pixels:
-    """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
-    try:
-        view = view_of(open_picture(file, size), size, fitting)
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    if isinstance(view, ImageError):
-        raise ValueError(f"{file}: {view.message}")
-    return view.pixels
-
-
-def open_picture(file: Path | Member, size: int, *, whole: bool = True) -> Picture:
-    """A picture whose structure was checked, and no pixel. Raises OSError or ValueError.
-
-    Unless it is read `whole`, a large JPEG has pixels to its head alone: it is not to be decoded.
-    """
-    try:
-        if isinstance(file, Member):
-            check_bytes(file, file.size)
-            return picture_in(file.read(), size)
-        # A pipe without a writer is opened too, and at once.
-        with open(file, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as stream:
-            check_picture(file, os.fstat(stream.fileno()))
-            return (None if whole else by_its_ends(stream, size)) or read_whole(stream, size)
-    except ImageError as error:
-        raise ValueError(f"{file}: {error.message}") from error
-
-
-def read_whole(stream: BinaryIO, size: int) -> Picture:
-    """The picture in a file. Raises ImageError."""
-    stream.seek(0)
-    # Within LARGEST, as was checked.
-    return picture_in(stream.read(os.fstat(stream.fileno()).st_size), size)
-
-
-def picture_in(data: bytes, size: int) -> Picture:
-    """The picture that a file holds. Raises ImageError."""
-    if data.startswith(POINTER):
-        raise ImageError(
-            415, "pointer", "this is Git LFS's pointer to a picture: fetch it by `git lfs pull`"
-        )
-    return examine(data, size)
-
-
-def by_its_ends(stream: BinaryIO, size: int) -> Picture | None:
-    """A large JPEG in one scan, by its head and an end within its last bytes; None for others."""
-    head = stream.read(HEAD)
-    if not head.startswith(JPEG) or stream.seek(0, os.SEEK_END) < 2 * HEAD:
-        return None
-    stream.seek(-HEAD, os.SEEK_END)
-    if JPEG_END not in stream.read():
-        return None
-    try:
-        picture = examine(head + JPEG_END, size)
-    except ImageError:
-        return None
-    return None if picture.still.progressive else picture
-
-
-def decoded(file: Path | Member, picture: Picture) -> Pixels:
-    """The pixels of the picture in `file`. Raises ValueError that names it."""
-    try:
-        return picture.pixels()
-    except ImageError as error:
-        raise ValueError(f"{file}: {error.message}") from error
-
-
-def check_picture(file: Path, status: os.stat_result) -> None:
-    """Raise ValueError for what is no plain file, or far larger than any picture."""
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{file} is not a regular file: remove it")
-    check_bytes(file, status.st_size)
-
-
-def check_bytes(file: Path | Member, count: int) -> None:
-    """Raise ValueError for far more bytes than any picture has."""
-    if count > LARGEST:
-        raise ValueError(f"{file} has {count / 1e6:.0f} MB, too many for a picture: remove it")
 
 
 def write_digits(folder: Path) -> dict[str, int]:

@@ -92,7 +92,8 @@ CHANNELS = "For your own network: 1 if it takes gray pictures"
 LAST = "For your own network: it takes (N, H, W, channels)"
 METHOD = "Training method. In brackets clean / AutoAttack accuracy and cost beside nfgsm of a "
 METHOD += "ResNet-18 on CIFAR-10 at 8/255, 100 epochs, in the FastAT Benchmark (arXiv 2604.22853): "
-METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here); "
+METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here; its first epochs "
+METHOD += "are slow, so for long runs); "
 METHOD += (
     "gat (85.1 / 49.2, 1.5; 1.9 here); pgd (82.4 / 50.5, 3.6; 4.2 here). Not in it: trades and "
 )

@@ -20,6 +20,7 @@ from rampart.launch.endpoint import ANY
 STORE = Path(__file__).parents[2] / "model_store"
 SHIPPED: list[tuple[str, str, Precision]] = [
     ("cifar10", "lean", "int8"),
+    ("cifar10-vgg11", "lean", "int8"),
     ("traffic-signs", "lean", "int8"),
     ("blood-cells", "lean", "int8"),
 ]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from rampart.hardening.model.images import SPLITS, Images, batches, split
 from rampart.hardening.model.pixels import to_float, to_uint8
-from rampart.hardening.train import data
+from rampart.hardening.train import data, decoding
 
 
 def save_npz(path: Path, count: int) -> Images:
@@ -153,7 +153,7 @@ def test_what_is_no_plain_picture_file_is_named_and_not_read(tmp_path: Path, kin
     with pytest.raises(ValueError, match=r"deep/x\.jpg.*: remove it"):
         data.load(tmp_path)
     with pytest.raises(ValueError, match=r"deep/x\.jpg"):
-        data.read_picture(file, 32)
+        decoding.read_picture(file, 32)
 
 
 def test_links_to_pictures_are_read_and_circles_of_folders_are_not_walked(tmp_path: Path) -> None:

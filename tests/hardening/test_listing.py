@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rampart.hardening.train import data
+from rampart.hardening.train import data, decoding
 from rampart.hardening.train.survey import Survey
 
 
@@ -104,7 +104,7 @@ def photograph(file: Path, quality: int = 95) -> bytes:
     """A JPEG of more than both ends that its structure is told by."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
     Image.fromarray(noise).save(file, quality=quality)
-    assert file.stat().st_size > 3 * data.HEAD
+    assert file.stat().st_size > 3 * decoding.HEAD
     return file.read_bytes()
 
 
@@ -113,7 +113,7 @@ def test_a_large_jpeg_is_known_by_its_ends_and_the_middle_is_not_read(home: Path
     with (home / "cat" / "2.jpg").open("r+b") as file:
         file.truncate(200 * 2**20)  # a hole that reading would fill memory with
         file.seek(0, 2)
-        file.write(content[-data.HEAD :])
+        file.write(content[-decoding.HEAD :])
     tracemalloc.start()
     _, found = data.find_pictures(home, size=32).examined(keep=False)
     peak = tracemalloc.get_traced_memory()[1]

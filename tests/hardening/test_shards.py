@@ -16,7 +16,7 @@ from PIL import Image
 
 from rampart import inputs
 from rampart.hardening.model.images import Images
-from rampart.hardening.train import data
+from rampart.hardening.train import data, decoding
 from rampart.hardening.train.changes import listing
 from rampart.hardening.train.shards import is_sharded, list_samples, shards_of
 from rampart.proposal import stored_side
@@ -236,7 +236,7 @@ def test_a_shard_that_is_cut_while_training_is_named_with_the_member(tmp_path: P
     file = path / "train-000.tar"
     file.write_bytes(file.read_bytes()[:600])
     with pytest.raises(ValueError, match=r"train-000\.tar: 00003\.png: "):
-        data.read_picture(found.members[3], 32)
+        decoding.read_picture(found.members[3], 32)
 
 
 def test_labels_in_json_that_are_none_are_named(tmp_path: Path) -> None:
