@@ -458,32 +458,64 @@ def table(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
     return lines, claims
 
 
-def colour_of(side: str) -> str:
-    """Defended dark blue, without HTTP light blue, others grey."""
-    return {"floor": "#56B4E9"}.get(side, "#0072B2" if side in OURS else "#999999")
+# What the sides are, for people who see the picture alone.
+TITLES = {
+    "http": "Rampart, its own server",
+    "http full": "the same with every detector and the purifier",
+    "torchserve": "Rampart in TorchServe",
+    "triton": "Rampart in Triton",
+    "stock": "TorchServe's image_classifier",
+    "tuned": "the same, tuned",
+    "litserve": "LitServe, PyTorch",
+    "litserve onnx": "LitServe, ONNX Runtime",
+    "bentoml onnx": "BentoML, ONNX Runtime",
+    "litserve int8": "LitServe, Rampart's int8 file",
+    "bentoml int8": "BentoML, Rampart's int8 file",
+    "floor": "no server: that file in a loop",
+}
+GROUPS = {
+    "defended by Rampart": ("#0072B2", ""),
+    "other servers": ("#BBBBBB", "//"),
+    "the most that a server could reach": ("white", ""),
+}
+
+
+def group_of(side: str) -> str:
+    """Which of GROUPS a side belongs to."""
+    defended, others, most = GROUPS
+    return most if side == "floor" else defended if side in OURS else others
 
 
 def picture(results: Results, path: Path) -> None:
-    """Draw requests/s by side and concurrency, as a PNG."""
+    """Draw requests/s by side and concurrency, as a PNG: medians, and lines from least to most."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = list(next(iter(results.values())))
-    figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
-    for at, (concurrency, sides) in enumerate(results.items(), 1):
-        axes = figure.add_subplot(1, len(results), at)
+    figure = Figure(figsize=(11, 5.2), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for own, (concurrency, sides) in zip(axes, results.items(), strict=True):
         rates = np.array([[r.rate for r in sides[name]] for name in names])  # (sides, rounds)
         middle = np.median(rates, axis=1)
-        spread = np.abs(np.quantile(rates, [0.1, 0.9], axis=1) - middle)
-        colours = [colour_of(name) for name in names]
-        axes.barh(names, middle, xerr=spread, color=colours, ecolor="#444444")
-        axes.invert_yaxis()
-        axes.set_title(f"{concurrency} client{'s' * (concurrency > 1)}")
-        axes.set_xlabel("requests/s")
-        if at > 1:
-            axes.set_yticklabels([])
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Defended (blue; light: without HTTP) and undefended (grey) on the same cores")
+        spread = np.abs(np.stack([rates.min(1), rates.max(1)]) - middle)
+        looks = [GROUPS[group_of(name)] for name in names]
+        colours, hatches = zip(*looks, strict=True)
+        titles = [TITLES.get(name, name) for name in names]
+        style = {"color": colours, "hatch": hatches, "edgecolor": "#444444", "linewidth": 0.6}
+        own.barh(titles, middle, xerr=spread, ecolor="black", **style)
+        own.set_title(f"{concurrency} client{'s' * (concurrency > 1)} at a time")
+        own.set_xlabel("requests per second")
+        own.grid(axis="x", alpha=0.3)
+        own.set_axisbelow(True)
+        own.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="#444444", label=name)
+        for name, (colour, hatch) in GROUPS.items()
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    cores = len(os.sched_getaffinity(0))
+    figure.suptitle(f"Answers a second, all on the same {cores} cores: longer is better")
     figure.savefig(path, format="png")
 
 

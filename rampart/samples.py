@@ -1,11 +1,13 @@
-"""Traffic signs drawn by Pillow, to try a model on: nobody's photographs, and no download.
+"""Traffic signs drawn by Pillow, to try a model on, and photographs of none: without a download.
 
 Shapes and colours are those of the Vienna Convention on Road Signs (1968), as Germany has them.
 They stand before a blurred background, seen from the side, in changing light.
 """
 
 import math
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,19 @@ SIGNS: dict[str, Callable[[Board], None]] = {
 }
 
 
+# What shows no sign: photographs without rights that come with scikit-image, where it is installed.
+PHOTOGRAPHS = {"cat": "chelsea.png", "rocket": "rocket.jpg", "coffee": "coffee.png"}
+
+
+def photographs() -> dict[str, Path]:
+    """The files of PHOTOGRAPHS by name; none without scikit-image."""
+    if find_spec("skimage") is None:
+        return {}
+    from skimage.data import data_dir
+
+    return {name: Path(data_dir) / file for name, file in PHOTOGRAPHS.items()}
+
+
 def background(draws: np.random.Generator) -> Image.Image:
     """Sky above green or gray, out of focus."""
     sky = draws.uniform(90, 200) + np.array((0, 10, draws.uniform(10, 45)))
@@ -195,11 +210,16 @@ def sample(name: str, seed: int = 0) -> Image.Image:
 
 
 def write(folder: Path, *, count: int = 1, seed: int = 0) -> list[Path]:
-    """Draw `count` pictures of each sign into `folder` as NAME-NUMBER.png; returns the files."""
+    """Draw `count` pictures of each sign into `folder` as NAME-NUMBER.png, beside photographs that
+    show none; returns the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name in SIGNS:
         for number in range(seed, seed + count):
             files.append(folder / f"{name.replace(' ', '-')}-{number}.png")
             sample(name, number).save(files[-1])
+    for name, photograph in photographs().items():
+        files.append(folder / f"{name}{photograph.suffix}")
+        shutil.copyfile(photograph, files[-1])
     return files

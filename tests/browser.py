@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,21 @@ class Page:
             if e["method"] == "Runtime.exceptionThrown"
             or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["source"] in wrong)
         ]
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds that is serious or critical."""
+    spec = find_spec("axe_core_python")
+    assert spec is not None and spec.submodule_search_locations
+    script = Path(spec.submodule_search_locations[0]) / "axe.min.js"
+    page.js(script.read_text(encoding="utf-8") + "; 0")
+    found = page.js("axe.run().then(done => JSON.stringify(done.violations))")
+    return [
+        f"{one['id']}: {node['html'][:120]} {node['failureSummary']}"
+        for one in json.loads(found)
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
 
 
 @contextmanager

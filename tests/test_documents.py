@@ -7,6 +7,7 @@ Each block runs in a folder that looks like a checkout: `.venv` leads to this en
 import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from documents import ROOT, block
 from PIL import Image
 from servers import Server, free_port
 
-from rampart.samples import SIGNS, sample
+from rampart.samples import PHOTOGRAPHS, SIGNS, sample
 
 pytestmark = [
     pytest.mark.server,  # each starts processes, for seconds
@@ -150,7 +151,7 @@ def test_a_drawn_sign_is_attacked_and_sent_as_the_first_pages_show(
     )
     assert 1 <= np.abs(clean - attacked).max() <= 4
     assert f"attacked/attacked.png: Rampart: {told['label']} " in before
-    assert len(list((desk / "signs").iterdir())) == len(SIGNS)
+    assert len(list((desk / "signs").iterdir())) == len(SIGNS) + len(PHOTOGRAPHS)
 
 
 def test_pictures_are_sent_alone_as_json_as_a_form_and_from_python(
@@ -225,7 +226,8 @@ def test_an_archive_of_your_own_is_calibrated_on_your_traffic(desk: Path) -> Non
     shell(".venv/bin/rampart samples my_traffic --count 10", desk)
     text = block("docs/tutorials/photographs.md", "rampart calibrate --archive")
     assert text == block("docs/watch.md", "rampart calibrate --archive")
-    assert f"of these {10 * len(SIGNS)} pictures (promised: 1.0%)" in shell(text, desk)
+    count = 10 * len(SIGNS) + len(PHOTOGRAPHS)
+    assert f"of these {count} pictures (promised: 1.0%)" in shell(text, desk)
     assert (desk / "model_store" / "mine-recalibrated.mar").is_file()
 
 
@@ -274,6 +276,23 @@ def test_a_test_report_is_written_for_auditors(desk: Path) -> None:
     text = block("docs/attack.md", "rampart evidence")
     shell(text.replace(".pdf", ".html"), desk)  # which needs no browser
     assert "MITRE ATLAS" in (desk / "evidence.html").read_text()
+
+
+def test_the_object_detector_finds_the_boxes_that_its_tutorial_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(block("docs/tutorials/objects.md", "rp.SceneModel.load"), names)
+    verdict = names["verdict"]
+    first = verdict.boxes[0]
+    shown = (ROOT / "docs" / "tutorials" / "objects.md").read_text()
+    (told,) = re.findall(r'\{"boxes": \[(\{.*?\}),', shown)
+    assert json.loads(told).keys() == first.keys()
+    assert (json.loads(told)["label"], verdict.decision) == (first["label"], "accept")
+    assert json.loads(told)["confidence"] == pytest.approx(first["confidence"], abs=2e-3)
+    assert json.loads(told)["box"] == pytest.approx(first["box"], abs=0.5)
+    assert capsys.readouterr().out.count("\n") == len(verdict.boxes)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from PIL import Image
 from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.pixels import as_file
 from rampart.model import Model
-from rampart.samples import SIGNS, sample
+from rampart.samples import SIGNS, photographs, sample
 from rampart.scenes import SceneModel
 
 
@@ -23,8 +23,6 @@ class Offer(NamedTuple):
 
 
 FEW = 3  # signs that a model must know to be shown signs
-# Photographs without rights (docs/play.md), for models that know no signs.
-PHOTOGRAPHS = {"cat": "chelsea.png", "rocket": "rocket.jpg", "coffee": "coffee.png"}
 
 
 def offered(model: Model | SceneModel, own: Path | None = None) -> dict[str, Offer]:
@@ -44,9 +42,7 @@ def offered(model: Model | SceneModel, own: Path | None = None) -> dict[str, Off
     if len(signs) >= FEW:
         found |= {name: Offer(partial(sign, name), True) for name in signs}
     else:
-        from skimage.data import data_dir
-
-        found |= {name: always(Path(data_dir) / file) for name, file in PHOTOGRAPHS.items()}
+        found |= {name: always(file) for name, file in photographs().items()}
     return found | sampled | {"noise": Offer(noise, True)}
 
 

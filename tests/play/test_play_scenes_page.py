@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from browser import Page, Pipe, chromium
+from browser import Page, Pipe, chromium, violations
 from PIL import Image
 from playing import Playground
-from test_playground_page import DONE, PROBLEM, READY, inactive, tab_to, violations
+from test_playground_page import DONE, PROBLEM, READY, inactive, tab_to
 
 pytestmark = [pytest.mark.server, pytest.mark.training]
 BOXES = "document.querySelectorAll('#stage rect:not(.halo)').length"

@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Page, Pipe, chromium
+from browser import Page, Pipe, chromium, violations
 from PIL import Image
 from playing import Playground, playing
 
@@ -360,21 +359,6 @@ def test_nothing_scrolls_sideways_and_axe_finds_nothing_serious(
       node.checkVisibility() && node.getBoundingClientRect().height < 36).map(n => n.outerHTML)"""
     assert page.js(small) == []
     assert violations(page) == []
-
-
-def violations(page: Page) -> list[str]:
-    """What axe finds that is serious or critical."""
-    spec = find_spec("axe_core_python")
-    assert spec is not None and spec.submodule_search_locations
-    script = Path(spec.submodule_search_locations[0]) / "axe.min.js"
-    page.js(script.read_text(encoding="utf-8") + "; 0")
-    found = page.js("axe.run().then(done => JSON.stringify(done.violations))")
-    return [
-        f"{one['id']}: {node['html'][:120]} {node['failureSummary']}"
-        for one in json.loads(found)
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
 
 
 def test_axe_sees_a_fault_where_there_is_one(page: Page) -> None:
