@@ -34,6 +34,7 @@ TRAINING = {
     "test_changes.py",
     "test_checks.py",
     "test_distributed.py",
+    "test_elastic.py",
     "test_evaluate.py",
     "test_extension.py",
     "test_gradients.py",
