@@ -71,9 +71,11 @@ class Sender:
         ready, _, _ = select.select(list(self._began), [], [], max(0.0, seconds))
         times = []
         for connection in ready:
-            answer = connection.recv(65536)
+            answer = b""
             while not _whole(answer):
-                answer += connection.recv(65536)
+                if not (more := connection.recv(65536)):
+                    raise RuntimeError(f"the server ended a connection after {answer[:300]!r}")
+                answer += more
             passed = time.perf_counter() - self._began.pop(connection)
             self._idle.append(connection)
             if answer.startswith(b"HTTP/1.1 200"):
@@ -137,18 +139,17 @@ def _whole(answer: bytes) -> bool:
 
 
 class Service(NamedTuple):
-    """What closed load shows: seconds of a batch by its size, what a request takes beside it, and
-    how both scatter."""
+    """What closed load shows: seconds of batches by their size, what a request takes beside its
+    batch, and by how many seconds a batch of one scatters.
+    """
 
     sizes: Floats
     seconds: Floats
     beside: float
-    scatter: list[Floats]  # of each size, factors about 1
+    scatter: Floats
 
     def mean(self, size: int) -> float:
-        """Seconds of a batch of so many."""
-        if size > self.sizes[-1]:  # in proportion, since what a batch costs once is in it already
-            return float(self.seconds[-1] * size / self.sizes[-1])
+        """Seconds from the begin of a batch of so many to where the next one may begin."""
         return float(np.interp(size, self.sizes, self.seconds))
 
 
@@ -167,43 +168,39 @@ def batches(root: str) -> tuple[float, float, float]:
 
 
 def measured(sender: Sender, root: str) -> tuple[Service, float]:
-    """The service times under closed load, and the highest rate that was seen."""
-    sizes, seconds, scatter, rates = [], [], [], []
-    beside, before = 0.0, batches(root)
+    """The service times under closed load, and the highest rate: that of the largest batches."""
+    sizes, busy, first = [], [], np.zeros(0)
+    before = batches(root)
     for clients in CLIENTS:
         times = sender.closed(clients, CLOSED)
         after = batches(root)
-        runs, images, busy = (b - a for a, b in zip(before, after, strict=True))
+        runs, images, seconds = (b - a for a, b in zip(before, after, strict=True))
         before = after
-        rate = len(times) / CLOSED
-        rates.append(rate)
-        size = images / runs
-        # While clients wait, one batch follows the other; one client alone leaves gaps.
-        each = busy / runs if clients == 1 else size / rate
-        if clients == 1:
-            beside = max(0.0, float(times.mean()) - each)
-        sizes.append(size)
-        seconds.append(each)
-        # A request waits for the rest of one batch and for its own, so that about two scatter.
-        factors = times / times.mean()
-        scatter.append(factors if clients == 1 else 1 + (factors - 1) * np.sqrt(2))
+        sizes.append(images / runs)
+        busy.append(seconds / runs)
+        if clients == 1:  # which waits for nobody
+            first = times
+    # Of more clients than one batch takes some always wait: what lies between two batches then is
+    # the time in which the server reads and writes alone.
+    gap = max(0.0, CLOSED / runs - busy[-1])
     order = np.argsort(sizes)
-    pick = [np.array(values)[order] for values in (sizes, seconds)]
-    return Service(*pick, beside, [scatter[at] for at in order]), max(rates)
+    columns = [np.array(values)[order] for values in (sizes, np.array(busy) + gap)]
+    beside = max(0.0, float(first.mean()) - busy[0] - gap)
+    return Service(*columns, beside, first - first.mean()), len(times) / CLOSED
 
 
 def simulated(service: Service, arrivals: Floats, draws: np.random.Generator) -> Floats:
     """Latencies of such arrivals: what has come while a batch ran is the next one."""
     latencies = np.empty(len(arrivals))
-    means = [service.mean(size) for size in range(LARGEST + 1)]
-    nearest = [int(np.abs(service.sizes - size).argmin()) for size in range(LARGEST + 1)]
+    means = np.array([service.mean(size) for size in range(LARGEST + 1)])
+    # Interruptions come as often in a second of any batch, so that variances add up with its time.
+    scales = np.sqrt(means / means[1])
     at, free = 0, 0.0
     while at < len(arrivals):
         start = max(free, float(arrivals[at]))
-        end = int(np.searchsorted(arrivals, start, "right"))
-        size = min(end - at, LARGEST)
-        factors = service.scatter[nearest[size]]
-        free = start + means[size] * max(0.1, float(factors[draws.integers(len(factors))]))
+        size = min(int(np.searchsorted(arrivals, start, "right")) - at, LARGEST)
+        off = scales[size] * service.scatter[draws.integers(len(service.scatter))]
+        free = start + max(means[size] / 2, means[size] + off)
         latencies[at : at + size] = free - arrivals[at : at + size]
         at += size
     return latencies + service.beside
@@ -246,8 +243,10 @@ def report(rounds: Sequence[tuple[Service, dict[float, Seen]]]) -> list[dict[str
     """Print all rounds; the claims."""
     claims = []
     service = rounds[-1][0]
-    pairs = zip(service.sizes, service.seconds * 1e3, strict=True)
-    print("ms of a batch by its size: " + ", ".join(f"{n:.1f}: {ms:.2f}" for n, ms in pairs))
+    columns = zip(service.sizes, service.seconds * 1e3, strict=True)
+    print(
+        "ms of a batch by its size: " + ", ".join(f"{size:.1f}: {ms:.2f}" for size, ms in columns)
+    )
     print(f"ms of a request beside it: {service.beside * 1e3:.2f} (both of the last round)")
     print(f"{'load':>5} {'per s':>7} {'refused':>8} {'p50 predicted, seen':>22} {'p99':>22}  ms")
     for share in SHARES:
