@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/capacity.py [--images cifar10-test.npz] [--rounds 5] [--json FILE]
 
 Rampart's own server makes a batch of what has come while the graph ran. So one queue and one server
-describe it, whose service time depends on the size of the batch. Each round takes that time from what
-the endpoint counts under closed load (1 to 64 clients), and from a single client's latencies what a
-request takes beside its batch and how that scatters. From these alone the simulation predicts the
+describe it, whose service time depends on the size of the batch. Each round takes that time from
+what the endpoint counts under closed load (1 to 64 clients), and from one client's latencies what
+a request takes beside its batch and how that scatters. From these alone the simulation predicts the
 latencies of Poisson arrivals at 50, 70 and 90% of the highest rate; then they are sent. Claims:
 predicted p99 within 20% of the one seen. It simulates no refusals: an endpoint refuses what comes
 while 100 wait, and a round in which that happens says so. One process sends, on the same cores.
