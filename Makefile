@@ -159,7 +159,7 @@ lock:
 	    -c requirements/dev.txt -o requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra docs -c requirements/dev.txt -o requirements/docs.txt
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
-	$(LOCK) pyproject.toml --extra ray -c requirements/dev.txt -o requirements/ray.txt
+	$(LOCK) pyproject.toml --extra ray --extra ray-train -c requirements/dev.txt -o requirements/ray.txt
 	$(LOCK) pyproject.toml --extra kserve --no-annotate -o requirements/kserve.txt
 	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
 	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt

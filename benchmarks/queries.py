@@ -255,6 +255,14 @@ def resident(address: str) -> int:
     return int(redis.Redis.from_url(address).info("memory")["used_memory"])
 
 
+def spent(address: str) -> float:
+    """Seconds of CPU that a Redis has taken."""
+    import redis
+
+    about = redis.Redis.from_url(address).info("cpu")
+    return float(about["used_cpu_user"]) + float(about["used_cpu_sys"])
+
+
 def size(options: argparse.Namespace) -> list[str]:
     """Microseconds to look up and to store one query, by how many are stored."""
     noise, lines = np.random.default_rng(0), []
@@ -272,14 +280,18 @@ def size(options: argparse.Namespace) -> list[str]:
                 while stored < target - 1000:
                     store.add(made(noise, 1000))
                     stored += 1000
+                cpu = spent(address)
                 times = np.array([timed(store, noise) for _ in range(1000)])
+                cpu = spent(address) - cpu
                 stored += 1000
                 look, add = np.median(times, axis=0) * 1e6
                 line = (
                     f"{name:6} {stored:8} stored: look-up {look:4.0f} us, insertion {add:4.0f} us"
                 )
                 each = (taken() - before) / stored
-                lines.append(line + (f", {each:.0f} bytes a query" if each else ""))
+                line += f", {each:.0f} bytes a query" if each else ""
+                line += f", {cpu * 1e3:.0f} us of the server's CPU" if name == "redis" else ""
+                lines.append(line)
     return lines
 
 

@@ -35,6 +35,7 @@ TRAINING = {
     "test_checks.py",
     "test_convergence.py",
     "test_distributed.py",
+    "test_elastic.py",
     "test_evaluate.py",
     "test_extension.py",
     "test_gradients.py",

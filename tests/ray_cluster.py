@@ -1,5 +1,6 @@
 """A real Ray of two nodes, in an environment of its own: `make .venv/ray` installs it."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +129,76 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
+
+
+class Nodes:
+    """Two nodes of one core each, and commands by Ray's own Python."""
+
+    def __init__(self, home: Path) -> None:
+        self._environment = environment(home) | {"HOME": str(home)}
+        # What Ray's own Python lacks is this one's, after its own: what both have is Ray's.
+        beside = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+        (home / "sitecustomize.py").write_text(beside)
+        self._environment["PYTHONPATH"] += f":{home}"
+        self._log = (home / "log").open("w")
+        self._process = subprocess.Popen(
+            [PYTHON, "tests/ray_pair.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._environment,
+            text=True,
+        )
+        self.address = self._line()
+        self._environment["RAY_ADDRESS"] = self.address
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if ":" in line or line == "killed\n":
+                return line.strip()
+        raise AssertionError(Path(self._log.name).read_text())
+
+    def kill_one(self) -> None:
+        """End a node and all its processes at once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        assert self._line() == "killed"
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of all nodes whose titles begin so."""
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        return [one for one in family if _title(one).startswith(title)]
+
+    def start(self, module: str, *words: str) -> "subprocess.Popen[str]":
+        """A command of this cluster, at work."""
+        return subprocess.Popen(
+            [PYTHON, "-m", module, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self._environment,
+            text=True,
+        )
+
+    def end(self) -> None:
+        """Stop what is left of it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[Nodes]:
+    """A cluster, where Ray is installed."""
+    if not PYTHON.exists():
+        pytest.skip("needs Ray: `make .venv/ray` installs it")
+    home = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want a short path
+    try:
+        nodes = Nodes(home)
+        yield nodes
+        nodes.end()
+    finally:
+        shutil.rmtree(home)

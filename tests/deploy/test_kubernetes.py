@@ -156,6 +156,26 @@ def test_kuberay_is_given_the_configuration_that_ray_serve_is_tested_with() -> N
     assert f"\nray=={version} " in Path("requirements/ray.txt").read_text()
 
 
+def test_kuberay_trains_by_a_command_that_there_is_and_each_process_has_its_pod() -> None:
+    job = yaml.safe_load((DEPLOY / "ray" / "train.yaml").read_text())
+    cluster = job["spec"]["rayClusterSpec"]
+    assert f"\nray=={cluster['rayVersion']} " in Path("requirements/ray.txt").read_text()
+    words = job["spec"]["entrypoint"].split()
+    assert words[:3] == ["python", "-m", "rampart.ray_train"] and words[7] == "train"
+    options = dict(zip(words[3:7:2], map(int, words[4:7:2]), strict=True))
+    train = typer.main.get_command(cli.app).commands["train"]
+    parsed = train.make_context("train", words[8:]).params
+    (group,) = cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    assert options == {
+        "--workers": group["replicas"],
+        "--cpus": int(container["resources"]["limits"]["cpu"]),
+    }
+    for path in (parsed["data"], parsed["out"]):
+        assert str(path).startswith(f"{mount['mountPath']}/")
+
+
 def test_all_that_selects_pods_selects_these() -> None:
     kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
     assert kustomization["labels"] == [{"pairs": NAME, "includeSelectors": True}]

@@ -30,6 +30,7 @@ def test_the_newest_release_of_the_changelog_is_the_one_to_cite() -> None:
         ("deploy/kubernetes/kustomization.yaml", r'newTag: "(.+)"'),
         ("deploy/kserve/runtime.yaml", r"example/rampart:(\S+)"),
         ("deploy/ray/rayservice.yaml", r"example/rampart-ray:(\S+)"),
+        ("deploy/ray/train.yaml", r"example/rampart-train:(\S+)"),
     ],
 )
 def test_what_is_deployed_is_this_version(file: str, pattern: str) -> None:

@@ -1,9 +1,6 @@
 """Whole runs by a real Ray of two nodes."""
 
-import shutil
 import subprocess
-import sysconfig
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pyarrow import parquet
-from ray_cluster import PYTHON, environment
+from ray_cluster import Nodes, two_nodes
 from screened import every_kind, folder, pack, picture, table
 from servers import free_port
 
@@ -24,68 +21,16 @@ EACH, SHARDS = 100, 30
 COMPARED = ("shard", "name", "decision", "label", "width", "sha256", "error", "message")
 
 
-class Nodes:
-    """Two nodes, and the command by Ray's own Python, beside what this one has installed."""
-
-    def __init__(self, home: Path) -> None:
-        self._environment = environment(home)
-        # After its own, so that what both have is Ray's.
-        beside = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
-        (home / "sitecustomize.py").write_text(beside)
-        self._environment["PYTHONPATH"] += f":{home}"
-        self._log = (home / "log").open("w")
-        self._process = subprocess.Popen(
-            [PYTHON, "tests/ray_pair.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-            text=True,
-        )
-        self.address = self._line()
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if ":" in line or line == "killed\n":
-                return line.strip()
-        raise AssertionError(Path(self._log.name).read_text())
-
-    def kill_one(self) -> None:
-        """End a node and all its processes at once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        assert self._line() == "killed"
-
-    def start(self, store: Path, model: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
-        """The command as one types it, at work."""
-        words = ["screen", str(store), "--model", str(model), "--out", str(out)]
-        return subprocess.Popen(
-            [PYTHON, "-m", "rampart", *words, "--ray", self.address, *more],  # the last one counts
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=self._environment,
-            text=True,
-        )
-
-    def end(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._log.close()
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    if not PYTHON.exists():
-        pytest.skip("needs Ray: `make .venv/ray` installs it")
-    home = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want a short path
-    cluster = Nodes(home)
-    yield cluster
-    cluster.end()
-    shutil.rmtree(home)
+    with two_nodes() as nodes:
+        yield nodes
+
+
+def start(nodes: Nodes, store: Path, model: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+    """The command as one types it, at work; of options that come twice the last one counts."""
+    words = [str(store), "--model", str(model), "--out", str(out), "--ray", nodes.address]
+    return nodes.start("rampart", "screen", *words, *more)
 
 
 def said(run: "subprocess.Popen[str]") -> str:
@@ -110,7 +55,7 @@ def test_a_cluster_writes_the_rows_and_copies_that_one_machine_writes(
     wanted = Wanted(copies=here / "copies", near_duplicates=True)
     screen(str(store), tiny_archive, here, wanted, workers=1)
     more = ["--near-duplicates", "--copy-flagged", str(there / "copies"), "--workers", "1"]
-    said(nodes.start(store, tiny_archive, there, *more))
+    said(start(nodes, store, tiny_archive, there, *more))
     assert rows(here) == rows(there)
     copied = [sorted(p.relative_to(o) for p in (o / "copies").rglob("*")) for o in (here, there)]
     assert copied[0] == copied[1]
@@ -122,7 +67,7 @@ def test_an_address_where_no_cluster_is_gets_an_error_at_once(
     nodes: Nodes, tiny_archive: Path, tmp_path: Path
 ) -> None:
     store = folder(tmp_path / "store", {"1.png": picture(1)})
-    run = nodes.start(store, tiny_archive, tmp_path / "o", "--ray", f"127.0.0.1:{free_port()}")
+    run = start(nodes, store, tiny_archive, tmp_path / "o", "--ray", f"127.0.0.1:{free_port()}")
     text, _ = run.communicate(timeout=30)
     assert run.returncode == 1
     assert "no Ray cluster answers at 127.0.0.1" in text and "check --ray" in text
@@ -136,13 +81,13 @@ def test_a_node_that_is_killed_and_a_command_that_is_killed_lose_no_picture_and_
     some = [picture(number) for number in range(EACH)]
     for shard in range(SHARDS):
         pack(store / f"{shard:03d}.tar", {f"{shard}-{n}.png": data for n, data in enumerate(some)})
-    run = nodes.start(store, tiny_archive, out)
+    run = start(nodes, store, tiny_archive, out)
     wait(out, 4, run)
     run.kill()
     run.communicate()
     before = {file: file.stat().st_mtime_ns for file in (out / PARTS).glob("*.parquet")}
     assert len(before) < SHARDS - 4
-    run = nodes.start(store, tiny_archive, out)
+    run = start(nodes, store, tiny_archive, out)
     wait(out, len(before) + 4, run)
     nodes.kill_one()
     assert run.poll() is None and len(list((out / PARTS).glob("*.parquet"))) < SHARDS
