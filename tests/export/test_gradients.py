@@ -32,10 +32,15 @@ def images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
 
 
-# Residuals and strides; max-pooling; concatenation.
+# Residuals and strides; max-pooling; layer norms and GELU; attention and a class token.
 @pytest.mark.parametrize(
     ("arch", "width"),
-    [("resnet10", 0.125), pytest.param("vgg11_bn", 0.125, marks=pytest.mark.slow)],
+    [
+        ("resnet10", 0.125),
+        pytest.param("vgg11_bn", 0.125, marks=pytest.mark.slow),
+        pytest.param("timm:test_convnext", 1, marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
     arch: str, width: float, tmp_path: Path
