@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 aten = torch.ops.aten
 
@@ -52,7 +54,13 @@ def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
     image = fake.from_tensor(example, symbolic_context=context)
     table: Any = core_aten_decompositions()
     tracer = make_fx(module, decomposition_table=table, _allow_non_fake_inputs=True)
-    traced: fx.GraphModule = tracer(image)
+    try:
+        traced: fx.GraphModule = tracer(image)
+    except RuntimeError:
+        # Of a transformer: what grows with the batch, as its class token, wants Python's operators,
+        # and attention wants to be plain products and a softmax.
+        with enable_python_dispatcher(), fake, sdpa_kernel(SDPBackend.MATH):
+            traced = tracer(image)
     return traced
 
 

@@ -32,19 +32,21 @@ def images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
 
 
-# Residuals and strides; max-pooling.
+# Residuals and strides; max-pooling; layer norms and GELU; attention and a class token.
 @pytest.mark.parametrize(
     ("arch", "activation"),
     [
         ("resnet10", "relu"),
         ("resnet10", "silu"),
         pytest.param("vgg11_bn", "relu", marks=pytest.mark.slow),
+        pytest.param("timm:test_convnext", "relu", marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", "relu", marks=pytest.mark.slow),
     ],
 )
 def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
     arch: str, activation: str, tmp_path: Path
 ) -> None:
-    looks = pipeline(arch, 0.125, activation)
+    looks = pipeline(arch, 1 if ":" in arch else 0.125, activation)
     graph = to_onnx(looks, tmp_path / "graph.onnx")
     engine = Engine(graph)
     for count in (1, 2, 5):
