@@ -32,7 +32,7 @@ EPOCHS = (60, 15, 30)  # at most; at least on a CPU; at least on a GPU
 BATCH, SMALLEST = 128, 8  # images a step
 RATE = 0.2  # learning rate at BATCH
 # Of what training from scratch would take, where you have weights: benchmarks/methods.py compares.
-TUNED_RATE, TUNED_EPOCHS, FEWEST_EPOCHS = 1 / 4, 1 / 3, 5
+TUNED_EPOCHS, FEWEST_EPOCHS = 1 / 3, 5
 UNBALANCED, ROOT = 4.0, 0.5  # times that classes differ in size; the balance proposed from there on
 LOOKED_AT = 200  # pictures whose size is looked at
 
@@ -170,8 +170,6 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     batch = pick("--batch-size", wishes.batch_size, batch_for(count), why)
     rate = round(RATE * min(1.0, batch / BATCH) ** 0.5, 3)
     why = f"{RATE} at {BATCH} images per step, scaled by the square root for smaller batches"
-    if wishes.weights:
-        rate, why = round(rate * TUNED_RATE, 4), f"a quarter of the rate from scratch, {rate}"
     lr = pick("--lr", wishes.lr, rate, why)
     epochs = epochs_for(count, batch, gpu=gpu)
     why = f"{epochs * max(1, count // batch):,} steps; the aim is {STEPS:,}, in 15 to 60 epochs"
