@@ -210,16 +210,20 @@ def sample(name: str, seed: int = 0) -> Image.Image:
 
 
 def write(folder: Path, *, count: int = 1, seed: int = 0) -> list[Path]:
-    """Draw `count` pictures of each sign into `folder` as NAME-NUMBER.png, beside photographs that
-    show none; returns the files.
-    """
+    """Draw signs into `folder`, as `draw` does, beside photographs that show none; the files."""
+    files = draw(folder, count=count, seed=seed)
+    for name, photograph in photographs().items():
+        files.append(folder / f"{name}{photograph.suffix}")
+        shutil.copyfile(photograph, files[-1])
+    return files
+
+
+def draw(folder: Path, *, count: int = 1, seed: int = 0) -> list[Path]:
+    """Draw `count` pictures of each sign into `folder` as NAME-NUMBER.png; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name in SIGNS:
         for number in range(seed, seed + count):
             files.append(folder / f"{name.replace(' ', '-')}-{number}.png")
             sample(name, number).save(files[-1])
-    for name, photograph in photographs().items():
-        files.append(folder / f"{name}{photograph.suffix}")
-        shutil.copyfile(photograph, files[-1])
     return files

@@ -127,8 +127,7 @@ def harden(
         width = 1.0 if network.width is None else network.width
         new = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
         own = given(epochs=epochs, lr=lr, batch_size=batch_size, augment=chosen(augment))
-        place = objects.Place(runs, device, dtype, command_line(), sample=sample)
-        place = place._replace(evaluate_on=evaluate_on)
+        place = objects.Place(runs, device, dtype, command_line(), sample, evaluate_on)
         recipe = ObjectRecipe(method, threat.ball(), **own)
         begun = objects.harden(source.open(), out, new, recipe, place, init=weights, anyway=anyway)
         say(*begun, f"{out}: serve it with `rampart serve --archive {out}`")

@@ -122,7 +122,7 @@ class Processes:
         for pool in pools:
             self._idle.put(pool)
         bar = Bar(shards, lambda: self._done.value)
-        with ThreadPoolExecutor(max(1, count)) as threads, bar:
+        with ThreadPoolExecutor(max(1, count), initializer=_block_ctrl_c) as threads, bar:
             try:
                 futures = {threads.submit(self._screen, shard): shard for shard in shards}
                 yield from bar.watch(futures)
@@ -193,10 +193,14 @@ _told: Any
 _halted: Any
 
 
+def _block_ctrl_c() -> None:
+    """In each thread: a process that it starts knows no Ctrl-C, also while it is still starting."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def _begin(setup: Setup, done: Any, halt: Any) -> None:
     """In each process, once."""
     global _screener, _told, _halted
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _screener, _told, _halted = Screener(setup, setup.open()), done, halt
 

@@ -87,7 +87,7 @@ def test_a_finished_archive_is_calibrated_anew_on_pictures_of_any_size(
         ("export", ["--tensorrt", "a.plan"], "a TensorRT plan is of a classifier"),
         ("archive", ["--min-confidence", "1"], "above 0 and below 1"),
         ("evaluate", ["--images", "voc"], "finds objects.*`rampart objects`"),
-        ("quantize", ["--data", "voc"], "finds objects"),
+        ("quantize", ["--data", "voc", "--precision", "fp16"], "there is int8 alone"),
     ],
 )
 def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
@@ -128,8 +128,6 @@ def test_quantize_makes_an_int8_form_that_finds_as_much_and_archive_takes_it(
     home: Path, tmp_path: Path
 ) -> None:
     cells = Path(shutil.copytree(home / "cells", tmp_path / "cells"))
-    with pytest.raises(ValueError, match="for which there is int8 alone"):
-        run("quantize", cells, "--data", home / "voc", "--precision", "fp16")
     said = run("quantize", cells, "--data", home / "voc")
     assert "lean: int8 against fp32 on 60 pictures: mAP50" in said
     card = json.loads((cells / "card.json").read_text())
