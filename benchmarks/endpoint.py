@@ -5,6 +5,7 @@
 
 Sides, alternated round by round in one run on one machine, one PNG a request:
     http, torchserve, triton     Rampart's `lean` int8 archive on each of these servers
+    http x2, torchserve x2       the same by a worker process for each core
     http full                    purifier and all detectors as well, int8, on Rampart's own server
     stock                        TorchServe's image_classifier, eager, only its transform changed
     tuned                        the same in batches, channels last, on all cores
@@ -17,7 +18,7 @@ would do. A TorchServe that waits takes 0.4% of a core; LitServe takes 13%, so s
 halted while they wait (a halted TorchServe would make up for its timers). Load is closed (so many
 clients, each waiting for its answer) by `wrk`, a package of every Linux distribution; with
 --open-loop requests come at a fixed rate, answered or not, from locust. `make .venv/peers` sets up
-locust and the other servers, `make .venv/triton` Triton. About 25 minutes.
+locust and the other servers, `make .venv/triton` Triton. About 30 minutes; --sides starts fewer.
 """
 
 import argparse
@@ -59,20 +60,23 @@ ARRIVALS = (50, 200)  # a second
 CORES = len(os.sched_getaffinity(0))
 TENSORS = 160  # bytes of JSON before a picture for Triton
 FULL_BATCH = 32  # as many pictures as Rampart runs at once
-# Ours: server and variant, all in int8.
+# Ours: server, variant and worker processes, all in int8.
 OURS = {
-    "http": ("http", "lean"),
-    "http full": ("http", "full"),
-    "torchserve": ("torchserve", "lean"),
-    "triton": ("triton", "lean"),
+    "http": ("http", "lean", 1),
+    "http x2": ("http", "lean", CORES),
+    "http full": ("http", "full", 1),
+    "torchserve": ("torchserve", "lean", 1),
+    "torchserve x2": ("torchserve", "lean", CORES),
+    "triton": ("triton", "lean", 1),
 }
 FP32_PEERS = ("stock", "tuned", "litserve", "litserve onnx", "bentoml onnx")
 INT8_PEERS = ("litserve int8", "bentoml int8")
+SIDES = (*OURS, *FP32_PEERS, *INT8_PEERS)
 # (our side, those whose best counts, clients, ratio of requests/s that is wanted)
 CLAIMS = (
-    ("http", ("floor",), (8, 32), 0.85),
+    ("http x2", ("floor",), (8, 32), 0.85),
     ("http", ("torchserve",), (1,), 2.0),
-    ("http", ("torchserve",), (32,), 1.6 if dots_bytes(cpu_features()) else 1.3),
+    ("http x2", ("torchserve", "torchserve x2"), (32,), 1.6 if dots_bytes(cpu_features()) else 1.3),
     ("http", ("stock",), CONCURRENCY, 2.5),
     ("http", FP32_PEERS, CONCURRENCY, 1.2),
     ("http", INT8_PEERS, CONCURRENCY, 1.0),
@@ -297,31 +301,41 @@ class Bench:
         script.write_text(text.replace("HEADERS", f"{{{lines}}}") + DONE)
         return script
 
-    def start(self) -> None:
-        """Start every side."""
-        for name, (server, variant) in OURS.items():
-            packed = self.folder / variant / f"{server}.mar"
-            packed.parent.mkdir(exist_ok=True)
-            archive(self.model, packed, variant=variant, precision="int8")
-            self._ours(name, server, packed)
+    def start(self, sides: Sequence[str]) -> None:
+        """Start these sides."""
+        for name in filter(sides.__contains__, OURS):
+            server, variant, workers = OURS[name]
+            self._ours(name, server, self._packed(server, variant), workers)
         for name, handler in (("stock", STOCK_HANDLER), ("tuned", TUNED_HANDLER)):
-            made = stock_archive(self.model, self.folder, name, handler)
-            self._ours(name, "torchserve", made)
+            if name in sides:
+                made = stock_archive(self.model, self.folder, name, handler)
+                self._ours(name, "torchserve", made, 1)
         weights = str((self.model / "weights.safetensors").resolve())
         bare = str(bare_graph(self.model, self.folder / "bare.onnx"))
-        with zipfile.ZipFile(self.folder / "lean" / "http.mar") as mar:
+        with zipfile.ZipFile(self._packed("http", "lean")) as mar:
             self.graph = Path(mar.extract("graph.onnx", self.folder))
-        self._litserve("litserve", "eager", weights)
+        if "litserve" in sides:
+            self._litserve("litserve", "eager", weights)
         for end, file in (("onnx", bare), ("int8", str(self.graph))):
-            self._litserve(f"litserve {end}", "onnx", file)
-            self._bentoml(f"bentoml {end}", file)
+            if f"litserve {end}" in sides:
+                self._litserve(f"litserve {end}", "onnx", file)
+            if f"bentoml {end}" in sides:
+                self._bentoml(f"bentoml {end}", file)
 
-    def _ours(self, name: str, server: str, packed: Path) -> None:
+    def _packed(self, server: str, variant: str) -> Path:
+        packed = self.folder / variant / f"{server}.mar"
+        if not packed.is_file():
+            packed.parent.mkdir(exist_ok=True)
+            archive(self.model, packed, variant=variant, precision="int8")
+        return packed
+
+    def _ours(self, name: str, server: str, packed: Path, workers: int) -> None:
         began, before = time.monotonic(), set(psutil.Process().children())
         if server == "triton":
             url = self.stack.enter_context(triton(packed, self.folder / "triton-server"))
         else:
-            url = self.stack.enter_context(endpoint(packed, "--server", server))
+            asked = ("--server", server, "--workers", str(workers))
+            url = self.stack.enter_context(endpoint(packed, *asked))
         (root,) = set(psutil.Process().children()) - before
         start = time.monotonic() - began
         script = self.scripts["triton" if server == "triton" else "png"]
@@ -553,6 +567,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--open-loop", action="store_true", help="fixed rates of arrival")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only these")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
@@ -563,7 +578,7 @@ def main() -> None:
         folder = Path(scratch)
         bench = Bench(options.model, images, folder)
         with bench.stack:
-            bench.start()
+            bench.start(options.sides)
             if options.open_loop:
                 open_loop(bench, options)
             else:
@@ -595,11 +610,15 @@ def closed_loop(
     for name, side in bench.sides.items():
         size = f"{side.megabytes():6.0f} MB resident"
         lines.append(f"     {name:14} {side.start:5.1f} s to the first answer, {size}")
-    http = bench.sides["http"]
-    for claimed, bound, value in (
-        (f"{MEGABYTES} MB / http resident", MEGABYTES, http.megabytes()),
-        (f"{START} s / http's first answer", START, http.start),
-    ):
+    once = [
+        (claimed, bound, value)
+        for http in (side for name, side in bench.sides.items() if name == "http")
+        for claimed, bound, value in (
+            (f"{MEGABYTES} MB / http resident", MEGABYTES, http.megabytes()),
+            (f"{START} s / http's first answer", START, http.start),
+        )
+    ]
+    for claimed, bound, value in once:
         claims.append(ratios.claim(claimed, "once", [bound], [value], 1.0))
         lines.append(ratios.in_words(claims[-1]))
     lines.append(f"{sum(c['holds'] for c in claims)} of {len(claims)} targets hold")
