@@ -475,8 +475,10 @@ def table(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
 # What the sides are, for people who see the picture alone.
 TITLES = {
     "http": "Rampart, its own server",
-    "http full": "the same with every detector and the purifier",
+    "http x2": "its own server, a worker a core",
+    "http full": "with every detector and the purifier",
     "torchserve": "Rampart in TorchServe",
+    "torchserve x2": "in TorchServe, a worker a core",
     "triton": "Rampart in Triton",
     "stock": "TorchServe's image_classifier",
     "tuned": "the same, tuned",
