@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from browser import Page, Pipe
+
+READY = "!document.querySelector('#said').hidden && document.querySelector('#switched').innerText"
+
 
 class Playground(NamedTuple):
     """One at work: where it answers, and its process."""
@@ -37,3 +41,14 @@ def playing(folder: Path, *options: object, log: Path, name: str = "tiny") -> It
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextmanager
+def opened(pipe: Pipe, root: str) -> Iterator[Page]:
+    """The page with its first picture judged; nothing may have gone wrong in it by the end."""
+    one = Page(pipe)
+    one.resize(1100)
+    one.open(root)
+    one.wait(READY)
+    yield one
+    assert not one.complaints()

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import Pipe, chromium
 from playing import Playground, playing
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipe]:
+    with chromium(tmp_path_factory.mktemp("chromium") / "profile") as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

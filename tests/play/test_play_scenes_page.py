@@ -8,30 +8,20 @@ from pathlib import Path
 
 import pytest
 import requests
-from browser import Page, Pipe, chromium, violations
+from browser import Page, Pipe, violations
 from PIL import Image
-from playing import Playground
-from test_playground_page import DONE, PROBLEM, READY, inactive, tab_to
+from playing import Playground, opened
+from test_playground_page import DONE, PROBLEM, inactive, tab_to
 
 pytestmark = [pytest.mark.server, pytest.mark.training]
 BOXES = "document.querySelectorAll('#stage rect:not(.halo)').length"
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipe]:
-    with chromium(tmp_path_factory.mktemp("chromium") / "profile") as one:
-        yield one
-
-
 @pytest.fixture
 def page(pipe: Pipe, scene_playground: Playground) -> Iterator[Page]:
     """The page with the model's sample judged; nothing may have gone wrong in it by the end."""
-    one = Page(pipe)
-    one.resize(1100)
-    one.open(scene_playground.root)
-    one.wait(READY)
-    yield one
-    assert not one.complaints()
+    with opened(pipe, scene_playground.root) as one:
+        yield one
 
 
 def attack(page: Page, *, eps: int = 8, steps: int = 2, aim: str = "vanish") -> None:

@@ -12,31 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Page, Pipe, chromium, violations
+from browser import Page, Pipe, violations
 from PIL import Image
-from playing import Playground, playing
+from playing import READY, Playground, opened, playing
 
 pytestmark = pytest.mark.server
-READY = "!document.querySelector('#said').hidden && document.querySelector('#switched').innerText"
 DONE = "!document.querySelector('#outcome').hidden"
 PROBLEM = "!document.querySelector('#problem-{}').hidden"
-
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipe]:
-    with chromium(tmp_path_factory.mktemp("chromium") / "profile") as one:
-        yield one
 
 
 @pytest.fixture
 def page(pipe: Pipe, playground: Playground) -> Iterator[Page]:
     """The page with its first picture judged; nothing may have gone wrong in it by the end."""
-    one = Page(pipe)
-    one.resize(1100)
-    one.open(playground.root)
-    one.wait(READY)
-    yield one
-    assert not one.complaints()
+    with opened(pipe, playground.root) as one:
+        yield one
 
 
 def picture(file: Path, side: int = 64) -> Path:
