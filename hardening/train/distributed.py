@@ -5,12 +5,16 @@ of one network, where a step here has several.
 
 import atexit
 import os
+import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 
 def join(device: torch.device) -> torch.device:
@@ -21,10 +25,47 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(attempt(store, rank, world), store),
+            rank=rank,
+            world_size=world,
+        )
         # Left to the interpreter's end, its threads now and then take the process down.
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def attempt(store: Store, rank: int, world: int, *, within: float = 1800.0) -> str:
+    """A name that `world` processes agree on and that no earlier attempt had.
+
+    torchrun's store outlives a restart, with the addresses of processes that are gone, and its
+    count of restarts may differ between machines. So each process signs in anew, and the first
+    one lists who is there until all have confirmed the same list.
+
+    Raises:
+        TimeoutError: one of them did not come `within` so many seconds.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + within
+    store.set(f"present/{rank}", own)
+    while time.monotonic() < end:
+        if rank == 0:
+            present = (store.get(f"present/{other}").decode() for other in range(world))
+            store.set("list", "-".join(present))
+        name = store.get("list").decode()
+        if own in name:
+            store.set(f"confirmed/{rank}", name)
+        if rank == 0 and all(_says(store, f"confirmed/{other}", name) for other in range(world)):
+            store.set("agreed", name)
+        if own in name and _says(store, "agreed", name):
+            return name
+        time.sleep(0.05)
+    raise TimeoutError(f"not all of {world} processes came: start one for each rank")
+
+
+def _says(store: Store, key: str, value: str) -> bool:
+    return store.check([key]) and store.get(key).decode() == value
 
 
 def place() -> tuple[int, int]:

@@ -7,9 +7,12 @@ its first slopes are of the order of rounding, which differs between batches of 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import command
 import numpy as np
@@ -156,3 +159,31 @@ def test_alone_nothing_is_shared() -> None:
     distributed.average([value])
     assert value.tolist() == [1, 1, 1]
     assert distributed.from_first({"a": 1}) == {"a": 1}
+
+
+def test_processes_agree_on_an_attempt_that_no_earlier_one_had() -> None:
+    """Also where the store still has what processes said that were killed half way."""
+    store, world = distributed.dist.HashStore(), 3
+    with ThreadPoolExecutor(world) as pool:
+
+        def agreed(*ranks: int) -> list[Any]:
+            return [pool.submit(distributed.attempt, store, rank, world) for rank in ranks]
+
+        (first,) = {one.result(timeout=60) for one in agreed(0, 1, 2)}
+        late = agreed(2, 1)  # finds the list of the first attempt, and must not believe it
+        time.sleep(0.3)
+        assert not any(one.done() for one in late)
+        (second,) = {one.result(timeout=60) for one in [*agreed(0), *late]}
+        early = agreed(0)
+        time.sleep(0.3)
+        assert not early[0].done()
+        (third,) = {one.result(timeout=60) for one in [*agreed(1, 2), *early]}
+    assert len({first, second, third}) == 3
+
+
+def test_a_process_that_does_not_come_is_named_in_time() -> None:
+    store = distributed.dist.HashStore()
+    distributed.attempt(store, 0, 1)
+    store.set("present/1", "a process that was killed")
+    with pytest.raises(TimeoutError, match="not all of 2 processes came"):
+        distributed.attempt(store, 0, 2, within=0.3)
