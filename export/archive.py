@@ -24,7 +24,7 @@ from rampart.handlers.tasks import CLASSIFY, task_of, terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model.card import check_fit, read_card
 from rampart.hardening.model.files import (
-    SAMPLE,
+    SAMPLES,
     Precision,
     calibration_file,
     load_variant,
@@ -89,7 +89,7 @@ def archive(
     anyway: bool = True,
 ) -> AnyParity:
     """Pack a model folder as `out` (NAME.mar), perhaps with a `plan`; returns its gate's figures.
-    The folder's `sample` picture goes along, if it has one. Not `anyway`, it raises ValueError for
+    The folder's `sample` pictures go along, if it has any. Not `anyway`, it raises ValueError for
     a model that fails its own checks or is at chance. `settings` override the top level of the
     model YAML, and their `rampart` the policy.
     """
@@ -123,11 +123,12 @@ def archive(
 
 
 def add_data(work: Path, calibrated: Path, classes: list[str], *, sample: bool) -> None:
-    """Calibration and labels, and the sample picture of their folder where it is wanted."""
+    """Calibration and labels, and the sample pictures of their folder where they are wanted."""
     shutil.copy(calibrated, work / "calibration.json")
     (work / "labels.json").write_text(json.dumps(classes))
-    if sample and calibrated.with_name(SAMPLE).is_file():
-        shutil.copy(calibrated.with_name(SAMPLE), work)
+    for name in SAMPLES if sample else ():
+        if calibrated.with_name(name).is_file():
+            shutil.copy(calibrated.with_name(name), work)
 
 
 def check_judged(

@@ -14,7 +14,7 @@ from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.faults import Faults
-from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.files import SAMPLE, SAMPLES
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
 from rampart.hardening.model.purifier import Purifier
@@ -228,9 +228,11 @@ class Way(NamedTuple):
         return self.inputs(threat=self.plan.recipe.threat, device=self.plan.device, **others)
 
     def archive_inputs(self, model: Path) -> dict[str, object]:
-        """What an archive depends on: the files of its model, the sample where it goes along."""
+        """What an archive depends on: the files of its model, the samples where they go along."""
         files = folders.contents(model)
-        return {name: file for name, file in files.items() if self.plan.sample or name != SAMPLE}
+        return {
+            name: file for name, file in files.items() if self.plan.sample or name not in SAMPLES
+        }
 
     def run(self, folder: Path) -> Run:
         """A training in the folder of its stage."""

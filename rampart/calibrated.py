@@ -206,7 +206,7 @@ class Calibrated:
         """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
 
         `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
-        `sample` picture in the model's folder goes along.
+        `sample` pictures in the model's folder go along.
         Raises ValueError for a policy that the endpoint would refuse; and, unless it is wanted
         `anyway`, for a model that fails its own checks or is no better than chance.
         """

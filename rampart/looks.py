@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rampart.hardening.attack.ladder import QUICK, fool
@@ -16,7 +17,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import certify as certificates
 from rampart.hardening.judge.certify import Certificate
 from rampart.hardening.model.classifier import Classifier
-from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.files import CAPTION, SAMPLE, SAMPLES
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.project import project
@@ -59,12 +60,13 @@ def picture(file: Path | None, size: int) -> Tensor:
 
 
 class Aim(NamedTuple):
-    """What an attack on one picture may do, and what is shown beside."""
+    """What an attack on one picture may do, what is shown beside, and what is kept."""
 
     threat: Threat
     twin: Classifier | None = None  # an undefended network, attacked as well
     also: Path | None = None  # another picture, shown as it is
     rate: float = 0.01
+    as_samples: bool = False  # whether the pictures become the model's samples
 
 
 def attack(
@@ -87,10 +89,43 @@ def attack(
     for name, view, _ in panels:
         Image.fromarray(view).save(out / f"{name}.png")
     lines = [f"{out / name}.png: {caption.replace(chr(10), '; ')}" for name, _, caption in panels]
+    if aim.as_samples:
+        lines += keep_samples(model, image, views, aim)
     if pipeline.purifier is not None:
         panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
     panels = [(TITLES.get(name, name), view, text) for name, view, text in panels]
     return [*lines, str(verdicts.picture(panels, out / "panel.png", legend(aim)))]
+
+
+def keep_samples(
+    model: Model, image: Path | None, views: Mapping[str, Tensor], aim: Aim
+) -> list[str]:
+    """Write the pictures into the model's folder, from where archives take them, with captions.
+
+    Attacked is what fools the twin, where there is one. A sample that was there keeps its size.
+    Returns a line for each.
+    """
+    assert model.folder is not None
+    name = image.name if image else "the model's sample"
+    pictures = {view: Image.fromarray(pixels[0].numpy()) for view, pixels in views.items()}
+    if not image and (model.folder / SAMPLE).is_file():
+        with Image.open(model.folder / SAMPLE) as own:
+            pictures["clean"] = own.convert("RGB")
+    seen = "attacked-twin" if aim.twin else "attacked"
+    attacked = f"{name}, attacked within {aim.threat}"
+    if aim.twin:
+        label, confidence = _answer(aim.twin, views[seen][0].numpy(), model.classes)
+        attacked += f" (an undefended network answers {label}, {confidence:.0%})"
+    captions = {"clean": name, seen: attacked}
+    if aim.also:
+        captions["also"] = f"{aim.also.name}, not attacked"
+    lines = []
+    for (view, caption), file in zip(captions.items(), SAMPLES, strict=False):
+        described = PngInfo()
+        described.add_text(CAPTION, caption)
+        pictures[view].save(model.folder / file, optimize=True, pnginfo=described)
+        lines.append(f"{model.folder / file}: {caption}")
+    return lines
 
 
 def legend(aim: Aim) -> str:
@@ -119,11 +154,15 @@ def verdict_panels(
 def beside(panel: Panel, twin: Classifier, classes: Sequence[str]) -> Panel:
     """A panel whose caption also has what the undefended network says."""
     title, view, caption = panel
+    label, confidence = _answer(twin, view, classes)
+    return title, view, f"Rampart: {caption}\nundefended: {label} {confidence:.0%}"
+
+
+def _answer(net: Classifier, view: NDArray[np.uint8], classes: Sequence[str]) -> tuple[str, float]:
     with torch.no_grad():
-        logits = twin(to_float(torch.from_numpy(view)[None]))
+        logits = net(to_float(torch.from_numpy(view)[None]))
     confidence, index = logits.softmax(1)[0].max(0)
-    said = f"undefended: {classes[int(index)]} {float(confidence):.0%}"
-    return title, view, f"Rampart: {caption}\n{said}"
+    return classes[int(index)], float(confidence)
 
 
 def purify(

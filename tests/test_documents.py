@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from documents import ROOT, block
 from PIL import Image
 from servers import Server, free_port
 
+from rampart.model import Model
 from rampart.samples import PHOTOGRAPHS, SIGNS, sample
 
 pytestmark = [
@@ -132,6 +134,27 @@ def test_the_first_endpoint_answers_curl_and_python_as_the_tutorial_shows(
     verdict = python(text, endpoint.port)["verdict"]
     assert verdict.to_dict() | {"top": list(verdict.top)} == told
     assert capsys.readouterr().out == f"stop accept {verdict.p_value}\n"
+
+
+def test_the_start_prints_how_to_send_a_sign_the_same_attacked_and_no_sign(
+    desk: Path, endpoint: Server
+) -> None:
+    """The undefended twin takes the attacked sign for another one, as its caption says."""
+    lines = endpoint.read(until="  curl '")
+    told = [(above, line) for above, line in pairwise(lines) if line.startswith("  curl -T ")]
+    assert [above.partition(",")[0] for above, _ in told] == [
+        "the model's sample:",
+        "the model's sample",
+        "cat.png",
+    ]
+    sign, attacked, other = (answers(shell(line, desk, endpoint.port))[0] for _, line in told)
+    assert (sign["label"], sign["decision"]) == (attacked["label"], "accept") == ("stop", "accept")
+    assert attacked["decision"] == "accept" and other["decision"] == "flag"
+    twin = Model.load(ROOT / "model_store" / "traffic-signs-undefended")
+    with Image.open(ROOT / "model_store" / "traffic-signs" / "sample-attacked.png") as picture:
+        (verdict,) = twin.predict(np.array(picture)[None])
+    (said,) = re.findall(r"an undefended network answers ([\w ]+),", told[1][0])
+    assert verdict.label == said != "stop"
 
 
 @pytest.mark.slow

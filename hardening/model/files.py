@@ -10,6 +10,8 @@ from rampart.hardening.model.presence import check_file
 
 FORMAT = "rampart-1"
 SAMPLE = "sample.png"  # one held-out picture, to try an endpoint with
+SAMPLES = (SAMPLE, "sample-attacked.png", "sample-other.png")  # in the order that they are tried
+CAPTION = "Description"  # PNG's own keyword for what a picture shows; samples have it
 Precision = Literal["fp32", "fp16", "int8"]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from zipfile import BadZipFile, ZipFile
 
 from rampart.hardening.model import card as report
-from rampart.hardening.model.files import SAMPLE, Precision, calibration_file
+from rampart.hardening.model.files import SAMPLES, Precision, calibration_file
 
 if TYPE_CHECKING:
     from rampart.hardening.model.pipeline import Variant
@@ -22,7 +22,7 @@ VARIANTS: tuple[Variant, ...] = ("full", "lean")
 LOG = "evaluations.jsonl"
 # What is drawn of a model, and what was measured of it beside its card.
 DRAWN = ("ablation.png", "curve.png", "report.html")
-PICTURED = (*DRAWN, SAMPLE, report.MEASURED, *(f"measured-{name}" for name in DRAWN))
+PICTURED = (*DRAWN, *SAMPLES, report.MEASURED, *(f"measured-{name}" for name in DRAWN))
 
 
 def variants_in(model: Path) -> list[Variant]:

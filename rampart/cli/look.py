@@ -10,6 +10,7 @@ from rampart import inputs
 from rampart.cli import options as o
 from rampart.cli.options import say
 
+AS_SAMPLES = "Keep the pictures as the model's samples, for which `serve` prints curl commands"
 ALSO = "Another picture to show without an attack, such as one with none of the model's classes"
 HIDE = "LEFT TOP WIDTH HEIGHT of a region to fill in, in pixels at model resolution"
 BEFORE = "Picture to write, before and after"
@@ -30,6 +31,7 @@ def attack(
     also: Annotated[Path | None, Option(help=ALSO), inputs.picture] = None,
     variant: o.Variant = None,
     rate: o.Rate = None,
+    as_samples: Annotated[bool, Option("--as-samples", help=AS_SAMPLES)] = False,
 ) -> None:
     """Attack one picture with full knowledge of the model; write 8-bit PNGs at model resolution.
 
@@ -42,12 +44,13 @@ def attack(
 
     model = load(look.model)
     if isinstance(model, rp.SceneModel):
-        if twin:
-            raise ValueError(f"--twin {twin}: it is of classifiers, leave it out")
+        if twin or as_samples:
+            raise ValueError("--twin and --as-samples are for classifiers: leave them out")
         plan = scene_looks.Plan(threat.ball(model), also, model.chosen_rate(rate))
         say(*scene_looks.attack(model, look.image, out, plan, variant))
         return
-    aim = looks.Aim(threat.ball(model), twin_of(model, twin), also, model.chosen_rate(rate))
+    chosen = model.chosen_rate(rate)
+    aim = looks.Aim(threat.ball(model), twin_of(model, twin), also, chosen, as_samples)
     say(*looks.attack(model, look.image, out, aim, variant))
 
 

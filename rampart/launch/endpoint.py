@@ -14,9 +14,6 @@ from pathlib import Path
 from rampart.hardening.model.presence import check_archive
 
 RSA = bytes.fromhex("2a864886f70d010101")  # 1.2.840.113549.1.1.1, as a PKCS #8 key names its kind
-SAMPLE, LARGEST = "sample.png", 2**16  # in an archive, and its bytes at most
-PNG = b"\x89PNG"
-ANY = Path(__file__).parents[1] / "data" / SAMPLE
 JAVA_LEAST = 64  # MB with which TorchServe still starts
 
 
@@ -36,19 +33,6 @@ def read_model(archive: Path) -> tuple[str, str]:
             return str(model["modelName"]), str(model["modelVersion"])
     except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
         raise LaunchError(f"{archive} is not a TorchServe archive: rebuild it") from error
-
-
-def sample_of(archive: Path, file: Path) -> Path:
-    """A picture to try an archive's endpoint with: its own, written as `file`, or any."""
-    try:
-        with zipfile.ZipFile(archive) as content, content.open(SAMPLE) as picture:
-            data = picture.read(LARGEST + 1)
-    except (zipfile.BadZipFile, OSError, KeyError, RuntimeError):
-        return ANY
-    if not data.startswith(PNG) or len(data) > LARGEST:
-        return ANY
-    file.write_bytes(data)
-    return file
 
 
 @dataclass(frozen=True)

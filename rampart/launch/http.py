@@ -20,7 +20,8 @@ from rampart.launch.addresses import is_loopback
 from rampart.launch.archives import Archives
 from rampart.launch.asking import authorization, status
 from rampart.launch.connection import Connection
-from rampart.launch.endpoint import ANY, LaunchError, read_model, sample_of
+from rampart.launch.endpoint import LaunchError, read_model
+from rampart.launch.sample import ANY, Sample, samples_of
 from rampart.launch.worker import Job
 
 GRACE = 30  # seconds that a worker that stops may take for what it has begun
@@ -98,7 +99,7 @@ def serve(front: Front) -> int:
         )
         os.environ.update(job.environment() | _settings(front))
         samples = {
-            name: sample_of(archive, Path(folder) / f"sample-{number}.png")
+            name: samples_of(archive, Path(folder) / f"samples-{number}")
             for number, (archive, (name, _)) in enumerate(zip(front.archives, models, strict=True))
         }
         try:
@@ -121,7 +122,7 @@ class Workers(Multiprocess):
 
 
 def _supervise(
-    front: Front, samples: dict[str, Path], archives: Archives, listener: socket.socket
+    front: Front, samples: dict[str, list[Sample]], archives: Archives, listener: socket.socket
 ) -> int:
     """Run workers until the end; returns the exit code."""
     supervisor = Workers(_config(front), [listener])
@@ -214,7 +215,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _announce(
-    front: Front, samples: dict[str, Path], supervisor: Multiprocess, ready: threading.Event
+    front: Front, samples: dict[str, list[Sample]], supervisor: Multiprocess, ready: threading.Event
 ) -> None:
     """Say when each model has answered, with a picture to try each with."""
     waiting = list(samples)
@@ -227,8 +228,9 @@ def _announce(
     token = '-H "Authorization: Bearer $TOKEN" ' if front.tokens else ""
     trust = f"--cacert {shlex.quote(str(front.tls[0]))} " if front.tls else ""
     lines = [
-        f"  curl {trust}{token}-T {shlex.quote(str(sample))} {front.url}/predictions/{name}"
-        for name, sample in samples.items()
+        sample.curl(f"{trust}{token}", f"{front.url}/predictions/{name}")
+        for name, pictures in samples.items()
+        for sample in pictures
     ]
     print("\n".join(["Rampart is ready", *lines]), flush=True)
 
@@ -237,7 +239,7 @@ def _predict(front: Front, name: str) -> int:
     """Status of one prediction; 0 without an answer."""
     chain = front.tls[0] if front.tls else None
     headers = authorization(front.tokens) if front.tokens else {}
-    return status(f"{front.url}/predictions/{name}", ANY.read_bytes(), headers, chain)
+    return status(f"{front.url}/predictions/{name}", ANY.file.read_bytes(), headers, chain)
 
 
 def _watch(archives: Archives, supervisor: Multiprocess, ready: threading.Event) -> None:

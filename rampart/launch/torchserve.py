@@ -20,14 +20,13 @@ from pathlib import Path
 from rampart.launch import java, logs, management
 from rampart.launch.client import SOCKET, Client
 from rampart.launch.endpoint import (
-    SAMPLE,
     Endpoint,
     LaunchError,
     port_error,
     redis_failure,
-    sample_of,
 )
 from rampart.launch.listeners import shut_listeners
+from rampart.launch.sample import Sample, samples_of
 from rampart.launch.watch import Watch
 
 GRAY = java.DATA / "gray.png"  # 32x32: no server refuses it for its size
@@ -75,8 +74,8 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
         )
         process = java.start(endpoint, work, folder)
         try:
-            sample = sample_of(endpoint.archive, work / SAMPLE)
-            _Run(endpoint, client, process, folder, stop, sample).run()
+            samples = samples_of(endpoint.archive, work / "samples")
+            _Run(endpoint, client, process, folder, stop, samples).run()
         except Stopped:
             _say("Stopping")
         finally:
@@ -135,7 +134,7 @@ class _Run:
     process: subprocess.Popen[bytes]
     logs: Path
     stop: threading.Event
-    sample: Path  # a picture to try it with
+    samples: list[Sample]  # pictures to try it with
 
     def run(self) -> None:
         """Wait for a prediction, announce it, wait for the end."""
@@ -215,13 +214,14 @@ class _Run:
         python = f"python3 -c {shlex.quote(code)} {shlex.quote(str(keys))}"
         yield f"  rampart_key() {{ {python} $1; }}"
         header = '-H "Authorization: Bearer $(rampart_key {})"'
-        curl = "curl"
+        options = ""
         if endpoint.tls:
-            curl += f" --cacert {shlex.quote(str(endpoint.tls[0].resolve()))}"
+            options += f"--cacert {shlex.quote(str(endpoint.tls[0].resolve()))} "
         if endpoint.token_authorization:
-            curl += f" {header.format('inference')}"
+            options += f"{header.format('inference')} "
         url = f"{endpoint.scheme}://{endpoint.local_host}:{endpoint.port}"
-        yield f"  {curl} -T {shlex.quote(str(self.sample))} {url}/predictions/{endpoint.name}"
+        for sample in self.samples:
+            yield sample.curl(options, f"{url}/predictions/{endpoint.name}")
         manager = header.format("management")
         yield f"  curl '{endpoint.management}/models/{endpoint.name}?customized=true' {manager}"
         if endpoint.token_authorization:

@@ -8,6 +8,8 @@ import pytest
 from command import run
 from PIL import Image
 
+from rampart.hardening.model.files import CAPTION, SAMPLES
+
 
 @pytest.mark.training
 def test_attack_writes_8_bit_pictures_within_eps_that_change_the_label(
@@ -52,6 +54,29 @@ def test_attack_shows_what_an_undefended_twin_says_and_another_picture(
     assert 1 <= np.abs(found["attacked-twin"] - found["clean"]).max() <= 4
     with Image.open(out / "panel.png") as panel:  # two lines of words below two of captions
         assert panel.size == (4 * 304 + 16, 288 + 5 * 24 + 32 + 8)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("twin", [True, False])
+def test_an_attack_leaves_its_pictures_as_the_models_samples_with_captions(
+    tmp_path: Path, tiny_folder: Path, pixels: np.ndarray, encode: Callable[..., bytes], twin: bool
+) -> None:
+    own = shutil.copytree(tiny_folder, tmp_path / "own")
+    for name in ("mine.png", "red.png"):
+        (tmp_path / name).write_bytes(encode(pixels))
+    more = ["--eps", 4, "--variant", "lean", *(["--twin", tiny_folder] if twin else [])]
+    more += ["--also", tmp_path / "red.png", "--as-samples", "--out", tmp_path / "out"]
+    told = run("attack", tmp_path / "mine.png", "--model", own, *more)
+    captions = []
+    for name, view in zip(SAMPLES, ("clean", "attacked", "also"), strict=True):
+        view += "-twin" if twin and view == "attacked" else ""
+        with Image.open(own / name) as picture, Image.open(tmp_path / "out" / f"{view}.png") as out:
+            assert (np.asarray(picture) == np.asarray(out)).all()
+            captions.append(picture.info[CAPTION])
+        assert f"{own / name}: {captions[-1]}" in told
+    assert captions[0] == "mine.png" and captions[2] == "red.png, not attacked"
+    assert captions[1].startswith("mine.png, attacked within Linf 4/255")
+    assert ("an undefended network answers" in captions[1]) == twin
 
 
 @pytest.mark.parametrize("twin", [True, False])

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rampart.export.archive import archive
-from rampart.launch.endpoint import ANY, sample_of
+from rampart.hardening.model.files import CAPTION, SAMPLES
+from rampart.launch.sample import ANY, Sample, samples_of
 
 
 def test_the_archive_holds_what_serving_needs_and_nothing_else(tiny_archive: Path) -> None:
@@ -90,27 +93,37 @@ def test_policy_and_flow_are_in_the_model_yaml(tiny_shipped: Path, tmp_path: Pat
     assert calibration["detectors"] == ["confidence", "feature_distance", "residual"]
 
 
-def test_a_sample_picture_goes_along_with_its_hash_unless_it_is_left_out(
+def test_sample_pictures_go_along_with_their_hashes_unless_they_are_left_out(
     tiny_shipped: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_shipped, tmp_path / "mine")
-    shutil.copy(ANY, folder / "sample.png")
+    for name in SAMPLES:
+        shutil.copy(ANY.file, folder / name)
+    described = PngInfo()
+    described.add_text(CAPTION, "a sign\x1b[2J, attacked")
+    Image.open(ANY.file).save(folder / SAMPLES[1], pnginfo=described)
     for name, sample in (("with.mar", True), ("without.mar", False)):
         archive(folder, tmp_path / name, sample=sample)
         with zipfile.ZipFile(tmp_path / name) as mar:
-            assert ("sample.png" in mar.namelist()) == sample
-            assert ("sample.png" in json.loads(mar.read("sha256.json"))) == sample
-    assert sample_of(tmp_path / "without.mar", tmp_path / "s.png") == ANY
-    assert sample_of(tmp_path / "with.mar", tmp_path / "s.png") == tmp_path / "s.png"
-    assert (tmp_path / "s.png").read_bytes() == ANY.read_bytes()
+            hashes = json.loads(mar.read("sha256.json"))
+            for picture in SAMPLES:
+                assert (picture in mar.namelist()) == (picture in hashes) == sample
+    unpacked = tmp_path / "unpacked"
+    assert samples_of(tmp_path / "without.mar", unpacked) == [ANY]
+    # What a caption would do to a terminal is left out.
+    captions = ["", "a sign[2J, attacked", ""]
+    assert samples_of(tmp_path / "with.mar", unpacked) == [
+        Sample(unpacked / name, caption) for name, caption in zip(SAMPLES, captions, strict=True)
+    ]
+    assert all((unpacked / name).read_bytes() == (folder / name).read_bytes() for name in SAMPLES)
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"\x89PNG" + bytes(70_000)])
 def test_what_is_no_small_picture_is_not_taken_for_a_sample(tmp_path: Path, content: bytes) -> None:
     with zipfile.ZipFile(tmp_path / "a.mar", "w") as packed:
         packed.writestr("sample.png", content)
-    assert sample_of(tmp_path / "a.mar", tmp_path / "s.png") == ANY
-    assert not (tmp_path / "s.png").exists()
+    assert samples_of(tmp_path / "a.mar", tmp_path / "unpacked") == [ANY]
+    assert not (tmp_path / "unpacked").exists()
 
 
 @pytest.mark.parametrize(

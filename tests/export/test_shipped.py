@@ -15,7 +15,7 @@ from rampart.export.shipped import bare, find
 from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import p_values
 from rampart.hardening.model.files import Precision, graph_file, load_variant
-from rampart.launch.endpoint import ANY
+from rampart.launch.sample import ANY
 
 STORE = Path(__file__).parents[2] / "model_store"
 SHIPPED: list[tuple[str, str, Precision]] = [
@@ -130,7 +130,7 @@ def test_an_archive_is_laid_out_as_torch_model_archiver_does(
 
 def views() -> np.ndarray:
     """The sample picture whole, mirrored, and two parts of it, as uint8 (4, 32, 32, 3)."""
-    picture = Image.open(ANY).convert("RGB")
+    picture = Image.open(ANY.file).convert("RGB")
     boxes = [(0, 0, 256, 256), (256, 0, 0, 256), (64, 32, 224, 192), (0, 128, 128, 256)]
     parts = [picture.transform((256, 256), Image.Transform.EXTENT, box) for box in boxes]
     return np.stack([np.asarray(part.reduce(8)) for part in parts])
