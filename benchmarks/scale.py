@@ -148,12 +148,17 @@ class Axis(NamedTuple):
     y: str
 
 
+# What has few sides, or sides that are all alike, is printed and not drawn.
 AXES = {
-    "workers": Axis("Workers", "worker processes", "requests per second"),
-    "batch": Axis("Batch size", "largest batch of TorchServe", "requests per second"),
-    "size": Axis("Image size", "pixels per side", "images per second"),
-    "detectors": Axis("Detectors", "number of detectors", "images per second"),
-    "Python": Axis("Python beside the graph", "requests in a batch", "ms per request"),
+    "batch": Axis("Do batches help?", "largest batch of TorchServe", "requests/s (more is better)"),
+    "size": Axis(
+        "What do pixels cost?",
+        "pixels per side; above 64 the network first halves twice",
+        "images/s (more is better)",
+    ),
+    "Python": Axis(
+        "How long does Python take?", "requests in a batch", "ms a request (less is better)"
+    ),
 }
 TARGET = 0.5  # ms of Python a request
 LINES = {  # (colour, marker, line, name) where a panel has two
@@ -163,15 +168,15 @@ LINES = {  # (colour, marker, line, name) where a panel has two
 
 
 def picture(found: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """Draw every panel, as a PNG: medians, and bars from the least to the most."""
+    """Draw the panels of AXES, as a PNG: medians, and bars from the least to the most."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
-        panels = dict(zip(AXES, figure.subplots(2, 3).flat, strict=False))
-        figure.axes[-1].set_axis_off()
-        words = "Points are medians, bars extremes.\nHigher is better; for Python, lower is."
-        figure.axes[-1].text(0, 0.9, words, va="top", transform=figure.axes[-1].transAxes)
+        figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
+        panels = dict(zip(AXES, figure.subplots(1, 3).flat, strict=True))
+        figure.supxlabel("Points are medians of the rounds, bars their extremes.", fontsize=9)
         for name, sides in found.items():
-            axes, (*look, label) = panels[name.partition(",")[0]], LINES.get(name, LINES["Python"])
+            if not (axes := panels.get(name.partition(",")[0])):
+                continue
+            *look, label = LINES.get(name, LINES["Python"])
             middle = np.array([np.median(values) for values in sides.values()])
             least, most = ([of(values) for values in sides.values()] for of in (min, max))
             spread = (middle - least, most - middle)
@@ -182,7 +187,7 @@ def picture(found: dict[str, dict[int, list[float]]], path: Path) -> None:
             axes.set_title(AXES[name].title, fontsize=10, loc="left")
             axes.set(xlabel=AXES[name].x, ylabel=AXES[name].y, ylim=(0, None))
             axes.grid(visible=False, axis="x")
-        panels["Python"].axhline(TARGET, color="#555555", lw=1, ls=":", label="target")
+        panels["Python"].axhline(TARGET, color="#555555", lw=1, ls=":", label="target, at most")
         panels["Python"].legend()
         figure.savefig(path)
 
