@@ -8,11 +8,13 @@ what the endpoint counts under closed load (1 to 64 clients), and from one clien
 a request takes beside its batch and how that scatters. From these alone the simulation predicts the
 latencies of Poisson arrivals at 50, 70 and 90% of the highest rate; then they are sent. Claims:
 predicted p99 within 20% of the one seen. It simulates no refusals: an endpoint refuses what comes
-while 100 wait, and a round in which that happens says so. One process sends, on the same cores.
-About a minute a round; other work on the machine spoils it, since the rate may change in between.
+while 100 wait, and a round in which that happens says so. The endpoint has one core, and what sends
+has the others, so that neither waits for the other. About a minute a round; other work on the
+machine spoils it, since the rate may change in between.
 """
 
 import argparse
+import os
 import re
 import select
 import socket
@@ -39,6 +41,7 @@ WITHIN = 0.2  # of the p99 that was seen
 CLOSED, OPEN = 2.0, 10.0  # seconds of each load
 SIMULATED = 200_000  # arrivals
 MOST = 800  # requests on their way at once; `select` takes no more than 1,024
+FRESH = 2.0  # seconds that a connection may be idle; the endpoint ends those that are for longer
 HANDED_OVER = 1.5  # seconds until figures are at /metrics
 Floats = np.ndarray  # (N,)
 
@@ -53,19 +56,25 @@ class Sender:
         self._requests = [
             f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies
         ]
-        self._idle: list[socket.socket] = []
+        self._idle: list[tuple[socket.socket, float]] = []  # and since when
         self._began: dict[socket.socket, float] = {}  # when what is open was due
         self._sent = self.refused = 0
 
     def _send(self, due: float) -> None:
-        if self._idle:
-            connection = self._idle.pop()
-        else:
-            connection = socket.create_connection(self._address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = self._connection()
         self._began[connection] = due
         connection.sendall(self._requests[self._sent % len(self._requests)])
         self._sent += 1
+
+    def _connection(self) -> socket.socket:
+        while self._idle:
+            connection, since = self._idle.pop()
+            if time.perf_counter() - since < FRESH:
+                return connection
+            connection.close()
+        connection = socket.create_connection(self._address)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
 
     def _receive(self, seconds: float) -> list[float]:
         """The times of the answers that come within so many seconds."""
@@ -78,7 +87,7 @@ class Sender:
                     raise RuntimeError(f"the server ended a connection after {answer[:300]!r}")
                 answer += more
             passed = time.perf_counter() - self._began.pop(connection)
-            self._idle.append(connection)
+            self._idle.append((connection, time.perf_counter()))
             if answer.startswith(b"HTTP/1.1 200"):
                 times.append(passed)
             elif answer.startswith(b"HTTP/1.1 503"):  # too many wait
@@ -124,7 +133,7 @@ class Sender:
     def close(self) -> None:
         """Close all connections, which are idle."""
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[0].close()
 
     def _drain(self) -> list[float]:
         times: list[float] = []
@@ -282,7 +291,10 @@ def main() -> None:
     images = (load(given.images).image[:64] if given.images else sample_crops(32)).numpy()
     with tempfile.TemporaryDirectory() as scratch:
         archive = pack(given.model, Path(scratch) / "served.mar")
+        one, *others = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {one})  # which the endpoint inherits
         with endpoint(archive, "--server", "http") as url:
+            os.sched_setaffinity(0, others or {one})
             root = url.rpartition("/predictions/")[0]
             sender = Sender(url, pngs(images))
             sender.closed(8, 3)  # to warm it up
