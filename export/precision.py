@@ -70,6 +70,5 @@ def make(
             raise RuntimeError(f"{loss}, so nothing was written: {agreement}")
         calibrate.write(folder, table, f"{source}, calibration split", precision)
         if precision == "int8":
-            ranges.chmod(0o644)
             ranges.replace(ranges_file(folder, variant))
     return agreement

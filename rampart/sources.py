@@ -159,6 +159,7 @@ class Sample(NamedTuple):
     images: Images
     name: str
     warning: str = ""  # what makes its figures doubtful
+    summary: Sequence[str] = ()  # what was found where the images are, in words
 
 
 def sample_of(
@@ -177,13 +178,14 @@ def sample_of(
     data, held, _ = source
     inputs.sample(held, part)
     familiar = folders.trained_on(model.card, data)
-    title, warning = name or source.name, ""
+    title, warning, lines = name or source.name, "", list[str]()
     if part and (held or familiar or data.suffix != ".npz"):
         every = held_images(model, source)
     else:
         skip_bad = source.skip_bad or folders.skipped_bad(model.card, data)
         read = partial(survey, data, train=False, size=model.image_size, skip_bad=skip_bad)
-        found, _ = read(stream=part is None)
+        found, summary = read(stream=part is None)
+        lines = summary.lines(model.image_size)
         count, every = len(found), found if isinstance(found, Images) else spread(found, limit)
         if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
             warning = f"{data} has the name of the training data: on training images,"
@@ -194,7 +196,7 @@ def sample_of(
         count = len(every)
     images = spread(every, limit)
     whole = len(images) == count
-    return Sample(images, title if whole else f"{len(images)} of {title}", warning)
+    return Sample(images, title if whole else f"{len(images)} of {title}", warning, lines)
 
 
 def training_warning(model: "Model", images: Images, *, held_out: bool) -> str:

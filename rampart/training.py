@@ -292,6 +292,8 @@ def adopt(
     net, lines = foreign.take(weights, usually_normalized(config), mean=mean, std=std)
     for line in lines:
         say(line)
+    preflight.check_place(out.parent, preflight.size_of(net), "--out")
+    preflight.try_network(net)
     content = {"classifier": net.config._asdict(), "training": f"adopted from {weights.name}"}
     checkpoint.save(out, net, content)
     return net.config

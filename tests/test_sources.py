@@ -33,9 +33,10 @@ def test_a_split_to_measure_on_has_no_image_of_training(
     report.write_card(lean_only, card)
     data = lean_only.with_name("mine.npz")
     beside = lean_only.with_name(held) if held else None
-    seen, name, _ = sample_of(Model.load(lean_only), Source(data, beside), part="validation")
+    sample = sample_of(Model.load(lean_only), Source(data, beside), part="validation")
+    seen = sample.images
     trained = hold_out(every["mine"], every["held"] if held else None)[0]
-    assert name == f"validation split of {held or 'mine.npz'}"
+    assert sample.name == f"validation split of {held or 'mine.npz'}"
     assert len(seen) >= 50
     pixels = [{image.tobytes() for image in images.image.numpy()} for images in (seen, trained)]
     assert not pixels[0] & pixels[1]
@@ -79,6 +80,7 @@ def test_a_file_of_training_images_is_known_by_its_pixels_whatever_its_name(
     renamed, unseen = (Source(lean_only.with_name(f"{name}.npz")) for name in files)
     assert "was trained on 300 of these 300 images" in sample_of(model, renamed).warning
     assert sample_of(model, unseen).warning == ""
+    assert sample_of(model, unseen).summary[0] == "other.npz: 200 images, 10 classes, 32x32 pixels"
     with pytest.raises(ValueError, match="was trained on 300 of these 300 images"):
         sample_of(model, renamed, part="validation")
     held = Source(lean_only.with_name("mine.npz"), renamed.data)

@@ -61,8 +61,9 @@ def check_layout(path: Path, classes: Mapping[str, list[Path]]) -> None:
         raise ValueError(f"{path} has no pictures: expected {path}/CLASS/NAME.{{jpg,png,webp}}")
     first = next(iter(classes))
     if all(SPLIT.fullmatch(name.lower()) for name in classes):
+        train = next((name for name in classes if "train" in name.lower()), first)
         raise ValueError(
-            f"{path} holds splits, not classes: pass one of them, such as {path / first}"
+            f"{path} holds splits, not classes: pass one of them, such as {path / train}"
         )
     if len(classes) > 1:
         return

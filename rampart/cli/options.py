@@ -60,12 +60,14 @@ class Sample(NamedTuple):
     part: Annotated[Literal["validation", "tuning", "calibration"] | None, Option(help=PART)] = None
 
     def read(self, model: "rp.Model", limit: int | None) -> "sources.Sample":
-        """At most `limit` of them; what makes their figures doubtful is printed."""
+        """At most `limit` of them; what was found and makes figures doubtful is printed."""
         from rampart.sources import Source as Images
         from rampart.sources import sample_of
 
         source = Images(self.images, self.held)
         sample = sample_of(model, source, name=self.data_name, part=self.part, limit=limit)
+        if sample.summary:
+            say(*sample.summary)
         if sample.warning:
             typer.echo(sample.warning, err=True)
         return sample

@@ -194,23 +194,30 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_there_for_the_aski
 
 
 @pytest.mark.parametrize(
-    ("verb", "more"), [("evaluate", ["--rung", "pgd20"]), ("outside", []), ("alarms", [])]
+    ("words", "resumes", "part"),
+    [
+        (["train", "--data", "good.npz", "--out", "run"], True, "sources.survey"),
+        (["harden", "--data", "good.npz", "--out", "a.mar"], True, "sources.survey"),
+        (["evaluate", "tiny", "--images", "good.npz", "--rung", "pgd20"], True, "model.Model.load"),
+        (["outside", "tiny", "--images", "good.npz"], True, "model.Model.load"),
+        (["alarms", "tiny", "--data", "good.npz"], False, "model.Model.load"),
+    ],
 )
 def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done(
     desk: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    verb: str,
-    more: list[str],
+    words: list[str],
+    resumes: bool,
+    part: str,
 ) -> None:
-    option = "--data" if verb == "alarms" else "--images"
-    words = [verb, str(desk / "tiny"), option, str(desk / "good.npz"), *more]
+    monkeypatch.chdir(desk)
     monkeypatch.setattr("sys.argv", ["rampart", *words])
 
     def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("rampart.model.Model.load", interrupted)
+    monkeypatch.setattr(f"rampart.{part}", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     try:
         assert cli.main() == 130
@@ -218,7 +225,7 @@ def test_ctrl_c_prints_the_line_that_goes_on_where_a_verb_keeps_what_it_has_done
         signal.signal(signal.SIGINT, before)
     (line,) = capsys.readouterr().err.splitlines()
     goes_on = f"; progress is saved. To resume: rampart {shlex.join(words)}"
-    assert line == f"rampart: interrupted{'' if verb == 'alarms' else goes_on}"
+    assert line == f"rampart: interrupted{goes_on if resumes else ''}"
 
 
 def test_a_damaged_card_is_named(desk: Path) -> None:

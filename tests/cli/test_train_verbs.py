@@ -118,7 +118,7 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
 
 @pytest.mark.training
 @pytest.mark.slow
-def test_without_a_yes_on_a_terminal_harden_trains_nothing(
+def test_on_a_terminal_harden_asks_before_it_trains_unless_yes_is_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,6 +135,15 @@ def test_without_a_yes_on_a_terminal_harden_trains_nothing(
     assert b"Continue with these settings?" in asked.stdout and asked.returncode == 1
     assert b"classifier: about " in asked.stdout
     assert not list(Path("runs").glob("*/train-*"))
+    small = ["--yes", "--epochs", "1", "--arch", "resnet10", "--width", "0.125", "--anyway"]
+    leader, follower = pty.openpty()
+    taken = subprocess.run(
+        [sys.executable, *command, *small], stdin=follower, capture_output=True, timeout=300
+    )
+    os.close(leader)
+    os.close(follower)
+    assert b"Continue" not in taken.stdout and taken.returncode == 0, taken.stderr
+    assert Path("mine.mar").is_file()
 
 
 def test_what_cannot_be_shared_out_refuses_torchrun(
@@ -244,6 +253,16 @@ def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Pat
     assert f"normalization: mean {half}, std {half}\n" in told
     config = checkpoint.read(tmp_path / "c.safetensors")[0]["classifier"]
     assert (config["mean"], config["std"]) == ([*half], [*half])
+
+
+def test_adopt_refuses_what_no_other_command_could_use(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    name = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(name, img_size=32).state_dict(), tmp_path / "two.pt")
+    words = ["--arch", f"timm:{name}", "--image-size", 32, "--classes", 1000]
+    with pytest.raises(ValueError, match=r"deit_tiny_distilled.* more than one head"):
+        run("adopt", tmp_path / "two.pt", "--out", tmp_path / "a.safetensors", *words)
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 @pytest.mark.training
