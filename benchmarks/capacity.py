@@ -4,13 +4,13 @@
 
 Rampart's own server makes a batch of what has come while the graph ran. So one queue and one server
 describe it, whose service time depends on the size of the batch. Each round takes that time from
-what the endpoint counts under closed load (1 to 64 clients), and from one client's latencies what
-a request takes beside its batch and how that scatters. From these alone the simulation predicts the
-latencies of Poisson arrivals at 50, 70 and 90% of the highest rate; then they are sent. Claims:
-predicted p99 within 20% of the one seen. It simulates no refusals: an endpoint refuses what comes
-while 100 wait, and a round in which that happens says so. The endpoint has one core, and what sends
-has the others, so that neither waits for the other. About a minute a round; other work on the
-machine spoils it, since the rate may change in between.
+the batches that the endpoint counts under closed load (1 to 64 clients), and from one client's
+latencies how it scatters. From these alone the simulation predicts the latencies of Poisson
+arrivals at 50, 70 and 90% of the highest rate; then they are sent. Claims: predicted p99 within 20%
+of the one seen. It simulates no refusals: an endpoint refuses what comes while 100 wait, and a
+round in which that happens says so. The endpoint has one core, and what sends has the others, so
+that neither waits for the other. About a minute a round; other work on the machine spoils it, since
+the rate may change in between.
 """
 
 import argparse
@@ -41,7 +41,7 @@ WITHIN = 0.2  # of the p99 that was seen
 CLOSED, OPEN = 2.0, 10.0  # seconds of each load
 SIMULATED = 200_000  # arrivals
 MOST = 800  # requests on their way at once; `select` takes no more than 1,024
-FRESH = 2.0  # seconds that a connection may be idle; the endpoint ends those that are for longer
+KEPT = 30.0  # seconds for which an idle connection is used again; the endpoint closes it after 75
 HANDED_OVER = 1.5  # seconds until figures are at /metrics
 Floats = np.ndarray  # (N,)
 
@@ -69,7 +69,7 @@ class Sender:
     def _connection(self) -> socket.socket:
         while self._idle:
             connection, since = self._idle.pop()
-            if time.perf_counter() - since < FRESH:
+            if time.perf_counter() - since < KEPT:
                 return connection
             connection.close()
         connection = socket.create_connection(self._address)
@@ -87,7 +87,10 @@ class Sender:
                     raise RuntimeError(f"the server ended a connection after {answer[:300]!r}")
                 answer += more
             passed = time.perf_counter() - self._began.pop(connection)
-            self._idle.append((connection, time.perf_counter()))
+            if b"\r\nconnection: close" in answer.partition(b"\r\n\r\n")[0].lower():
+                connection.close()  # as where too many wait
+            else:
+                self._idle.append((connection, time.perf_counter()))
             if answer.startswith(b"HTTP/1.1 200"):
                 times.append(passed)
             elif answer.startswith(b"HTTP/1.1 503"):  # too many wait
@@ -149,13 +152,10 @@ def _whole(answer: bytes) -> bool:
 
 
 class Service(NamedTuple):
-    """What closed load shows: seconds of batches by their size, what a request takes beside its
-    batch, and by how many seconds a batch of one scatters.
-    """
+    """What closed load shows: seconds of batches by their size, and how those of one scatter."""
 
     sizes: Floats
     seconds: Floats
-    beside: float
     scatter: Floats
 
     def mean(self, size: int) -> float:
@@ -163,8 +163,8 @@ class Service(NamedTuple):
         return float(np.interp(size, self.sizes, self.seconds))
 
 
-def batches(root: str) -> tuple[float, float, float]:
-    """What /metrics has counted: runs of the graph, their pictures, seconds of all stages."""
+def batches(root: str) -> tuple[float, float]:
+    """What /metrics has counted: runs of the graph, and their pictures."""
     time.sleep(HANDED_OVER)
     text = requests.get(f"{root}/metrics", timeout=10).text
 
@@ -172,31 +172,31 @@ def batches(root: str) -> tuple[float, float, float]:
         found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
         return sum(map(float, found))
 
-    names = ("rampart_batch_images_count", "rampart_batch_images_sum", "rampart_stage_seconds_sum")
-    runs, images, seconds = map(summed, names)
-    return runs, images, seconds
+    return summed("rampart_batch_images_count"), summed("rampart_batch_images_sum")
 
 
 def measured(sender: Sender, root: str) -> tuple[Service, float]:
-    """The service times under closed load, and the highest rate: that of the largest batches."""
-    sizes, busy, first = [], [], np.zeros(0)
+    """The service times under closed load, and the highest rate: that of the largest batches.
+
+    A client asks again as soon as it is answered, so the server never rests: one batch after the
+    other, each with all that the server reads and writes for it.
+    """
+    sizes, seconds, first = [], [], np.zeros(0)
     before = batches(root)
     for clients in CLIENTS:
+        began = time.perf_counter()
         times = sender.closed(clients, CLOSED)
+        passed = time.perf_counter() - began
         after = batches(root)
-        runs, images, seconds = (b - a for a, b in zip(before, after, strict=True))
+        runs, images = (b - a for a, b in zip(before, after, strict=True))
         before = after
         sizes.append(images / runs)
-        busy.append(seconds / runs)
+        seconds.append(passed / runs)
         if clients == 1:  # which waits for nobody
             first = times
-    # Of more clients than one batch takes some always wait: what lies between two batches then is
-    # the time in which the server reads and writes alone.
-    gap = max(0.0, CLOSED / runs - busy[-1])
     order = np.argsort(sizes)
-    columns = [np.array(values)[order] for values in (sizes, np.array(busy) + gap)]
-    beside = max(0.0, float(first.mean()) - busy[0] - gap)
-    return Service(*columns, beside, first - first.mean()), len(times) / CLOSED
+    columns = [np.array(values)[order] for values in (sizes, seconds)]
+    return Service(*columns, first - first.mean()), len(times) / passed
 
 
 def simulated(service: Service, arrivals: Floats, draws: np.random.Generator) -> Floats:
@@ -213,7 +213,7 @@ def simulated(service: Service, arrivals: Floats, draws: np.random.Generator) ->
         free = start + max(means[size] / 2, means[size] + off)
         latencies[at : at + size] = free - arrivals[at : at + size]
         at += size
-    return latencies + service.beside
+    return latencies
 
 
 def poisson(rate: float, count: int, draws: np.random.Generator) -> Floats:
@@ -254,10 +254,8 @@ def report(rounds: Sequence[tuple[Service, dict[float, Seen]]]) -> list[dict[str
     claims = []
     service = rounds[-1][0]
     columns = zip(service.sizes, service.seconds * 1e3, strict=True)
-    print(
-        "ms of a batch by its size: " + ", ".join(f"{size:.1f}: {ms:.2f}" for size, ms in columns)
-    )
-    print(f"ms of a request beside it: {service.beside * 1e3:.2f} (both of the last round)")
+    by_size = ", ".join(f"{size:.1f}: {ms:.2f}" for size, ms in columns)
+    print(f"ms of a batch by its size, in the last round: {by_size}")
     print(f"{'load':>5} {'per s':>7} {'refused':>8} {'p50 predicted, seen':>22} {'p99':>22}  ms")
     for share in SHARES:
         rows = [found[share] for _, found in rounds]

@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/screening.py --images cifar10-test.npz [--count 100000]
 
-Writes `count` PNGs, which are test images repeated and perturbed, into tar files of 1,000. In three
-rounds it runs the graph alone, on decoded images and all cores, and screens a third of the files
-with as many processes as there are cores; images/s count from the first process to start to the
-last shard. Then it screens all, kills that twice (SIGKILL, all its processes), and takes it up.
+Writes `count` PNGs, which are test images repeated and perturbed, into tar files of 1,000. Each
+round screens all of them, with as many processes as there are cores; images/s count from the first
+process to start to the last shard. Before and after, the graph runs alone, on decoded images and
+all cores; the mean counts. Then a run is killed twice (SIGKILL, all its processes) and taken up.
 Claims: images/s against the graph's own; every image once; no process grows after a third of its
-way. 100,000 images take 5 to 10 minutes on 2 cores, and 300 MB of disk.
+way. 100,000 images take 5 minutes on 2 cores, and 300 MB of disk. --ray does the last part once
+more on a Ray of two nodes (`make .venv/ray`): the command is killed, then a node, in the middle.
 """
 
 import argparse
@@ -32,12 +33,15 @@ from PIL import Image
 from pyarrow import dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from ray_cluster import two_nodes
 
 from rampart.handlers.engine import Engine
 from rampart.screening.model import packed
 
 SHARD, TARGET, BATCH = 1000, 0.85, 32
-ROUNDS, SECONDS = 3, 5.0  # and of the graph alone in each
+ROUNDS, SECONDS = 5, 5.0  # and of the graph alone, twice in each
 
 
 def write(folder: Path, images: np.ndarray, count: int) -> None:
@@ -104,6 +108,37 @@ def killed(words: list[str], out: Path, parts: int) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def by_ray(store: Path, model: Path, out: Path, shards: int) -> int:
+    """Screen by two nodes: a command that is killed, and one under which a node is killed.
+
+    Returns the shards that were done when the node was killed.
+    """
+
+    def done() -> int:
+        return len(list((out / "verdicts").glob("*.parquet")))
+
+    with two_nodes() as nodes:
+        words = command(store, model, out)[3:]
+        for share, kill in ((4, None), (2, nodes.kill_one)):
+            run = nodes.start("rampart", *words, "--ray", nodes.address)
+            while done() < shards // share:
+                if run.poll() is not None:
+                    raise RuntimeError(run.communicate()[0])
+                time.sleep(0.05)
+            (kill or run.kill)()
+            killed_at = done()
+            said, _ = run.communicate()
+        if run.returncode:
+            raise RuntimeError(said)
+    return killed_at
+
+
+def is_whole(out: Path, count: int) -> bool:
+    """Whether each of so many pictures has one verdict."""
+    table = dataset.dataset(out / "verdicts").to_table(columns=["name"])
+    return bool(table.num_rows == len(set(table["name"].to_pylist())) == count)
+
+
 def growth(memory: dict[int, list[int]]) -> float:
     """The largest factor by which a process grew from a third of its way to its end."""
     long = [sizes for sizes in memory.values() if len(sizes) >= 6]
@@ -116,6 +151,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="An .npz with `image`")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--model", type=Path, default=Path("model_store/cifar10"))
+    parser.add_argument("--ray", action="store_true", help="Also by two nodes of a Ray")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     images = np.load(given.images)["image"]
@@ -136,22 +172,24 @@ def report(given: argparse.Namespace, images: np.ndarray, scratch: Path) -> None
     shards = -(-given.count // SHARD)
     own, ours = [], []
     for number in range(ROUNDS):
-        own.append(alone(engine, images))
-        first, last = (shards * n // ROUNDS for n in (number, number + 1))
-        some = f"{store}/{{{first:06d}..{last - 1:06d}}}.tar"
-        ours.append(rate(command(some, given.model, scratch / f"round-{number}"), last - first))
+        before = alone(engine, images)
+        ours.append(rate(command(store, given.model, scratch / f"round-{number}"), shards))
+        own.append((before + alone(engine, images)) / 2)
     for share in (3, 2):
         killed(command(store, given.model, broken), broken, max(1, shards // share))
     memory = watched(command(store, given.model, broken))
-    table = dataset.dataset(broken / "verdicts").to_table(columns=["name"])
-    once = table.num_rows == len(set(table["name"].to_pylist())) == given.count
     claim = ratios.claim("screen / graph alone", f"{given.count} images", ours, own, TARGET)
     print(f"{ratios.machine()}: {given.count:,} images in {shards} tar files, {given.model.name}")
     print(
         "  images/s  " + "  ".join(f"{a:,.0f} of {b:,.0f}" for a, b in zip(ours, own, strict=True))
     )
     print(ratios.in_words(claim))
+    once = is_whole(broken, given.count)
     print(f"every image once after two kills: {once}; memory grew {growth(memory):.2f}-fold")
+    if given.ray:
+        node = by_ray(store, given.model.absolute(), scratch / "ray", shards)
+        whole = is_whole(scratch / "ray", given.count)
+        print(f"Ray, a node killed after {node} shards: every image once: {whole}")
     if given.json:
         ratios.write(given.json, [claim])
 

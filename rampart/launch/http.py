@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -28,6 +28,7 @@ GRACE = 30  # seconds that a worker that stops may take for what it has begun
 HUNG = 60  # seconds after which a worker that does not answer the launcher is replaced
 IDLE = 75  # seconds for which a connection is kept: longer than gateways keep theirs
 BACKLOG = 1024
+TOKENS = "RAMPART_TOKENS"  # of the environment: the lines of a token file, or commas between them
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -78,6 +79,21 @@ def serve(front: Front) -> int:
     Prints `Rampart is ready` when a real prediction has come back, with lines to try it. An archive
     that is replaced is served by new workers; the old ones finish what they have begun.
     """
+    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        return _serve(replace(front, tokens=front.tokens or _given_tokens(Path(folder))), folder)
+
+
+def _given_tokens(folder: Path) -> Path | None:
+    """The tokens of the environment as a file, which only this user reads; no process inherits."""
+    if not (lines := os.environ.pop(TOKENS, "")):
+        return None
+    file = folder / "tokens"
+    file.touch(0o600)
+    file.write_text(lines.replace(",", "\n"))
+    return file
+
+
+def _serve(front: Front, folder: str) -> int:
     try:
         models = [read_model(archive) for archive in front.archives]
         _check(front, models)
@@ -87,7 +103,7 @@ def serve(front: Front) -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    with listener, tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+    with listener:
         job = Job(
             archives=[str(archive.resolve()) for archive in front.archives],
             folder=folder,
@@ -125,9 +141,14 @@ def _supervise(
     front: Front, samples: dict[str, list[Sample]], archives: Archives, listener: socket.socket
 ) -> int:
     """Run workers until the end; returns the exit code."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as under nohup
     supervisor = Workers(_config(front), [listener])
+
+    def end(*_: object) -> None:
+        supervisor.signal_queue.append(signal.SIGTERM)
+
     # The end of the terminal is the end; uvicorn would begin anew.
-    signal.signal(signal.SIGHUP, lambda *_: supervisor.signal_queue.append(signal.SIGTERM))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else end)
     ready = threading.Event()
     announce = threading.Thread(target=_announce, args=(front, samples, supervisor, ready))
     watch = threading.Thread(target=_watch, args=(archives, supervisor, ready))
@@ -183,8 +204,8 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
         )
     if not is_loopback(front.host) and not front.tokens:
         raise LaunchError(
-            f"{front.host} is open to other machines: pass a token file (--tokens), or serve on"
-            " 127.0.0.1 behind a gateway"
+            f"{front.host} is open to other machines: pass a token file (--tokens), tokens in"
+            f" {TOKENS}, or serve on 127.0.0.1 behind a gateway"
         )
     if front.workers < 1:
         raise LaunchError("at least one worker is needed")

@@ -26,8 +26,8 @@ from capacity import Sender, Service, poisson, simulated
 STEADY = np.zeros(1)
 
 
-def service(sizes: list[float], seconds: list[float], beside: float = 0.0) -> Service:
-    return Service(np.array(sizes), np.array(seconds), beside, STEADY)
+def service(sizes: list[float], seconds: list[float]) -> Service:
+    return Service(np.array(sizes), np.array(seconds), STEADY)
 
 
 @pytest.mark.parametrize("load", [0.5, 0.9])
@@ -42,8 +42,8 @@ def test_batches_of_one_wait_as_long_as_pollaczek_and_khinchine_say(
 
 def test_what_came_while_a_batch_ran_is_the_next_one() -> None:
     arrivals = np.array([0.0, 0.2, 0.4, 0.6, 5.0])
-    times = simulated(service([1, 3], [1.0, 2.0], 0.5), arrivals, np.random.default_rng(0))
-    assert times == pytest.approx([1.5, 3.3, 3.1, 2.9, 1.5])
+    times = simulated(service([1, 3], [1.0, 2.0]), arrivals, np.random.default_rng(0))
+    assert times == pytest.approx([1.0, 2.8, 2.6, 2.4, 1.0])
 
 
 def test_no_batch_is_larger_than_the_servers_largest() -> None:
@@ -89,7 +89,6 @@ class Known:
 
     def __init__(self) -> None:
         self.runs = self.images = 0
-        self.seconds = 0.0
         self.lane = Lane(cast(services.Service, self))
         self.root, self.loop = "", asyncio.new_event_loop()
         ready = threading.Event()
@@ -98,10 +97,8 @@ class Known:
         ready.wait()
 
     def answer(self, batch: Sequence[Incoming]) -> list[Reply]:
-        began = time.perf_counter()
         time.sleep(0.03 + 0.001 * len(batch))
         self.runs, self.images = self.runs + 1, self.images + len(batch)
-        self.seconds += time.perf_counter() - began
         return [Reply(200, {}, b"ok")] * len(batch)
 
     def refuse(self, incoming: Incoming, error: ImageError) -> Reply:
@@ -133,7 +130,6 @@ class Known:
         return (
             f'rampart_batch_images_count{{model="m"}} {self.runs}\n'
             f'rampart_batch_images_sum{{model="m"}} {self.images}\n'
-            f'rampart_stage_seconds_sum{{model="m",stage="graph"}} {self.seconds}\n'
         )
 
     def end(self) -> None:

@@ -28,10 +28,10 @@ sys.exit(serve(Front(archives=tuple(map(Path, sys.argv[1].split(":"))), **option
 
 @pytest.fixture(scope="session")
 def start(launch: Callable[..., Server]) -> Callable[..., Server]:
-    """Starts servers of one archive, or of several."""
+    """Starts servers of one archive, or of several; `first` is code that runs before."""
 
-    def begin(*archives: Path, **options: object) -> Server:
-        return launch(Path(os.pathsep.join(map(str, archives))), code=CODE, **options)
+    def begin(*archives: Path, first: str = "", **options: object) -> Server:
+        return launch(Path(os.pathsep.join(map(str, archives))), code=first + CODE, **options)
 
     return begin
 

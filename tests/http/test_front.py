@@ -308,6 +308,71 @@ def test_a_killed_worker_is_replaced_and_its_counters_stay(
     assert server.end() == 0
 
 
+def test_only_what_a_killed_worker_held_fails(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(), server.lines
+    stop, clients = threading.Event(), 8
+    answers: list[tuple[float, int, str]] = []
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                answer = requests.post(server.url, picture, timeout=20)
+                code, says = answer.status_code, answer.text
+            except requests.RequestException as fault:  # it was that worker's
+                code, says = 0, str(fault)
+            answers.append((time.monotonic(), code, says))
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    victim = workers(server)[0]
+    victim.kill()
+    victim.wait(10)
+    killed = time.monotonic()
+    wait(lambda: len(workers(server)) == 2)
+    wait(lambda: any(code == 200 and when > killed + 0.5 for when, code, _ in answers))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    failed = [(code, says) for _, code, says in answers if code != 200]
+    assert len(failed) <= clients and not any(code for code, _ in failed), failed
+    assert server.end() == 0
+
+
+def test_where_more_come_than_can_wait_the_rest_is_told_at_once_when_to_come_again(
+    start: Start, tiny_archive: Path, encode: Encode
+) -> None:
+    server = start(tiny_archive)
+    assert "Rampart is ready" in server.read(), server.lines
+    large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
+    (worker,) = workers(server)
+    answers: list[tuple[int, dict[str, str], str]] = []
+
+    def ask() -> None:
+        answer = requests.post(server.url, large, timeout=60)
+        answers.append((answer.status_code, dict(answer.headers), answer.text))
+
+    worker.suspend()
+    threads = [threading.Thread(target=ask) for _ in range(200)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    worker.resume()
+    for thread in threads:
+        thread.join()
+    assert {code for code, *_ in answers} == {200, 503}
+    for code, headers, text in answers:
+        if code == 503:
+            assert int(headers["retry-after"]) >= 1 and json.loads(text)["type"] == "busy"
+    assert sum(code == 200 for code, *_ in answers) >= 100
+    assert workers(server) == [worker]
+    assert server.end() == 0
+
+
 def test_a_worker_that_dies_while_the_launcher_waits_for_it_is_replaced_at_once(
     start: Start, tiny_archive: Path, picture: bytes
 ) -> None:
@@ -449,6 +514,38 @@ def test_a_request_on_a_connection_of_before_is_answered_while_the_server_ends(
     assert server.end() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_ctrl_c_and_the_end_of_the_terminal_end_it_as_sigterm_does(
+    start: Start, tiny_archive: Path, number: signal.Signals
+) -> None:
+    server = start(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(), server.lines
+    family = server.family()
+    assert server.end(number) == 0
+    wait(lambda: not any(process.is_running() for process in family))
+
+
+def test_under_nohup_the_end_of_the_terminal_changes_nothing(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    server = start(tiny_archive, first=ignoring)
+    assert "Rampart is ready" in server.read(), server.lines
+    server.process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert requests.post(server.url, picture, timeout=10).status_code == 200
+    assert server.end() == 0
+
+
+def test_it_ends_while_it_is_still_starting(start: Start, tiny_archive: Path) -> None:
+    server = start(tiny_archive, workers=2)
+    wait(lambda: bool(workers(server)))
+    family = server.family()
+    server.end()
+    assert "Rampart is ready" not in server.lines
+    wait(lambda: not any(process.is_running() for process in family))
+
+
 @feature("Tokens", "Rampart")
 def test_tokens_are_wanted_and_may_change(
     start: Start, tiny_archive: Path, picture: bytes, tokens: Path
@@ -465,6 +562,22 @@ def test_tokens_are_wanted_and_may_change(
     tokens.write_text(f"other {'b' * 20}\n")
     wait(lambda: requests.post(server.url, picture, headers=new, timeout=10).status_code == 200)
     assert requests.post(server.url, picture, headers=good, timeout=10).status_code == 401
+    assert server.end() == 0
+
+
+def test_tokens_may_come_from_the_environment_and_no_process_shows_them(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    given = f"one {'a' * 20},two {'b' * 20} 100 50"
+    server = start(tiny_archive, environment={"RAMPART_TOKENS": given}, host="0.0.0.0")
+    assert "Rampart is ready" in server.read(until="  curl"), server.lines
+    for letter, code in (("a", 200), ("b", 200), ("c", 401)):
+        headers = {"Authorization": f"Bearer {letter * 20}"}
+        assert requests.post(server.url, picture, headers=headers, timeout=10).status_code == code
+    assert "aaaa" not in "".join(server.lines)
+    _, *workers = server.family()
+    assert workers and not any("RAMPART_TOKENS" in worker.environ() for worker in workers)
+    assert {file.stat().st_mode & 0o777 for file in server.temp.glob("rampart-*/tokens")} == {0o600}
     assert server.end() == 0
 
 

@@ -141,10 +141,12 @@ def free_ports() -> int:
 
 
 # As a container runtime has it: no file may be written but those in TMPDIR, by a user who is nobody
-# here. Only that user may read what is root's, since the interpreter may be.
+# here, and there is no shared memory. Only that user may read what is root's, since the interpreter
+# may be.
 NAMESPACE = """
-mount --make-rprivate / && mount -t tmpfs -o mode=1777 tmpfs "$1" && mount -o remount,bind,ro / &&
-shift && exec setpriv --reuid=65532 --regid=65532 --clear-groups --no-new-privs \\
+mount --make-rprivate / && mount -t tmpfs -o mode=1777 tmpfs "$1" &&
+mount -t tmpfs -o ro tmpfs /dev/shm && mount -o remount,bind,ro / && shift &&
+exec setpriv --reuid=65532 --regid=65532 --clear-groups --no-new-privs \\
     --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \\
     --bounding-set=-all,+dac_read_search "$@"
 """
@@ -153,7 +155,8 @@ shift && exec setpriv --reuid=65532 --regid=65532 --clear-groups --no-new-privs 
 def contained(scratch: Path) -> list[str]:
     """What begins a command in a container's place; nothing where we may not make one."""
     words = ["unshare", "--mount", "sh", "-c", NAMESPACE, "sh", str(scratch)]
-    tried = [*words, "sh", "-c", f"touch {scratch}/a && ! touch {scratch.parent}/b && id -u"]
+    refused = f"! touch {scratch.parent}/b && ! touch /dev/shm/c"
+    tried = [*words, "sh", "-c", f"touch {scratch}/a && {refused} && id -u"]
     with contextlib.suppress(FileNotFoundError):
         done = subprocess.run(tried, capture_output=True, text=True)
         if done.stdout == "65532\n":
