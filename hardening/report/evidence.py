@@ -164,7 +164,10 @@ def data(card: Row) -> Table:
         sizes[row["data"]] = max(row["n"], sizes.get(row["data"], 0))
     body = [(name, str(most), "") for name, most in sizes.items()]
     own = card.get("images", {}).items()
-    body += [(f"{name} images of the model", str(p["count"]), p["sha256"]) for name, p in own]
+    body += [
+        (f"{name.replace('_', '-')} images of the model", str(p["count"]), p["sha256"])
+        for name, p in own
+    ]
     return Table("Images", ("set", "images", "SHA-256 of their pixels"), body)
 
 
