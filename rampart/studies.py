@@ -184,11 +184,11 @@ def write_pages(
     found, lines = figures.evaluation, list[str]()
     pixels, pipeline = shown(model, None), model.pipeline()
     look = look_at(pipeline, model.calibration(model.best_variant), model.chosen_rate(study.rate))
-    own = bool(model.folder and (model.folder / SAMPLE).is_file())
-    source = f"{SAMPLE} of the model's folder" if own else "scikit-image's CC0 cat (chelsea)"
+    sampled = bool(model.folder and (model.folder / SAMPLE).is_file())
+    source = f"{SAMPLE} of the model's folder" if sampled else "scikit-image's CC0 cat (chelsea)"
     source += f", decoded to {model.image_size}x{model.image_size}."
     attacked = fool(look, pixels, study.threat, QUICK)
-    pictures = page.Pictures(pixels, attacked, ["sample" if own else "cat"], source)
+    pictures = page.Pictures(pixels, attacked, ["sample" if sampled else "cat"], source)
     pipeline = pipeline.to(pick_device(study.device))
     variant, precision = model.form()
     served = Subject("pipeline", variant, precision)
