@@ -193,7 +193,8 @@ def write_pages(
     variant, precision = model.form()
     served = Subject("pipeline", variant, precision)
     write = partial(page.write, card=model.card | kept.content, rows=figures.rows, evaluation=found)
-    write = partial(write, served=served)
+    date = report.measured_on(model.folder, figures.rows[0]["data"]) if model.folder else ""
+    write = partial(write, served=served, date=date)
     file = kept.file(model, "report.html")
     if own and file:
         lines.append(str(write(file, pipeline=pipeline, pictures=pictures)))
@@ -269,7 +270,8 @@ def enter_ablation(
     lines = [report.piped(*ablation.table(entry["rows"]))]
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     if file := kept.file(model, "ablation.png"):
-        lines.append(str(plots.ablation(entry["rows"], file)))
+        title = f"What each part adds: {entry['data']}, {entry['threat_model']}"
+        lines.append(str(plots.ablation(entry["rows"], file, title)))
     return Outcome(kept.content, [*lines, *kept.lines])
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from rampart.hardening.attack.ladder import QUICK
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.report import card as report
+from rampart.hardening.report.page import FROM_CARD
 from rampart.model import Model
 from rampart.studies import ChecksFailed, Study, enter_figures, insist, write_pages
 
@@ -84,6 +85,8 @@ def test_the_report_follows_the_cards_threat_with_a_sample_and_without(
     assert page.read_bytes() == without
     assert str(page) in measured(8)
     assert "sample.png of the model" in page.read_text()
+    assert str(page) in run("report", lean_only)
+    assert FROM_CARD in page.read_text()
 
 
 CARD = ["--into-card"]
