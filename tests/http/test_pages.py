@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from browser import Page, chromium, violations
 from servers import Server
 
 from rampart.handlers.http import pages
@@ -38,6 +39,24 @@ def test_the_manual_shows_every_operation_and_loads_nothing_from_elsewhere(front
 
 def test_a_models_name_is_text_and_no_html() -> None:
     assert "<i>" not in pages.overview([("<i>", "<i>")])
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1100])
+@pytest.mark.parametrize("address", ["/", "/docs"])
+def test_axe_finds_nothing_serious_and_a_page_scrolls_in_one_direction(
+    address: str, width: int, dark: bool, front: Server, tmp_path: Path
+) -> None:
+    with chromium(tmp_path / "profile") as pipe:
+        page = Page(pipe)
+        page.resize(width, dark=dark)
+        page.open(front.root + address)
+        assert page.js("document.documentElement.scrollWidth") == width
+        ground = "getComputedStyle(document.documentElement).colorScheme"
+        assert page.js(ground) == "light dark"
+        assert violations(page) == []
 
 
 @pytest.mark.slow
