@@ -57,7 +57,7 @@ def write_from_card(folder: Path, served: Subject) -> Path:
     card = read_card(folder)
     findings, figures = of_card(card)
     date = measured_on(folder, figures[0].data)
-    found = Content(card, figures, findings, served, date, FROM_CARD)
+    found = Content(card, figures, findings, served, date, note=FROM_CARD)
     return render(folder / "report.html", found, sections_of(found, None, None, None))
 
 
@@ -80,7 +80,8 @@ def render(path: Path, found: Content, sections: list[Section]) -> Path:
     html = template().render(
         texts,
         findings=findings,
-        tiles=tiles(figures, findings, served, who, date),
+        tiles=tiles(figures, findings, served, who),
+        date=date,
         bars=main_bars(figures, findings),
         verdict=[*verdict(figures, findings, who), *how(card), *filter(None, [note])],
         failed=[f"{'; '.join(in_short(c))}: {c.seen}" for c in findings.checks if not c.passed],

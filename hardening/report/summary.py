@@ -26,9 +26,7 @@ def measured(findings: Findings, served: Subject) -> str:
     return next((name for name in every if name in findings.names), served.name)
 
 
-def tiles(
-    rows: Sequence[Figure], findings: Findings, served: Subject, who: str, date: str = ""
-) -> Iterator[Tile]:
+def tiles(rows: Sequence[Figure], findings: Findings, served: Subject, who: str) -> Iterator[Tile]:
     """What is `served`, by the figures of `who`, with the undefended twin as a control."""
     if served.kind == "pipeline":
         note = "" if who == served.name else f"figures of {plots.title(who)}"
@@ -48,5 +46,3 @@ def tiles(
         passed = sum(check.passed for check in checks)
         text = f"{passed} of {len(checks)}"
         yield Tile("self-checks passed", text, "", passed < len(checks))
-    if date:
-        yield Tile("measured on", date)
