@@ -10,14 +10,12 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 STYLE = (
+    ":root{color-scheme:light dark;background:Canvas;color:CanvasText}"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;"
     "overflow-wrap:anywhere}"
     "pre{background:#f3f3f3;color:#222;padding:.7em;overflow:auto}h2{margin-top:2em}"
 )
-HEAD = (
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    '<meta name="color-scheme" content="light dark">'
-)
+PHONE = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 METHODS = ("get", "put", "post", "delete")
 Api = Mapping[str, Any]  # an OpenAPI document
 
@@ -42,8 +40,8 @@ def manual(api: Api) -> str:
 def page(title: str, pieces: Sequence[str]) -> str:
     """A whole page out of HTML."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>{HEAD}'
-        f"<style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(pieces)}</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{PHONE}'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(pieces)}</html>\n"
     )
 
 
