@@ -122,9 +122,12 @@ endef
 bench: .venv/peers .venv/triton
 	@$(BIN)/python benchmarks/claims.py
 
-# The site, in build/site; a broken link is an error.
+# The site, in build/site; a broken link is an error. Not by -q, which keeps warnings from the strict
+# mode that counts them.
 docs: .venv/docs
-	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv/docs/bin/mkdocs build -q
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv/docs/bin/mkdocs build 2> build/docs.log || \
+	    { cat build/docs.log; exit 1; }
 
 # A real Ray.
 .venv/ray: .venv/dev requirements/ray.txt

@@ -531,7 +531,11 @@ def picture(results: Results, path: Path) -> None:
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     cores = len(os.sched_getaffinity(0))
-    figure.suptitle(f"Answers a second, all on the same {cores} cores: longer is better")
+    rounds = len(next(iter(next(iter(results.values())).values())))
+    figure.suptitle(
+        f"Answers a second, all on the same {cores} cores: longer is better\n"
+        f"Black lines: least and most of {rounds} rounds. Each panel has a scale of its own."
+    )
     figure.savefig(path, format="png")
 
 

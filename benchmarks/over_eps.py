@@ -57,10 +57,13 @@ def figure(found: dict[str, Any], trained: int) -> Figure:
             place = (EPS[-1] + 0.15, values[-1])
             axes.annotate(f"{name}\n{values[-1]:.0%}", place, color=colour, va="center")
         axes.axvline(trained, color="#555555", lw=1, ls=":")
-        axes.annotate("eps of training", (trained + 0.08, 1.0), va="top", color="#555555")
+        axes.annotate(
+            f"trained for {trained}/255", (trained + 0.08, 1.0), va="top", color="#555555"
+        )
         axes.set(xlim=(-0.2, EPS[-1] + 2.1), ylim=(0, 1.02), xticks=EPS)
         axes.set(xlabel="largest change of a pixel, in 1/255", ylabel="signs labelled right")
-        axes.set_title(f"Under attack (PGD-20), n = {found['n']}, 95% intervals", fontsize=10)
+        title = "Signs labelled right under attack"
+        axes.set_title(f"{title} (PGD-20, {found['n']} signs, bars: 95% intervals)", fontsize=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return drawn
 

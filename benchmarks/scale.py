@@ -153,7 +153,7 @@ AXES = {
     "batch": Axis("Do batches help?", "largest batch of TorchServe", "requests/s (more is better)"),
     "size": Axis(
         "What do pixels cost?",
-        "pixels per side; above 64 the network first halves twice",
+        "pixels a side (from 96 on, the network first shrinks the picture)",
         "images/s (more is better)",
     ),
     "Python": Axis(
@@ -172,7 +172,10 @@ def picture(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
         panels = dict(zip(AXES, figure.subplots(1, 3).flat, strict=True))
-        figure.supxlabel("Points are medians of the rounds, bars their extremes.", fontsize=9)
+        said = (
+            "Left and middle: full in fp32, the middle with untrained weights and without a server."
+        )
+        figure.supxlabel(f"{said} Points: medians of the rounds; bars: extremes.", fontsize=9)
         for name, sides in found.items():
             if not (axes := panels.get(name.partition(",")[0])):
                 continue

@@ -28,10 +28,9 @@ from rampart.training import pick_device
 
 # What the pictures of an attack are, by the names of their files.
 TITLES = {
-    "clean": "as sent",
-    "attacked-twin": "attacked to fool the undefended network",
-    "attacked": "attacked to fool Rampart, all of it known",
-    "also": "another picture, not attacked",
+    "clean": "clean",
+    "attacked-twin": "attacked, to fool the undefended network",
+    "attacked": "attacked, with full knowledge of Rampart",
 }
 TABBY = "cat"  # what scikit-image's picture shows, where a model knows it
 Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
@@ -93,7 +92,8 @@ def attack(
         lines += keep_samples(model, image, views, aim)
     if pipeline.purifier is not None:
         panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
-    panels = [(TITLES.get(name, name), view, text) for name, view, text in panels]
+    titles = TITLES | ({"also": f"{aim.also.stem}, not attacked"} if aim.also else {})
+    panels = [(titles.get(name, name), view, text) for name, view, text in panels]
     return [*lines, str(verdicts.picture(panels, out / "panel.png", legend(aim)))]
 
 
@@ -155,7 +155,7 @@ def beside(panel: Panel, twin: Classifier, classes: Sequence[str]) -> Panel:
     """A panel whose caption also has what the undefended network says."""
     title, view, caption = panel
     label, confidence = _answer(twin, view, classes)
-    return title, view, f"Rampart: {caption}\nundefended: {label} {confidence:.0%}"
+    return title, view, f"Rampart: {caption}\nundefended: {label} {verdicts.sure(confidence)}"
 
 
 def _answer(net: Classifier, view: NDArray[np.uint8], classes: Sequence[str]) -> tuple[str, float]:

@@ -184,16 +184,17 @@ def write_pages(
     found, lines = figures.evaluation, list[str]()
     pixels, pipeline = shown(model, None), model.pipeline()
     look = look_at(pipeline, model.calibration(model.best_variant), model.chosen_rate(study.rate))
-    own = bool(model.folder and (model.folder / SAMPLE).is_file())
-    source = f"{SAMPLE} of the model's folder" if own else "scikit-image's CC0 cat (chelsea)"
+    sampled = bool(model.folder and (model.folder / SAMPLE).is_file())
+    source = f"{SAMPLE} of the model's folder" if sampled else "scikit-image's CC0 cat (chelsea)"
     source += f", decoded to {model.image_size}x{model.image_size}."
     attacked = fool(look, pixels, study.threat, QUICK)
-    pictures = page.Pictures(pixels, attacked, ["sample" if own else "cat"], source)
+    pictures = page.Pictures(pixels, attacked, ["sample" if sampled else "cat"], source)
     pipeline = pipeline.to(pick_device(study.device))
     variant, precision = model.form()
     served = Subject("pipeline", variant, precision)
     write = partial(page.write, card=model.card | kept.content, rows=figures.rows, evaluation=found)
-    write = partial(write, served=served)
+    date = report.measured_on(model.folder, figures.rows[0]["data"]) if model.folder else ""
+    write = partial(write, served=served, date=date)
     file = kept.file(model, "report.html")
     if own and file:
         lines.append(str(write(file, pipeline=pipeline, pictures=pictures)))
@@ -269,7 +270,8 @@ def enter_ablation(
     lines = [report.piped(*ablation.table(entry["rows"]))]
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     if file := kept.file(model, "ablation.png"):
-        lines.append(str(plots.ablation(entry["rows"], file)))
+        title = f"What each part adds: {entry['data']}, {entry['threat_model']}"
+        lines.append(str(plots.ablation(entry["rows"], file, title)))
     return Outcome(kept.content, [*lines, *kept.lines])
 
 

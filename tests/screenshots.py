@@ -1,9 +1,10 @@
 """Screenshots for the documentation.
 
-.venv/bin/python tests/screenshots.py     # docs/play.png, docs/play-objects.png and docs/report.png
+.venv/bin/python tests/screenshots.py     # docs/{attack,play,play-objects,report}.png
 """
 
 import io
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,18 @@ def play(page: Page, file: Path, model: str, *, height: int = 10_000) -> None:
         server.wait()
 
 
+def attack(folder: Path, file: Path) -> None:
+    """A sign and an attack on it, beside the first photograph of `rampart samples`."""
+    rampart = [sys.executable, "-m", "rampart"]
+    subprocess.run([*rampart, "samples", folder], cwd=ROOT, check=True)
+    words = ["attack", "--also", folder / "cat.png", "--out", folder]
+    subprocess.run([*rampart, *words], cwd=ROOT, check=True)
+    shutil.copy(folder / "panel.png", file)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, chromium(Path(folder) / "profile") as pipe:
+        attack(Path(folder) / "signs", ROOT / "docs" / "attack.png")
         page = Page(pipe)
         page.resize(1100)
         page.open(REPORT.as_uri())

@@ -136,18 +136,26 @@ def test_the_first_endpoint_answers_curl_and_python_as_the_tutorial_shows(
     assert capsys.readouterr().out == f"stop accept {verdict.p_value}\n"
 
 
+def pasted(desk: Path, server: Server) -> list[tuple[str, dict[str, Any]]]:
+    """The captions of the three lines that a server prints at its start, and what these give."""
+    while len(lines := [line for line in server.lines if line.startswith("  curl -T ")]) < 3:
+        server.read(until="  curl -T ")
+    captions = [above for above, line in pairwise(server.lines) if line in lines]
+    told = [answers(shell(line, desk, server.port))[0] for line in lines]
+    return list(zip(captions, told, strict=True))
+
+
 def test_the_start_prints_how_to_send_a_sign_the_same_attacked_and_no_sign(
     desk: Path, endpoint: Server
 ) -> None:
     """The undefended twin takes the attacked sign for another one, as its caption says."""
-    lines = endpoint.read(until="  curl '")
-    told = [(above, line) for above, line in pairwise(lines) if line.startswith("  curl -T ")]
+    told = pasted(desk, endpoint)
     assert [above.partition(",")[0] for above, _ in told] == [
         "the model's sample:",
         "the model's sample",
         "cat.png",
     ]
-    sign, attacked, other = (answers(shell(line, desk, endpoint.port))[0] for _, line in told)
+    sign, attacked, other = (answer for _, answer in told)
     assert (sign["label"], sign["decision"]) == (attacked["label"], "accept") == ("stop", "accept")
     assert attacked["decision"] == "accept" and other["decision"] == "flag"
     twin = Model.load(ROOT / "model_store" / "traffic-signs-undefended")
@@ -206,6 +214,7 @@ def test_the_built_in_server_starts_by_its_command_and_gives_the_same_answers(
     text = block("docs/serve.md", "curl -T picture.png")
     first, second = (answers(shell(text, desk, one.port)) for one in (endpoint, own))
     assert first == second
+    assert pasted(desk, own) == pasted(desk, endpoint)
     assert own.end() == 0
 
 

@@ -26,8 +26,16 @@ OTHERS = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CODE_OF_CONDUCT", "S
 def test_files_that_a_document_links_to_exist(document: Path) -> None:
     text = document.read_text()
     assert "@@" not in text
-    for target in re.findall(r"\]\(([^):#]+)[^)]*\)", text):
-        assert (document.parent / target).is_file(), target
+    for target, anchor in re.findall(r"\]\(([^):#]*)(?:#([^)]*))?\)", text):
+        file = document.parent / target if target else document
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def anchors(document: Path) -> set[str]:
+    """Where links into a document may lead, by its headings, as GitHub and mkdocs name them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", text).strip().lower().replace(" ", "-") for text in headings}
 
 
 def test_the_readme_is_short_and_leads_to_every_document() -> None:

@@ -10,9 +10,12 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em}"
+    ":root{color-scheme:light dark;background:Canvas;color:CanvasText}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;"
+    "overflow-wrap:anywhere}"
     "pre{background:#f3f3f3;color:#222;padding:.7em;overflow:auto}h2{margin-top:2em}"
 )
+PHONE = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 METHODS = ("get", "put", "post", "delete")
 Api = Mapping[str, Any]  # an OpenAPI document
 
@@ -21,7 +24,7 @@ def overview(models: Sequence[tuple[str, str]]) -> str:
     """The page at `/`: each model's name and version, and where to go on."""
     lines = [
         f"<li><b>{escape(name)}</b> {escape(version)}"
-        f"<pre>curl -T picture.png http://.../predictions/{escape(name)}/{escape(version)}</pre>"
+        f"{_block(f'curl -T picture.png http://.../predictions/{name}/{version}')}"
         for name, version in models
     ]
     links = ("docs", "openapi.json", "metrics", "v2", "v2/health/ready")
@@ -37,8 +40,8 @@ def manual(api: Api) -> str:
 def page(title: str, pieces: Sequence[str]) -> str:
     """A whole page out of HTML."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(pieces)}</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{PHONE}'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(pieces)}</html>\n"
     )
 
 
@@ -56,16 +59,21 @@ def _operations(api: Api) -> Iterator[str]:
 def _operation(address: str, operation: Api) -> Iterator[str]:
     yield f"<h2><code>{escape(address)}</code></h2><p>{escape(operation['summary'])}</p>"
     if body := operation.get("requestBody"):
-        yield f"<p>Send one of</p><pre>{escape(_json(body['content']))}</pre>"
+        yield f"<p>Send one of</p>{_block(_json(body['content']))}"
     for status, answer in operation["responses"].items():
-        yield f"<p><b>{escape(status)}</b></p><pre>{escape(_json(answer))}</pre>"
+        yield f"<p><b>{escape(status)}</b></p>{_block(_json(answer))}"
 
 
 def _schemas(api: Api) -> Iterator[str]:
     for kind, parts in api["components"].items():
         for name, part in parts.items():
             place = f"#/components/{kind}/{name}"
-            yield f"<h2><code>{escape(place)}</code></h2><pre>{escape(_json(part))}</pre>"
+            yield f"<h2><code>{escape(place)}</code></h2>{_block(_json(part))}"
+
+
+def _block(text: str) -> str:
+    """Text as it is; keys reach and scroll it."""
+    return f'<pre tabindex="0">{escape(text)}</pre>'
 
 
 def _json(content: Any) -> str:

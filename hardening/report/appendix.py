@@ -8,9 +8,9 @@ from rampart.hardening.judge import ablation, outside, strangers
 from rampart.hardening.judge.alarms import in_words
 from rampart.hardening.judge.alarms import table as alarm_table
 from rampart.hardening.judge.checks import Check
-from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.report import plots
-from rampart.hardening.report.elements import Drawing, Section, Table
+from rampart.hardening.report.elements import CHECKS, Drawing, Section, Table
+from rampart.hardening.report.findings import Findings
 
 # What other sections show of a card.
 SHOWN = ["metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside"]
@@ -22,9 +22,14 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
         return
     words = ["These look for signs that an attack failed rather than that a defence held."]
     result = {True: "passed", False: "FAILED"}
-    body = [(result[c.passed], c.name, c.subject, c.seen) for c in checks]
+    body = [(result[c.passed], *in_short(c), c.seen) for c in checks]
     head = ("result", "check", "victim", "what it saw")
     yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
+
+
+def in_short(check: Check) -> tuple[str, str]:
+    """What a check looks for, and on which victim."""
+    return CHECKS.get(check.name, plots.spaced(check.name)), plots.title(check.subject)
 
 
 def parts(card: dict[str, Any]) -> Iterator[Section]:
@@ -43,7 +48,7 @@ def parts(card: dict[str, Any]) -> Iterator[Section]:
 
 def ablated(name: str, part: dict[str, Any], more: str) -> Section:
     """An ablation as the card has it, with `more` to say of it."""
-    rows = part["rows"]
+    rows = [row | {"name": plots.spaced(row["name"])} for row in part["rows"]]
     words = [
         f"{part['data']}, {part['threat_model']}. Each setup was calibrated like a model of its own"
         f" and attacked with full knowledge ({part['attack']}); what was found against any was put"
@@ -99,22 +104,21 @@ def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
     yield Section("Outside the threat model", words, tables=tables)
 
 
-def recipe(card: dict[str, Any], evaluation: Evaluation) -> Section:
+def recipe(card: dict[str, Any], findings: Findings) -> Section:
     """What was defended, against whom, and how all of it was made."""
     reach = {"Linf": "moves every pixel of", "L2": "moves, in the L2 norm with pixels from 0 to 1,"}
-    defended = any(record.victim.rejects for record in evaluation.records.values())
-    known = (
-        "knows weights, purifier, detectors and thresholds" if defended else evaluation.knowledge
-    )
+    known = findings.knowledge
+    if findings.pipelines:
+        known = "knows weights, purifier, detectors and thresholds"
     words = [
         f"Threat model: the attacker {known}, and"
-        f" {reach[evaluation.threat.norm]} an image by at most {str(evaluation.threat).split()[1]}."
+        f" {reach[findings.threat.norm]} an image by at most {str(findings.threat).split()[1]}."
         " Not covered: other norms, patches, poisoned training data, theft of the model, and"
         " attacks stronger than those listed here."
     ]
     facts = {key: value for key, value in card.items() if key not in SHOWN}
     body = list(flat(facts))
-    body += [(f"fingerprint: {n}", r.victim.fingerprint) for n, r in evaluation.records.items()]
+    body += [(f"fingerprint: {plots.title(n)}", one) for n, one in findings.fingerprints.items()]
     commands = dict.fromkeys(row["command"] for row in card.get("metrics", []))
     body += [("measured by", command) for command in commands]
     table = Table("Card", ("what", "value"), body, folded=True)
@@ -125,7 +129,7 @@ def flat(part: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """The leaves of nested dictionaries, each with its path."""
     for key, value in part.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{above}{key}: ")
+            yield from flat(value, f"{above}{plots.spaced(key)}: ")
         else:
             lines = value if isinstance(value, list) else [value]
-            yield f"{above}{key}", "\n".join(map(str, lines))
+            yield f"{above}{plots.spaced(key)}", "\n".join(map(str, lines))

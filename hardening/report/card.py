@@ -88,6 +88,13 @@ def log_evaluation(folder: Path, entry: Row) -> None:
         stream.write(json.dumps(stamp | entry) + "\n")
 
 
+def measured_on(folder: Path, data: str) -> str:
+    """The day (UTC) of the last evaluation on `data` that the log has; empty without one."""
+    log = folder / "evaluations.jsonl"
+    runs = map(json.loads, log.read_text().splitlines()) if log.is_file() else ()
+    return max((run["time"][:10] for run in runs if run["data"] == data), default="")
+
+
 def accuracy_in_words(accuracy: Row) -> str:
     """What a card says of accuracy on held-out images, beside chance."""
     low, chance = accuracy["interval"][0], accuracy["chance"]

@@ -48,6 +48,18 @@ MEANINGS = {
     "caught": "wrong images rejected under the joint attack",
     "auroc": "area under the ROC curve, wrong attacked images against clean ones",
 }
+# What self-checks are called: what is so where they pass.
+CHECKS = {
+    "zero_gradients": "labels give gradients",
+    "zero_detector_gradients": "detectors give gradients",
+    "randomness": "the same answer twice",
+    "logits": "outputs are logits",
+    "more_steps": "more steps find no fewer",
+    "larger_eps": "a larger eps finds no fewer",
+    "black_box": "gradients beat a black box",
+    "adaptive": "detectors stop more than static attacks",
+    "weak_joint": "the joint attack is no weaker",
+}
 STATIC, JOINT = "pgd20", "joint_apgd"
 
 
@@ -127,27 +139,30 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
     return next(reversed(record.attacks(name)), None)
 
 
-def attacked(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Tensor | None:
+def attacked(evaluation: Evaluation | None, pipeline: DefendedClassifier | None) -> Tensor | None:
     """Evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20."""
     record = record_of(evaluation, pipeline)
     for name in (JOINT, STATIC):
-        if record and evaluation.attempts and (mine := own(record, name)):
+        if record and evaluation and evaluation.attempts and (mine := own(record, name)):
             x = next(item.x for item in evaluation.attempts if item.rung is mine[0])
             return in_8_bits(x, evaluation.images.image, mine[0].threat)
     return None
 
 
-def record_of(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Record | None:
+def record_of(evaluation: Evaluation | None, pipeline: DefendedClassifier | None) -> Record | None:
     """What happened to a pipeline, or to a classifier without one, where it was evaluated."""
+    if evaluation is None:
+        return None
     if pipeline is None:
         return evaluation.records.get("classifier")
     variant = "lean" if pipeline.purifier is None else "full"
     return evaluation.records.get(f"pipeline {variant}")
 
 
-def pipelines(evaluation: Evaluation) -> list[Record]:
+def pipelines(evaluation: Evaluation | None) -> list[Record]:
     """What happened to each variant of the pipeline."""
-    return [r for r in evaluation.records.values() if r.victim.subject.kind == "pipeline"]
+    every = evaluation.records.values() if evaluation else []
+    return [record for record in every if record.victim.subject.kind == "pipeline"]
 
 
 def listed(name: str, places: Sequence[float], rows: Sequence[Figure]) -> Shares:

@@ -43,10 +43,12 @@ def gallery(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Pict
     return Pictures(few.image, pixels[chosen], truth, source)
 
 
-def features(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Iterator[Section]:
+def features(
+    evaluation: Evaluation | None, pipeline: DefendedClassifier | None
+) -> Iterator[Section]:
     """A t-SNE map (van der Maaten and Hinton 2008) of what the classifier makes of each image."""
     pixels = attacked(evaluation, pipeline)
-    if pipeline is None or pixels is None or len(evaluation.images) < 4:
+    if not (pipeline and evaluation and pixels is not None) or len(evaluation.images) < 4:
         return
     count = min(EMBEDDED, len(pixels))
     few = torch.arange(count) * len(pixels) // count
@@ -78,12 +80,13 @@ def embedded(
 
 
 def grid(
-    evaluation: Evaluation, pipeline: DefendedClassifier | None, pictures: Pictures | None
+    evaluation: Evaluation | None, pipeline: DefendedClassifier | None, pictures: Pictures | None
 ) -> Iterator[Section]:
     """Pictures as sent, attacked and purified, each with the verdict on it."""
-    record, names = record_of(evaluation, pipeline), evaluation.images.classes
-    if pictures is None or record is None:
+    record = record_of(evaluation, pipeline)
+    if evaluation is None or pictures is None or record is None:
         return
+    names = evaluation.images.classes
     device = evaluation.images.image.device
     clean, pixels = pictures.clean.to(device), pictures.attacked.to(device)
     change = pixels.int() - clean.int()
@@ -123,10 +126,12 @@ def verdicts(record: Record, image: Tensor, names: tuple[str, ...]) -> list[str]
     return [f"{label}, {decision[bool(a)]}" for label, a in zip(labels, accepted, strict=True)]
 
 
-def classes(evaluation: Evaluation, pipeline: DefendedClassifier | None) -> Iterator[Section]:
+def classes(
+    evaluation: Evaluation | None, pipeline: DefendedClassifier | None
+) -> Iterator[Section]:
     """Which classes fall."""
     record = record_of(evaluation, pipeline)
-    if record is None or not record.under:
+    if evaluation is None or record is None or not record.under:
         return
     label = evaluation.images.label.cpu().numpy()
     worst = record.worst("right")

@@ -8,15 +8,16 @@ from rampart.hardening.judge.evaluate import Evaluation, Record
 from rampart.hardening.model.card import Figure
 from rampart.hardening.report import elements, plots
 from rampart.hardening.report.elements import STATIC, Drawing, Section, Table, both, pick
+from rampart.hardening.report.findings import Findings
 from rampart.hardening.report.plots import Shares
 
 # Figures of the main drawing, beside those of the main rungs.
 MAIN = ("clean", "transfer", "square", "robust", "robust_with_rejection")
 
 
-def verdict(rows: Sequence[Figure], evaluation: Evaluation, who: str) -> Iterator[str]:
+def verdict(rows: Sequence[Figure], findings: Findings, who: str) -> Iterator[str]:
     """What the figures say of the victim `who`, which is served, in sentences."""
-    yield from verdict_on(rows, who, evaluation.threat)
+    yield from verdict_on(rows, who, findings.threat)
     control, clean = (pick(rows, name, "undefended") for name in ("robust", "clean"))
     if control:
         yield (
@@ -25,8 +26,8 @@ def verdict(rows: Sequence[Figure], evaluation: Evaluation, who: str) -> Iterato
         )
     if blind := pick(rows, "square", who):
         yield (
-            f"Square leaves {both(blind)} of {blind.n} labels right, up to {evaluation.threat}."
-            f" The attacker {evaluation.knowledge}: one with gradients would find more, so this is"
+            f"Square leaves {both(blind)} of {blind.n} labels right, up to {findings.threat}."
+            f" The attacker {findings.knowledge}: one with gradients would find more, so this is"
             " no worst case."
         )
     elif not any(row.name == "robust" for row in rows):
@@ -64,10 +65,10 @@ def adds(gain: Figure) -> str:
     return f"is {'better' if low > 0 else 'worse'}: {both(gain)}"
 
 
-def main_bars(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing | None:
+def main_bars(rows: Sequence[Figure], findings: Findings) -> Drawing | None:
     """Clean accuracy of every victim beside its worst case, the control first."""
     found = {}
-    for who in sorted(evaluation.records, key=lambda name: name != "undefended"):
+    for who in sorted(findings.names, key=lambda name: name != "undefended"):
         pair = pick(rows, "clean", who), worst_of(rows, who)
         if pair[0] and pair[1]:
             found[plots.title(who)] = (pair[0], pair[1])
@@ -77,15 +78,15 @@ def main_bars(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing | None:
     places = [float(place) for place in range(len(found))]
     every = [
         elements.listed("clean", places, clean),
-        elements.listed(evaluation.worst, places, worst),
+        elements.listed(findings.worst, places, worst),
     ]
     said = "; ".join(
-        f"{name}: clean {both(pair[0])}, {evaluation.worst} {both(pair[1])}"
+        f"{name}: clean {both(pair[0])}, {findings.worst} {both(pair[1])}"
         for name, pair in found.items()
     )
-    where = "in the worst case" if evaluation.worst == "worst case" else evaluation.worst
-    caption = f"Labels that are right, clean and {where} up to {evaluation.threat}, each"
-    caption += f" with its 95% interval. The attacker {evaluation.knowledge}."
+    where = "in the worst case" if findings.worst == "worst case" else findings.worst
+    caption = f"Labels that are right, clean and {where} up to {findings.threat}, each"
+    caption += f" with its 95% interval. The attacker {findings.knowledge}."
     return Drawing(plots.bars(list(found), every), f"Bar chart. {said}.", caption)
 
 
@@ -98,11 +99,11 @@ def worst_of(rows: Sequence[Figure], who: str) -> Figure | None:
     return min(mine, key=lambda row: row.value, default=None)
 
 
-def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+def headline(rows: Sequence[Figure], findings: Findings) -> Iterator[Section]:
     """Worst cases of every victim beside its clean figures, and what those say."""
     columns = ("robust", "robust_with_rejection", "clean", "clean_rejection")
     body = []
-    for who in evaluation.records:
+    for who in findings.names:
         figures = [pick(rows, name, who) for name in columns]
         if worst := next((row for row in figures[:2] if row), None):
             cells = (both(row, between="\n") for row in figures)
@@ -110,17 +111,13 @@ def headline(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section
     rate = next((r.name.partition("@")[2] for r in rows if "rejection@" in r.name), "")
     right, safe = "worst case, label right", f"worst case, right or rejected at {rate}"
     head = ("", right, safe, "clean accuracy", "clean images rejected", "images")
-    caption = f"Share and 95% interval, {evaluation.threat}; the attacker {evaluation.knowledge}"
-    words = [
-        line
-        for record in elements.pipelines(evaluation)
-        for line in verdict_on(rows, record.victim.name, evaluation.threat)
-    ]
-    if len(body) > 1 or elements.pipelines(evaluation):
+    caption = f"Share and 95% interval, {findings.threat}; the attacker {findings.knowledge}"
+    words = [line for who in findings.pipelines for line in verdict_on(rows, who, findings.threat)]
+    if len(body) > 1 or findings.pipelines:
         yield Section("All forms side by side", words, tables=[Table(caption, head, body)])
 
 
-def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+def ladder(rows: Sequence[Figure], findings: Findings) -> Iterator[Section]:
     """Every figure of the evaluation, and the main ones drawn."""
     if not rows:
         return
@@ -138,18 +135,18 @@ def ladder(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
         " is then put to every victim: the worst case counts an image only if nothing beat it, in"
         " float and in 8 bits."
     ]
-    if not evaluation.attempts:
+    if not findings.by_gradients:
         words = ["Square is a random search, here on 8-bit images. It follows no gradient."]
-    yield Section("The ladder", words, [main_figures(rows, evaluation)], tables)
+    yield Section("The ladder", words, [main_figures(rows, findings)], tables)
 
 
-def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
+def main_figures(rows: Sequence[Figure], findings: Findings) -> Drawing:
     """Main rungs of every victim with their intervals."""
     main = {*MAIN, *(attack.name for attack in rungs.RUNGS if attack.aim != "flood")}
     shown = [row for row in rows if row.name.partition("@")[0] in main]
     labels = list(dict.fromkeys(row.name for row in shown))
     every = []
-    for who in evaluation.records:
+    for who in findings.names:
         if mine := [row for row in shown if row.subject.name == who]:
             every.append(elements.listed(who, [labels.index(row.name) for row in mine], mine))
     alt = (
@@ -161,10 +158,12 @@ def main_figures(rows: Sequence[Figure], evaluation: Evaluation) -> Drawing:
     return Drawing(source, alt, "Main figures with 95% intervals.")
 
 
-def over_eps(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+def over_eps(
+    rows: Sequence[Figure], findings: Findings, evaluation: Evaluation | None
+) -> Iterator[Section]:
     """How figures fall with the size of the perturbation."""
-    labels = [pgd_over_eps(record, evaluation.threat) for record in elements.pipelines(evaluation)]
-    strict = [stratified(rows, record.victim.name) for record in elements.pipelines(evaluation)]
+    labels = [pgd_over_eps(record, findings.threat) for record in elements.pipelines(evaluation)]
+    strict = [stratified(rows, who) for who in findings.pipelines]
     figures = []
     if several := [s for s in labels if len(s.place) > 1]:
         caption = "Label right under PGD-20 of this size, rejected or not."
@@ -177,7 +176,7 @@ def over_eps(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section
         x_label = "rejecting is an error up to, parts of eps"
         figures.append(curves(strata, "right or rejected", x_label, caption))
     if figures:
-        words = [f"eps is that of {evaluation.threat}. Bars are 95% intervals."]
+        words = [f"eps is that of {findings.threat}. Bars are 95% intervals."]
         yield Section("Robust accuracy over eps", words, figures)
 
 

@@ -242,11 +242,17 @@ def alike(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     together = {}
     for first, *others in groups.values():
         names = [
-            row["name"].removeprefix("+ ").replace(" ", "\N{NO-BREAK SPACE}") for row in others
+            spaced(row["name"]).removeprefix("+ ").replace(" ", "\N{NO-BREAK SPACE}")
+            for row in others
         ]
         same = fill(f"same with {', '.join(names)}", 34)
-        together[first["name"] + (f"\n{same}" if others else "")] = first
+        together[spaced(first["name"]) + (f"\n{same}" if others else "")] = first
     return together
+
+
+def spaced(name: str) -> str:
+    """A name as people write it."""
+    return name.replace("_", " ")
 
 
 def setup_labels(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -261,19 +267,20 @@ def setup_labels(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         share = [row[key]["value"] for row in groups.values()]
         axes.plot(share, range(len(groups)), ink.marker, color=ink.colour, label=name)
     axes.set_yticks(range(len(groups)), list(groups))
-    axes.set(xlim=(-0.03, 1), ylim=(len(groups) - 0.5, -0.5), xlabel="images labelled right")
+    axes.set(xlim=(-0.06, 1), ylim=(len(groups) - 0.5, -0.5), xlabel="images labelled right")
     axes.xaxis.set_major_formatter(PERCENT)
     axes.grid(visible=False, axis="y")
 
 
 def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """What rejecting adds under attack over the clean images it costs; rows as in the card."""
-    for row in rows:
+    for number, row in enumerate(rows):
         if row["name"] == "classifier":
             bare = row["robust"]["value"]
             axes.axhline(bare, color="#000000", ls=":", lw=1, label="classifier, rejects nothing")
         if ink := INKS.get(CURVES.get(row["name"], "")):
-            x = [point["clean_rejection"]["value"] for point in row["at"]]
+            # Shifted a little, so that equal figures do not hide each other.
+            x = [point["clean_rejection"]["value"] + 0.0008 * number for point in row["at"]]
             held = [point["robust_with_rejection"] for point in row["at"]]
             y = [share["value"] for share in held]
             low, high = zip(*(share["interval"] for share in held), strict=True)
@@ -284,11 +291,12 @@ def setup_rejection(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.yaxis.set_major_formatter(PERCENT)
 
 
-def ablation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Both pictures of an ablation side by side, as a PNG."""
+def ablation(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
+    """Both pictures of an ablation side by side, as a PNG; `title` says of which images."""
     lines = sum(1 + name.count("\n") for name in alike(rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, max(4.2, 1.6 + 0.22 * lines)), dpi=120, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         labels, rejection = figure.subplots(1, 2, width_ratios=(1.2, 1))
         setup_labels(labels, rows)
         labels.set_title("Labels, with 95% intervals", loc="left", fontsize=10, pad=24)

@@ -25,12 +25,12 @@ def sweep(clean: Floats, wrong: Floats) -> tuple[Floats, Floats]:
     return flagged, caught * len(wrong)
 
 
-def rejection(evaluation: Evaluation) -> Iterator[Section]:
+def rejection(evaluation: Evaluation | None) -> Iterator[Section]:
     """What a moving threshold trades."""
     figures = []
     for record in elements.pipelines(evaluation):
         plain = replace(record.victim.subject, kind="max_softmax").name
-        kinds = [record, evaluation.records.get(plain)]
+        kinds = [record, evaluation.records.get(plain) if evaluation else None]
         if every := [kind for kind in kinds if kind and elements.own(kind, JOINT)]:
             figures.append(rejection_figure(every))
     if figures:
@@ -67,7 +67,7 @@ def rejection_figure(every: Sequence[Record]) -> Drawing:
     return Drawing(source, alt, f"{every[0].victim.subject.title} under its joint attack. {points}")
 
 
-def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Section]:
+def detection(rows: Sequence[Figure], evaluation: Evaluation | None) -> Iterator[Section]:
     """How well suspicion alone tells wrong images from clean ones."""
     figures, body = [], []
     for record in elements.pipelines(evaluation):
@@ -94,7 +94,7 @@ def detection(rows: Sequence[Figure], evaluation: Evaluation) -> Iterator[Sectio
         yield Section("Detectors", words, figures, [table])
 
 
-def suspicion(evaluation: Evaluation) -> Iterator[Section]:
+def suspicion(evaluation: Evaluation | None) -> Iterator[Section]:
     """Where the scores of clean and attacked images lie."""
     figures = []
     for record in elements.pipelines(evaluation):
@@ -102,7 +102,7 @@ def suspicion(evaluation: Evaluation) -> Iterator[Section]:
         for name in (STATIC, JOINT):
             if mine := elements.own(record, name):
                 scores[name] = mine[1].deployed.suspicion
-        medians = ", ".join(f"{name} {np.median(score):.2f}" for name, score in scores.items())
+        medians = ", ".join(f"{plots.title(n)} {np.median(s):.2f}" for n, s in scores.items())
         source = plots.histogram(scores, threshold(record))
         caption = f"{record.victim.subject.title}: suspicion of all images. Medians: {medians}."
         figures.append(Drawing(source, f"Histogram. {caption}", caption))

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model.card import Figure, Subject
 from rampart.hardening.report import plots
 from rampart.hardening.report.elements import in_words, pick
+from rampart.hardening.report.findings import Findings
 from rampart.hardening.report.ladder import worst_of
 
 
@@ -19,25 +19,22 @@ class Tile(NamedTuple):
     bad: bool = False
 
 
-def measured(evaluation: Evaluation, served: Subject) -> str:
+def measured(findings: Findings, served: Subject) -> str:
     """The victim that stands for what is served: itself, else its fp32 form, else any pipeline."""
     names = (served.name, Subject("pipeline", served.variant).name)
-    pipelines = (n for n, r in evaluation.records.items() if r.victim.subject.kind == "pipeline")
-    every = (*names, *pipelines, "classifier")
-    return next((name for name in every if name in evaluation.records), served.name)
+    every = (*names, *findings.pipelines, "classifier")
+    return next((name for name in every if name in findings.names), served.name)
 
 
-def tiles(
-    rows: Sequence[Figure], evaluation: Evaluation, served: Subject, who: str
-) -> Iterator[Tile]:
+def tiles(rows: Sequence[Figure], findings: Findings, served: Subject, who: str) -> Iterator[Tile]:
     """What is `served`, by the figures of `who`, with the undefended twin as a control."""
     if served.kind == "pipeline":
         note = "" if who == served.name else f"figures of {plots.title(who)}"
         yield Tile("served by default", served.title, note)
-    threat = str(evaluation.threat)
+    threat = str(findings.threat)
     for label, figure, beside in (
         ("right on clean images", pick(rows, "clean", who), ""),
-        ("right under attack", worst_of(rows, who), f"{evaluation.worst}, {threat}"),
+        ("right under attack", worst_of(rows, who), f"{findings.worst}, {threat}"),
         ("undefended twin under attack", worst_of(rows, "undefended"), f"worst case, {threat}"),
         ("clean images rejected", pick(rows, "clean_rejection", who), ""),
     ):
@@ -45,7 +42,7 @@ def tiles(
             value, interval = in_words(figure)
             where = f"{interval}, n = {figure.n}"
             yield Tile(label, value, f"{where}; {beside}" if beside else where)
-    if checks := evaluation.checks:
+    if checks := findings.checks:
         passed = sum(check.passed for check in checks)
         text = f"{passed} of {len(checks)}"
         yield Tile("self-checks passed", text, "", passed < len(checks))

@@ -28,7 +28,12 @@ def describe(
     confidence, index = out.logits.softmax(1)[0].max(0)
     p = float(p_values(out.scores.double().numpy(), calibration)[0])
     decision = "flag" if p < rate else "accept"
-    return f"{classes[int(index)]} {float(confidence):.0%}, p = {p:.2g}: {decision}"
+    return f"{classes[int(index)]} {sure(float(confidence))}, p = {p:.2g}: {decision}"
+
+
+def sure(confidence: float) -> str:
+    """A confidence in words; none is whole."""
+    return "over 99%" if confidence >= 0.995 else f"{confidence:.0%}"
 
 
 def picture(panels: Sequence[tuple[str, Pixels, str]], path: Path, legend: str = "") -> Path:

@@ -32,11 +32,12 @@ def learning_curve(
         last = epoch[-len(runs[-1]) :]
         best = max(last, key=lambda number: history[number - 1]["pgd10"])
         axes.axvline(best, color="#666666", lw=1, label="most robust epoch of the last run")
-        for start in np.cumsum([len(run) for run in runs])[:-1]:
-            axes.axvline(start + 0.5, color="#999999", lw=1, ls=":")
+        for number, start in enumerate(np.cumsum([len(run) for run in runs])[:-1]):
+            label = "" if number else "another run begins"
+            axes.axvline(start + 0.5, color="#999999", lw=1, ls=":", label=label)
         axes.set(xlabel="epoch", ylabel=figure, ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend(loc="upper left", ncols=3)
+        sheet.legend(loc="outside upper left", ncols=4)
         sheet.savefig(path)
     return path

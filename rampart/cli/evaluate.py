@@ -324,6 +324,19 @@ def table(
     say(overview)
 
 
+@verb("report model_store/mine")
+def report(model: Annotated[Path, Argument(help=WHOSE), inputs.folder]) -> None:
+    """Write a model's report.html anew, from its card: the figures, without pictures and curves
+    that need the attacked images.
+    """
+    from rampart.hardening.model import folder
+    from rampart.hardening.model.card import Subject
+    from rampart.hardening.report import page
+
+    served = Subject("pipeline", *folder.form(model, None, None))
+    say(page.write_from_card(model, served))
+
+
 @verb("evidence model_store/mine --out evidence.pdf")
 def evidence(
     model: Annotated[Path, Argument(help=WHOSE), inputs.folder],

@@ -9,9 +9,13 @@ from command import run
 from in_torch import InTorch
 from PIL import Image
 
+from rampart.hardening.attack.ladder import QUICK
+from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.images import Images
 from rampart.hardening.report import card as report
+from rampart.hardening.report.page import FROM_CARD
 from rampart.model import Model
-from rampart.studies import ChecksFailed, insist
+from rampart.studies import ChecksFailed, Study, enter_figures, insist, write_pages
 
 
 @pytest.mark.slow
@@ -58,6 +62,35 @@ def test_a_user_gets_from_images_to_an_archive_with_six_commands(
         pixels = np.asarray(Image.open(sample))
     assert (model / "sample.png").stat().st_size <= 8192
     assert (blobs(400, size=16, seed=1).image.numpy() == pixels).all((1, 2, 3)).sum() == 1
+
+
+@pytest.mark.slow
+def test_the_report_follows_the_cards_threat_with_a_sample_and_without(
+    lean_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rampart.model.to_engine", InTorch)
+    sample, page = lean_only / "sample.png", lean_only / "report.html"
+
+    def measured(eps: int) -> str:
+        model, budget = Model.load(lean_only), QUICK._replace(steps=1, targets=1, queries=1)
+        study = Study(Threat("Linf", eps / 255), device="cpu", into_card=True)
+        image, found = blobs(6).image, lean_only.parent / "found"
+        # An untrained network is right where it is said to be.
+        few = Images(image, model.pipeline("lean")(image).logits.argmax(1), model.classes)
+        figures = model.evaluate(few, budget, threat=study.threat, cache=found, device="cpu")
+        kept, own = enter_figures(model, figures, study, whole=True)
+        return "\n".join(write_pages(model, figures, study, kept, own=own, gallery=None))
+
+    assert str(page) in measured(8)
+    assert "(chelsea)" in page.read_text()
+    without = page.read_bytes()
+    Image.fromarray(blobs(1).image[0].numpy()).save(sample)
+    assert "the card is of Linf 8/255" in measured(4)
+    assert page.read_bytes() == without
+    assert str(page) in measured(8)
+    assert "sample.png of the model" in page.read_text()
+    assert str(page) in run("report", lean_only)
+    assert FROM_CARD in page.read_text()
 
 
 CARD = ["--into-card"]

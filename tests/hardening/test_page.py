@@ -1,5 +1,6 @@
 """The page of a real evaluation whose attacks are replaced by noise, which takes seconds."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from rampart.hardening.judge import evaluate
 from rampart.hardening.judge.checks import Check
 from rampart.hardening.judge.evaluate import Attempt, Evaluation, Rung
 from rampart.hardening.judge.metrics import roc, tpr_at_fpr
+from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline
 from rampart.hardening.model.calibrate import load_variant
 from rampart.hardening.model.card import Figure, Subject
@@ -28,6 +30,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.report import card as report
 from rampart.hardening.report import elements, ladder, page, plots, rejection, summary
 from rampart.hardening.report import images as sections
+from rampart.hardening.report.findings import Findings
 
 THREAT = Threat("Linf", 8 / 255)
 FAILED = Check("more_steps", "classifier", False, "robust 1.0% after 5, 9.0% after 20 steps")
@@ -151,7 +154,7 @@ def write(folder: Path, seen: Evaluation, defended: DefendedClassifier, **change
     rows = rows_of(seen)
     card = {"model": "tiny", "metrics": rows, "versions": {"torch": "2.12"}}
     card |= changes.pop("card", MEASURED)
-    changes = {"pictures": None} | changes
+    changes = {"pictures": None, "date": "2026-11-29"} | changes
     path = page.write(folder / "page.html", card, rows, seen, defended, **changes)
     return path.read_text(encoding="utf-8")
 
@@ -376,6 +379,7 @@ def test_the_box_at_the_top_has_what_is_served_beside_the_control(
         ("clean images rejected", f"{metrics['pipeline full', 'clean_rejection']:.1%}"),
         ("self-checks passed", "1 of 2"),
     ]
+    assert "12 images (blobs), measured on 2026-11-29; threat model" in top
     for who in ("undefended twin", "classifier alone", "full", "lean"):
         assert re.search(rf'alt="Bar chart\.[^"]*\b{who}: clean \d', top)
 
@@ -384,11 +388,103 @@ def test_what_was_not_attacked_itself_is_told_by_the_figures_of_its_fp32_form(
     seen: Evaluation,
 ) -> None:
     served = Subject("pipeline", "lean", "int8")
-    who = summary.measured(seen, served)
+    found = Findings.of(seen)
+    who = summary.measured(found, served)
     assert who == "pipeline lean"
     rows = [Figure.of(row) for row in rows_of(seen)]
-    first = next(summary.tiles(rows, seen, served, who))
+    first = next(summary.tiles(rows, found, served, who))
     assert first[1:3] == ("lean in int8", "figures of lean")
+
+
+def words(html: str) -> str:
+    """What people read of a page, without the commands that measured its figures."""
+    shown = re.sub(r"<style>.*?</style>|<[^>]+>", "\n", html, flags=re.S)
+    lines = [line for line in unescape(shown).splitlines() if not line.startswith("rampart ")]
+    return "\n".join(lines).replace("TPR@", "")
+
+
+def test_no_key_of_the_card_is_left_in_the_words(
+    seen: Evaluation, tiny_pipeline: DefendedClassifier, tmp_path: Path
+) -> None:
+    ablation = MEASURED["ablation"] | {"rows": [setup("classifier"), setup("+ bit_depth", at=AT)]}
+    card = MEASURED | {"ablation": ablation, "calibration_images": 9}
+    said = words(write(tmp_path, seen, tiny_pipeline, card=card))
+    assert "+ bit depth" in said and "calibration images" in said
+    assert "more steps find no fewer" in said
+    for key in ("_", "@", ":int8", ":fp16", "pgd20"):
+        assert key not in said
+
+
+@pytest.fixture(scope="module")
+def of_card(
+    seen: Evaluation, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A model folder whose page was written from its card, and the figures in that."""
+    folder = tmp_path_factory.mktemp("store") / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    rows = rows_of(seen)
+    later = {"name": "autoattack", "value": 0.01, "interval": [0.0, 0.2], "attack": "AutoAttack"}
+    fewer = {"data": "fewer", "n": 4, "value": 0.123}
+    clean = next(row for row in rows if row["name"] == "robust" and row["variant"] == "lean")
+    card = {"model": "tiny", "threat_model": "Linf 8/255", **MEASURED}
+    card |= {"metrics": [*rows, clean | later, clean | fewer]}
+    card |= {"checks": [check._asdict() for check in CHECKS]}
+    report.write_card(folder, card)
+    lines = [{"time": f"2026-11-{day}T01:02:03+00:00", "data": "blobs"} for day in (28, 29)]
+    log = "".join(json.dumps(line) + "\n" for line in [*lines, lines[0] | {"data": "fewer"}])
+    (folder / "evaluations.jsonl").write_text(log)
+    page.write_from_card(folder, Subject("pipeline", "lean"))
+    return folder, rows
+
+
+def test_a_page_from_the_card_says_what_that_of_the_evaluation_says(
+    of_card: tuple[Path, list[dict[str, Any]]], full_page: str
+) -> None:
+    folder, rows = of_card
+    html = (folder / "report.html").read_text()
+    lost = {"Classes", "Rejection", "Detectors", "Suspicion", "Features"}
+    assert headings(html) == [name for name in headings(full_page) if name not in lost]
+    mine, theirs = cells(html), cells(full_page)
+    for row in rows:
+        caption = f"All figures of {Subject.parse(row['subject'], row['variant']).title}"
+        if row["variant"] != "lean":  # it has a later figure
+            assert mine[caption] == theirs[caption]
+    assert "pictures and curves that need the attacked images are left out" in html
+
+
+def test_a_later_attack_lowers_the_worst_case_of_a_page_from_the_card(
+    of_card: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    top = unescape((of_card[0] / "report.html").read_text().partition("What the figures say")[0])
+    found = dict(re.findall(r"<span>([^<]*)</span><strong>([^<]*)</strong>", top))
+    assert found["right under attack"] == "1.0%"
+    assert ", measured on 2026-11-29; threat model" in top
+    assert found["self-checks passed"] == "1 of 2"
+    assert "12.3%" not in top  # of fewer images
+
+
+def test_a_card_without_figures_makes_no_page(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="evaluate --into-card"):
+        page.write_from_card(tiny_folder, Subject("pipeline", "lean"))
+    assert not (tiny_folder / "report.html").exists()
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "model_store").glob("*/report.html"))
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.parent.name)
+def test_a_shipped_page_says_what_its_card_says(shipped: Path, tmp_path: Path) -> None:
+    home = tmp_path / shipped.parent.name
+    names = ("card.json", "evaluations.jsonl")
+    home.mkdir()
+    for name in names:
+        shutil.copy(shipped.with_name(name), home)
+    served = Subject("pipeline", *folders.form(shipped.parent, None, None))
+    written = page.write_from_card(home, served).read_text()
+    assert words(shipped.read_text()) == words(written)
+    said = words(written.partition("<summary>Card</summary>")[0])
+    for key in ("_", "@", ":int8", ":fp16", "pgd20"):
+        assert key not in said
 
 
 def test_the_verdict_says_what_the_figures_do(seen: Evaluation, full_page: str) -> None:

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from html import unescape
+from itertools import product
 from pathlib import Path
 
 import pytest
 import requests
+from browser import Page, chromium, violations
 from servers import Server
 
 from rampart.handlers.http import pages
@@ -38,6 +40,21 @@ def test_the_manual_shows_every_operation_and_loads_nothing_from_elsewhere(front
 
 def test_a_models_name_is_text_and_no_html() -> None:
     assert "<i>" not in pages.overview([("<i>", "<i>")])
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_axe_finds_nothing_serious_and_no_page_scrolls_sideways(
+    front: Server, tmp_path: Path
+) -> None:
+    with chromium(tmp_path / "profile") as pipe:
+        page = Page(pipe)
+        for address, width, dark in product(("/", "/docs"), (390, 1100), (False, True)):
+            page.resize(width, dark=dark)
+            page.open(front.root + address)
+            assert page.js("document.documentElement.scrollWidth") == width
+            assert page.js("getComputedStyle(document.body).colorScheme") == "light dark"
+            assert violations(page) == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The playground's page in a real browser, as people use it."""
 
+import base64
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,15 @@ def test_a_drawing_is_judged_when_the_pen_is_lifted(page: Page) -> None:
     page.wait("document.querySelector('#picture').alt.startsWith('drawing.png')")
     ink = "paper.getImageData(150, 150, 1, 1).data.slice(0, 3).join()"
     assert page.js(ink) == "181,18,27"
+    beside = "paper.getImageData(165, 135, 1, 1).data.slice(0, 3).join()"
+    assert page.js(beside) == "255,255,255"
+    tab_to(page, "pen")
+    page.press("ArrowRight", 46)
+    x, y = page.middle("#canvas")
+    page.mouse("mousePressed", x, y)
+    page.mouse("mouseMoved", x + 60, y + 60)
+    page.mouse("mouseReleased", x + 60, y + 60)
+    assert page.js(beside) == "181,18,27"
     page.click("#clear")
     assert page.js(ink) == "255,255,255"
     before = page.js("document.querySelector('#picture').src")
@@ -139,10 +151,29 @@ def test_an_attack_shows_pictures_answers_and_its_course(page: Page) -> None:
     rows = page.js("[...document.querySelectorAll('#answers tbody th')].map(r => r.innerText)")
     assert rows == ["full", "lean", "undefended twin (attacked)"]
     assert page.visible("#lead svg") and not page.visible("#guard-box")
-    assert page.js("document.querySelector('#save').href").startswith("data:image/png")
+    scale = page.js("[...document.querySelectorAll('#lead text')].map(text => text.textContent)")
+    assert float(scale[0]) > float(scale[1])
+    assert scale[2:] == ["logits", "step 1", f"step {page.js('trace.length')}"]
     page.click("#take")
     page.wait("document.querySelector('#picture').alt.startsWith('attacked.png')")
     assert not page.visible("#outcome")
+
+
+def test_the_attacked_picture_is_saved_and_lies_within_eps(page: Page, tmp_path: Path) -> None:
+    attack(page, eps=16)
+    page.wait(DONE)
+    page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    page.click("#save")
+    file, until = tmp_path / "attacked.png", time.monotonic() + 20
+    while not file.is_file():
+        assert time.monotonic() < until, list(tmp_path.iterdir())
+        time.sleep(0.05)
+    clean = page.js("document.querySelector('#views img').src")
+    before, after = (
+        np.asarray(Image.open(one).convert("RGB")).astype(int)
+        for one in (BytesIO(base64.b64decode(clean.partition(",")[2])), file)
+    )
+    assert 1 <= np.abs(after - before).max() <= 16
 
 
 def test_one_button_below_the_verdict_tries_to_fool_the_model(page: Page) -> None:
@@ -157,7 +188,7 @@ def test_an_attack_on_a_variant_has_a_course_of_suspicion_and_a_row_of_the_twin(
 ) -> None:
     attack(page, victim="lean")
     page.wait(DONE)
-    assert page.visible("#guard svg")
+    assert page.visible("#guard svg") and "suspicion" in page.text("#guard")
     assert "undefended twin, attacked itself" in page.text("#answers")
     assert "undefended twin, attacked in the same way" in page.text("#outcome")
 
@@ -241,6 +272,9 @@ def test_a_server_that_goes_away_is_told_and_taken_up_again_when_it_is_back(
     page.wait("document.querySelector('#switched').innerText.includes('does not answer')")
     port = own.root.rpartition(":")[2]
     with playing(twinned, "--port", port, log=tmp_path / "log"):
+        page.click("#problem-attack button")
+        page.wait(DONE)
+        assert not page.visible("#problem-attack")
         page.click("#problem-choose button")
         page.wait("document.querySelector('#picture').alt.startsWith('rocket')")
         assert not page.visible("#problem-choose")
@@ -263,8 +297,8 @@ def test_a_server_that_dies_during_an_attack_leaves_the_page_usable(
     assert inactive(page, "#stop")
 
 
-@pytest.mark.parametrize(("button", "code"), [("#copy-verdict", "#curl-verdict")])
-def test_what_is_copied_is_a_curl_line_that_works(page: Page, button: str, code: str) -> None:
+def copied(page: Page, button: str, code: str) -> str:
+    """What a button copies, run by a shell."""
     page.call(
         "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
     )
@@ -275,11 +309,19 @@ def test_what_is_copied_is_a_curl_line_that_works(page: Page, button: str, code:
         assert page.js("navigator.clipboard.readText()") == line
     else:
         assert page.js("getSelection().toString()") == line
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
-    label = json.loads(done.stdout)["answers"]["full"]["label"]
-    assert label == page.text("#top li span")
-    attacked = page.text("#curl-attack")
-    assert attacked.startswith("curl ") and "victim=full&eps=8&steps=20" in attacked
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout
+
+
+def test_what_is_copied_of_a_verdict_is_a_curl_line_that_gives_it(page: Page) -> None:
+    told = json.loads(copied(page, "#copy-verdict", "#curl-verdict"))
+    assert told["answers"]["full"]["label"] == page.text("#top li span")
+
+
+def test_what_is_copied_of_an_attack_is_a_curl_line_that_makes_it(page: Page) -> None:
+    *steps, last = copied(page, "#copy-attack", "#curl-attack").splitlines()
+    assert "victim=full&eps=8&steps=20" in page.text("#curl-attack")
+    assert json.loads(steps[0])["step"] == 1
+    assert "result" in json.loads(last)
 
 
 def test_the_curl_line_of_a_file_quotes_its_name_for_the_shell(page: Page, tmp_path: Path) -> None:
