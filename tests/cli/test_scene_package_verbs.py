@@ -119,7 +119,7 @@ def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Pat
     for name in names[1:]:
         change = np.abs(views[name].astype(int) - views["clean"])
         assert 4 <= change.max() <= 8 and f"{name}.png: " in said
-    with pytest.raises(ValueError, match="is of classifiers"):
+    with pytest.raises(ValueError, match="--twin and --as-samples are for classifiers"):
         run("attack", "--model", home / "cells", "--twin", home / "cells", "--out", tmp_path)
 
 
