@@ -40,6 +40,7 @@ def test_your_own_network_becomes_an_archive() -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_the_first_attack_fools_the_twin_and_stays_in_its_bounds() -> None:
     scope = run("first_attack")
     assert scope["change"] == 4

@@ -107,6 +107,7 @@ def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
         run("calibrate", tmp_path / "x", *words)
 
 
+@pytest.mark.slow
 def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Path) -> None:
     said = run("attack", "--model", home / "cells", "--eps", 8, "--out", tmp_path / "out")
     names = ("clean", "vanish", "fabricate", "mislabel", "vanish-unflagged")

@@ -68,6 +68,7 @@ def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images
     assert np.abs(exact - near).max() < 0.1 * np.ptp(exact)
 
 
+@pytest.mark.slow
 def test_products_of_a_backward_pass_stay_in_float32(tmp_path: Path) -> None:
     nodes = onnx.load(smooth(tmp_path, "consistency")).graph
     inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]

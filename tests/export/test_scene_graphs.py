@@ -54,6 +54,7 @@ def test_the_graph_takes_any_batch_and_gives_candidates_of_one_size(
 
 
 @pytest.mark.parametrize("variant", ["lean", "full"])
+@pytest.mark.slow
 def test_the_gate_passes_the_graph_of_the_same_pipeline(
     variant: str, scene_folder: Path, image: torch.Tensor, tmp_path: Path
 ) -> None:

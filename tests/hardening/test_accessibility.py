@@ -18,6 +18,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipe]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.parent.name)
+@pytest.mark.slow
 def test_axe_finds_nothing_serious_in_a_report_and_it_scrolls_in_one_direction(
     report: Path, dark: bool, pipe: Pipe
 ) -> None:

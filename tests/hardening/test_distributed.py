@@ -50,6 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 @pytest.mark.parametrize(
     ("arch", "method"), [("vgg11", "nfgsm"), ("timm:test_convnext", "pgd")], ids=str
 )
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(
     arch: str, method: str, alone: Alone, tmp_path: Path
 ) -> None:

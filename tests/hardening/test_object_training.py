@@ -129,6 +129,7 @@ def test_objects_are_learned(learned_objects: ObjectDetector) -> None:
         *((arch, "bf16") for arch in ("ssd", "fasterrcnn")),
     ],
 )
+@pytest.mark.slow
 def test_every_network_learns_one_batch(
     tmp_path: Path, batch: SceneBatch, arch: str, precision: str
 ) -> None:

@@ -323,6 +323,7 @@ GONE = {
 
 
 @pytest.mark.parametrize("what", GONE)
+@pytest.mark.slow
 def test_what_was_not_seen_is_left_out(
     what: str,
     seen: Evaluation,

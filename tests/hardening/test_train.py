@@ -70,6 +70,7 @@ def test_bfloat16_is_for_hardware_that_computes_in_it(
 
 
 @pytest.mark.parametrize(("arch", "method"), [("resnet10", "trades"), ("squeezenet1_1", "nfgsm")])
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
     arch: str, method: str, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_run_killed_within_an_epoch_takes_up_its_trajectory(
         assert other == pytest.approx(row, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_ctrl_c_ends_ten_times_makes_each_step_once_and_as_if_undisturbed(
     tmp_path: Path,
 ) -> None:
@@ -256,6 +258,7 @@ def test_an_undefended_control_trains_without_attacks_and_is_chosen_by_clean_acc
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_learns_with_all_its_options(method: str, tmp_path: Path) -> None:
     options = {"method": method, "awp": 0.005, "smoothing": 0.1, "ramp": 0.5, "epochs": 4}
     if method == "rslad":

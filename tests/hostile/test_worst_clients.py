@@ -27,6 +27,7 @@ def undisturbed(target: Target, body: bytes) -> int:
 
 @feature("Hostile clients do not block others", "TorchServe")
 @every_attack()
+@pytest.mark.slow
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Making, target: Target, server: object, body: bytes, undisturbed: int
 ) -> None:

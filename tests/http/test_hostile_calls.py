@@ -122,6 +122,7 @@ def spoken(start: Callable[..., Server], tiny_archive: Path) -> Server:
     return server
 
 
+@pytest.mark.slow
 def test_messages_without_end_take_bounded_memory_and_good_calls_are_answered(
     spoken: Server, encode: Callable[..., bytes], pixels: np.ndarray
 ) -> None:

@@ -32,6 +32,7 @@ def undisturbed(single: Server, body: bytes) -> int:
 
 @feature("Hostile clients do not block others", "Rampart")
 @every_attack(grpc=False)
+@pytest.mark.slow
 def test_others_get_nine_tenths_of_their_answers_and_no_worker_dies(
     attack: Making, single: Server, body: bytes, undisturbed: int
 ) -> None:

@@ -74,6 +74,7 @@ def ask_until(url: str, body: bytes, status: int) -> requests.Response:
 
 @feature("Prometheus metrics", "TorchServe")
 @pytest.mark.parametrize("declared", [True, False], ids=["with our metrics", "without"])
+@pytest.mark.slow
 def test_predictions_work_and_so_do_metrics_where_they_are_declared(
     declared: bool,
     tiny_archive: Path,

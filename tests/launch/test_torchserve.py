@@ -49,6 +49,7 @@ def test_no_worker_asks_for_a_torch_that_is_not_installed(
     assert spares_torch(endpoint)
 
 
+@pytest.mark.slow
 def test_a_handler_that_is_not_ours_keeps_its_torch(launch: Launch, tmp_path: Path) -> None:
     manifest = {"model": {"modelName": "other", "modelVersion": "1.0", "handler": "other.py"}}
     answer = "[str(torch.zeros(2).sum())] * len(data or [])"  # at the start data is None
@@ -179,6 +180,7 @@ def test_impossible_options_are_refused(
     assert message in server.lines[0]
 
 
+@pytest.mark.slow
 def test_a_redis_that_does_not_answer_is_told_serving_goes_on_and_sigterm_stops_everything(
     launch: Launch, wait_gone: Gone, tiny_archive: Path
 ) -> None:

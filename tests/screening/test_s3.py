@@ -84,6 +84,7 @@ def put(s3: Any, kind: str, home: Path) -> str:
 @pytest.mark.parametrize(
     "kind", ["files", "list.txt", "{a..a}.tar", "bytes.parquet", "paths.parquet"]
 )
+@pytest.mark.slow
 def test_a_bucket_gives_the_verdicts_that_a_folder_gives(
     kind: str, s3: Any, tiny_archive: Path, tmp_path: Path
 ) -> None:
