@@ -56,12 +56,13 @@ TRAINING = {
     "test_quantize.py",
     "test_redteam.py",
     "test_rungs.py",
+    "test_scene_graphs.py",
     "test_stages.py",
     "test_strangers.py",
     "test_to_tensorrt.py",
     "test_to_triton.py",
-    "test_triton_server.py",
     "test_train.py",
+    "test_triton_server.py",
     "test_victims.py",
 }
 

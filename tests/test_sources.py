@@ -147,6 +147,7 @@ def test_what_is_trained_on_is_summed_up_before(
     ]
 
 
+@pytest.mark.training
 def test_a_model_whose_training_left_out_bad_pictures_does_so_when_it_is_sample_of(
     lean_only: Path,
 ) -> None:

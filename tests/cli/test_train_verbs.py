@@ -242,6 +242,7 @@ def test_eps_has_a_default_in_the_unit_of_its_norm() -> None:
     assert str(Threat("Linf", 4).ball()) == "Linf 4/255"
 
 
+@pytest.mark.training
 def test_adopt_takes_timms_own_normalization_and_says_what_it_took(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="needs timm")
     net = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)

@@ -82,6 +82,7 @@ def test_kserve_takes_the_runtime_and_the_example(rampart_schemas: Path) -> None
             jsonschema.validate(document, schema)
 
 
+@pytest.mark.slow
 def test_the_deployments_pod_is_one_by_the_schema_that_kserve_has_of_pods(
     rampart_schemas: Path,
 ) -> None:
