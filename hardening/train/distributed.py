@@ -45,7 +45,7 @@ def attempt(store: Store, rank: int, world: int, *, within: float = 1800.0) -> s
     one lists who is there until all have confirmed the same list.
 
     Raises:
-        TimeoutError: one of them did not come `within` so many seconds.
+        TimeoutError: not all came `within` that many seconds.
     """
     own, end = uuid.uuid4().hex, time.monotonic() + within
     store.set(f"present/{rank}", own)
