@@ -41,7 +41,7 @@ class Calibration:
     def __post_init__(self) -> None:
         shape = (len(self.detectors), len(self.surprise))
         rules = {
-            "variant is full or lean": self.variant in ("full", "lean"),
+            "variant is full, guarded or lean": self.variant in ("full", "guarded", "lean"),
             "detectors are distinct, and there is one": 0 < len(set(self.detectors)) == shape[0],
             "knots has one row a detector, one column a surprise": self.knots.shape == shape,
             "knots, surprise and combined are finite": all(

@@ -53,12 +53,14 @@ def assemble(
     *,
     data_name: str = "",
     command: str = PYTHON,
+    guarded: bool = False,
     tried: bool = False,
 ) -> Model:
     """Put what training wrote together as a calibrated model, saved in `folder`.
 
-    Without a purifier its one variant is lean. First all is tried that would fail later, unless it
-    was `tried` before. Raises ValueError that lists what is wrong, as classes that differ.
+    Without a purifier it has the variant lean alone; with `guarded`, that one too. First all is
+    tried that would fail later, unless it was `tried` before. Raises ValueError that lists what is
+    wrong, as classes that differ.
     """
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
@@ -74,6 +76,7 @@ def assemble(
         name=folder.name,
         data=data_name or source.data.name,
         calibrated_on=f"{source.name}, calibration split",
+        guarded=guarded,
         card=past(files, command),
     )
     model.save(folder)
@@ -254,6 +257,8 @@ class Way(NamedTuple):
             if plan.weights and data:
                 net = usually_normalized(plan.net._replace(classes=len(data[0].classes)))
                 faults.of(partial(foreign.take, plan.weights, net))
+            if plan.guarded:
+                faults.of(lambda: preflight.check_guardable(Classifier(plan.net)))
             trial = Training(plan.net, recipe, run, data, purifier=purifier, option="--runs")
             prove_training(trial, faults)
             agree()
@@ -315,9 +320,11 @@ class Way(NamedTuple):
         files = parts["classifier"], parts.get("purifier")
 
         def make(folder: Path) -> None:
-            assemble(folder / name, self.source, *files, command=self.command, tried=True)
+            make_model = partial(assemble, guarded=self.plan.guarded, tried=True)
+            make_model(folder / name, self.source, *files, command=self.command)
 
-        return self.job.once("calibrate", self.inputs(name=name, **parts), make) / name
+        inputs = self.inputs(name=name, **parts) | ({"guarded": True} if self.plan.guarded else {})
+        return self.job.once("calibrate", inputs, make) / name
 
     def model_with_figures(self, folder: Path) -> Path:
         """A copy of the model folder with figures."""

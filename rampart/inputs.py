@@ -117,6 +117,18 @@ def folder(model: Path) -> None:
     read_config(model / "weights.safetensors")
 
 
+def guardable(model: Path) -> None:
+    """A folder of a classifier that has not the variant guarded yet."""
+    from rampart.hardening.model.files import read_contents
+    from rampart.hardening.model.folder import variants_in
+
+    folder(model)
+    if read_contents(model / "weights.safetensors").task != "classify":
+        raise ValueError(f"{model} finds objects: --guarded is for classifiers")
+    if "guarded" in variants_in(model):
+        raise ValueError(f"{model} has the variant guarded already: leave out --guarded")
+
+
 def file(path: Path) -> None:
     """A file that is read as it is."""
     check_file(path, "file", "check the path")
@@ -501,6 +513,7 @@ def calibrating(
     purifier: Path | None,
     held: Path | None,
     data_name: str,
+    guarded: bool,
     skip_bad: bool,
 ) -> None:
     """What belongs together in a calibration: of a model folder, or of an archive anew."""
@@ -508,11 +521,16 @@ def calibrating(
     if archive and images:
         if made or purifier or held or data_name or skip_bad:
             raise ValueError("--archive and --images take only --out: the archive has the rest")
-    elif not (folder and data and classifier) or archive or images or out:
+    elif not (folder and data and (classifier or guarded)) or archive or images or out:
         raise ValueError(
-            "pass FOLDER --data IMAGES --classifier FILE to make a model folder, or --archive"
-            " FILE.mar --images FOLDER to recalibrate an archive"
+            "pass FOLDER --data IMAGES --classifier FILE to make a model folder, FOLDER --data"
+            " IMAGES --guarded to add that variant to one, or --archive FILE.mar --images FOLDER to"
+            " recalibrate an archive"
         )
+    elif not classifier:
+        if purifier or data_name:
+            raise ValueError("--guarded without --classifier takes only --data, --held, --skip-bad")
+        guardable(folder)
 
 
 def exporting(

@@ -35,7 +35,7 @@ from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.classifier import Classifier
-from rampart.hardening.model.detectors import FITTED, FULL
+from rampart.hardening.model.detectors import FITTED, FULL, PROBED
 from rampart.hardening.model.files import ranges_file, read_contents
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
@@ -43,7 +43,7 @@ from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import Folder, load, spread
 from rampart.hardening.train.loop import say
-from rampart.preflight import check_classes
+from rampart.preflight import check_classes, check_guardable
 from rampart.provenance import PYTHON
 from rampart.training import beside_chance, pick_device
 
@@ -116,37 +116,57 @@ class Model(Calibrated):
         name: str = "mine",
         data: str = "images in memory",
         calibrated_on: str = "",
+        guarded: bool = False,
         card: Mapping[str, Any] | None = None,
     ) -> "Model":
         """Put the parts together and rank the held-out images: 40 or more, 200 for 1% alarms.
 
         Prints what is promised, and how it fares on validation images, which rank nothing.
         The feature distance is fitted on training images where `held` has them, since every split
-        of the others is measured, combined or ranked on. Raises ValueError for too few images.
+        of the others is measured, combined or ranked on. Raises ValueError for too few images, and
+        with `guarded`, which adds that variant, for a network whose gradient has no ONNX form.
         """
         source = held if isinstance(held, Held) else Held(held)
         check_classes(classifier, source.images.classes)
         whole = one_module(classifier, purifier, source)
-        whole_as = partial(pipelines.as_variant, whole)
-        tables = {
-            Form(v): ranks.calibrate(whole_as(v), source.images, v)
-            for v in (folders.VARIANTS if purifier else folders.VARIANTS[1:])
-        }
         content: dict[str, Any] = {
             "model": name,
             "data": data,
             "training": {"classifier": "not recorded"},
         }
         content |= {"history": [], "classifier": classifier.config._asdict(), "commands": [PYTHON]}
-        content |= {"calibration_images": next(iter(tables.values())).images}
-        model = cls(whole, source.images.classes, tables, card=content | dict(card or {}))
+        content |= {"calibration_images": len(source.calibration)}
+        model = cls(whole, source.images.classes, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
-        for form, table in tables.items():
-            found = ranks.kept(whole_as(form.variant), table, source.validation, model.rate)
-            model.hold_to_promise(form, found)
+        model.set_radius()
+        wanted = {"full": purifier is not None, "lean": True, "guarded": guarded}
+        for variant in (v for v in folders.VARIANTS if wanted[v]):
+            model.rank(variant, source)
         model.card["accuracy"] = beside_chance(classifier, source.images)
         say(report.accuracy_in_words(model.card["accuracy"]))
         return model
+
+    def set_radius(self) -> None:
+        """Let consistency step half as far as the attacks go that the network was trained against:
+        what is left of the radius after that is what rejection can protect.
+        """
+        if self.threat.norm == "Linf":
+            self.whole.detectors.get_buffer("consistency.radius").fill_(self.threat.eps / 2)
+
+    def rank(self, variant: Variant, held: Held) -> None:
+        """Calibrate one variant on held-out images, and check its promise on validation images.
+
+        Raises ValueError for too few images, and for a network whose gradient has no ONNX form.
+        """
+        pipeline = pipelines.as_variant(self.whole, variant)
+        if PROBED in pipeline.detectors.needs:
+            check_guardable(self.classifier)
+        table = ranks.calibrate(pipeline, held.images, variant)
+        self.calibrations[Form(variant)] = table
+        if self.folder is not None:
+            ranks.write(self.folder, table, self.calibrated_on)
+        found = ranks.kept(pipeline, table, held.validation, self.rate)
+        self.hold_to_promise(Form(variant), found)
 
     def pipeline(self, variant: Variant | None = None) -> DefendedClassifier:
         """The module of a variant, frozen: a copy, so that it may go to another device."""

@@ -8,6 +8,7 @@ from rampart import assembly, objects, scenes, studies
 from rampart.calibrated import WEIGHTS
 from rampart.handlers.tasks import CLASSIFY
 from rampart.hardening.model.files import read_config
+from rampart.hardening.model.images import Held
 from rampart.hardening.objects.detector import TASK
 from rampart.model import Model
 from rampart.scenes import SceneModel
@@ -36,6 +37,16 @@ def load(folder: Path) -> Model | SceneModel:
 def assemble(folder: Path, source: Any, weights: Path, *parts: Any, **more: Any) -> Any:
     """Put what training wrote together as a calibrated model, as the task of its weights asks."""
     return ASSEMBLIES[task_of(weights)](folder, source, weights, *parts, **more)
+
+
+def add_guarded(folder: Path, source: Any, *, command: str) -> None:
+    """Calibrate a finished classifier as the variant guarded too; its other files stay."""
+    model = Model.load(folder)
+    train, held = source.read(model.image_size)
+    model.check_classes(held)
+    model.calibrated_on = f"{source.name}, calibration split"
+    model.rank("guarded", Held(held, train if len(train) else None))
+    model.add_to_card({"commands": [*model.card.get("commands", []), command]})
 
 
 def quantize(folder: Path, *what: Any, **more: Any) -> studies.Outcome:

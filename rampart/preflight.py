@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rampart.export.gradients import unrolled
 from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
-from rampart.hardening.model.detectors import FULL
+from rampart.hardening.model.detectors import FULL, Consistency
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.purifier import Purifier, PurifierConfig
@@ -238,6 +239,21 @@ def check_purifier(purifier: Purifier, size: int) -> None:
             f"the purifier makes images {tuple(purified.shape)} of {tuple(x.shape)}, or pixels that"
             " are not finite: train it again"
         )
+
+
+def check_guardable(net: Classifier) -> None:
+    """Raise ValueError where the gradient of a network cannot become a part of its graph, as the
+    variant guarded wants.
+    """
+    net, size = copy.deepcopy(net).cpu(), net.config.image_size
+    pipeline = pipelines.DefendedClassifier(net, None, (Consistency.name,)).eval()
+    try:
+        unrolled(pipeline.requires_grad_(False), torch.zeros(2, size, size, 3, dtype=torch.uint8))
+    except Exception as error:  # PyTorch's own, of any kind
+        raise ValueError(
+            f"{net.config.arch} cannot have the variant guarded (leave out --guarded):"
+            f" {first_line(error)}"
+        ) from error
 
 
 def try_network(net: Classifier) -> None:

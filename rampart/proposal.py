@@ -57,6 +57,7 @@ class Wishes(NamedTuple):
     device: str = "auto"
     sample: bool = True  # whether a held-out picture goes into the archive
     balance: float | None = None
+    guarded: bool = False  # whether the variant guarded is made too
 
 
 class Plan(NamedTuple):
@@ -70,6 +71,7 @@ class Plan(NamedTuple):
     dtype: Precision | None = None
     device: str = "auto"
     sample: bool = True
+    guarded: bool = False
 
     def check(self) -> None:
         """Raise ValueError where nothing would come of it."""
@@ -185,7 +187,7 @@ def propose(wishes: Wishes, train: Images | Folder | None, *, gpu: bool) -> Prop
     recipe = Recipe(wishes.method, wishes.threat, epochs, batch, lr, augment=augment)
     recipe = recipe._replace(balance=balance(wishes, train, rows))
     rest = (wishes.weights, cleaned, wishes.evaluate_on, wishes.dtype, wishes.device)
-    return Proposal(Plan(net, recipe, *rest, wishes.sample), rows)
+    return Proposal(Plan(net, recipe, *rest, wishes.sample, wishes.guarded), rows)
 
 
 def balance(wishes: Wishes, train: Images | Folder | None, rows: list[Row]) -> float:

@@ -22,6 +22,7 @@ from rampart.hardening.attack.objectives import (
     mislead,
     targeted,
     untargeted,
+    withstand,
 )
 from rampart.hardening.attack.pgd import Objective, Outcome, Threat, apgd, pgd, random_start
 from rampart.hardening.model.pixels import to_float, to_uint8
@@ -40,6 +41,8 @@ class Budget(NamedTuple):
 
 
 QUICK = Budget(steps=20, targets=3, queries=200, standard=False)
+# Shares of the radius of consistency at which an attack asks, alone and all together.
+PROBES = ((0.5,), (1.0,), (2.0,), (0.5, 1.0, 2.0))
 # Multipliers of the penalty among which the joint attack chooses, by a pilot on a few images.
 WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
@@ -102,10 +105,14 @@ class Hunt:
         self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.attacks = 0
 
-    def try_all(self, objective: Objective) -> None:
-        """Attack the images that still stand from a new random start."""
+    def try_all(self, objective: Objective, *, onward: bool = False) -> None:
+        """Attack the images that still stand, from a new random start or `onward` from what was
+        found.
+        """
         left = (~self.won).nonzero().squeeze(1)
         start = random_start(self.x[left], self.threat, Noise(left, seed=self.attacks))
+        if onward:
+            start = self.found[left] - self.x[left]
         self.attacks += 1
         if not len(left):
             return
@@ -138,7 +145,26 @@ def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
     for rank in range(min(budget.targets, target.shape[1] - 1)):
         loss = targeted(label, target[:, rank])
         hunt.try_all(mislead(look, loss, label, handling="selective"))
+    if clean.probe is not None:
+        insist(hunt, look, label, target[:, : budget.targets])
     return hunt.found
+
+
+def insist(hunt: Hunt, look: Look, label: Tensor, target: Tensor) -> None:
+    """Against consistency: each `target` (N, T), at several radii and their worst, first for itself
+    and then onward from the nearest miss. Spent on images that only rejection has saved: of others
+    no wrong label was found.
+    """
+    with torch.no_grad():
+        saved = look(hunt.found).logits.argmax(1) != label
+    hunt.won |= ~saved
+    for shares in PROBES:
+        for one in target.unbind(1):
+            hunt.try_all(withstand(look, label, one, shares))
+    with torch.no_grad():
+        reached = look(hunt.found).logits.argmax(1)
+    hunt.try_all(withstand(look, label, reached, PROBES[-1]), onward=True)
+    hunt.try_all(mislead(look, untargeted(label), label, handling="selective"), onward=True)
 
 
 def targeted_apgd(
@@ -246,7 +272,10 @@ RUNGS = (
         "joint_apgd",
         "joint",
         joint_apgd,
-        lambda budget, _: f"joint APGD (penalty, selective, orthogonal, targeted), {budget}",
+        lambda budget, _: (
+            "joint APGD (penalty, selective, orthogonal, targeted; against consistency also each"
+            f" target after its step), {budget}"
+        ),
         lambda budget: budget.steps * (4 + budget.targets),
         meaning="right or rejected under the joint attack",
         title="joint attack, right or rejected",

@@ -4,7 +4,8 @@ gradients, Bryniarski et al. 2022 (sections 4.1 and 4.2).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,11 @@ from torch.nn import functional as F
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack.pgd import Loss, Objective, Outcome
 from rampart.hardening.model.calibrate import detection_margin, threshold
+from rampart.hardening.model.detectors import Consistency
 from rampart.hardening.model.pipeline import Defended
+
+# What consistency would see (N,) of a label (N,), at a share of its radius.
+Probe = Callable[[Tensor, float], Tensor]
 
 
 class View(NamedTuple):
@@ -22,6 +27,7 @@ class View(NamedTuple):
 
     logits: Tensor  # (N, K)
     margin: Tensor | None = None  # (N,); None where nothing is ever rejected
+    probe: Probe | None = None  # where consistency is among the detectors
 
 
 Look = Callable[[Tensor], View]
@@ -36,12 +42,14 @@ HANDLINGS = ("penalty", "selective", "orthogonal")
 def look_at(pipeline: Defended, calibration: Calibration, rate: float) -> Look:
     """The whole pipeline, differentiable: rejected where its p-value is below `rate`."""
     never = math.isinf(threshold(calibration, rate))
+    probed = Consistency.name in calibration.detectors
 
     def look(x: Tensor) -> View:
         out = pipeline.defend(x)
         if never:
             return View(out.logits)
-        return View(out.logits, detection_margin(out.scores, calibration, rate))
+        probe = partial(pipeline.margin_after_step, x) if probed else None
+        return View(out.logits, detection_margin(out.scores, calibration, rate), probe)
 
     return look
 
@@ -94,6 +102,23 @@ def mislead(
         if handling == "orthogonal" and x.requires_grad:
             slope = orthogonal(values, view.margin, wrong, x)
         return Outcome(staged, slope, won)
+
+    return objective
+
+
+def withstand(look: Look, label: Tensor, target: Tensor, shares: Sequence[float]) -> Objective:
+    """Be taken for `target` (N,), and still be after the step with which consistency asks, at the
+    worst of these `shares` of its radius (Chen et al. 2023, "Stratified Adversarial Robustness with
+    Rejection", section 4.3: consistent high-confidence inner attack, on margins).
+    """
+
+    def objective(x: Tensor, rows: Tensor) -> Outcome:
+        with torch.no_grad():
+            view = look(x)
+        assert view.margin is not None and view.probe is not None
+        won = (view.logits.argmax(1) != label[rows]) & (view.margin <= 0)
+        value = torch.stack([view.probe(target[rows], share) for share in shares]).amin(0)
+        return Outcome(value + RANK * won, value, won)
 
     return objective
 

@@ -86,6 +86,10 @@ class StraightThrough:
         own = self.graph(x).logits
         return carried(own, self.pipeline.label_logits(x)) if wants_gradient(x) else own
 
+    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+        """Of the fp32 pipeline: what leads the attack need not be what the graph says."""
+        return self.pipeline.margin_after_step(x, label, share)
+
     def graph(self, x: Tensor) -> Outputs:
         """What the graph itself says, without gradients."""
         out = self.engine.run(to_uint8(x.detach()).cpu().numpy())
@@ -159,7 +163,7 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
         return View(logits, bar - logits.softmax(1).amax(1) - 1e-7)
 
     def answer(x: Tensor) -> Answer:
-        logits, margins = view(batched(logits_of, x))
+        logits, margins, _ = view(batched(logits_of, x))
         margin = cast(Tensor, margins).cpu().numpy()
         return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 

@@ -34,11 +34,11 @@ from rampart.hardening.model.pixels import to_float
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 AIMS = (0.01, 0.02, 0.05, 0.2)
 SHOWN = (0.02, 0.05)
-DECIDING = 0.05
+DECIDING = 0.02
 # The classifier's largest probability alone: what every other rejection has to beat.
 MAX_SOFTMAX = "+ confidence"
 BASELINES = ("classifier", MAX_SOFTMAX)
-ON_TEST = (*BASELINES, "lean", "full")
+ON_TEST = (*BASELINES, "lean", "guarded", "full")
 ROUNDS = 200
 
 ToEngine = Callable[[DefendedClassifier], Engine]
@@ -90,7 +90,7 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
     two_views = [name for name in possible if PURIFIER in needs[name]]
     one_view = [name for name in possible if name not in two_views]
     out = [Setup("classifier"), *(Setup(f"+ {name}", False, (name,)) for name in one_view)]
-    out.append(Setup("lean", False, (*pipeline.variants["lean"], *head)))
+    out += [Setup(v, False, (*pipeline.variants[v], *head)) for v in ("lean", "guarded")]
     if pipeline.purifier is not None:
         out.append(Setup("+ purifier", True))
         out += [Setup(f"+ purifier + {name}", True, (name,)) for name in two_views]
@@ -204,17 +204,21 @@ def timings(engines: list[Engine | None]) -> list[float | None]:
 
 
 def default(outcomes: list[Outcome]) -> Row:
-    """The variant to serve, and why: `full` costs more, so what it adds has to be beyond chance."""
+    """The variant to serve, and why: one that costs more has to add something beyond chance to the
+    best of the cheaper ones.
+    """
     held = {outcome.attacked.setup.name: outcome.safe(DECIDING) for outcome in outcomes}
-    if "full" not in held:
-        return {"variant": "lean", "why": "the model has no purifier"}
-    added, (low, high) = difference(held["full"], held["lean"])
-    why = (
-        f"at {DECIDING:.0%} false alarms full holds {held['full'].mean():.1%} of the images, lean"
-        f" {held['lean'].mean():.1%}: {100 * added:+.1f} points ({100 * low:+.1f} to"
-        f" {100 * high:+.1f}), and full has to be better beyond chance, since it costs more"
-    )
-    return {"variant": "full" if low > 0 else "lean", "why": why}
+    best, reasons = "lean", []
+    for dearer in (name for name in ("guarded", "full") if name in held):
+        added, (low, high) = difference(held[dearer], held[best])
+        reasons.append(
+            f"at {DECIDING:.0%} false alarms {dearer} holds {held[dearer].mean():.1%} of the"
+            f" images, {best} {held[best].mean():.1%}: {100 * added:+.1f} points"
+            f" ({100 * low:+.1f} to {100 * high:+.1f}), and {dearer} has to be better beyond"
+            " chance, since it costs more"
+        )
+        best = dearer if low > 0 else best
+    return {"variant": best, "why": "; ".join(reasons) or "there is no other variant"}
 
 
 def entry(

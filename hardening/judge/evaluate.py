@@ -37,6 +37,7 @@ LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels")
 PIPELINE_CODE = (*LABEL_CODE, "attack/victims", *DEFENCE_CODE)
 AIMS: tuple[Aim, ...] = ("label", "joint", "flood")
 BARE = ("classifier", "undefended")  # victims that nothing stands in front of
+UNPURIFIED = ("lean", "guarded")  # variants whose label is the classifier's
 
 
 class Rung(NamedTuple):
@@ -176,8 +177,11 @@ class Record(NamedTuple):
     budget: str
 
     def attacks(self, name: str) -> list[tuple[Rung, Replay]]:
-        """Those called `name` on this victim, full eps last; `lean` shares the classifier's."""
-        twins = {self.victim.name, "classifier" if self.victim.subject.variant == "lean" else ""}
+        """Those called `name` on this victim, full eps last; with the classifier's where this is
+        what labels.
+        """
+        shared = self.victim.subject.variant in UNPURIFIED
+        twins = {self.victim.name, "classifier" if shared else ""}
         mine = [(r, after) for r, after in self.under if r.name == name and r.victim.name in twins]
         return sorted(mine, key=lambda pair: (pair[0].threat.eps, pair[0].victim is self.victim))
 
@@ -313,10 +317,10 @@ def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) 
 
 
 def has_own_label(victim: Victim) -> bool:
-    """Whether no other victim has the same label; `lean` in fp32 has the classifier's."""
+    """Whether no other victim has the same label; without a purifier it is the classifier's."""
     subject = victim.subject
-    own = subject.kind == "pipeline" and (subject.precision, subject.variant) != (FP32, "lean")
-    return own or not victim.rejects
+    shared = subject.precision == FP32 and subject.variant in UNPURIFIED
+    return not victim.rejects or (subject.kind == "pipeline" and not shared)
 
 
 def evaluate(

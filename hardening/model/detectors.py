@@ -75,8 +75,11 @@ def margin(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where(own, logits, torch.zeros_like(logits)).sum(1) - others
 
 
-def step_against(classifier: Classifier, x: Tensor, radius: Tensor) -> Tensor:
-    """x (N, 3, H, W) after one signed step of `radius` that lowers the margin of its own label.
+def step_against(
+    classifier: Classifier, x: Tensor, radius: Tensor, label: Tensor | None = None
+) -> Tensor:
+    """x (N, 3, H, W) after one signed step of `radius` that lowers the margin of its own label, or
+    of `label` (N,).
 
     The step is a constant of what follows: where a network is linear in pieces, as with ReLU, that
     is its true derivative almost everywhere.
@@ -84,7 +87,8 @@ def step_against(classifier: Classifier, x: Tensor, radius: Tensor) -> Tensor:
     with torch.enable_grad():
         start = x.detach().requires_grad_()
         logits = classifier(start)
-        (slope,) = torch.autograd.grad(margin(logits, logits.detach().argmax(1)).sum(), start)
+        aim = logits.detach().argmax(1) if label is None else label
+        (slope,) = torch.autograd.grad(margin(logits, aim).sum(), start)
     return (x - radius * slope.sign()).clamp(0, 1)
 
 
@@ -325,6 +329,8 @@ FULL = (
 )
 # Doubt between classes, unlike any class, unlike all that was trained on.
 LEAN = ("confidence", "feature_distance", "residual")
+# Near the border to another class, which attacks leave pictures: others beside it only dilute it.
+GUARDED = ("consistency",)
 FITTED = 5000  # training images that detectors are fitted on
 RECTIFIED = Rectified.name  # where the classifier has a second head
 SQUEEZING = Squeezing.name

@@ -18,7 +18,8 @@ from rampart.hardening.model.files import SAMPLES, Precision, calibration_file
 if TYPE_CHECKING:
     from rampart.hardening.model.pipeline import Variant
 
-VARIANTS: tuple[Variant, ...] = ("full", "lean")
+# The first that there is stands for the model, unless an ablation has chosen.
+VARIANTS: tuple[Variant, ...] = ("full", "lean", "guarded")
 LOG = "evaluations.jsonl"
 # What is drawn of a model, and what was measured of it beside its card.
 DRAWN = ("ablation.png", "curve.png", "report.html")

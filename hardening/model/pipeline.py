@@ -10,21 +10,27 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import (
     FULL,
+    GUARDED,
     LEAN,
     PROBED,
     RECTIFIED,
     SQUEEZED,
     Detectors,
     Views,
+    margin,
     squeezed,
     step_against,
 )
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.purifier import Purifier, build, described
 
-Variant = Literal["full", "lean"]
+Variant = Literal["full", "guarded", "lean"]
 # The detectors of a variant where a file of weights does not name them.
-EARLIER: dict[Variant, tuple[str, ...]] = {"full": FULL, "lean": ("confidence", "energy")}
+EARLIER: dict[Variant, tuple[str, ...]] = {
+    "full": FULL,
+    "guarded": ("consistency",),
+    "lean": ("confidence", "energy"),
+}
 
 
 class Outputs(NamedTuple):
@@ -47,6 +53,10 @@ class Defended(Protocol):
         """Its `logits` (N, K) alone."""
         ...
 
+    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+        """What `consistency`, if it is a part, would see (N,) of a `label` (N,)."""
+        ...
+
 
 class DefendedClassifier(nn.Module):
     """Purifier, if any, classifier and detectors as one module without branches or randomness."""
@@ -56,7 +66,11 @@ class DefendedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.purifier = classifier, purifier
-        self.variants: dict[Variant, tuple[str, ...]] = {"full": FULL, "lean": LEAN}
+        self.variants: dict[Variant, tuple[str, ...]] = {
+            "full": FULL,
+            "guarded": GUARDED,
+            "lean": LEAN,
+        }
         self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
 
     def defend(self, x: Tensor) -> Outputs:
@@ -86,6 +100,13 @@ class DefendedClassifier(nn.Module):
         """The `logits` of `defend` and nothing else, at half the cost: (N, K) of x (N, 3, H, W)."""
         logits: Tensor = self.classifier(x if self.purifier is None else self.purifier(x))
         return logits
+
+    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+        """What `consistency` would see (N,) if x (N, 3, H, W) had this `label` (N,), at a `share`
+        of its radius: for attackers, who want it large for a wrong label.
+        """
+        radius = share * self.detectors.get_buffer("consistency.radius")
+        return margin(self.classifier(step_against(self.classifier, x, radius, label)), label)
 
     def forward(self, image: Tensor) -> Outputs:
         """The entry that is exported: image uint8 (N, H, W, 3)."""

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 QUICK = "Short attacks, on 100 images unless you pass --limit"
 ALONE = "With --rung: attack only this variant"
-ON_TEST = (
-    "Report on these test images, without choosing a variant: classifier, max-softmax, lean, full"
-)
+ON_TEST = "Report on these test images, without choosing a variant: the baselines and the variants"
 ROW = "Measure only this row, beside classifier and max-softmax rejection; not for the card, "
 ROW += "because the row does not face the attacks on the others; repeatable"
 UNLIKE = "Images that show none of the model's classes and should be flagged; repeatable"
@@ -88,7 +86,7 @@ def evaluate(
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
     quick: Annotated[bool, Option("--quick", help=QUICK)] = False,
     rung: Annotated[list[str] | None, Option(help=RUNG), inputs.rung] = None,
-    variant: Annotated[Literal["full", "lean"] | None, Option(help=ALONE)] = None,
+    variant: Annotated[Literal["full", "guarded", "lean"] | None, Option(help=ALONE)] = None,
     twin: o.Twin = None,
     int8: Annotated[bool, Option("--int8", help="Attack the int8 graphs as well")] = False,
     fp16: Annotated[bool, Option("--fp16", help="Attack the fp16 graphs as well")] = False,

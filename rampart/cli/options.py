@@ -180,8 +180,13 @@ class Threat(NamedTuple):
 
 FOLDER = "Folder of the model, such as model_store/NAME"
 Model = Annotated[Path, Argument(help=FOLDER), inputs.folder]
-VARIANT = "full, or lean for low latency; by default, the choice of `rampart ablate`, else full"
-Variant = Annotated[Literal["full", "lean"] | None, Option(help=VARIANT)]
+GUARDED = "Also make the variant guarded, with the detector consistency: it costs three times lean"
+Guarded = Annotated[bool, Option("--guarded", help=GUARDED)]
+VARIANT = (
+    "full (with the purifier), guarded (with consistency) or lean (the fastest); by default, the"
+    " choice of `rampart ablate`, else full if the model has it, else lean"
+)
+Variant = Annotated[Literal["full", "guarded", "lean"] | None, Option(help=VARIANT)]
 PRECISION = (
     "Precision of the graph; run `rampart quantize` for fp16 or int8. Default int8 if it was"
 )

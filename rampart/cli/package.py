@@ -88,6 +88,7 @@ def calibrate(
     purifier: Annotated[Path | None, Option(help=CLEANED), inputs.checkpoint] = None,
     held: o.Held = None,
     data_name: Annotated[str, Option(help="Name of the training data in the card")] = "",
+    guarded: o.Guarded = False,
     archive: Finished = None,
     images: Annotated[Path | None, Option(help=TRAFFIC), inputs.pictures] = None,
     out: Annotated[Path | None, Option(help=RENEWED), inputs.new_archive] = None,
@@ -96,7 +97,8 @@ def calibrate(
 ) -> None:
     """Combine classifier and purifier into a model folder and calibrate its variants.
 
-    Without a purifier, the folder has only the variant `lean`. With --archive and --images,
+    Without a purifier, the folder has only the variant `lean`. With --guarded and without
+    --classifier, add the variant `guarded` to a finished folder. With --archive and --images,
     recalibrate a finished archive on pictures from your traffic; its graph stays unchanged.
     """
     if archive and images:
@@ -105,12 +107,16 @@ def calibrate(
         target = out or archive.with_stem(f"{archive.stem}-recalibrated")
         words = renew(archive, images, target, command=command_line()).in_words()
         say(*words, f"{target}: serve it with `rampart serve --archive {target}`")
-    elif folder and data and classifier:
+    elif folder and data:
         from rampart.hardening.model.folder import calibrations
-        from rampart.models import assemble
+        from rampart.models import add_guarded, assemble
 
         source, command = o.Source(data, held, skip_bad).open(), command_line()
-        assemble(folder, source, classifier, purifier, data_name=data_name, command=command)
+        if classifier:
+            make = partial(assemble, data_name=data_name, guarded=guarded, command=command)
+            make(folder, source, classifier, purifier)
+        else:
+            add_guarded(folder, source, command=command)
         say(*calibrations(folder))
 
 

@@ -107,6 +107,7 @@ def harden(
     purifier_epochs: Annotated[int | None, Option(min=0, help=f"{NO_PURIFIER}; {FITS}")] = None,
     evaluate_on: Annotated[int, Option(min=0, help="Validation images to attack; 0: none")] = 100,
     dtype: o.Dtype = None,
+    guarded: o.Guarded = False,
     sample: o.WithSample = True,
     runs: Annotated[Path, Option(help=STAGES), inputs.folder_to_write] = Path("runs"),
     device: o.Device = "auto",
@@ -137,7 +138,7 @@ def harden(
 
     net, how = network.config(arch or "resnet18", image_size or 32), chosen(augment)
     asked = (threat.ball(), method, arch, network.width, image_size, net, epochs, batch_size, lr)
-    rest = (purifier_epochs, evaluate_on, dtype, device, sample, balance)
+    rest = (purifier_epochs, evaluate_on, dtype, device, sample, balance, guarded)
     wishes = Wishes(*asked, how, weights, *rest)
     agree = bool if yes or not sys.stdin.isatty() else ask
     go = partial(go, runs=runs, command=command_line(), agree=agree, anyway=anyway)
