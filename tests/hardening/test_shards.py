@@ -312,7 +312,7 @@ def test_shards_and_a_file_of_the_same_images_give_the_same_calibration_and_figu
         figures = [{k: v for k, v in row.items() if k not in ("data", "command")} for row in rows]
         files = [file for file in model.iterdir() if file.suffix in (".npy", ".safetensors")]
         table = json.loads((model / "calibration-lean.json").read_text())
-        table.pop("calibrated_on", None)
+        assert table.pop("data") == f"{source.name}, calibration split"
         found.append((figures, table, {file.name: file.read_bytes() for file in files}))
     assert found[0] == found[1]
     assert {row["n"] for row in found[0][0]} == {12} and found[0][2]
