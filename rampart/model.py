@@ -41,7 +41,7 @@ from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.report import card as report
-from rampart.hardening.train.data import Folder, load, spread
+from rampart.hardening.train.data import Folder, spread, survey
 from rampart.hardening.train.loop import say
 from rampart.preflight import check_classes, check_guardable
 from rampart.provenance import PYTHON
@@ -190,7 +190,8 @@ class Model(Calibrated):
 
     def gate(self, images: Path) -> Tensor:
         """Images (64, H, W, 3) of a file or folder for the parity gate."""
-        return spread(load(images, train=False, size=self.image_size), 64).image
+        found, _ = survey(images, train=False, size=self.image_size, stream=True)
+        return spread(found, 64).image
 
     def pixels(self, images: Pictures) -> Tensor:
         """Images as uint8 (N, H, W, 3) at the model's size, decoded as the endpoint decodes."""
@@ -276,7 +277,7 @@ class Model(Calibrated):
         row = partial(report.row, data=data, command=command, rate=rate)
         return Figures(result, list(map(row, result.metrics)))
 
-    def check_classes(self, *images: Images) -> None:
+    def check_classes(self, *images: Images | Folder) -> None:
         """Raise ValueError where images have other classes than the model."""
         for some in images:
             if (classes := some.classes) != self.classes:

@@ -4,11 +4,14 @@ Each study takes a Model and images and returns what it found. It writes that be
 measured.json, or into the card where that is asked for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from rampart import inputs
 from rampart.calibrated import Calibrated, Form
@@ -27,17 +30,18 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.card import Subject
 from rampart.hardening.model.files import SAMPLE, load_variant
-from rampart.hardening.model.images import split
+from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.report import card as report
-from rampart.hardening.train.data import load, spread
+from rampart.hardening.train.data import Folder, spread, survey
 from rampart.looks import shown
 from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
 from rampart.sources import Sample, Source, held_images
 from rampart.training import pick_device
 
+AT_ONCE = 128  # images of a folder that are judged together
 ABLATION_TABLES = (ablation.table, ablation.curve_table)
 
 
@@ -232,7 +236,9 @@ def ablate(
     inputs.ablation(rows, test, study.twin)
     where = pick_device(study.device)
     held = held_images(model, source)
-    attacked = load(test, train=False, size=model.image_size) if test else split(held, "validation")
+    attacked: Images | Folder = split(held, "validation")
+    if test:
+        attacked, _ = survey(test, train=False, size=model.image_size, stream=True)
     model.check_classes(held, attacked)
     few = spread(attacked, limit).to(where)
     pipeline = model.pipeline(model.variants[0])
@@ -294,9 +300,13 @@ def alarms(
     rate = model.chosen_rate(study.rate)
     rows = list(false.false_alarms(every, sample, rate=rate))
     rows += false.by_class(every, unranked, rate=rate)
-    others = strangers.drawn(model.image_size)
+    others: dict[str, Iterable[Tensor]] = {
+        name: [image] for name, image in strangers.drawn(model.image_size).items()
+    }
     for path in unlike:
-        others[path.name] = load(path, train=False, size=model.image_size).image
+        found, _ = survey(path, train=False, size=model.image_size, stream=True)
+        pieces = found.read(torch.split(torch.arange(len(found)), AT_ONCE))
+        others[path.name] = (image for image, _ in pieces)
     foreign = list(strangers.flagged(every, others, rate=rate))
     coverage = {v: list(false.coverage(table.combined)) for v, table in tables.items()}
     remedies = false.remedies(rows)

@@ -132,13 +132,13 @@ def _title(process: psutil.Process) -> str:
 
 
 class Nodes:
-    """Two nodes of one core each, and commands by Ray's own Python."""
+    """Two nodes of one core each, and commands by Ray's own Python; `code` runs first in all."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, code: str = "") -> None:
         self._environment = environment(home) | {"HOME": str(home)}
         # What Ray's own Python lacks is this one's, after its own: what both have is Ray's.
         beside = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
-        (home / "sitecustomize.py").write_text(beside)
+        (home / "sitecustomize.py").write_text(beside + code)
         self._environment["PYTHONPATH"] += f":{home}"
         self._log = (home / "log").open("w")
         self._process = subprocess.Popen(
@@ -191,13 +191,13 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[Nodes]:
-    """A cluster, where Ray is installed."""
+def two_nodes(code: str = "") -> Iterator[Nodes]:
+    """A cluster, where Ray is installed; `code` runs first in each of its processes."""
     if not PYTHON.exists():
         pytest.skip("needs Ray: `make .venv/ray` installs it")
     home = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # sockets want a short path
     try:
-        nodes = Nodes(home)
+        nodes = Nodes(home, code)
         yield nodes
         nodes.end()
     finally:

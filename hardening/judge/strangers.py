@@ -3,7 +3,7 @@
 Here a high share is good: whatever the label, it is wrong.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,13 +51,15 @@ def drawn(size: int) -> dict[str, Tensor]:
 
 
 def flagged(
-    every: Sequence[Judged], pictures: Mapping[str, Tensor], *, rate: float
+    every: Sequence[Judged], pictures: Mapping[str, Iterable[Tensor]], *, rate: float
 ) -> Iterator[Row]:
-    """How many of the pictures, uint8 (N, H, W, 3), each variant flags at `rate`."""
-    for name, image in pictures.items():
-        for judged in every:
+    """How many of the pictures, in pieces uint8 (N, H, W, 3), each variant flags at `rate`."""
+    for name, pieces in pictures.items():
+        found = [[p_of(judged, piece) < rate for judged in every] for piece in pieces]
+        for judged, parts in zip(every, zip(*found, strict=True), strict=True):
+            flags = np.concatenate(parts)
             row: Row = {"pictures": name, "variant": judged.calibration.variant}
-            yield row | share(p_of(judged, image) < rate) | {"n": len(image)}
+            yield row | share(flags) | {"n": len(flags)}
 
 
 def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

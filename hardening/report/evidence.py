@@ -18,6 +18,7 @@ from typing import NamedTuple
 from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.model.card import FILE, Figure, Row, failed_checks, read_card
+from rampart.hardening.report import redteam
 from rampart.hardening.report.elements import Table, in_words, title
 from rampart.hardening.report.frameworks import (
     FRAMEWORKS,
@@ -183,6 +184,12 @@ def results(card: Row) -> Iterator[Table]:
         ]  # fmt: skip
         head = ("what was tested", "figure", "threat", "value", "95% interval", "n")
         yield Table(name, head, body)
+    if attacked := card.get("redteam"):
+        yield Table(
+            "Black-box attacks on the running endpoint",
+            ("data", "what was measured", "command"),
+            [(row["data"], redteam.in_words(row), row["command"]) for row in attacked],
+        )
 
 
 def checks(card: Row) -> Iterator[Table]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from rampart.hardening.model.card import Figure, Row, main_figures
+from rampart.hardening.report import redteam
 from rampart.hardening.report.elements import both, title
 
 NOT_MEASURED = "not measured"
@@ -103,6 +104,11 @@ def beyond(card: Row) -> str:
     )
 
 
+def black_box(card: Row) -> str:
+    """What attacks by queries on the running endpoint achieved."""
+    return "\n".join(map(redteam.in_words, card.get("redteam", [])))
+
+
 def made(card: Row) -> str:
     """The commands that made the model."""
     return "\n".join(card.get("commands", []))
@@ -135,7 +141,7 @@ FRAMEWORKS = (
         (
             Item("AML.T0015", "Evade AI Model", said("robust", "autoattack")),
             Item("AML.T0043.000", "White-Box Optimization", said(*WHITE_BOX)),
-            Item("AML.T0043.001", "Black-Box Optimization", nothing),
+            Item("AML.T0043.001", "Black-Box Optimization", black_box),
             Item("AML.T0043.002", "Black-Box Transfer", said("transfer")),
             Item("AML.T0043.003", "Manual Modification", beyond),
             Item("AML.T0043.004", "Insert Backdoor Trigger", nothing),
@@ -178,7 +184,7 @@ FRAMEWORKS = (
         "NIST AI 100-2 E2025, predictive AI",
         (
             Item("evasion", "white-box attacks", said(*WHITE_BOX)),
-            Item("evasion", "black-box attacks on scores or labels", nothing),
+            Item("evasion", "black-box attacks on scores or labels", black_box),
             Item("evasion", "transferability of attacks", said("transfer")),
             Item("evasion", "attacks in the real world", nothing),
             Item("poisoning", "availability, targeted, backdoor", nothing),

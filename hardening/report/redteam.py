@@ -12,9 +12,12 @@ from rampart.hardening.attack.redteam import ATTACKS, Endpoint, Outcome, read, r
 from rampart.hardening.attack.redteam.probe import Floats
 from rampart.hardening.attack.redteam.run import require
 from rampart.hardening.judge.metrics import wilson
+from rampart.hardening.model.card import Row, cell_text, read_card
+from rampart.hardening.report.card import add_to_card, log_evaluation
 
 __all__ = [
-    "ATTACKS", "Endpoint", "by_attack", "curve", "picture", "read", "redteam", "summary", "told",
+    "ATTACKS", "Endpoint", "by_attack", "curve", "in_words", "into_card", "picture", "read",
+    "redteam", "summary", "told",
 ]  # fmt: skip
 
 
@@ -22,6 +25,53 @@ def by_attack(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """The outcomes of each attack, attacks in the order of ATTACKS."""
     groups = {name: [o for o in outcomes if o.attack == name] for name in ATTACKS}
     return {name: group for name, group in groups.items() if group}
+
+
+# What a newer row of the card replaces.
+SAME = ("attack", "eps", "queries", "target", "data")
+
+
+def into_card(
+    folder: Path, outcomes: Sequence[Outcome], classes: Sequence[str], *, data: str, command: str
+) -> list[Row]:
+    """Put what each attack achieved into a model's card, and into its log; returns these rows.
+
+    Raises ValueError, and writes nothing, where the endpoint named another model.
+    """
+    card, model = read_card(folder), outcomes[0].settings.model
+    if model and model != card["model"]:
+        raise ValueError(
+            f"the endpoint serves {model}, and {folder} is {card['model']}: pass --into-card the"
+            " folder of the model that was attacked (nothing is asked again)"
+        )
+    rows = [
+        row_of(name, group, classes) | {"data": data, "command": command}
+        for name, group in by_attack(outcomes).items()
+    ]
+    new = [[row.get(name) for name in SAME] for row in rows]
+    old = [row for row in card.get("redteam", []) if [row.get(n) for n in SAME] not in new]
+    add_to_card(folder, {"redteam": [*old, *rows]})
+    log_evaluation(folder, {"data": data, "n": rows[0]["n"], "command": command})
+    return rows
+
+
+def row_of(name: str, outcomes: Sequence[Outcome], classes: Sequence[str]) -> Row:
+    """An attack as the card lists it: the share of images that fooled, wrong when clean or not."""
+    settings, n = outcomes[0].settings, len(outcomes)
+    value = sum(o.success is not None for o in outcomes) / n
+    share = {"value": round(value, 6), "interval": [round(end, 4) for end in wilson(value, n)]}
+    budget = {"eps": f"{settings.eps}/255", "queries": settings.budget}
+    target = {} if settings.target is None else {"target": classes[settings.target]}
+    return {"attack": name, "fooled": share, "n": n} | budget | target
+
+
+def in_words(row: Row) -> str:
+    """A row of the card with all that belongs to it, but for its command."""
+    target = f" towards {row['target']}" if "target" in row else ""
+    return (
+        f"{row['attack']}{target}: {cell_text(row['fooled'])} of images fooled, n = {row['n']},"
+        f" Linf {row['eps']}, up to {row['queries']:,} queries an image"
+    )
 
 
 READ = {

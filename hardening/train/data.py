@@ -450,9 +450,17 @@ def write_digits(folder: Path) -> dict[str, int]:
 
 
 def spread(images: Source, count: int | None) -> Images:
-    """`count` images evenly spaced over all (an ImageFolder is sorted by class); all for None."""
+    """`count` images evenly spaced over all (an ImageFolder is sorted by class); all for None.
+
+    Raises ValueError where those of a folder would fill memory.
+    """
     if count is not None and count < len(images):
         images = images[torch.arange(count) * len(images) // count]
+    if isinstance(images, Folder) and len(images) > (most := MEMORY // (images.size**2 * 3)):
+        raise ValueError(
+            f"{len(images):,} images from {images.paths[0]} on do not fit into memory, where"
+            f" attacks keep them ({MEMORY / 2**30:g} GiB at most): pass --limit {most} or less"
+        )
     return images.whole()
 
 

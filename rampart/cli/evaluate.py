@@ -55,6 +55,9 @@ RANGE = "Range of pixels sent as numbers: [0, 1], 0 to 255, [-1, 1], or as torch
 LAYOUT = "Order of pixels sent as numbers; default what the model tells, else nhwc"
 OUTPUT = "v2: the tensor that has the scores"
 HEADER = "Sent along, as 'Authorization: Bearer TOKEN'; repeatable"
+ATTACKED = (
+    "Folder of the model that is attacked: its card gets the figures, and evidence shows them"
+)
 TARGET = "The class that attacks are to end in; default any wrong one"
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 EVIDENCE = Path("evidence.html")
@@ -287,6 +290,7 @@ def redteam(
     target: Annotated[str | None, Option(help=TARGET)] = None,
     *,
     server: Server,
+    into_card: Annotated[Path | None, Option(help=ATTACKED), inputs.folder] = None,
     i_own_this_endpoint: Annotated[
         bool, Option("--i-own-this-endpoint", help="Required beyond loopback")
     ] = False,
@@ -301,6 +305,9 @@ def redteam(
     run = partial(team.redteam, limit=limit, eps=eps, budget=queries, seed=seed, target=target)
     outcomes = run(endpoint, data, out, attacks=attack or ())
     say(*team.told(endpoint), team.summary(outcomes))
+    if into_card:
+        own = {"data": images.name, "command": command_line()}
+        team.into_card(into_card, outcomes, data.classes, **own)
     runs = {out.name: outcomes}
     if beside:
         runs[beside.name if beside.name != out.name else str(beside)] = team.read(beside)

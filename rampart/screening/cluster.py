@@ -1,7 +1,8 @@
 """A run over a store by the tasks of a Ray cluster: one a shard, each with one core.
 
 Tasks, and not Ray Data: Ray takes a task up again whose process or node dies, and counts how often,
-so a file that kills decoders ends its shard and not the run. No node needs the archive or the
+so a file that kills decoders ends its shard and not the run. Ray Data (2.60) tries such a file
+without end, or drops its block and names none. No node needs the archive or the
 folder of the verdicts: both go through Ray.
 """
 

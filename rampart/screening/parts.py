@@ -60,7 +60,7 @@ class Part:
 
     def __init__(self, path: Path, columns: pa.Schema, digest: str) -> None:
         self._path, self._columns, self._digest = path, columns, digest
-        self._unfinished = path.with_suffix(".unfinished")
+        self._unfinished = _hidden(path)
         self._rows: list[Row] = []
         self.tally = Tally()
 
@@ -91,9 +91,14 @@ class Part:
             self._unfinished.unlink()
 
 
+def _hidden(path: Path) -> Path:
+    """Where a part is made: Parquet's readers of a whole folder leave out what hides."""
+    return path.with_name(f".{path.stem}.unfinished")
+
+
 def place(path: Path, content: bytes) -> None:
     """Write a part that was made elsewhere, whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = _hidden(path)
     unfinished.write_bytes(content)
     _finish(unfinished, path)
 

@@ -5,7 +5,9 @@ from their neighbours. So each expected verdict is plain arithmetic. (TorchServe
 start; tests/handlers and tests/launch have it.)
 """
 
+import html
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import run
 from PIL import Image
 
 from rampart.handlers.errors import ImageError
@@ -38,6 +41,8 @@ from rampart.hardening.attack.redteam.probe import MAX_REPEATS, AttackEnd, as_fl
 from rampart.hardening.attack.redteam.run import FILE, _alike
 from rampart.hardening.model.images import Images
 from rampart.hardening.report import redteam as report
+from rampart.hardening.report.card import read_card, write_card
+from rampart.hardening.report.evidence import evidence
 
 CLASSES = ("dark", "bright", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 THRESHOLD = 128
@@ -503,3 +508,32 @@ def test_the_picture_shows_two_runs_of_one_eps(tmp_path: Path) -> None:
 def test_every_attack_has_a_look_of_its_own() -> None:
     assert list(report.LOOKS) == list(ATTACKS)
     assert len(set(report.LOOKS.values())) == len(ATTACKS)
+
+
+def test_figures_go_into_the_card_and_evidence_fills_its_black_box_rows_from_them(
+    toy: Toy, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree("model_store/traffic-signs", tmp_path / "signs"))
+    images = pictures(100, 124, 140, 200)
+    label = torch.tensor([0, 0, 1, 0])  # the last one is wrong when clean
+    arrays = {"image": images.image, "label": label, "classes": images.classes}
+    np.savez(tmp_path / "few.npz", **arrays)
+    words = ["redteam", toy.url, tmp_path / "few.npz", "--out", tmp_path / "out", "--queries", 20]
+    words += ["--attack", "square", "--into-card", model]
+    with pytest.raises(ValueError, match=r"serves toy, and .*signs is traffic-signs: pass"):
+        run(*words)
+    assert "redteam" not in read_card(model)
+    asked = len(toy.seen)
+    write_card(model, read_card(model) | {"model": "toy"})
+    run(*words)
+    assert len(toy.seen) == asked + 1  # which model it is, and no attack again
+    (row,) = read_card(model)["redteam"]
+    assert (row["attack"], row["n"], row["eps"], row["queries"]) == ("square", 4, "8/255", 20)
+    assert row["fooled"] == {"value": 0.25, "interval": [0.0456, 0.6994]}
+    page = html.unescape(evidence(model))
+    line = "square: 25.0% (4.6% to 69.9%) of images fooled, n = 4, Linf 8/255, up to 20 queries"
+    assert page.count(line) == 3  # as a figure, for MITRE ATLAS and for NIST
+    assert row["command"] in page
+    run(*words[:-2], "--out", tmp_path / "third", "--target", "third", "--into-card", model)
+    first, second = read_card(model)["redteam"]
+    assert first == row and second["target"] == "third" and second["fooled"]["value"] == 0

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import requests
 import torch
+from kserve_server import PYTHON
+from prometheus_client.parser import text_string_to_metric_families
 from servers import Server, free_port
+from started import Started
 from triton_server import Triton
 
 from rampart.hardening.attack import redteam
@@ -31,11 +35,32 @@ def flat(*values: int) -> np.ndarray:
     return np.stack([np.full((SIDE, SIDE, 3), value, np.uint8) for value in values])
 
 
-def fools(endpoint: Endpoint, out: Path, **options: Any) -> redteam.Outcome:
+def fools(
+    endpoint: Endpoint, out: Path, levels: tuple[int, int] = (127, 140), **options: Any
+) -> redteam.Outcome:
     """One image just below the middle under attack; the other is where some attacks begin."""
-    images = Images(torch.from_numpy(flat(127, 140)), torch.tensor([0, 1]), CLASSES)
+    images = Images(torch.from_numpy(flat(*levels)), torch.tensor([0, 1]), CLASSES)
     (outcome,) = redteam.redteam(endpoint, images, out, limit=1, budget=200, **options)
     return outcome
+
+
+def check_batches(endpoint: Endpoint, out: Path, sent: Callable[[], float]) -> None:
+    """Three pictures are one request, and an attack asks far more than it sends, as the server
+    counts requests.
+    """
+    before = sent()
+    endpoint.ask(flat(100, 160, 120))
+    assert sent() - before == 1
+    outcome = fools(endpoint, out, (90, 170), attacks=["hopskipjump"])
+    assert (outcome.queries, outcome.success) == (200, None)
+    assert sent() - before < 150
+
+
+def counted(root: str, name: str, **labels: str) -> float:
+    """A counter that a server shows to Prometheus."""
+    families = text_string_to_metric_families(requests.get(f"{root}/metrics", timeout=10).text)
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(s.value for s in found if labels.items() <= s.labels.items())
 
 
 TRITON = f"""
@@ -90,12 +115,73 @@ def test_triton_answers_a_batch_of_pixels_in_logits_and_is_fooled(
     outcome = fools(endpoint, tmp_path / "wanted", attacks=["simba"], target="bright")
     assert outcome.success is not None and outcome.settings.target == 1
     assert fools(endpoint, tmp_path / "not", attacks=["oars"], target="third").success is None
+
+    def sent() -> float:
+        (stats,) = requests.get(url.replace("infer", "stats"), timeout=10).json()["model_stats"]
+        return float(stats["inference_stats"]["success"]["count"])
+
+    check_batches(endpoint, tmp_path / "many", sent)
     with pytest.raises(ValueError, match="takes 32 pixels a side: pass --image-size 32"):
         Endpoint(url, CLASSES, size=64).ask(flat(100))
     with pytest.raises(ValueError, match="2 classes of these images"):
         Endpoint(url, CLASSES[:2]).ask(flat(100))
     with pytest.raises(ValueError, match="models/dim answers with status 40"):
         Endpoint(url.replace("bright", "dim"), CLASSES).ask(flat(100))
+
+
+KSERVE = f"""
+import kserve
+import numpy as np
+
+class Bright(kserve.Model):
+    def __init__(self):
+        super().__init__("bright")
+        self.ready = True
+
+    def predict(self, payload, headers=None):
+        scores = []
+        for x in payload["instances"]:
+            mean = np.mean(x)
+            scores.append(np.array({RULE}))
+        shares = [np.exp(row) / np.exp(row).sum() for row in scores]
+        return {{"predictions": [row.tolist() for row in shares]}}
+
+if __name__ == "__main__":
+    kserve.ModelServer(workers=1).start([Bright()])
+"""
+
+
+@pytest.fixture
+def kserve(tmp_path: Path) -> Iterator[Started]:
+    """A real server of the protocol, which KServe has as v1: TensorFlow Serving has no wheel."""
+    (tmp_path / "bright.py").write_text(KSERVE)
+    port = free_port()
+    words = [PYTHON, "bright.py", "--http_port", port, "--grpc_port", port + 1]
+    server = Started(words, port, tmp_path, os.environ)
+    server.wait()
+    yield server
+    assert server.end() == 0
+
+
+def test_a_server_of_tensorflow_servings_predictions_answers_batches_and_is_fooled(
+    kserve: Started, tmp_path: Path
+) -> None:
+    url = f"{kserve.root}/v1/models/bright:predict"
+    endpoint = Endpoint(url, CLASSES)
+    answers = endpoint.ask(flat(*range(90, 170, 8)))
+    assert [answer.label for answer in answers] == [0] * 5 + [1] * 5
+    assert endpoint.reading.kind == "probabilities"
+    outcome = fools(endpoint, tmp_path / "any", attacks=["square"])
+    assert outcome.success is not None and outcome.success > 1
+
+    def sent() -> float:
+        return counted(kserve.root, "request_predict_seconds_count", model_name="bright")
+
+    check_batches(endpoint, tmp_path / "many", sent)
+    with pytest.raises(ValueError, match="dim:predict answers with status 404"):
+        Endpoint(url.replace("bright", "dim"), CLASSES).ask(flat(100))
+    with pytest.raises(ValueError, match="5 scores do not fit the 2 classes of these images"):
+        Endpoint(url, CLASSES[:2]).ask(flat(100))
 
 
 STOCK = f"""
@@ -261,3 +347,9 @@ def test_bentoml_answers_batches_with_labels_alone_and_decision_based_attacks_fo
     outcomes = redteam.redteam(endpoint, images, tmp_path / "out", limit=1, budget=300)
     assert [outcome.attack for outcome in outcomes] == ["hopskipjump", "boundary"]
     assert outcomes[0].success is not None
+
+    def sent() -> float:
+        root = url.removesuffix("/classify")
+        return counted(root, "bentoml_service_request_total", endpoint="/classify")
+
+    check_batches(endpoint, tmp_path / "many", sent)

@@ -3,19 +3,26 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from blobs import blobs
+from command import run
+from in_torch import InTorch
 from PIL import Image
 
 from rampart import inputs
+from rampart.hardening.model import checkpoint
+from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.images import Images
+from rampart.hardening.report.card import MEASURED, read_card, write_card
 from rampart.hardening.train import data, decoding
 from rampart.hardening.train.changes import listing
 from rampart.hardening.train.shards import is_sharded, list_samples, shards_of
@@ -283,6 +290,92 @@ for number, path in enumerate(sys.argv[1:]):
 
 
 @pytest.mark.slow
+def test_shards_and_a_file_of_the_same_images_give_the_same_calibration_and_figures(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = blobs(420)
+    classifier = pipelines.load(tiny_folder / "weights.safetensors", "lean")[0].classifier
+    config = {"classifier": classifier.config._asdict()}
+    checkpoint.save(tmp_path / "c.safetensors", classifier, config)
+    arrays = {"image": images.image, "label": images.label, "classes": images.classes}
+    monkeypatch.setattr(data, "MEMORY", 2**20)  # shards stay on disk
+    np.savez(tmp_path / "file.npz", **arrays)
+    sharded(tmp_path / "shards", images, each=100)
+    monkeypatch.setattr("rampart.model.to_engine", InTorch)
+    found = []
+    for source in (tmp_path / "file.npz", tmp_path / "shards"):
+        model = tmp_path / f"by-{source.name}"
+        run("calibrate", model, "--data", source, "--classifier", tmp_path / "c.safetensors")
+        words = ["--rung", "pgd20", "--limit", 12, "--device", "cpu", "--cache", tmp_path / "found"]
+        run("evaluate", model, "--images", source, *words)
+        rows = read_card(model, MEASURED)["metrics"]
+        figures = [{k: v for k, v in row.items() if k not in ("data", "command")} for row in rows]
+        files = [file for file in model.iterdir() if file.suffix in (".npy", ".safetensors")]
+        table = json.loads((model / "calibration-lean.json").read_text())
+        assert table.pop("data") == f"{source.name}, calibration split"
+        found.append((figures, table, {file.name: file.read_bytes() for file in files}))
+    assert found[0] == found[1]
+    assert {row["n"] for row in found[0][0]} == {12} and found[0][2]
+    with pytest.raises(ValueError, match=r"420 images from train-000.tar/00000.png on do not fit"):
+        run("evaluate", model, "--images", tmp_path / "shards", "--rung", "pgd20")
+
+
+# Reads what calibration and evaluation take of folders of shards; prints as TRAINING does.
+MEASURING = (
+    TRAINING.partition("for number")[0]
+    + """
+from rampart import studies
+from rampart.sources import Source, sample_of
+
+model, held, *paths = sys.argv[1:]
+model = rp.Model.load(model)
+for path in map(Path, paths):
+    peak[0], data.MEMORY = 0, 2**20
+    train, apart = Source(path, Path(held)).read(32)
+    rp.Model.calibrate(model.classifier, apart)
+    few = sample_of(model, Source(path), limit=100).images
+    study = studies.Study(device="cpu")
+    found = studies.alarms(model, Source(path, Path(held)), study, limit=100, unlike=[path])
+    assert f"| {path.name} | {len(train)} |" in found.lines[1], found.lines[1]
+    print(f"peak {peak[0]} of {len(train)}")
+"""
+)
+
+
+def peaks(code: str, *words: object) -> Sequence[tuple[float, int]]:
+    """MB and images of each line that `code` prints."""
+    found = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = [line.split() for line in found.stdout.splitlines() if line.startswith("peak")]
+    return [(int(line[1]) / 1e3, int(line[3])) for line in lines]
+
+
+CLASSIFIER = {"arch": "resnet10", "classes": 10, "width": 0.125, "image_size": 32}
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_when_ten_times_the_shards_are_calibrated_and_measured_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    few = samples(blobs(256, size=32))
+    for name, shards in (("small", 4), ("large", 40)):
+        for number in range(shards):
+            shard(tmp_path / name / f"{number:03d}.tar", few)
+    held = sharded(tmp_path / "held", blobs(400, seed=1), names=False)
+    lean = shutil.ignore_patterns("calibration-full.json")
+    model = shutil.copytree(tiny_folder, tmp_path / "model", ignore=lean)
+    content = {"data": "blobs", "training": {}, "calibration_images": 100, "commands": []}
+    write_card(model, {"model": "tiny", "classifier": CLASSIFIER, **content})
+    folders = [tmp_path / name for name in ("small", "small", "large")]  # the first warms up
+    _, small, large = peaks(MEASURING, model, held, *folders)
+    assert (small[1], large[1]) == (1024, 10240)
+    assert large[0] - small[0] < 14  # half of what the pixels more take
+
+
+@pytest.mark.slow
 def test_memory_stays_flat_when_an_epoch_is_trained_on_ten_times_the_shards(
     tmp_path: Path,
 ) -> None:
@@ -291,12 +384,7 @@ def test_memory_stays_flat_when_an_epoch_is_trained_on_ten_times_the_shards(
         for number in range(shards):
             shard(tmp_path / name / f"{number:03d}.tar", few)
     folders = [tmp_path / name for name in ("small", "small", "large")]  # the first warms up
-    found = subprocess.run(
-        [sys.executable, "-c", TRAINING, *folders], capture_output=True, text=True, check=False,
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
-    lines = [line.split() for line in found.stdout.splitlines() if line.startswith("peak")]
-    assert [int(line[3]) for line in lines] == [1792, 1792, 20224], found.stdout + found.stderr
-    _, small, large = (int(line[1]) / 1e3 for line in lines)
+    _, small, large = peaks(TRAINING, *folders)
+    assert (small[1], large[1]) == (1792, 20224)
     pixels = 18432 * 32 * 32 * 3 / 1e6  # 57 MB more
-    assert large - small < pixels / 2
+    assert large[0] - small[0] < pixels / 2

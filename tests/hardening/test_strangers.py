@@ -32,7 +32,7 @@ def test_noise_is_flagged_far_more_often_than_what_was_trained_on(
     lean, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
     every = [Judged(lean, calibrate.load_variant(tiny_folder, "lean"))]
     clean = split(tiny_images, "calibration").image
-    pictures = {"clean": clean, "noise": strangers.drawn(32)["noise"]}
+    pictures = {"clean": [clean], "noise": strangers.drawn(32)["noise"].split(60)}
     clean_row, noise_row = strangers.flagged(every, pictures, rate=0.05)
     assert clean_row["value"] <= 0.05 < 0.9 < noise_row["value"]
     assert noise_row["n"] == 200

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import deadly
 import pytest
 from pyarrow import parquet
 from ray_cluster import Nodes, two_nodes
@@ -23,7 +24,7 @@ COMPARED = ("shard", "name", "decision", "label", "width", "sha256", "error", "m
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    with two_nodes() as nodes:
+    with two_nodes(deadly.CODE) as nodes:
         yield nodes
 
 
@@ -54,7 +55,15 @@ def test_a_cluster_writes_the_rows_and_copies_that_one_machine_writes(
     here, there = tmp_path / "here", tmp_path / "there"
     wanted = Wanted(copies=here / "copies", near_duplicates=True)
     screen(str(store), tiny_archive, here, wanted, workers=1)
-    more = ["--near-duplicates", "--copy-flagged", str(there / "copies"), "--workers", "1"]
+    more = [
+        "--near-duplicates",
+        "--copy-flagged",
+        str(there / "copies"),
+        "--workers",
+        "1",
+        "--ray",
+        "auto",
+    ]
     said(start(nodes, store, tiny_archive, there, *more))
     assert rows(here) == rows(there)
     copied = [sorted(p.relative_to(o) for p in (o / "copies").rglob("*")) for o in (here, there)]
@@ -71,6 +80,17 @@ def test_an_address_where_no_cluster_is_gets_an_error_at_once(
     text, _ = run.communicate(timeout=30)
     assert run.returncode == 1
     assert "no Ray cluster answers at 127.0.0.1" in text and "check --ray" in text
+
+
+def test_a_picture_that_kills_its_process_each_time_ends_its_shard_alone_which_is_named(
+    nodes: Nodes, tiny_archive: Path, tmp_path: Path
+) -> None:
+    source, others = deadly.listed(tmp_path / "store")
+    run = start(nodes, source, tiny_archive, tmp_path / "o")
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, text
+    assert f"no verdicts, as {source}/000001 (its processes or nodes ended 4 times" in text
+    assert Counter(row["name"] for row in table(tmp_path / "o" / PARTS)) == Counter(others)
 
 
 def test_a_node_that_is_killed_and_a_command_that_is_killed_lose_no_picture_and_double_none(

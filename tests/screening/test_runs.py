@@ -1,24 +1,30 @@
 """Whole runs by processes of their own: killed, resumed, interrupted, refused."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import deadly
 import psutil
 import pytest
 from command import run as typed
 from screened import folder, pack, picture, table
 
 from rampart.screening.parts import Tally
-from rampart.screening.run import FILE, PARTS, claimed
+from rampart.screening.run import FILE, PARTS, Bar, claimed
 from rampart.screening.screen import Wanted, screen
+from rampart.screening.shards import Shard
 
 pytestmark = pytest.mark.server  # each starts processes, for seconds
 EACH, SHARDS = 40, 12
@@ -131,6 +137,23 @@ def test_a_run_outlives_one_of_its_processes(start: Callable[[], Run]) -> None:
     assert names(run.out) == every()
 
 
+@pytest.mark.slow
+def test_a_picture_that_kills_its_process_each_time_ends_its_shard_alone_which_is_named(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    source, others = deadly.listed(tmp_path / "store")
+    (tmp_path / "sitecustomize.py").write_text(deadly.CODE)
+    words = ["screen", source, "--model", tiny_archive, "--out", tmp_path / "o", "--workers", 2]
+    done = subprocess.run(
+        [sys.executable, "-m", "rampart", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"no verdicts, as {source}/000001 (its process ended 2 times" in done.stderr
+    assert names(tmp_path / "o") == Counter(others)
+    assert f"{len(others):,} pictures in 3 shards" in done.stdout
+
+
 def test_ctrl_c_ends_all_of_it_and_says_how_to_go_on(
     start: Callable[[], Run],
     wait_gone: Callable[[list[psutil.Process]], list[psutil.Process]],
@@ -209,6 +232,34 @@ def test_a_folder_of_another_run_is_refused(tiny_archive: Path, tmp_path: Path) 
         pytest.raises(ValueError, match="another run writes to"),
     ):
         screen(str(store), tiny_archive, out, workers=1)
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_estimates_its_total_by_weight_and_tells_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rampart.screening.run.POLL", 0.05)
+    monkeypatch.setattr(sys, "stderr", shown := Screen())
+    shards = [Shard(str(n), "tar", (), "", weight) for n, weight in enumerate((10, 20, 10))]
+    futures = [Future[Tally | str]() for _ in shards]
+    bar = Bar(shards, lambda: 150)  # 50 of them of a shard that is not done
+    time.sleep(0.2)  # or it is too soon to draw it again
+    futures[0].set_result(Tally(images=100))
+    threading.Timer(0.4, futures[1].set_result, ["cut"]).start()
+    threading.Timer(0.5, futures[2].set_result, [Tally(images=50)]).start()
+    with bar:
+        done = [shard.address for shard, _ in bar.watch(dict(zip(futures, shards, strict=True)))]
+    assert done == ["0", "1", "2"]
+    lines = shown.getvalue().split("\r")
+    (first,) = [line for line in lines if "/400 [" in line]  # a quarter of the weight is done
+    assert re.search(r"150/400 \[00:0\d<00:0\d, [\d.]+ images/s\]", first), first
+    assert "150/150 [" in lines[-1]  # nobody knows how many the second had
 
 
 def test_tallies_add_up() -> None:

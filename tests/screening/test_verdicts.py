@@ -1,9 +1,15 @@
 """What stands in the table, whatever a store is made of."""
 
 import hashlib
+import ipaddress
 import json
+import os
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from pyarrow import parquet
 from scipy.stats import beta, binomtest
 from screened import as_png, every_kind, folder, pack, picture, rows, table
@@ -21,6 +32,7 @@ from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
 from rampart.handlers.verdict import drift
 from rampart.screening import near, parts, shards, summary
+from rampart.screening.run import PARTS
 from rampart.screening.worker import Screener, Setup, told
 
 if TYPE_CHECKING:
@@ -121,13 +133,31 @@ def test_a_store_of_any_kind_gives_the_same_verdicts_in_order(
         assert sorted(row["name"] for row in found) == names[kind]
 
 
+def certificate(home: Path) -> tuple[Path, Path]:
+    """One of 127.0.0.1 that signs itself, and its key."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (home / "c.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (home / "k.pem").write_bytes(private)
+    return home / "c.pem", home / "k.pem"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
 def test_shards_come_over_http(screener: Screener, tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", {"1.png": picture(1), "2.png": picture(2)})
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            """Nothing."""
-
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/a.tar"
@@ -137,6 +167,30 @@ def test_shards_come_over_http(screener: Screener, tmp_path: Path) -> None:
         (address, "1.png"), (address, "2.png"),
     ]  # fmt: skip
     assert all(row["label"] for row in found)
+
+
+def test_https_is_read_where_its_certificate_is_trusted_and_refused_elsewhere(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    pack(tmp_path / "a.tar", {"1.png": picture(1), "2.png": picture(2)})
+    trusted, key = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(trusted, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of who hangs up
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        address = f"https://127.0.0.1:{server.server_address[1]}/a.tar"
+        words = ["screen", address, "--model", tiny_archive, "--out", tmp_path / "o"]
+        command = [sys.executable, "-m", "rampart", *map(str, words), "--workers", "1"]
+        runs = [
+            subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+            for own in ({}, {"SSL_CERT_FILE": str(trusted)})
+        ]
+        server.shutdown()
+    assert [run.returncode for run in runs] == [1, 0], runs
+    assert f"{address} cannot be listed" in runs[0].stderr
+    assert [row["name"] for row in table(tmp_path / "o" / PARTS)] == ["1.png", "2.png"]
 
 
 def test_what_cannot_be_read_is_a_row_and_the_rest_goes_on(
