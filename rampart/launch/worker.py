@@ -85,7 +85,7 @@ def _application(job: Job) -> Starlette:
         service, name, version = open_archive(
             archive, metrics, copy=job.copy_of(index), workers=job.workers
         )
-        lanes[name, version] = Lane(service, delay=job.delay, traces=traces)
+        lanes[name, version] = Lane(service, metrics, delay=job.delay, traces=traces)
         figures.append((name, metrics))
     folder, refused = Path(job.folder), Metrics()  # before it is known which model is asked
     exposition = Exposition([*figures, ("", refused)], folder)

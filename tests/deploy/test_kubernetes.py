@@ -14,8 +14,10 @@ import yaml
 
 from rampart import cli
 from rampart.handlers.http.application import OPEN
+from rampart.handlers.telemetry import GAUGES
 
 DEPLOY = Path("deploy")
+PROMETHEUS = DEPLOY / "prometheus"  # the same with what needs Prometheus's operator and adapter
 RUNTIME, EXAMPLE = DEPLOY / "kserve" / "runtime.yaml", DEPLOY / "kserve" / "cifar10.yaml"
 NAME = {"app.kubernetes.io/name": "rampart"}
 Definition = dict[str, Any]
@@ -182,12 +184,13 @@ def test_kuberay_trains_by_a_command_that_there_is_and_each_process_has_its_pod(
 def test_all_that_selects_pods_selects_these() -> None:
     kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
     assert kustomization["labels"] == [{"pairs": NAME, "includeSelectors": True}]
-    for kind, field in {
-        "PodDisruptionBudget": "selector",
-        "NetworkPolicy": "podSelector",
-        "ServiceMonitor": "selector",
-    }.items():  # which a kustomization does not fill in
-        assert of_kind(kind)["spec"][field] == {"matchLabels": NAME}
+    monitor = yaml.safe_load((PROMETHEUS / "monitor.yaml").read_text())
+    for one, field in (
+        (of_kind("PodDisruptionBudget"), "selector"),
+        (of_kind("NetworkPolicy"), "podSelector"),
+        (monitor, "selector"),
+    ):  # which a kustomization does not fill in
+        assert one["spec"][field] == {"matchLabels": NAME}
     target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     deployment = of_kind("Deployment")
     assert target == {
@@ -199,7 +202,7 @@ def test_all_that_selects_pods_selects_these() -> None:
     assert {port["targetPort"] for port in of_kind("Service")["spec"]["ports"]} == names
     (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
     assert {port["port"] for port in rule["ports"]} == names
-    (endpoint,) = of_kind("ServiceMonitor")["spec"]["endpoints"]
+    (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in {port["name"] for port in of_kind("Service")["spec"]["ports"]}
 
 
@@ -214,16 +217,52 @@ def test_the_image_copies_what_the_build_is_given() -> None:
     assert Path(default).parent == Path("model_store") and default.endswith(".mar")
 
 
-def test_kustomize_builds_it_where_it_is_installed() -> None:
+def built_of(folder: Path) -> dict[str, Definition]:
+    """What `kubectl apply -k` sends, by kind."""
     try:
-        command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes")]
+        command = ["kubectl", "kustomize", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("needs kubectl")
     assert done.returncode == 0, done.stderr
-    built = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+    return {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+
+
+def test_kustomize_builds_it_where_it_is_installed() -> None:
+    built = built_of(DEPLOY / "kubernetes")
     assert set(built) == {document["kind"] for document in documents()}
     template = built["Deployment"]["spec"]["template"]
     assert template["metadata"]["labels"] == NAME == built["Service"]["spec"]["selector"]
     assert template["spec"]["containers"][0]["image"].startswith("registry.example/rampart:")
     assert {one["metadata"].get("namespace") for one in built.values()} == {"rampart", None}
+
+
+def test_a_plain_cluster_knows_every_kind() -> None:
+    groups = {document["apiVersion"].rpartition("/")[0] for document in documents()}
+    assert groups == {"", "apps", "autoscaling", "policy", "networking.k8s.io"}
+
+
+def test_with_prometheus_all_is_the_same_but_the_monitor_and_what_pods_are_scaled_by() -> None:
+    plain, built = built_of(DEPLOY / "kubernetes"), built_of(PROMETHEUS)
+    assert set(built) - set(plain) == {"ServiceMonitor"}
+    assert built["ServiceMonitor"]["metadata"]["namespace"] == "rampart"
+    patched = built["HorizontalPodAutoscaler"]["spec"]
+    by_cpu = plain["HorizontalPodAutoscaler"]["spec"]
+    assert patched.pop("metrics")[1:] == by_cpu.pop("metrics")
+    assert {kind: one for kind, one in built.items() if kind in plain} == plain
+
+
+def test_pods_are_scaled_by_requests_in_flight_as_the_adapter_asks_prometheus_for_them() -> None:
+    patch, values = (
+        yaml.safe_load((PROMETHEUS / f"{name}.yaml").read_text())
+        for name in ("autoscaler", "adapter")
+    )
+    (rule,) = values["rules"]["custom"]
+    series, _, labels = rule["seriesQuery"].partition("{")
+    assert patch["spec"]["metrics"][0]["pods"]["metric"] == {"name": series}
+    assert GAUGES[series] == ()  # so that a sum by pod is over models alone
+    assert set(rule["resources"]["overrides"]) == set(re.findall(r'(\w+)!=""', labels))
+    ray = yaml.safe_load((DEPLOY / "ray" / "serve.yaml").read_text())["applications"][0]
+    scaled = ray["deployments"][0]["autoscaling_config"]
+    target = patch["spec"]["metrics"][0]["pods"]["target"]["averageValue"]
+    assert target == str(scaled["target_ongoing_requests"])  # however pods come to be

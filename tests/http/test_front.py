@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import tritonclient.grpc as grpc_triton
 import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families as parse
-from servers import Server
+from servers import Server, free_port
 
 feature = pytest.mark.feature
 
@@ -287,6 +288,53 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     for _ in range(20):  # each by a connection of its own
         assert requests.post(front.url, picture, timeout=10).status_code == 200
     wait(lambda: answered(front) == before + 20)
+
+
+def in_flight(server: Server) -> float:
+    """What an autoscaler reads."""
+    text = requests.get(f"{server.root}/metrics", timeout=10).text
+    (family,) = [one for one in parse(text) if one.name == "rampart_requests_in_flight"]
+    (sample,) = family.samples
+    return sample.value
+
+
+def test_requests_in_flight_are_told_under_load_and_none_before_and_after(
+    start: Start, tiny_archive: Path, encode: Encode
+) -> None:
+    port = free_port()
+    server = start(tiny_archive, workers=2, port=port, grpc_port=port + 1)
+    assert "Rampart is ready" in server.read(), server.lines
+    wait(lambda: in_flight(server) == 0)
+    large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
+    stop, seen = threading.Event(), dict[str, list[float]](http=[], grpc=[])
+
+    def over_http() -> None:
+        while not stop.is_set():
+            assert requests.post(server.url, large, timeout=30).status_code == 200
+
+    def over_grpc() -> None:
+        tensor = grpc_triton.InferInput("image", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([large], dtype=object))
+        with grpc_triton.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            while not stop.is_set():
+                client.infer("tiny", [tensor])
+
+    for kind, client in (("http", over_http), ("grpc", over_grpc)):
+        stop.clear()
+        threads = [threading.Thread(target=client) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for _ in range(6):
+            time.sleep(0.25)
+            seen[kind].append(in_flight(server))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        wait(lambda: in_flight(server) == 0)
+    # Each client has one; another worker's are as of a second ago.
+    for kind, counts in seen.items():
+        assert 0 < max(counts) <= 16 and sum(counts) / len(counts) > 1, (kind, counts)
+    assert server.end() == 0
 
 
 @feature("Dead workers are replaced", "Rampart")
