@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import tritonclient.grpc as grpc_triton
 import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families as parse
 from servers import Server, free_port
+
+from rampart.export.archive import archive as pack
 
 feature = pytest.mark.feature
 
@@ -690,9 +693,28 @@ def test_several_models_and_versions_are_served_together(
     assert server.end() == 0
 
 
-def test_launcher_and_workers_take_little_memory(start: Start, tiny_archive: Path) -> None:
-    server = start(tiny_archive)
-    server.read()
-    held = sum(process.memory_info().rss for process in server.family())
-    assert held < 300e6
+COMMAND_LINE = """
+import json, sys
+from rampart.__main__ import main
+sys.argv[1:] = ["serve", "--server", "http", "--workers", "2", "--archive", sys.argv[1],
+                "--port", str(json.loads(sys.argv[2])["port"])]
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "traffic-signs"])
+def test_launcher_and_two_workers_take_little_memory_with_what_we_ship(
+    launch: Start, picture: bytes, tmp_path: Path, name: str
+) -> None:
+    served = tmp_path / f"{name}.mar"
+    pack(Path("model_store") / name, served, variant="lean", precision="int8")
+    server = launch(served, code=COMMAND_LINE)
+    assert "Rampart is ready" in server.read(), server.lines
+    with ThreadPoolExecutor(16) as clients:
+        url = f"{server.root}/predictions/{name}"
+        answers = clients.map(lambda _: requests.post(url, picture, timeout=60), range(200))
+        assert {answer.status_code for answer in answers} == {200}
+    held = [process.memory_info().rss for process in server.family()]
+    assert sum(held) < 290e6, held
     assert server.end() == 0
