@@ -293,12 +293,16 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     wait(lambda: answered(front) == before + 20)
 
 
+def figure(server: Server, name: str) -> float:
+    """A figure of the one model, over all workers."""
+    text = requests.get(f"{server.root}/metrics", timeout=10).text
+    (value,) = [one.value for two in parse(text) for one in two.samples if one.name == name]
+    return value
+
+
 def in_flight(server: Server) -> float:
     """What an autoscaler reads."""
-    text = requests.get(f"{server.root}/metrics", timeout=10).text
-    (family,) = [one for one in parse(text) if one.name == "rampart_requests_in_flight"]
-    (sample,) = family.samples
-    return sample.value
+    return figure(server, "rampart_requests_in_flight")
 
 
 def test_requests_in_flight_are_told_under_load_and_none_before_and_after(
@@ -337,6 +341,43 @@ def test_requests_in_flight_are_told_under_load_and_none_before_and_after(
     # Each client has one; another worker's are as of a second ago.
     for kind, counts in seen.items():
         assert 0 < max(counts) <= 16 and sum(counts) / len(counts) > 1, (kind, counts)
+    assert server.end() == 0
+
+
+def test_a_workers_gauge_does_not_hide_that_of_one_that_stands_still(
+    start: Start, tiny_archive: Path
+) -> None:
+    server = start(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(), server.lines
+
+    def age() -> float:
+        return time.time() - figure(server, "rampart_heartbeat_seconds")
+
+    wait(lambda: age() < 3)
+    still, _ = workers(server)
+    still.suspend()
+    wait(lambda: age() > 5)  # though the other one has a new heartbeat each second
+    still.resume()
+    wait(lambda: age() < 3)
+    assert server.end() == 0
+
+
+def test_a_delay_lets_a_request_wait_for_the_next_one_and_no_longer(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, delay=0.8)
+    assert "Rampart is ready" in server.read(), server.lines
+    batches, images = "rampart_batch_images_count", "rampart_batch_images_sum"
+    before = figure(server, batches), figure(server, images)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as clients:
+        sent = []
+        for _ in range(2):
+            sent.append(clients.submit(requests.post, server.url, picture, timeout=10))
+            time.sleep(0.2)
+        assert [one.result().status_code for one in sent] == [200, 200]
+    assert 0.8 <= time.monotonic() - began < 5
+    assert (figure(server, batches), figure(server, images)) == (before[0] + 1, before[1] + 2)
     assert server.end() == 0
 
 
