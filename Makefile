@@ -156,6 +156,7 @@ LOCK := uv pip compile -q --universal --python-version 3.11 --generate-hashes --
 SERVING := --group pyproject.toml:build --extra torchserve --extra http --extra redis
 lock:
 	$(LOCK) pyproject.toml $(SERVING) -o requirements/serve.txt
+	$(LOCK) pyproject.toml --extra http --extra redis -c requirements/serve.txt -o requirements/http.txt
 	$(LOCK) pyproject.toml --extra dev --extra benchmark -c requirements/serve.txt -o requirements/dev.txt
 	$(LOCK) pyproject.toml --extra harden -c requirements/dev.txt -o requirements/harden.txt
 	$(LOCK) pyproject.toml $(SERVING) --extra gpu --no-emit-package onnxruntime \

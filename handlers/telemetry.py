@@ -30,6 +30,7 @@ GAUGES: dict[str, Labels] = {
     "rampart_drift": (),
     "rampart_drift_limit": (),
     "rampart_heartbeat_seconds": (),
+    "rampart_requests_in_flight": (),  # of servers that queue in this process
     "rampart_query_store_up": (),
     "rampart_quarantine_up": (),
 }

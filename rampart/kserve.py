@@ -39,7 +39,7 @@ class Rampart(Model):  # type: ignore[misc]
         metrics = Metrics()
         service, name, version = open_archive(archive, metrics)
         super().__init__(name, return_response_headers=True)
-        self._lane = Lane(service)
+        self._lane = Lane(service, metrics)
         self._tensors = tensors({(name, version): self._lane}, name, version)
         REGISTRY.register(Exposition([(name, metrics)], folder))  # KServe shows it at /metrics
         self.ready = True

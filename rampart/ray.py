@@ -43,7 +43,7 @@ class Rampart:
         self._folder = tempfile.TemporaryDirectory(prefix="rampart-")  # of buckets of tokens
         self._metrics = metrics = Metrics()
         service, self._name, self._version = open_archive(Path(archive), metrics)
-        self._lane = Lane(service)
+        self._lane = Lane(service, metrics)
         self._tokens = Tokens(Path(tokens)) if tokens else None
         HandOver(metrics, Sinks(), self._name).start()
 

@@ -252,9 +252,9 @@ def rampart_data() -> Path:
 
 @pytest.fixture(scope="session")
 def rampart_schemas() -> Path:
-    """The folder of KServe's definitions that RAMPART_SCHEMAS names, a YAML each."""
+    """The folder of operators' definitions that RAMPART_SCHEMAS names, a YAML each."""
     if "RAMPART_SCHEMAS" not in os.environ:
-        pytest.skip("RAMPART_SCHEMAS is unset: it names the folder of KServe's definitions")
+        pytest.skip("RAMPART_SCHEMAS is unset: it names the folder of operators' definitions")
     return Path(os.environ["RAMPART_SCHEMAS"])
 
 

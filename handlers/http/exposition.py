@@ -1,8 +1,9 @@
 """The figures of all workers in Prometheus's format; each worker leaves its own in a folder."""
 
 import json
+import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -11,7 +12,11 @@ from prometheus_client.metrics_core import Metric
 from rampart.handlers.telemetry import COUNTERS, GAUGES, HISTOGRAMS, Key, Metrics
 
 Figures = dict[tuple[str, str, tuple[str, ...]], float]  # by model, name and labels
-WORST_IS_LARGEST = {"rampart_drift"}  # of the other gauges the smallest of all workers is the worst
+# How gauges of several workers become one: where nothing is said, the smallest is the worst.
+TOGETHER: dict[str, Callable[[float, float], float]] = {
+    "rampart_drift": max,
+    "rampart_requests_in_flight": operator.add,
+}
 
 
 class Exposition:
@@ -71,11 +76,8 @@ def _merge(total: Figures, file: Path) -> None:
 
 def _add(total: Figures, key: tuple[str, str, tuple[str, ...]], value: float) -> None:
     _, name, _ = key
-    if name not in GAUGES:
-        total[key] = total.get(key, 0.0) + value
-    else:
-        worst = max if name in WORST_IS_LARGEST else min
-        total[key] = worst(total.get(key, value), value)
+    together = TOGETHER.get(name, min) if name in GAUGES else operator.add
+    total[key] = together(total[key], value) if key in total else value
 
 
 def _declared(name: str) -> tuple[str, str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rampart.handlers.errors import BUSY, INTERNAL, TOO_LATE
 from rampart.handlers.http.traces import Traces
 from rampart.handlers.service import Service
-from rampart.handlers.telemetry import Pulse
+from rampart.handlers.telemetry import Metrics, Pulse
 from rampart.handlers.types import Incoming, Reply
 
 logger = logging.getLogger(__name__)
@@ -33,18 +33,24 @@ class Waiting(NamedTuple):
 class Lane:
     """What has come while a batch ran is the next batch, so nothing waits while the graph idles.
 
-    With `delay` a batch waits so many seconds for company: where a GPU is, that may pay. What is
-    answered goes into `traces`.
+    With `delay` a batch waits so many seconds for company: where a GPU is, that may pay. `metrics`
+    know how many requests wait or are at work, and what is answered goes into `traces`.
     """
 
     def __init__(
-        self, service: Service, *, delay: float = 0.0, traces: Traces | None = None
+        self,
+        service: Service,
+        metrics: Metrics,
+        *,
+        delay: float = 0.0,
+        traces: Traces | None = None,
     ) -> None:
-        self.service, self._pulse = service, Pulse()
+        self.service, self._pulse, self._metrics = service, Pulse(), metrics
         self._delay, self._traces = delay, traces
         self._waiting: deque[Waiting] = deque()
         self._news = threading.Condition()
-        self._held = 0
+        self._held = self._in_flight = 0
+        self._count(0)  # of an idle server too: who scales by it must see that
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
         self._thread.start()
@@ -60,6 +66,7 @@ class Lane:
             self._waiting.append(Waiting(incoming, reply, deadline, time.time_ns()))
             self._news.notify()
         self._held += size
+        self._count(1)
         try:
             async with asyncio.timeout(seconds):
                 return await reply
@@ -67,6 +74,11 @@ class Lane:
             return self.service.refuse(incoming, TOO_LATE)
         finally:
             self._held -= size
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
+        self._metrics.set("rampart_requests_in_flight", self._in_flight)
 
     def alive(self) -> bool:
         """Whether its thread runs and its batch does not hang."""

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from rampart.launch.endpoint import LaunchError
-from rampart.launch.worker import Job, try_archive
+from rampart.launch.job import Job
+from rampart.launch.trial import try_archive
 
 TRIAL_SECONDS = 600.0  # in which a new archive must answer; TensorRT may build an engine first
 

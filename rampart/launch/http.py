@@ -21,8 +21,8 @@ from rampart.launch.archives import Archives
 from rampart.launch.asking import authorization, status
 from rampart.launch.connection import Connection
 from rampart.launch.endpoint import LaunchError, read_model
+from rampart.launch.job import Job
 from rampart.launch.sample import ANY, Sample, samples_of
-from rampart.launch.worker import Job
 
 GRACE = 30  # seconds that a worker that stops may take for what it has begun
 HUNG = 60  # seconds after which a worker that does not answer the launcher is replaced

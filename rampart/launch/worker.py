@@ -9,11 +9,9 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +25,12 @@ from rampart.handlers.http.metadata import Models
 from rampart.handlers.http.tokens import Tokens
 from rampart.handlers.http.traces import open_traces
 from rampart.handlers.telemetry import Metrics
+from rampart.launch.job import CONFIG, FAILED, Job
 from rampart.launch.opening import open_archive, openapi
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "RAMPART_WORKER"  # variable of the environment with a Job in JSON
 GRACE = 20.0  # seconds that gRPC's last requests may take
-FAILED = 3  # the exit code of a worker that need not be started again, as uvicorn has it
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker serves."""
-
-    archives: list[str]  # paths; the workers open the launcher's copies, in the same order
-    folder: str  # of all workers, for those copies, figures, and buckets of tokens
-    workers: int
-    tokens: str | None = None  # a file
-    delay: float = 0.0  # seconds that a batch waits for company
-    grpc: str | None = None  # an address
-    tls: tuple[str, str] | None = None  # files of gRPC's certificate chain and key
-
-    def environment(self) -> dict[str, str]:
-        """How a worker is told."""
-        return {CONFIG: json.dumps(asdict(self))}
-
-    def copy_of(self, index: int) -> Path:
-        """The launcher's copy of an archive, whole whatever happens to the archive."""
-        return Path(self.folder) / f"{index}.mar"
 
 
 def open_application() -> Starlette:
@@ -85,7 +61,7 @@ def _application(job: Job) -> Starlette:
         service, name, version = open_archive(
             archive, metrics, copy=job.copy_of(index), workers=job.workers
         )
-        lanes[name, version] = Lane(service, delay=job.delay, traces=traces)
+        lanes[name, version] = Lane(service, metrics, delay=job.delay, traces=traces)
         figures.append((name, metrics))
     folder, refused = Path(job.folder), Metrics()  # before it is known which model is asked
     exposition = Exposition([*figures, ("", refused)], folder)
@@ -120,22 +96,6 @@ async def _serve_grpc(job: Job, lanes: Models, admission: Admission | None) -> A
     server = listen(lanes, job.grpc, admission, tls)
     await server.start()
     return server
-
-
-def try_archive(index: int, copy: str) -> None:
-    """Open `copy`, which is to replace an archive; ends this process with one line where it fails.
-
-    To open it runs its graph and judges what that gives.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends this process
-    job = Job(**json.loads(os.environ[CONFIG]))
-    tempfile.tempdir = job.folder  # which goes with the launcher
-    try:
-        archive = Path(job.archives[index])
-        open_archive(archive, Metrics(), copy=Path(copy), workers=job.workers)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
 
 
 async def _watch(

@@ -17,6 +17,7 @@ import pytest
 from rampart.handlers import service as services
 from rampart.handlers.errors import ImageError
 from rampart.handlers.http.lane import Lane
+from rampart.handlers.telemetry import Metrics
 from rampart.handlers.types import Incoming, Reply
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -89,7 +90,7 @@ class Known:
 
     def __init__(self) -> None:
         self.runs = self.images = 0
-        self.lane = Lane(cast(services.Service, self))
+        self.lane = Lane(cast(services.Service, self), Metrics())
         self.root, self.loop = "", asyncio.new_event_loop()
         ready = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(ready,))

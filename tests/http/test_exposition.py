@@ -64,6 +64,16 @@ def test_gauges_tell_of_the_worst_worker_that_lives(tmp_path: Path) -> None:
     assert read["rampart_false_alarm_rate", frozenset({MODEL})] == 0.01
 
 
+def test_requests_in_flight_are_those_of_all_workers_that_live_together(tmp_path: Path) -> None:
+    alive, dead = os.getppid(), 2**22 + 1
+    for pid, count in ((alive, 4.0), (dead, 50.0)):
+        other(tmp_path, pid, ["tiny", "rampart_requests_in_flight", [], count])
+    metrics = figures()
+    metrics.set("rampart_requests_in_flight", 3)
+    read = samples(Exposition([("tiny", metrics)], tmp_path))
+    assert read["rampart_requests_in_flight", frozenset({MODEL})] == 7
+
+
 def test_two_versions_of_a_model_share_their_figures_and_a_worker_does_not_read_its_own_file(
     tmp_path: Path,
 ) -> None:

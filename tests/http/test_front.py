@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import tritonclient.grpc as grpc_triton
 import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families as parse
-from servers import Server
+from servers import Server, free_port
+
+from rampart.export.archive import archive as pack
 
 feature = pytest.mark.feature
 
@@ -287,6 +291,94 @@ def test_counters_of_both_workers_add_up(front: Server, picture: bytes) -> None:
     for _ in range(20):  # each by a connection of its own
         assert requests.post(front.url, picture, timeout=10).status_code == 200
     wait(lambda: answered(front) == before + 20)
+
+
+def figure(server: Server, name: str) -> float:
+    """A figure of the one model, over all workers."""
+    text = requests.get(f"{server.root}/metrics", timeout=10).text
+    (value,) = [one.value for two in parse(text) for one in two.samples if one.name == name]
+    return value
+
+
+def in_flight(server: Server) -> float:
+    """What an autoscaler reads."""
+    return figure(server, "rampart_requests_in_flight")
+
+
+def test_requests_in_flight_are_told_under_load_and_none_before_and_after(
+    start: Start, tiny_archive: Path, encode: Encode
+) -> None:
+    port = free_port()
+    server = start(tiny_archive, workers=2, port=port, grpc_port=port + 1)
+    assert "Rampart is ready" in server.read(), server.lines
+    wait(lambda: in_flight(server) == 0)
+    large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
+    stop, seen = threading.Event(), dict[str, list[float]](http=[], grpc=[])
+
+    def over_http() -> None:
+        while not stop.is_set():
+            assert requests.post(server.url, large, timeout=30).status_code == 200
+
+    def over_grpc() -> None:
+        tensor = grpc_triton.InferInput("image", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([large], dtype=object))
+        with grpc_triton.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            while not stop.is_set():
+                client.infer("tiny", [tensor])
+
+    for kind, client in (("http", over_http), ("grpc", over_grpc)):
+        stop.clear()
+        threads = [threading.Thread(target=client) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for _ in range(6):
+            time.sleep(0.25)
+            seen[kind].append(in_flight(server))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        wait(lambda: in_flight(server) == 0)
+    # Each client has one; another worker's are as of a second ago.
+    for kind, counts in seen.items():
+        assert 0 < max(counts) <= 16 and sum(counts) / len(counts) > 1, (kind, counts)
+    assert server.end() == 0
+
+
+def test_a_workers_gauge_does_not_hide_that_of_one_that_stands_still(
+    start: Start, tiny_archive: Path
+) -> None:
+    server = start(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(), server.lines
+
+    def age() -> float:
+        return time.time() - figure(server, "rampart_heartbeat_seconds")
+
+    wait(lambda: age() < 3)
+    still, _ = workers(server)
+    still.suspend()
+    wait(lambda: age() > 5)  # though the other one has a new heartbeat each second
+    still.resume()
+    wait(lambda: age() < 3)
+    assert server.end() == 0
+
+
+def test_a_delay_lets_a_request_wait_for_the_next_one_and_no_longer(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, delay=0.8)
+    assert "Rampart is ready" in server.read(), server.lines
+    batches, images = "rampart_batch_images_count", "rampart_batch_images_sum"
+    before = figure(server, batches), figure(server, images)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as clients:
+        sent = []
+        for _ in range(2):
+            sent.append(clients.submit(requests.post, server.url, picture, timeout=10))
+            time.sleep(0.2)
+        assert [one.result().status_code for one in sent] == [200, 200]
+    assert 0.8 <= time.monotonic() - began < 5
+    assert (figure(server, batches), figure(server, images)) == (before[0] + 1, before[1] + 2)
+    assert server.end() == 0
 
 
 @feature("Dead workers are replaced", "Rampart")
@@ -642,9 +734,28 @@ def test_several_models_and_versions_are_served_together(
     assert server.end() == 0
 
 
-def test_launcher_and_workers_take_little_memory(start: Start, tiny_archive: Path) -> None:
-    server = start(tiny_archive)
-    server.read()
-    held = sum(process.memory_info().rss for process in server.family())
-    assert held < 300e6
+COMMAND_LINE = """
+import json, sys
+from rampart.__main__ import main
+sys.argv[1:] = ["serve", "--server", "http", "--workers", "2", "--archive", sys.argv[1],
+                "--port", str(json.loads(sys.argv[2])["port"])]
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "traffic-signs"])
+def test_launcher_and_two_workers_take_little_memory_with_what_we_ship(
+    launch: Start, picture: bytes, tmp_path: Path, name: str
+) -> None:
+    served = tmp_path / f"{name}.mar"
+    pack(Path("model_store") / name, served, variant="lean", precision="int8")
+    server = launch(served, code=COMMAND_LINE)
+    assert "Rampart is ready" in server.read(), server.lines
+    with ThreadPoolExecutor(16) as clients:
+        url = f"{server.root}/predictions/{name}"
+        answers = clients.map(lambda _: requests.post(url, picture, timeout=60), range(200))
+        assert {answer.status_code for answer in answers} == {200}
+    held = [process.memory_info().rss for process in server.family()]
+    assert sum(held) < 290e6, held
     assert server.end() == 0

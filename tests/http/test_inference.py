@@ -1,6 +1,7 @@
 """Open Inference Protocol v2 over gRPC, by Triton's own client and by bare calls."""
 
 import queue
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -360,3 +361,27 @@ def test_streams_that_say_nothing_stop_no_other_call_and_are_told(
     assert result is None and error.status() == "StatusCode.UNAVAILABLE"
     for stream in streams:
         stream.close()
+
+
+def test_calls_that_have_come_are_answered_before_the_end(
+    start: Callable[..., Server], tiny_archive: Path, encode: Encode
+) -> None:
+    port = free_port()
+    server = start(tiny_archive, port=port, grpc_port=port + 1)
+    assert "Rampart is ready" in server.read(), server.lines
+    large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
+    answers: queue.Queue[Exception | None] = queue.Queue()
+    with triton.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        for _ in range(50):  # of 64 that one connection may have at once
+            client.async_infer(
+                "tiny",
+                [encoded(large)],
+                lambda result, error: answers.put(error),
+                client_timeout=30,
+            )
+        assert answers.get(timeout=30) is None  # the others are under way
+        server.process.send_signal(signal.SIGTERM)
+        left = answers.qsize()
+        assert left < 40, "the server was too fast for this test"
+        assert [answers.get(timeout=30) for _ in range(49)] == [None] * 49
+    assert server.end() == 0
