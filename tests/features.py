@@ -33,6 +33,7 @@ FEATURES = (
     "Dead workers are replaced",
     "Hostile clients do not block others",
     "Explanations",
+    "Query attacks are noticed",
 )
 TEXT = """\
 # Servers

@@ -15,8 +15,9 @@ import pytest
 import requests
 import tritonclient.grpc
 import tritonclient.http
+from alike import assert_noticed, watchful
 from command import run
-from servers import free_port
+from servers import Redis, free_port
 from triton_server import Triton
 from tritonclient.utils import InferenceServerException
 
@@ -140,13 +141,13 @@ def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.nd
         client.infer("tiny", [encoded(module, *[b"a"] * 33)])
 
 
-def count(triton: Triton, name: str, label: str = "") -> float:
-    """A counter of the model's, of all its versions; those alone that have a label."""
+def count(triton: Triton, name: str, label: str = "", model: str = "tiny") -> float:
+    """A counter of a model's, of all its versions; those alone that have a label."""
     text = requests.get(f"http://127.0.0.1:{triton.metrics}/metrics", timeout=10).text
     return sum(
         float(line.rpartition(" ")[2])
         for line in text.splitlines()
-        if line.startswith(f"{name}{{") and 'model="tiny"' in line and label in line
+        if line.startswith(f"{name}{{") and f'model="{model}"' in line and label in line
     )
 
 
@@ -261,6 +262,37 @@ def test_a_new_version_is_taken_up_when_triton_is_told_and_a_damaged_one_is_not(
         shutil.rmtree(damaged)
         (row,) = rows(client.infer("tiny", [image]))  # what was there answers on
         assert row["decision"] == b"flag"
+
+
+@feature("Query attacks are noticed", "Triton")
+@feature("Several models or versions", "Triton")
+@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+def test_another_model_notices_query_attacks_by_a_store_of_either_kind(
+    triton: Triton,
+    repository: Path,
+    tiny_shipped: Path,
+    tmp_path: Path,
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    store = str(tmp_path / "queries")
+    if kind == "redis":
+        redis: Redis = request.getfixturevalue("redis")
+        redis.flush()
+        store = redis.address
+    name = f"watched-{kind}"
+    to_triton_python(watchful(tiny_shipped, tmp_path, name, query_store=store), repository)
+    module = tritonclient.http
+    with module.InferenceServerClient(f"127.0.0.1:{triton.port}") as client:
+        client.load_model(name)
+
+        def decide(picture: bytes) -> str:
+            (row,) = rows(client.infer(name, [encoded(module, picture)]))
+            return str(row["decision"].decode())
+
+        assert_noticed(decide)
+        assert count(triton, "rampart_query_alerts_total", 'response="reject"', name) == 12
+        client.unload_model(name)
 
 
 def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(

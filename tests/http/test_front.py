@@ -21,6 +21,7 @@ import psutil
 import pytest
 import requests
 import tritonclient.http as triton
+from alike import assert_noticed, watchful
 from prometheus_client.parser import text_string_to_metric_families as parse
 from servers import Server
 
@@ -639,6 +640,28 @@ def test_several_models_and_versions_are_served_together(
     assert requests.get(f"{server.root}/v1/models", timeout=10).json() == {"models": ["tiny"]}
     versions = requests.get(f"{server.root}/v2/models/tiny", timeout=10).json()["versions"]
     assert versions == ["1.0", "2.0"]
+    assert server.end() == 0
+
+
+@feature("Query attacks are noticed", "Rampart")
+def test_workers_share_what_they_have_seen_so_that_query_attacks_are_noticed(
+    start: Start, tiny_shipped: Path, tmp_path: Path
+) -> None:
+    archive = watchful(tiny_shipped, tmp_path)
+    server = start(archive, workers=2, query_store=str(tmp_path / "queries"))
+    assert "Rampart is ready" in server.read(), server.lines
+
+    def decide(picture: bytes) -> str:  # each by a connection of its own
+        decision: str = requests.post(server.url, picture, timeout=10).json()["decision"]
+        return decision
+
+    assert_noticed(decide)
+
+    def figures() -> str:
+        return requests.get(f"{server.root}/metrics", timeout=10).text
+
+    wait(lambda: 'rampart_query_alerts_total{model="tiny",response="reject"} 12.0' in figures())
+    assert 'rampart_query_store_up{model="tiny"} 1.0' in figures()
     assert server.end() == 0
 
 

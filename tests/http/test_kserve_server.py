@@ -1,5 +1,6 @@
 """An archive as the model of KServe's real ModelServer."""
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.grpc
+from alike import assert_noticed, watchful
 from kserve_server import KServe
 from sent import Sent, ask
 from servers import Server
@@ -121,6 +123,25 @@ def test_health_metadata_and_figures_are_told(kserve: KServe, client: Any) -> No
     path = f"{kserve.root}/v1/models/tiny:predict"
     answer = requests.post(path, b"text", headers={"Content-Type": "image/png"}, timeout=10)
     assert answer.status_code == 415 and counted() == before + 1
+
+
+@feature("Query attacks are noticed", "KServe")
+def test_query_attacks_are_noticed(tmp_path: Path, tiny_shipped: Path) -> None:
+    archive = watchful(tiny_shipped, tmp_path)
+    server = KServe(archive, tmp_path, RAMPART_QUERY_STORE=str(tmp_path / "queries"))
+    server.wait()
+
+    def decide(picture: bytes) -> str:
+        instances = {"instances": [{"b64": base64.b64encode(picture).decode()}]}
+        path = f"{server.root}/v1/models/tiny:predict"
+        (verdict,) = requests.post(path, json=instances, timeout=30).json()["predictions"]
+        return str(verdict["decision"])
+
+    assert_noticed(decide)
+    text = requests.get(f"{server.root}/metrics", timeout=10).text
+    assert 'rampart_query_alerts_total{model="tiny",response="reject"} 12.0' in text
+    assert 'rampart_query_store_up{model="tiny"} 1.0' in text
+    assert server.end() == 0
 
 
 def test_an_archive_that_is_none_is_told_on_one_line(tmp_path: Path) -> None:
