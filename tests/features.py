@@ -22,6 +22,7 @@ FEATURES = (
     "Batches across clients",
     "Protocol health and metadata",
     "Client deadlines",
+    "Overload is refused at once with 503 and Retry-After",
     "Tokens",
     "Rate limits per token",
     "TLS",

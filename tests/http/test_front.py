@@ -23,6 +23,7 @@ import requests
 import tritonclient.http as triton
 from alike import assert_noticed, watchful
 from prometheus_client.parser import text_string_to_metric_families as parse
+from sent import half_sent, overload
 from servers import Server
 
 feature = pytest.mark.feature
@@ -344,6 +345,7 @@ def test_only_what_a_killed_worker_held_fails(
     assert server.end() == 0
 
 
+@feature("Overload is refused at once with 503 and Retry-After", "Rampart")
 def test_where_more_come_than_can_wait_the_rest_is_told_at_once_when_to_come_again(
     start: Start, tiny_archive: Path, encode: Encode
 ) -> None:
@@ -351,25 +353,12 @@ def test_where_more_come_than_can_wait_the_rest_is_told_at_once_when_to_come_aga
     assert "Rampart is ready" in server.read(), server.lines
     large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
     (worker,) = workers(server)
-    answers: list[tuple[int, dict[str, str], str]] = []
-
-    def ask() -> None:
-        answer = requests.post(server.url, large, timeout=60)
-        answers.append((answer.status_code, dict(answer.headers), answer.text))
-
-    worker.suspend()
-    threads = [threading.Thread(target=ask) for _ in range(200)]
-    for thread in threads:
-        thread.start()
-    time.sleep(2)
-    worker.resume()
-    for thread in threads:
-        thread.join()
-    assert {code for code, *_ in answers} == {200, 503}
-    for code, headers, text in answers:
-        if code == 503:
-            assert int(headers["retry-after"]) >= 1 and json.loads(text)["type"] == "busy"
-    assert sum(code == 200 for code, *_ in answers) >= 100
+    answers = overload(server.url, large, worker)
+    assert {answer.status_code for answer in answers} == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1 and answer.json()["type"] == "busy"
+    assert sum(answer.ok for answer in answers) >= 100
     assert workers(server) == [worker]
     assert server.end() == 0
 
@@ -485,14 +474,8 @@ def test_a_request_that_has_come_is_answered_before_the_end(
 ) -> None:
     server = start(tiny_archive)
     server.read()
-    head = f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: {len(picture)}\r\n\r\n"
-    with ExitStack() as stack:
-        (one,) = connected(server, 1, head.encode() + picture[:-1], stack)
-        time.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.7)
-        one.sendall(picture[-1:])
-        assert one.recv(12) == b"HTTP/1.1 200"
+    line = half_sent(server.port, "/predictions/tiny", picture, server.process.terminate)
+    assert line == b"HTTP/1.1 200 OK"
     assert server.end() == 0
 
 
