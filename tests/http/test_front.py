@@ -22,6 +22,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 from alike import assert_noticed, watchful
+from peers import assert_kserves_client_gets
 from prometheus_client.parser import text_string_to_metric_families as parse
 from sent import half_sent, overload
 from servers import Server
@@ -123,6 +124,14 @@ def test_tritons_client_finds_its_way(front: Server, picture: bytes) -> None:
     result = client.infer("tiny", [image])
     for output in metadata["outputs"]:
         assert result.as_numpy(output["name"]).shape == (2,)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_kserves_own_client(
+    front: Server, pixels: np.ndarray, picture: bytes, version: str
+) -> None:
+    expected = verdict(requests.post(front.url, picture, timeout=10))
+    assert_kserves_client_gets(expected, front.root, version, pixels, picture)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import requests
 import tritonclient.grpc
 from alike import assert_noticed, watchful
 from kserve_server import KServe
+from peers import assert_kserves_client_gets, assert_tritons_client_gets
 from sent import Sent, ask, half_sent, overload
 from servers import Server, certificate_and_key
 from tritonclient.utils import InferenceServerException
@@ -81,6 +83,32 @@ def test_a_raw_picture_gets_the_plain_verdict_where_its_type_is_told(
     sent = ("/v1/models/tiny:predict", encode(pixels), {"Content-Type": "image/png"})
     expected = requests.post(front.url, encode(pixels), timeout=10).json()
     assert ask(kserve.root, sent)[:2] == (200, expected)
+
+
+@feature("Open Inference v2, binary tensors", "KServe")
+def test_tritons_http_client_sends_pixels_in_binary(
+    kserve: KServe, front: Server, encode: Encode, pixels: np.ndarray
+) -> None:
+    verdict = requests.post(front.url, encode(pixels), timeout=10).json()
+    assert_tritons_client_gets(verdict, kserve.port, pixels, binary=True)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_kserves_own_client(
+    kserve: KServe, front: Server, encode: Encode, pixels: np.ndarray, version: str
+) -> None:
+    verdict = requests.post(front.url, encode(pixels), timeout=10).json()
+    assert_kserves_client_gets(verdict, kserve.root, version, pixels, encode(pixels))
+
+
+def test_curl(
+    kserve: KServe, front: Server, encode: Encode, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(encode(pixels))
+    url = f"{kserve.root}/v1/models/tiny:predict"
+    command = ["curl", "-s", "-H", "Content-Type: image/png", "--data-binary", "@a.png", url]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == requests.post(front.url, encode(pixels), timeout=10).json()
 
 
 @feature("Explanations", "KServe")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import requests
 from alike import assert_noticed, watchful
+from described import assert_described
+from peers import assert_kserves_client_gets, assert_tritons_client_gets
 from ray_cluster import SLOW, TOKEN, Ray
 from sent import Sent, ask
 from servers import Server, certificate_and_key
@@ -72,6 +75,29 @@ def test_a_replica_answers_those_who_have_a_token_and_other_deployments(
     assert ray.verdict(tmp_path / "a.png") == expected
     (tmp_path / "b.png").write_bytes(b"text")
     assert ray.verdict(tmp_path / "b.png")["code"] == 415
+
+
+def test_clients_that_others_wrote_get_the_verdict(
+    ray: Ray, encode: Encode, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    picture = encode(pixels)
+    url = f"{ray.root}/predictions/tiny"
+    expected = requests.post(url, picture, headers=OWN, timeout=10).json()
+    for version in ("v1", "v2"):
+        assert_kserves_client_gets(expected, ray.root, version, pixels, picture, headers=OWN)
+    for binary in (True, False):
+        assert_tritons_client_gets(expected, ray.port, pixels, binary=binary, headers=OWN)
+    (tmp_path / "a.png").write_bytes(picture)
+    token = ["-H", f"Authorization: Bearer {TOKEN}"]
+    command = ["curl", "-s", "-T", "a.png", *token, url]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == expected
+
+
+def test_schemathesis_finds_no_answer_that_the_description_does_not_allow(
+    ray: Ray, tmp_path: Path
+) -> None:
+    assert_described(ray.root, tmp_path, "--header", f"Authorization: Bearer {TOKEN}")
 
 
 def test_each_node_has_a_replica(ray: Ray) -> None:
