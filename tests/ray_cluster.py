@@ -110,10 +110,14 @@ class Ray:
 
     def figures(self) -> str:
         """What Prometheus would read of all nodes."""
+        addresses = [f"http://{target}/metrics" for target in self.targets()]
+        return "".join(requests.get(address, timeout=10).text for address in addresses)
+
+    def targets(self) -> list[str]:
+        """HOST:PORT of each node's figures."""
         files = self._temp.glob("ray/session_*/metrics_export_port_*")
         (host,) = re.findall("^host (.+)$", self.log(), re.MULTILINE)
-        addresses = {f"http://{host}:{file.read_text()}/metrics" for file in files}
-        return "".join(requests.get(address, timeout=10).text for address in addresses)
+        return sorted({f"{host}:{file.read_text()}" for file in files})
 
     def verdict(self, picture: Path) -> dict[str, Any]:
         """What another deployment would get by the handle."""

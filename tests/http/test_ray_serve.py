@@ -18,6 +18,7 @@ import requests
 from alike import assert_noticed, watchful
 from described import assert_described
 from peers import assert_kserves_client_gets, assert_tritons_client_gets
+from prometheus import assert_well_formed, scraped
 from ray_cluster import SLOW, TOKEN, Ray
 from sent import Sent, ask
 from servers import Server, certificate_and_key
@@ -169,6 +170,16 @@ def test_the_figures_of_all_replicas_are_among_rays_own(ray: Ray, encode: Encode
         assert time.monotonic() < end, ray.figures()[-3000:]
         time.sleep(0.5)
     assert refused() == before + 20
+
+
+def test_prometheus_reads_every_node(ray: Ray, tmp_path: Path) -> None:
+    targets = {f"node {number}": target for number, target in enumerate(ray.targets())}
+    assert len(targets) == 2
+    query = "sum by (job) (ray_rampart_requests_total)"
+    assert sum(scraped(tmp_path, targets, query).values()) >= 1
+    for target in targets.values():
+        text = requests.get(f"http://{target}/metrics", timeout=10).text
+        assert_well_formed(text, histograms=False)
 
 
 @feature("Compressed bodies", "Ray Serve")
