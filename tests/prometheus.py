@@ -44,9 +44,7 @@ def scraped(
     words = [program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
     words += [f"--web.listen-address={address}"]
     with (folder / "prometheus.log").open("w") as log:
-        process = subprocess.Popen(
-            [*words, f"--web.listen-address={address}"], stdout=log, stderr=log
-        )
+        process = subprocess.Popen(words, stdout=log, stderr=log)
     found: dict[str, float] = {}
     try:
         end = time.monotonic() + 60
