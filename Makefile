@@ -165,7 +165,7 @@ lock:
 	$(LOCK) pyproject.toml --extra peers -c requirements/dev.txt -o requirements/peers.txt
 	$(LOCK) pyproject.toml --extra ray --extra ray-train -c requirements/dev.txt -o requirements/ray.txt
 	$(LOCK) pyproject.toml --extra kserve --no-annotate -o requirements/kserve.txt
-	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml \
+	printf '%s\n' nvidia-pytriton 'numpy<2' onnxruntime flatbuffers packaging protobuf pillow pyyaml lmdb redis \
 	    | $(LOCK) - --no-annotate --no-deps -o requirements/triton.txt
 
 # Known weaknesses of what serving installs, by PyPI's advisories.

@@ -48,19 +48,32 @@ class Rampart(Model):  # type: ignore[misc]
         self, payload: Payload, headers: Mapping[str, str], response_headers: dict[str, str]
     ) -> Any:
         """As KServe calls it, once it has read a request."""
+        reply = await self._reply(payload, headers)
+        content = json.loads(reply.body)
+        response_headers.update({k: v for k, v in reply.headers.items() if k != "content-type"})
+        return _response(content, payload) if isinstance(payload, InferRequest) else content
+
+    async def explain(self, payload: Payload, headers: dict[str, str]) -> Any:
+        """As KServe calls it for v1's `:explain`."""
+        own = dict(headers)
+        headers.clear()  # KServe sends back what it finds there, a client's token too
+        return json.loads((await self._reply(payload, own, explain=True)).body)
+
+    async def _reply(
+        self, payload: Payload, headers: Mapping[str, str], *, explain: bool = False
+    ) -> Reply:
+        """Raises what KServe makes of an answer that is no verdict."""
         own = {k.lower(): v for k, v in (headers or {}).items() if k.lower() not in OF_THE_BODY}
         over_grpc = isinstance(payload, InferRequest) and payload.from_grpc
         try:
-            incoming = _incoming(payload, own)
+            incoming = _incoming(payload, own)._replace(explain=explain)
         except ImageError as error:
             reply = self._lane.service.refuse(Incoming(own, ()), error)
         else:
             reply = await self._lane.answer(incoming, seconds=ANSWER_SECONDS)
         if reply.status != 200:
             raise _error(reply, over_grpc=over_grpc)
-        content = json.loads(reply.body)
-        response_headers.update({k: v for k, v in reply.headers.items() if k != "content-type"})
-        return _response(content, payload) if isinstance(payload, InferRequest) else content
+        return reply
 
     async def healthy(self) -> bool:
         """Whether its thread runs and no batch hangs."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SERVERS = ("TorchServe", "Rampart", "Triton", "KServe", "Ray Serve")
+OVERLOAD = "Overload is refused at once with 503 and Retry-After"
 FEATURES = (
     "Same verdicts as every other server",
     "Raw pictures and forms",
@@ -22,6 +23,7 @@ FEATURES = (
     "Batches across clients",
     "Protocol health and metadata",
     "Client deadlines",
+    OVERLOAD,
     "Tokens",
     "Rate limits per token",
     "TLS",
@@ -33,15 +35,61 @@ FEATURES = (
     "Dead workers are replaced",
     "Hostile clients do not block others",
     "Explanations",
+    "Query attacks are noticed",
 )
+# What a test covers in part alone: the words of its cell.
+PARTLY = {
+    ("Raw pictures and forms", "KServe"): "raw pictures",
+    ("Open Inference v2, JSON", "Triton"): "pixels",
+    ("Open Inference v2, binary tensors", "KServe"): "pixels",
+    ("Compressed bodies", "KServe"): "over gRPC",
+    ("TLS", "Triton"): "over gRPC",
+    ("Several models or versions", "Ray Serve"): "models",
+}
+# What a server cannot do, or does not do for Rampart, and why.
+CANNOT = {
+    ("Raw pictures and forms", "Triton"): "its protocol has tensors alone",
+    ("KServe v1", "Triton"): "it speaks Open Inference v2 alone",
+    ("Open Inference v2, gRPC", "TorchServe"): "it has a gRPC of its own, which gives the verdicts",
+    ("Open Inference v2, gRPC", "Ray Serve"): "its gRPC needs generated code",
+    ("Open Inference v2, gRPC streams", "TorchServe"): "see its gRPC",
+    ("Open Inference v2, gRPC streams", "KServe"): "its gRPC has no streams",
+    ("Open Inference v2, gRPC streams", "Ray Serve"): "see its gRPC",
+    ("Protocol health and metadata", "TorchServe"): "it has health at `/ping`, and no metadata",
+    ("Client deadlines", "TorchServe"): "its time limit is the model's",
+    ("Client deadlines", "Triton"): "a time limit stops it from fetching ahead",
+    ("Client deadlines", "KServe"): "the adapter reads none",
+    (OVERLOAD, "Triton"): "its queue has no bound, and with one it fetches nothing ahead",
+    (OVERLOAD, "Ray Serve"): "its proxy queues without bound",
+    ("Tokens", "Triton"): "leave them to a gateway",
+    ("Tokens", "KServe"): "leave them to KServe's gateway",
+    ("Rate limits per token", "TorchServe"): "leave them to a gateway",
+    ("Rate limits per token", "Triton"): "leave them to a gateway",
+    ("Rate limits per token", "KServe"): "leave them to KServe's gateway",
+    ("Traces", "TorchServe"): "it passes on a request's `traceparent` and makes no spans",
+    ("Traces", "Triton"): "its own traces do not show Rampart's stages",
+    ("Traces", "KServe"): "the adapter makes none",
+    ("A new version without a restart", "KServe"): "KServe replaces the pods",
+    ("Several models or versions", "KServe"): "it serves one archive",
+    ("Dead workers are replaced", "Triton"): (
+        "Triton 2.51 answers with errors when its Python process was killed, and says that it is "
+        "ready: let the liveness probe send a picture"
+    ),
+    ("Dead workers are replaced", "KServe"): "it is one process, which Kubernetes replaces",
+    ("Hostile clients do not block others", "Triton"): "it bounds neither bodies nor its queue",
+    ("Hostile clients do not block others", "KServe"): "it reads bodies of any size",
+    ("Explanations", "Triton"): "its outputs are fixed",
+}
 TEXT = """\
 # Servers
 
 `make servers` writes this table. Each `yes` comes from tests that ran against the real server.
 `Rampart` is [the built-in server](serve.md#the-built-in-server), `Triton` its Python backend.
-An empty cell means that no test covers the feature: do not rely on it.
+Other words say which part of a feature is tested. `no` means that the server does not have it; the
+reasons are below. An empty cell means that no test covers the feature: do not rely on it.
 
 """
+NOTES = "\n## Why not\n\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,13 +128,31 @@ class Table:
         """Write the table."""
         rows = [["", *SERVERS], [":---"] * (len(SERVERS) + 1)]
         rows += [
-            [feature, *(self._cell(f"{feature}|{server}") for server in SERVERS)]
-            for feature in FEATURES
+            [feature, *(self._cell(feature, server) for server in SERVERS)] for feature in FEATURES
         ]
-        self._path.write_text(TEXT + "".join(f"| {' | '.join(row)} |\n" for row in rows))
+        table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        self._path.write_text(TEXT + table + NOTES + reasons())
 
-    def _cell(self, name: str) -> str:
-        outcomes = self._outcomes[name]
+    def _cell(self, feature: str, server: str) -> str:
+        outcomes = self._outcomes[f"{feature}|{server}"]
         if "failed" in outcomes:
             return "fails"
-        return "not run" if "skipped" in outcomes else "yes" if outcomes else ""
+        if "skipped" in outcomes:
+            return "not run"
+        return told(feature, server, shown=bool(outcomes))
+
+
+def told(feature: str, server: str, *, shown: bool) -> str:
+    """The cell of a feature that tests have shown, or of one that has none."""
+    if shown:
+        return PARTLY.get((feature, server), "yes")
+    return "no" if (feature, server) in CANNOT else ""
+
+
+def reasons() -> str:
+    """Why servers do not have what they do not have, a paragraph a server."""
+    lines = []
+    for one in SERVERS:
+        own = [f"{feature}: {why}." for (feature, server), why in CANNOT.items() if server == one]
+        lines += [f"**{one}**", "", *(f"- {line}" for line in own), ""] if own else []
+    return "\n".join(lines[:-1]) + "\n"

@@ -13,10 +13,10 @@ PYTHON = Path(sys.prefix) / "kserve" / "bin" / "python"
 class KServe(Started):
     """A process of rampart.kserve."""
 
-    def __init__(self, archive: Path, folder: Path) -> None:
+    def __init__(self, archive: Path, folder: Path, *options: str, **variables: str) -> None:
         port = free_port()
         self.grpc = port + 1
         words = [PYTHON, "-m", "rampart.kserve", "--archive", archive]
-        words += ["--http_port", str(port), "--grpc_port", str(self.grpc)]
-        own = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(folder)}
+        words += ["--http_port", str(port), "--grpc_port", str(self.grpc), *options]
+        own = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(folder)} | variables
         super().__init__(words, port, folder, own)

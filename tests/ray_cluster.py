@@ -23,7 +23,7 @@ from servers import free_port
 
 PYTHON = Path(sys.prefix) / "ray" / "bin" / "python"
 CONFIG = Path("deploy/ray/serve.yaml")
-TOKEN = "a" * 20
+TOKEN, SLOW = "a" * 20, "s" * 20  # of which the second may send 5 requests to a replica
 
 
 def environment(temp: Path) -> dict[str, str]:
@@ -58,17 +58,37 @@ class Ray:
             text=True,
         )
 
-    def _configuration(self, archive: Path) -> Path:
+    def _configuration(self, *archives: Path, tls: tuple[Path, ...] = ()) -> Path:
+        """Of the first archive at the root, and of the others under their names."""
         config = yaml.safe_load(CONFIG.read_text())
         config["http_options"] = {"host": "127.0.0.1", "port": self.port}
+        if tls:
+            config["http_options"] |= {"ssl_certfile": str(tls[0]), "ssl_keyfile": str(tls[1])}
         config["proxy_location"] = "HeadOnly"  # the nodes of one machine cannot share a port
         (application,) = config["applications"]
         tokens = self._temp / "tokens"
-        tokens.write_text(f"team {TOKEN}\n")
-        application["args"] |= {"archive": str(archive), "tokens": str(tokens)}
+        tokens.write_text(f"team {TOKEN}\nslow {SLOW} 0.01 5\n")
+        application["args"] |= {"archive": str(archives[0]), "tokens": str(tokens)}
+        for other in archives[1:]:
+            deployment = {"name": "Rampart", "ray_actor_options": {"num_cpus": 0}}
+            own = {"name": other.stem, "route_prefix": f"/{other.stem}", "args": {}}
+            own["args"] |= {"archive": str(other)}
+            config["applications"].append(application | own | {"deployments": [deployment]})
         written = self._temp / "serve.yaml"
         written.write_text(yaml.safe_dump(config))
         return written
+
+    def deploy(self, *archives: Path) -> None:
+        """Put other archives in the place of what is served; return when they are there."""
+        old, end = set(self.replicas()), time.monotonic() + 120
+        self._tell(self._configuration(*archives))
+        while old & (now := set(self.replicas())) or len(now) < len(archives) + 1:
+            assert self._nodes.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.2)
+
+    def again(self, archive: Path, tls: tuple[Path, ...]) -> None:
+        """Stop serving, and serve by TLS."""
+        self._tell("again", self._configuration(archive, tls=tls))
 
     def wait(self, replicas: int) -> None:
         """Return when so many replicas run and one answers."""
@@ -90,22 +110,29 @@ class Ray:
 
     def figures(self) -> str:
         """What Prometheus would read of all nodes."""
+        addresses = [f"http://{target}/metrics" for target in self.targets()]
+        return "".join(requests.get(address, timeout=10).text for address in addresses)
+
+    def targets(self) -> list[str]:
+        """HOST:PORT of each node's figures."""
         files = self._temp.glob("ray/session_*/metrics_export_port_*")
         (host,) = re.findall("^host (.+)$", self.log(), re.MULTILINE)
-        addresses = {f"http://{host}:{file.read_text()}/metrics" for file in files}
-        return "".join(requests.get(address, timeout=10).text for address in addresses)
+        return sorted({f"{host}:{file.read_text()}" for file in files})
 
     def verdict(self, picture: Path) -> dict[str, Any]:
         """What another deployment would get by the handle."""
-        assert self._nodes.stdin is not None
         known, end = len(self._verdicts()), time.monotonic() + 60
-        self._nodes.stdin.write(f"{picture}\n")
-        self._nodes.stdin.flush()
+        self._tell(picture)
         while len(self._verdicts()) == known:
             assert self._nodes.poll() is None and time.monotonic() < end, self.log()
             time.sleep(0.1)
         found: dict[str, Any] = json.loads(self._verdicts()[-1])
         return found
+
+    def _tell(self, *words: object) -> None:
+        assert self._nodes.stdin is not None
+        self._nodes.stdin.write(f"{' '.join(map(str, words))}\n")
+        self._nodes.stdin.flush()
 
     def _verdicts(self) -> list[str]:
         return re.findall(r"^verdict (.+)$", self.log(), re.MULTILINE)

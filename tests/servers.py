@@ -54,6 +54,15 @@ def free_port() -> int:
     raise OSError("no four neighbouring ports are free")
 
 
+def certificate_and_key(folder: Path) -> tuple[Path, Path]:
+    """c.pem and k.pem of this machine, which nobody has signed but itself."""
+    certificate, key = folder / "c.pem", folder / "k.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
+
+
 def peak_memory(pid: int) -> int:
     """The most that a process held in memory since its peak was forgotten, in KiB."""
     status = Path(f"/proc/{pid}/status").read_text()

@@ -20,12 +20,16 @@ class Started:
                 list(map(str, words)), stdout=log, stderr=log, cwd=folder, env=dict(environment)
             )
 
-    def wait(self) -> None:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, verify: bool | str = True) -> None:
         """Return when it is ready."""
         end = time.monotonic() + 120
         while True:
             try:
-                if requests.get(f"{self.root}/v2/health/ready", timeout=5).ok:
+                if requests.get(f"{self.root}/v2/health/ready", timeout=5, verify=verify).ok:
                     return
             except requests.ConnectionError:
                 pass
@@ -40,7 +44,11 @@ class Started:
         """Its exit code, once it ends by itself."""
         return self._process.wait(60)
 
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._process.terminate()
+
     def end(self) -> int:
         """Its exit code after SIGTERM."""
-        self._process.terminate()
+        self.terminate()
         return self.finish()

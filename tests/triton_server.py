@@ -18,7 +18,7 @@ HOME = Path(__file__).parents[1] / ".venv" / "triton"
 class Triton(Started):
     """A server of one repository, which takes up new versions when it is told."""
 
-    def __init__(self, repository: Path, work: Path, port: int) -> None:
+    def __init__(self, repository: Path, work: Path, port: int, *options: object) -> None:
         self.grpc, self.metrics = port + 1, port + 2
         site = _site_packages()
         backends = work / "backends"
@@ -37,6 +37,7 @@ class Triton(Started):
             *("--http-address", "127.0.0.1", "--http-port", port),
             *("--grpc-address", "127.0.0.1", "--grpc-port", self.grpc),
             *("--metrics-address", "127.0.0.1", "--metrics-port", self.metrics),
+            *options,
         ]
         environment = {
             "PATH": f"{HOME / 'bin'}{os.pathsep}{os.environ['PATH']}",

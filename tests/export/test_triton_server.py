@@ -1,6 +1,7 @@
 """A repository of `export --triton --backend python` in a real Triton, as its clients meet it."""
 
 import gc
+import gzip
 import json
 import queue
 import shutil
@@ -15,8 +16,11 @@ import pytest
 import requests
 import tritonclient.grpc
 import tritonclient.http
+from alike import assert_noticed, watchful
 from command import run
-from servers import free_port
+from peers import assert_kserves_client_gets
+from sent import ask
+from servers import Redis, certificate_and_key, free_port
 from triton_server import Triton
 from tritonclient.utils import InferenceServerException
 
@@ -126,6 +130,33 @@ def test_verdicts_are_those_of_the_service_and_a_bad_picture_harms_no_other(
     assert_is(from_pixels, json.loads(expected[0].body))
 
 
+@feature("Open Inference v2, JSON", "Triton")
+@feature("Compressed bodies", "Triton")
+@pytest.mark.parametrize("packed", [False, True])
+def test_pixels_in_json_get_the_same_verdict(
+    triton: Triton, service: Service, encode: Encode, pixels: np.ndarray, packed: bool
+) -> None:
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [1, 32, 32, 3]}
+    body = json.dumps({"id": "7", "inputs": [tensor | {"data": pixels.ravel().tolist()}]}).encode()
+    sent = ("/v2/models/tiny/infer", body, {"Content-Type": "application/json"})
+    if packed:
+        sent = (sent[0], gzip.compress(body), sent[2] | {"Content-Encoding": "gzip"})
+    status, content, _ = ask(triton.root, sent)
+    assert status == 200 and content["id"] == "7"
+    found = {output["name"]: output["data"] for output in content["outputs"]}
+    verdict = json.loads(service.answer([Incoming({}, [encode(pixels)])])[0].body)
+    assert found["label"] == [verdict["label"]] and found["decision"] == [verdict["decision"]]
+    assert found["p_value"] == pytest.approx([verdict["detail"]["p_value"]], abs=1e-5)
+
+
+def test_kserves_own_client(
+    triton: Triton, service: Service, encode: Encode, pixels: np.ndarray
+) -> None:
+    picture = encode(pixels)
+    verdict = json.loads(service.answer([Incoming({}, [picture])])[0].body)
+    assert_kserves_client_gets(verdict, triton.root, "v2", pixels, picture, name="pixels")
+
+
 def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.ndarray) -> None:
     client, module = speak
     both = [encoded(module, b"a"), decoded(module, pixels[None])]
@@ -140,13 +171,13 @@ def test_requests_that_do_not_fit_are_told(speak: tuple[Any, Any], pixels: np.nd
         client.infer("tiny", [encoded(module, *[b"a"] * 33)])
 
 
-def count(triton: Triton, name: str, label: str = "") -> float:
-    """A counter of the model's, of all its versions; those alone that have a label."""
+def count(triton: Triton, name: str, label: str = "", model: str = "tiny") -> float:
+    """A counter of a model's, of all its versions; those alone that have a label."""
     text = requests.get(f"http://127.0.0.1:{triton.metrics}/metrics", timeout=10).text
     return sum(
         float(line.rpartition(" ")[2])
         for line in text.splitlines()
-        if line.startswith(f"{name}{{") and 'model="tiny"' in line and label in line
+        if line.startswith(f"{name}{{") and f'model="{model}"' in line and label in line
     )
 
 
@@ -263,6 +294,37 @@ def test_a_new_version_is_taken_up_when_triton_is_told_and_a_damaged_one_is_not(
         assert row["decision"] == b"flag"
 
 
+@feature("Query attacks are noticed", "Triton")
+@feature("Several models or versions", "Triton")
+@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+def test_another_model_notices_query_attacks_by_a_store_of_either_kind(
+    triton: Triton,
+    repository: Path,
+    tiny_shipped: Path,
+    tmp_path: Path,
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    store = str(tmp_path / "queries")
+    if kind == "redis":
+        redis: Redis = request.getfixturevalue("redis")
+        redis.flush()
+        store = redis.address
+    name = f"watched-{kind}"
+    to_triton_python(watchful(tiny_shipped, tmp_path, name, query_store=store), repository)
+    module = tritonclient.http
+    with module.InferenceServerClient(f"127.0.0.1:{triton.port}") as client:
+        client.load_model(name)
+
+        def decide(picture: bytes) -> str:
+            (row,) = rows(client.infer(name, [encoded(module, picture)]))
+            return str(row["decision"].decode())
+
+        assert_noticed(decide)
+        assert count(triton, "rampart_query_alerts_total", 'response="reject"', name) == 12
+        client.unload_model(name)
+
+
 def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(
     tmp_path: Path, tiny_shipped: Path, unpacked: Path, repack: Callable[..., Path]
 ) -> None:
@@ -292,3 +354,39 @@ def test_who_may_not_see_p_values_does_not(tmp_path: Path, tiny_shipped: Path) -
     archive(tiny_shipped, public, settings={"rampart": {"detail": "public"}})
     config = (to_triton_python(public, tmp_path / "models") / "config.pbtxt").read_text()
     assert '"p_value"' not in config and '"error"' in config
+
+
+@pytest.fixture
+def another(repository: Path, tmp_path: Path) -> Iterator[Triton]:
+    """A server that the test may end, with TLS on its gRPC."""
+    certificate, key = certificate_and_key(tmp_path)
+    options = ("--grpc-use-ssl", "true", "--grpc-server-cert", certificate)
+    server = Triton(repository, tmp_path, free_port(), *options, "--grpc-server-key", key)
+    server.wait()
+    yield server
+    server.end()
+
+
+@pytest.mark.slow
+@feature("TLS", "Triton")
+@feature("Graceful shutdown: requests received are answered", "Triton")
+def test_triton_speaks_tls_and_answers_what_has_come_before_its_end(
+    another: Triton, tmp_path: Path, service: Service, encode: Encode, pixels: np.ndarray
+) -> None:
+    module, picture = tritonclient.grpc, encode(pixels)
+    trusted = {"ssl": True, "root_certificates": str(tmp_path / "c.pem")}
+    large = encode(np.tile(pixels, (22, 22, 1)), "JPEG")  # of 32 the server takes long
+    image, many = encoded(module, picture), encoded(module, *[large] * 32)
+    answers = queue.Queue[tuple[Any, Any]]()
+    with module.InferenceServerClient(f"127.0.0.1:{another.grpc}", **trusted) as client:
+        (expected,) = rows(client.infer("tiny", [image]))
+        assert_is(expected, json.loads(service.answer([Incoming({}, [picture])])[0].body))
+        for _ in range(4):
+            client.async_infer("tiny", [many], lambda result, error: answers.put((result, error)))
+        time.sleep(0.2)
+        assert answers.qsize() < 4
+        another.terminate()
+        for _ in range(4):
+            result, error = answers.get(timeout=60)
+            assert error is None and [row["error"] for row in rows(result)] == [b""] * 32
+    assert another.finish() == 0

@@ -15,29 +15,9 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
+from peers import assert_kserves_client_gets, assert_same, tensors
 from servers import Server
 from tritonclient.utils import InferenceServerException
-
-KSERVE = Path(sys.prefix) / "kserve" / "bin" / "python"
-ASK_KSERVE = """
-import asyncio, json, sys
-import numpy as np
-from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
-
-async def ask(root, version, data):
-    client = InferenceRESTClient(RESTConfig(protocol=version, retries=0))
-    if version == "v1":
-        answer = await client.infer(root, data, model_name="tiny")
-    else:
-        image = InferInput("image", [1, 32, 32, 3], "UINT8")
-        image.set_data_from_numpy(np.array(data, np.uint8), binary_data=False)
-        request = InferRequest("tiny", [image], request_id="7")
-        answer = (await client.infer(root, request, model_name="tiny")).to_rest()[0]
-    await client.close()
-    return answer
-
-print(json.dumps(asyncio.run(ask(sys.argv[1], sys.argv[2], json.load(sys.stdin)))))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +30,6 @@ def own(server: Server, body: bytes) -> dict[str, Any]:
     """What the plain route says."""
     verdict: dict[str, Any] = requests.post(server.url, data=body, timeout=60).json()
     return verdict
-
-
-def tensors(answer: dict[str, Any]) -> dict[str, Any]:
-    return {entry["name"]: entry["data"] for entry in answer["outputs"]}
-
-
-def same(found: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether the tensors of one image say what the verdict says."""
-    assert list(found["label"]) == [own["label"]] and list(found["index"]) == [own["index"]]
-    assert list(found["decision"]) == [own["decision"]]
-    np.testing.assert_allclose(found["confidence"], [own["confidence"]], rtol=1e-5)
-    np.testing.assert_allclose(found["p_value"], [own["detail"]["p_value"]], rtol=1e-5)
-    return True
 
 
 def test_curl(server: Server, body: bytes, own: dict[str, Any], tmp_path: Path) -> None:
@@ -97,7 +64,8 @@ def test_open_inference_v2_takes_pixels_and_pictures(
         request = {"id": "7", "inputs": [{"name": "image"} | tensor]}
         answer = requests.post(url, json=request, timeout=60).json()
         assert (answer["model_name"], answer["model_version"]) == ("tiny", "1.0")
-        assert answer["id"] == "7" and same(tensors(answer), own)
+        assert answer["id"] == "7"
+        assert_same(tensors(answer), own)
     broken = {"inputs": [{"name": "image"} | picture | {"data": ["aGVsbG8="]}]}
     refused = requests.post(url, json=broken, timeout=60)
     assert refused.status_code == 415 and refused.json()["error"] == refused.json()["message"]
@@ -156,19 +124,7 @@ def test_curl_may_send_a_compressed_body(
 def test_kserves_own_client(
     server: Server, pixels: np.ndarray, body: bytes, own: dict[str, Any], version: str
 ) -> None:
-    data: object = [pixels.tolist()]
-    if version == "v1":
-        data = {"instances": [{"b64": base64.b64encode(body).decode()}]}
-    done = subprocess.run(
-        [KSERVE, "-c", ASK_KSERVE, server.root, version],
-        input=json.dumps(data), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if version == "v1":
-        assert answer == {"predictions": [own]}
-    else:
-        assert answer["id"] == "7" and same(tensors(answer), own)
+    assert_kserves_client_gets(own, server.root, version, pixels, body)
 
 
 @pytest.fixture(scope="module")

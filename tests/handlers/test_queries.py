@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from alike import crops, nudged
 from inprocess import ask, png, post
 from servers import Redis, Server
-from skimage.data import data_dir
 
 from rampart.export.archive import archive
-from rampart.handlers.image import decode
 from rampart.handlers.queries import lookup
 from rampart.handlers.queries import watch as queries
 from rampart.handlers.queries.stores import open_store
@@ -36,6 +35,8 @@ from rampart.handlers.service import Service
 from rampart.handlers.telemetry import declared
 from rampart.hardening.model.images import Images
 
+feature = pytest.mark.feature
+
 SECRET = bytes(range(32))
 LOST = "Query attacks are not detected: the store fails"
 Watcher = Callable[..., Watch]
@@ -43,10 +44,7 @@ Watcher = Callable[..., Watch]
 
 @pytest.fixture(scope="module")
 def photos() -> np.ndarray:
-    """The 60 crops of a photograph with most in them, uint8 (60, 32, 32, 3)."""
-    cat = decode((Path(data_dir) / "chelsea.png").read_bytes())
-    crops = [cat[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 448, 32)]
-    return np.stack(sorted(crops, key=lambda crop: -crop.std())[:60])
+    return crops()
 
 
 @pytest.fixture
@@ -63,12 +61,6 @@ def watching(tmp_path: Path) -> Watcher:
         return Watch(store, model, response=response, expiry=expiry)  # type: ignore[arg-type]
 
     return make
-
-
-def nudged(images: np.ndarray, noise: np.random.Generator) -> np.ndarray:
-    """The images with one value in fifty changed a little, as an attack does."""
-    change = noise.integers(-8, 9, images.shape) * (noise.random(images.shape) < 0.02)
-    return np.clip(images + change, 0, 255).astype(np.uint8)
 
 
 def look(watch: Watch, images: Sequence[np.ndarray] | np.ndarray, owner: str = "") -> list[Any]:
@@ -358,6 +350,7 @@ def test_settings_that_make_no_sense_fail_the_load(
         handling([], **settings)
 
 
+@feature("Query attacks are noticed", "TorchServe")
 def test_workers_share_what_they_have_seen_and_count_it(
     launch: Callable[..., Server],
     tiny_shipped: Path,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from servers import Server, free_port
+from servers import Server, certificate_and_key, free_port
 
 import rampart as rp
 
@@ -149,10 +149,7 @@ def test_metadata_are_rampart_servers_and_torchserve_says_that_it_has_none(
 def test_a_token_opens_and_a_certificate_is_trusted(
     start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
-    certificate, key, tokens = (tmp_path / name for name in ("c.pem", "k.pem", "tokens"))
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    (certificate, key), tokens = certificate_and_key(tmp_path), tmp_path / "tokens"
     tokens.write_text(f"team {'a' * 20}\nslow {'c' * 20} 0.01 1\n")
     files = {"tokens": str(tokens), "tls": [str(certificate), str(key)]}
     server = start(tiny_archive, port=free_port(), **files)

@@ -23,7 +23,10 @@ import pytest
 import requests
 import tritonclient.grpc as grpc_triton
 import tritonclient.http as triton
+from alike import assert_noticed, watchful
+from peers import assert_kserves_client_gets
 from prometheus_client.parser import text_string_to_metric_families as parse
+from sent import half_sent, overload
 from servers import Server, free_port
 
 from rampart.export.archive import archive as pack
@@ -125,6 +128,14 @@ def test_tritons_client_finds_its_way(front: Server, picture: bytes) -> None:
     result = client.infer("tiny", [image])
     for output in metadata["outputs"]:
         assert result.as_numpy(output["name"]).shape == (2,)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_kserves_own_client(
+    front: Server, pixels: np.ndarray, picture: bytes, version: str
+) -> None:
+    expected = verdict(requests.post(front.url, picture, timeout=10))
+    assert_kserves_client_gets(expected, front.root, version, pixels, picture)
 
 
 @pytest.mark.parametrize(
@@ -435,6 +446,7 @@ def test_only_what_a_killed_worker_held_fails(
     assert server.end() == 0
 
 
+@feature("Overload is refused at once with 503 and Retry-After", "Rampart")
 def test_where_more_come_than_can_wait_the_rest_is_told_at_once_when_to_come_again(
     start: Start, tiny_archive: Path, encode: Encode
 ) -> None:
@@ -442,25 +454,12 @@ def test_where_more_come_than_can_wait_the_rest_is_told_at_once_when_to_come_aga
     assert "Rampart is ready" in server.read(), server.lines
     large = encode(np.zeros((1500, 1500, 3), np.uint8), "JPEG")  # which takes long to decode
     (worker,) = workers(server)
-    answers: list[tuple[int, dict[str, str], str]] = []
-
-    def ask() -> None:
-        answer = requests.post(server.url, large, timeout=60)
-        answers.append((answer.status_code, dict(answer.headers), answer.text))
-
-    worker.suspend()
-    threads = [threading.Thread(target=ask) for _ in range(200)]
-    for thread in threads:
-        thread.start()
-    time.sleep(2)
-    worker.resume()
-    for thread in threads:
-        thread.join()
-    assert {code for code, *_ in answers} == {200, 503}
-    for code, headers, text in answers:
-        if code == 503:
-            assert int(headers["retry-after"]) >= 1 and json.loads(text)["type"] == "busy"
-    assert sum(code == 200 for code, *_ in answers) >= 100
+    answers = overload(server.url, large, worker)
+    assert {answer.status_code for answer in answers} == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1 and answer.json()["type"] == "busy"
+    assert sum(answer.ok for answer in answers) >= 100
     assert workers(server) == [worker]
     assert server.end() == 0
 
@@ -576,14 +575,8 @@ def test_a_request_that_has_come_is_answered_before_the_end(
 ) -> None:
     server = start(tiny_archive)
     server.read()
-    head = f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: {len(picture)}\r\n\r\n"
-    with ExitStack() as stack:
-        (one,) = connected(server, 1, head.encode() + picture[:-1], stack)
-        time.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.7)
-        one.sendall(picture[-1:])
-        assert one.recv(12) == b"HTTP/1.1 200"
+    line = half_sent(server.port, "/predictions/tiny", picture, server.process.terminate)
+    assert line == b"HTTP/1.1 200 OK"
     assert server.end() == 0
 
 
@@ -758,4 +751,33 @@ def test_launcher_and_two_workers_take_little_memory_with_what_we_ship(
         assert {answer.status_code for answer in answers} == {200}
     held = [process.memory_info().rss for process in server.family()]
     assert sum(held) < 290e6, held
+
+
+@feature("Query attacks are noticed", "Rampart")
+def test_workers_share_what_they_have_seen_so_that_query_attacks_are_noticed(
+    start: Start, tiny_shipped: Path, tmp_path: Path
+) -> None:
+    archive = watchful(tiny_shipped, tmp_path)
+    server = start(archive, workers=2, query_store=str(tmp_path / "queries"))
+    assert "Rampart is ready" in server.read(), server.lines
+
+    def decide(picture: bytes) -> str:  # each by a connection of its own
+        decision: str = requests.post(server.url, picture, timeout=10).json()["decision"]
+        return decision
+
+    assert_noticed(decide)
+
+    def figures() -> str:
+        return requests.get(f"{server.root}/metrics", timeout=10).text
+
+    wait(lambda: 'rampart_query_alerts_total{model="tiny",response="reject"} 12.0' in figures())
+    assert 'rampart_query_store_up{model="tiny"} 1.0' in figures()
+    assert server.end() == 0
+
+
+def test_launcher_and_workers_take_little_memory(start: Start, tiny_archive: Path) -> None:
+    server = start(tiny_archive)
+    server.read()
+    held = sum(process.memory_info().rss for process in server.family())
+    assert held < 300e6
     assert server.end() == 0

@@ -1,8 +1,6 @@
 """What people and programs read about the server, on the server itself."""
 
 import re
-import subprocess
-import sys
 from html import unescape
 from itertools import product
 from pathlib import Path
@@ -10,12 +8,10 @@ from pathlib import Path
 import pytest
 import requests
 from browser import Page, chromium, violations
+from described import assert_described
 from servers import Server
 
 from rampart.handlers.http import pages
-
-# How a body that the description forbids may be refused; by itself schemathesis knows no 413.
-STATUSES = "[checks.negative_data_rejection]\nexpected-statuses = [400, 403, 404, 413, 415, 422]\n"
 
 
 def test_the_page_at_the_root_names_the_model_and_its_links_lead_somewhere(front: Server) -> None:
@@ -62,15 +58,4 @@ def test_axe_finds_nothing_serious_and_no_page_scrolls_sideways(
 def test_schemathesis_finds_no_answer_that_the_own_description_does_not_allow(
     front: Server, tmp_path: Path
 ) -> None:
-    (tmp_path / "openapi.json").write_text(requests.get(f"{front.root}/openapi.json").text)
-    (tmp_path / "schemathesis.toml").write_text(STATUSES)
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run", "openapi.json"]
-    command += ["--url", front.root, "--max-examples", "30", "--no-color"]
-    command += ["--generation-deterministic"]
-    # A body of the right shape need not hold a picture, so it may be refused.
-    excluded = "positive_data_acceptance"
-    done = subprocess.run(
-        [*command, "--exclude-checks", excluded], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "Tested: 22" in done.stdout
+    assert_described(front.root, tmp_path)
