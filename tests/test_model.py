@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rampart as rp
+from rampart.handlers.engine import Engine
 from rampart.handlers.errors import ImageError
 from rampart.hardening.report import card as report
 
@@ -109,6 +110,26 @@ def test_a_normalization_of_pixels_up_to_255_is_refused_with_the_right_one(tmp_p
 def test_own_weights_are_calibrated_as_they_are(small: rp.Model) -> None:
     assert small.variants == ["lean"] and small.purifier is None
     assert small.card["classifier"]["arch"].endswith(":Small")
+
+
+def test_a_guarded_variant_is_served_with_its_gradient_in_the_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = blobs(400, size=16)
+    net = rp.Classifier.wrap(Small(), head="fc", classes=images.classes, image_size=16)
+    trained = {"training": {"classifier": "Threat(norm='Linf', eps=0.0156862745)"}}
+    model = rp.Model.calibrate(net, images, guarded=True, card=trained)
+    assert model.variants == ["lean", "guarded"] and model.best_variant == "lean"
+    radius = model.whole.detectors.get_buffer("consistency.radius")
+    assert float(radius) == pytest.approx(2 / 255)
+    assert model.card["promise"].keys() == {"lean, fp32", "guarded, fp32"}
+    model.archive(tmp_path / "mine.mar", form=rp.Form("guarded"), anyway=True)
+    with ZipFile(tmp_path / "mine.mar") as packed:
+        packed.extract("graph.onnx", tmp_path)
+        detectors = json.loads(packed.read("calibration.json"))["detectors"]
+    assert detectors == ["feature_distance", "consistency"]
+    found = Engine(tmp_path / "graph.onnx").run(images.image[:20].numpy())
+    own = model.pipeline("guarded")(images.image[:20])
+    assert np.allclose(found.scores, own.scores.detach(), atol=1e-4)
 
 
 def test_a_saved_model_is_the_same_once_it_is_loaded(small: rp.Model, tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ class Hunt:
         self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.attacks = 0
 
+    def begin(self, found: Tensor, hopeless: Tensor) -> None:
+        """Go on from images that others `found` (N, 3, H, W), and leave out the `hopeless` (N,)."""
+        with torch.no_grad():
+            out = self.measure(found, torch.arange(len(found), device=found.device))
+        self.found, self.value = found.clone(), out.value
+        self.won = out.won | hopeless
+
     def try_all(self, objective: Objective, *, onward: bool = False) -> None:
         """Attack the images that still stand, from a new random start or `onward` from what was
         found.
@@ -129,38 +136,69 @@ class Hunt:
         self.won[left] = won
 
 
-def joint_apgd(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Tensor:
-    """Be wrong and accepted: Auto-PGD with every handling of the detectors and every target."""
+def label_hunt(labels: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Hunt:
+    """Be wrong, accepted or not: Auto-PGD without and with every target."""
+    aim = partial(mislead, lambda x: View(labels(x).logits), label=label)
+    hunt = Hunt(aim(loss=untargeted(label)), x, threat, steps=budget.steps)
+    for _ in HANDLINGS:  # as often as the joint attack without a target
+        hunt.try_all(aim(loss=untargeted(label)))
+    for target in targets_of(labels, x, label, budget):
+        hunt.try_all(aim(loss=targeted(label, target)))
+    return hunt
+
+
+def targets_of(look: Look, x: Tensor, label: Tensor, budget: Budget) -> list[Tensor]:
+    """The wrong labels (N,) to try, the likeliest first."""
+    with torch.no_grad():
+        logits = look(x).logits
+    order = logits.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)
+    return list(order[:, : min(budget.targets, order.shape[1] - 1)].unbind(1))
+
+
+def joint_apgd(
+    look: Look,
+    x: Tensor,
+    label: Tensor,
+    threat: Threat,
+    budget: Budget,
+    *,
+    labels: Look | None = None,
+) -> Tensor:
+    """Be wrong and accepted: Auto-PGD with every handling of the detectors and every target.
+
+    With `labels`, the victim's logits alone, which are cheaper, the attack begins with those, and
+    goes on where it found a wrong label: nothing else can be wrong and accepted.
+    """
     with torch.no_grad():
         clean = look(x)
-    target = clean.logits.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)
     measure = mislead(look, untargeted(label), label)
     hunt = Hunt(measure, x, threat, steps=budget.steps)
+    if labels is not None:
+        easy = label_hunt(labels, x, label, threat, budget)
+        hunt.begin(easy.found, ~easy.won)
+    targets = targets_of(look, x, label, budget)
     weight = 1.0
     if clean.margin is not None:
         weight = pilot(look, x, label, threat, steps=budget.steps)
     for handling in HANDLINGS if clean.margin is not None else HANDLINGS[:1]:
         loss = untargeted(label)
         hunt.try_all(mislead(look, loss, label, handling=handling, weight=weight))
-    for rank in range(min(budget.targets, target.shape[1] - 1)):
-        loss = targeted(label, target[:, rank])
-        hunt.try_all(mislead(look, loss, label, handling="selective"))
+    for target in targets:
+        hunt.try_all(mislead(look, targeted(label, target), label, handling="selective"))
     if clean.probe is not None:
-        insist(hunt, look, label, target[:, : budget.targets])
+        insist(hunt, look, label, targets)
     return hunt.found
 
 
-def insist(hunt: Hunt, look: Look, label: Tensor, target: Tensor) -> None:
-    """Against consistency: each `target` (N, T), at several radii and their worst, first for itself
-    and then onward from the nearest miss. Spent on images that only rejection has saved: of others
-    no wrong label was found.
+def insist(hunt: Hunt, look: Look, label: Tensor, targets: list[Tensor]) -> None:
+    """Against consistency: each target (N,), at several radii and their worst, from a random start,
+    then onward from the nearest miss. Spent on images that only rejection has saved.
     """
     with torch.no_grad():
-        saved = look(hunt.found).logits.argmax(1) != label
-    hunt.won |= ~saved
+        hunt.won |= look(hunt.found).logits.argmax(1) == label
     for shares in PROBES:
-        for one in target.unbind(1):
-            hunt.try_all(withstand(look, label, one, shares))
+        for target in targets:
+            hunt.try_all(withstand(look, label, target, shares))
     with torch.no_grad():
         reached = look(hunt.found).logits.argmax(1)
     hunt.try_all(withstand(look, label, reached, PROBES[-1]), onward=True)

@@ -329,8 +329,8 @@ FULL = (
 )
 # Doubt between classes, unlike any class, unlike all that was trained on.
 LEAN = ("confidence", "feature_distance", "residual")
-# Near the border to another class, which attacks leave pictures: others beside it only dilute it.
-GUARDED = ("consistency",)
+# Unlike any class; near the border to another one, where attacks leave a picture.
+GUARDED = ("feature_distance", "consistency")
 FITTED = 5000  # training images that detectors are fitted on
 RECTIFIED = Rectified.name  # where the classifier has a second head
 SQUEEZING = Squeezing.name

@@ -28,9 +28,12 @@ Variant = Literal["full", "guarded", "lean"]
 # The detectors of a variant where a file of weights does not name them.
 EARLIER: dict[Variant, tuple[str, ...]] = {
     "full": FULL,
-    "guarded": ("consistency",),
+    "guarded": GUARDED,
     "lean": ("confidence", "energy"),
 }
+
+
+RADIUS = "detectors.consistency.radius"
 
 
 class Outputs(NamedTuple):
@@ -164,7 +167,9 @@ def as_variant(whole: DefendedClassifier, variant: Variant) -> DefendedClassifie
 
 def restore(pipeline: DefendedClassifier, state: dict[str, Tensor], path: Path) -> None:
     """Load a pipeline's weights; ValueError where more than unused detectors differ."""
-    keys = pipeline.load_state_dict(state, strict=False)
+    # Of files that are older than consistency its usual radius stands.
+    usual = {key: value for key, value in pipeline.state_dict().items() if key == RADIUS}
+    keys = pipeline.load_state_dict(usual | state, strict=False)
     strange = [
         key
         for key in (*keys.missing_keys, *keys.unexpected_keys)

@@ -48,6 +48,12 @@ INKS = {
     "graph:fp16 lean": Ink("#AA4499", "p", (0, (3, 1, 1, 1))),
     "max_softmax:fp16 full": Ink("#88CCEE", "<", (0, (1, 1))),
     "max_softmax:fp16 lean": Ink("#DDCC77", ">", (0, (1, 2))),
+    "pipeline guarded": Ink("#117733", "d", "-"),
+    "max_softmax guarded": Ink("#DDDDDD", "v", (0, (1, 2))),
+    "graph:int8 guarded": Ink("#661100", "H", (0, (3, 1))),
+    "max_softmax:int8 guarded": Ink("#888888", "<", (0, (1, 1))),
+    "graph:fp16 guarded": Ink("#6699CC", "8", (0, (3, 1, 1, 1))),
+    "max_softmax:fp16 guarded": Ink("#AAAAAA", ">", (0, (1, 1))),
     "undefended": Ink("#CC79A7", "X", ":"),
     "clean": Ink("#0072B2", "o", "-"),
     "pgd20": Ink("#E69F00", "^", "--"),
@@ -60,7 +66,12 @@ INKS = {
 
 
 # The setups of an ablation whose rejection is drawn.
-CURVES = {"+ confidence": "max_softmax full", "lean": "pipeline lean", "full": "pipeline full"}
+CURVES = {
+    "+ confidence": "max_softmax full",
+    "lean": "pipeline lean",
+    "guarded": "pipeline guarded",
+    "full": "pipeline full",
+}
 
 
 def title(name: str) -> str:

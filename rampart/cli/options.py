@@ -180,7 +180,7 @@ class Threat(NamedTuple):
 
 FOLDER = "Folder of the model, such as model_store/NAME"
 Model = Annotated[Path, Argument(help=FOLDER), inputs.folder]
-GUARDED = "Also make the variant guarded, with the detector consistency: it costs three times lean"
+GUARDED = "Also make the variant guarded (detector consistency): a gradient and two passes more"
 Guarded = Annotated[bool, Option("--guarded", help=GUARDED)]
 VARIANT = (
     "full (with the purifier), guarded (with consistency) or lean (the fastest); by default, the"

@@ -54,6 +54,22 @@ def test_a_calibration_that_fails_leaves_the_folder_as_it_was_and_one_of_another
     assert "metrics" not in card and "not recorded" in card["training"]["classifier"]
 
 
+@pytest.mark.training
+def test_a_finished_model_gets_the_variant_guarded_and_keeps_the_rest(lean_only: Path) -> None:
+    held = lean_only.with_name("held.npz")
+    data = ["--data", held, "--held", held]
+    before = {file.name: file.read_bytes() for file in lean_only.iterdir()}
+    output = run("calibrate", lean_only, *data, "--guarded")
+    after = {file.name: file.read_bytes() for file in lean_only.iterdir()}
+    assert set(after) - set(before) == {"calibration-guarded.json"}
+    assert {name for name in before if after[name] != before[name]} == {"card.json"}
+    assert "guarded promises" in output and str(lean_only / "calibration-guarded.json") in output
+    with pytest.raises(ValueError, match="has the variant guarded already"):
+        run("calibrate", lean_only, *data, "--guarded")
+    with pytest.raises(ValueError, match="--guarded without --classifier takes only"):
+        run("calibrate", lean_only, *data, "--guarded", "--data-name", "mine")
+
+
 @pytest.mark.slow
 @pytest.mark.training
 def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
@@ -108,7 +124,7 @@ def test_an_archive_is_calibrated_anew_on_pictures_without_labels(
     "options", [[], ["--archive", "a.mar"], ["store/a", "--data", "d"], ["--images", "i"]]
 )
 def test_calibrate_without_all_it_needs_names_both_ways(options: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"--classifier FILE .* or --archive FILE\.mar --images"):
+    with pytest.raises(ValueError, match=r"--classifier FILE .* or\s--archive FILE\.mar --images"):
         run("calibrate", *options)
 
 

@@ -381,12 +381,12 @@ def test_triton_speaks_tls_and_answers_what_has_come_before_its_end(
     with module.InferenceServerClient(f"127.0.0.1:{another.grpc}", **trusted) as client:
         (expected,) = rows(client.infer("tiny", [image]))
         assert_is(expected, json.loads(service.answer([Incoming({}, [picture])])[0].body))
-        for _ in range(4):
+        for _ in range(6):
             client.async_infer("tiny", [many], lambda result, error: answers.put((result, error)))
-        time.sleep(0.2)
-        assert answers.qsize() < 4
+        every = [answers.get(timeout=60)]  # so the others have come too
+        assert answers.qsize() < 5
         another.terminate()
-        for _ in range(4):
-            result, error = answers.get(timeout=60)
+        every += [answers.get(timeout=60) for _ in range(5)]
+        for result, error in every:
             assert error is None and [row["error"] for row in rows(result)] == [b""] * 32
     assert another.finish() == 0

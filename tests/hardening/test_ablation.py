@@ -55,6 +55,7 @@ def test_every_part_stands_alone_and_detectors_of_two_views_behind_the_purifier(
     assert setups["+ purifier + disagreement"].purified
     assert not setups["+ energy"].purified
     assert setups["full"].detectors == tiny_pipeline.detectors.names
+    assert "consistency" in setups["guarded"].detectors and not setups["guarded"].purified
     without = DefendedClassifier(tiny_pipeline.classifier, None, ("energy",))
     assert not any(setup.purified for setup in ablation.setups(without))
 
@@ -135,19 +136,30 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
 
 
 @pytest.mark.parametrize(
-    ("more", "chosen"), [(12, "full"), (1, "lean"), (0, "lean"), (-3, "lean"), (None, "lean")]
+    ("more", "chosen"),
+    [
+        ({"full": 12}, "full"),
+        ({"full": 1}, "lean"),
+        ({"full": 0}, "lean"),
+        ({"full": -3}, "lean"),
+        ({}, "lean"),
+        ({"guarded": 12}, "guarded"),
+        ({"guarded": 1}, "lean"),
+        ({"guarded": 12, "full": 13}, "guarded"),
+        ({"guarded": 8, "full": 20}, "full"),
+    ],
 )
-def test_full_is_the_default_only_where_it_holds_more_beyond_chance(
-    outcomes: list[Outcome], more: int | None, chosen: str
+def test_what_costs_more_is_the_default_only_where_it_holds_more_beyond_chance(
+    outcomes: list[Outcome], more: dict[str, int], chosen: str
 ) -> None:
-    lean = outcomes[0]._replace(least=np.where(np.arange(40) < 20, np.inf, 0.0))
-    lean = lean._replace(attacked=lean.attacked._replace(setup=ablation.Setup("lean")))
-    every = [lean]
-    if more is not None:
-        held = np.where(np.arange(40) < 20 + more, np.inf, 0.0)
-        setup = ablation.Setup("full", True)
-        every.append(lean._replace(least=held, attacked=lean.attacked._replace(setup=setup)))
-    assert ablation.default(every)["variant"] == chosen
+    def of(name: str, held: int) -> Outcome:
+        attacked = outcomes[0].attacked._replace(setup=ablation.Setup(name))
+        least = np.where(np.arange(40) < held, np.inf, 0.0)
+        return outcomes[0]._replace(least=least, attacked=attacked)
+
+    row = ablation.default([of("lean", 20), *(of(name, 20 + n) for name, n in more.items())])
+    assert row["variant"] == chosen
+    assert all(name in row["why"] for name in more)
 
 
 def test_the_picture_is_drawn(outcomes: list[Outcome], tmp_path: Path) -> None:

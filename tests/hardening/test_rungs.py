@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack import ladder as rungs
 from rampart.hardening.attack.objectives import View, look_at
 from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.detectors import margin, step_against
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 
@@ -77,6 +79,55 @@ def test_the_joint_attack_gets_past_detectors_that_stop_an_attack_on_the_label(
     static = beaten(rungs.pgd20(look, learned.x, label, learned.threat))
     joint = beaten(rungs.joint_apgd(look, learned.x, label, learned.threat, SMALL))
     assert joint > static + 3
+
+
+def consistent(learned: Learned) -> Callable[[Tensor], View]:
+    """The learned network behind the detector consistency, at a strict threshold."""
+    radius = torch.tensor(learned.threat.eps / 2)
+
+    def probe(x: Tensor, label: Tensor, share: float) -> Tensor:
+        return margin(learned.model(step_against(learned.model, x, share * radius, label)), label)
+
+    clean = probe(learned.x, learned.label, 1.0)
+    least = float(clean.quantile(0.3))
+
+    def look(x: Tensor) -> View:
+        logits = learned.model(x)
+        left = probe(x, logits.detach().argmax(1), 1.0)
+        return View(logits, least - left, partial(probe, x))
+
+    return look
+
+
+def test_an_attack_that_asks_as_consistency_does_gets_past_it(learned: Learned) -> None:
+    look, x, label = consistent(learned), learned.x, learned.label
+    threat = learned.threat._replace(eps=2 * learned.threat.eps)
+
+    def beaten(found: Tensor) -> int:
+        assert float((found - x).abs().max()) <= threat.eps + 1e-6
+        seen = look(found)
+        assert seen.margin is not None
+        return int(((seen.logits.argmax(1) != label) & (seen.margin <= 0)).sum())
+
+    static = beaten(rungs.pgd20(look, x, label, threat))
+    blind = beaten(
+        rungs.joint_apgd(lambda x: look(x)._replace(probe=None), x, label, threat, SMALL)
+    )
+    joint = beaten(rungs.joint_apgd(look, x, label, threat, SMALL))
+    assert joint >= blind > static
+
+
+def test_what_begins_with_the_label_alone_finds_as_much(learned: Learned) -> None:
+    look, x, label, threat = guarded(learned), learned.x, learned.label, learned.threat
+
+    def beaten(found: Tensor) -> int:
+        seen = look(found)
+        assert seen.margin is not None
+        return int(((seen.logits.argmax(1) != label) & (seen.margin <= 0)).sum())
+
+    whole = beaten(rungs.joint_apgd(look, x, label, threat, SMALL))
+    begun = beaten(rungs.joint_apgd(look, x, label, threat, SMALL, labels=learned.look))
+    assert begun >= whole > 0
 
 
 def test_what_came_closest_is_kept_where_nothing_wins(learned: Learned) -> None:
