@@ -32,7 +32,7 @@ RUNGS = ("pgd20", "autoattack", "autoattack_short", "joint_apgd", "forced_reject
 TEAM = ("square", "simba", "hopskipjump", "boundary", "oars")
 ROWS = (
     "classifier", "+ median", "+ bit_depth", "+ confidence", "+ energy", "+ feature_distance",
-    "+ residual", "+ consistency", "+ squeezing", "+ rectified", "lean", "+ purifier",
+    "+ residual", "+ consistency", "+ squeezing", "+ rectified", "lean", "guarded", "+ purifier",
     "+ purifier + reconstruction", "+ purifier + disagreement", "full",
 )  # fmt: skip
 AUGMENTATIONS = ("flip", "crop", "warp", "cutout", "none")
@@ -124,7 +124,7 @@ def guardable(model: Path) -> None:
 
     folder(model)
     if read_contents(model / "weights.safetensors").task != "classify":
-        raise ValueError(f"{model} finds objects: --guarded is for classifiers")
+        raise ValueError(f"{model} finds objects, and --guarded is for classifiers: leave it out")
     if "guarded" in variants_in(model):
         raise ValueError(f"{model} has the variant guarded already: leave out --guarded")
 

@@ -195,11 +195,14 @@ def assemble(
     *,
     data_name: str = "",
     command: str = PYTHON,
+    guarded: bool = False,
 ) -> SceneModel:
     """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
 
-    Raises ValueError for a purifier, which object detectors have none of, and too few pictures.
+    Raises ValueError for a purifier or `guarded`, which are for classifiers, and too few pictures.
     """
+    if guarded:
+        raise ValueError("--guarded is for classifiers: leave it out for an object detector")
     if purifier:
         raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
     config, _ = checkpoint.read(weights)

@@ -243,7 +243,8 @@ def ablate(
     few = spread(attacked, limit).to(where)
     pipeline = model.pipeline(model.variants[0])
     arm = partial(ablation.arm, to_engine=partial(to_engine, threads=1), device=where)
-    every = [arm(pipeline, s, held) for s in ablation.chosen(pipeline, rows, test=bool(test))]
+    choose = partial(ablation.chosen, test=bool(test), guarded="guarded" in model.variants)
+    every = [arm(pipeline, setup, held) for setup in choose(pipeline, rows)]
     if (control := twin_of(model, study.twin)) and not (test or rows):
         victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))

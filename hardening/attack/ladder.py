@@ -248,7 +248,7 @@ class Attack:
 
     Figures are compared by `effort`; `passes` estimates forward-backward passes an image; `shares`
     are smaller parts of eps; `title` is a column of the documents' tables; `chosen` tells which
-    budgets include it.
+    budgets include it; with `labels` it takes the victim's logits alone as well, by that name.
     """
 
     name: str
@@ -260,6 +260,7 @@ class Attack:
     title: str = ""
     shares: tuple[float, ...] = ()
     chosen: Callable[[Budget], bool] = lambda budget: True
+    labels: bool = False
 
 
 def short_effort(budget: Budget, classes: int) -> str:
@@ -317,6 +318,7 @@ RUNGS = (
         lambda budget: budget.steps * (4 + budget.targets),
         meaning="right or rejected under the joint attack",
         title="joint attack, right or rejected",
+        labels=True,
     ),
     Attack(
         "forced_rejection",

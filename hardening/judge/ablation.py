@@ -98,13 +98,18 @@ def setups(pipeline: DefendedClassifier) -> list[Setup]:
     return out
 
 
-def chosen(pipeline: DefendedClassifier, only: Sequence[str], *, test: bool) -> list[Setup]:
-    """The baselines with the rows named in `only`, or a test's, or all; ValueError for others."""
+def chosen(
+    pipeline: DefendedClassifier, only: Sequence[str], *, test: bool, guarded: bool = False
+) -> list[Setup]:
+    """The baselines with the rows named in `only`, or a test's, or all, of a model that is not
+    `guarded` without that one; ValueError for others.
+    """
     every = setups(pipeline)
     names = [setup.name for setup in every]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"no row {', '.join(unknown)}: choose among {', '.join(names)}")
-    wanted = {*BASELINES, *only} if only else {*ON_TEST} if test else {*names}
+    usual = ({*ON_TEST} if test else {*names}) - (set() if guarded else {"guarded"})
+    wanted = {*BASELINES, *only} if only else usual
     return [setup for setup in every if setup.name in wanted]
 
 

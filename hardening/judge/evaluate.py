@@ -120,7 +120,7 @@ def climb(ladder: list[Rung], images: Images, folder: Path) -> list[Attempt]:
         key = f"{source} {rung.fingerprint} {rung.name} {rung.effort} {rung.threat}"
         title = f"{victim.name}, {rung.name}, {rung.threat}"
         craft = partial(attack.craft, rung.look, threat=rung.threat, budget=rung.budget)
-        if attack.aim == "joint":
+        if attack.labels:
             craft = partial(craft, labels=victim.label_look)
         batch = cache.batch_of(attack.passes(rung.budget), images.image.device)
         keep = partial(cache.crafted, folder, key, images, craft)

@@ -92,7 +92,7 @@ class Source(Protocol):
         """All of them, in memory."""
 
     def unlike(self, held: Images) -> Tensor:
-        """Which images (N,) have other pixels than all of `held`, as far as that is known."""
+        """Which images (N,) have other pixels than all of `held`."""
 
 
 class Held(NamedTuple):

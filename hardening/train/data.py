@@ -27,6 +27,7 @@ from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import Held, Images, Source, hold_out, least_held
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import check_file
+from rampart.hardening.model.provenance import fingerprints
 from rampart.hardening.train import distributed
 from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.convergence import Convergence
@@ -54,6 +55,7 @@ SOON = 256 * 2**20  # bytes of pictures that are decoded in seconds
 # Threads that decode side by side: of more, each would wait while others run Python.
 ENOUGH = 4
 PIECE = 1024  # pictures that wait for a thread at most
+FEW = 128  # pictures that are decoded together to be looked at once
 LISTED = 100  # bad pictures that an error names
 
 
@@ -182,8 +184,13 @@ class Folder:
         return train, Held(rest, train)
 
     def unlike(self, held: Images) -> Tensor:
-        """Which pictures (N,) have other pixels than all of `held`: nothing is read, so all."""
-        return torch.ones(len(self), dtype=torch.bool)
+        """Which pictures (N,) have other pixels than all of `held`, each decoded once for it."""
+        others = fingerprints(held.image)
+        rows = torch.split(torch.arange(len(self)), FEW)
+        read = replace(self, device=torch.device("cpu")).read(rows)
+        each = tqdm(read, "looking for held-out pictures", len(rows), leave=False)
+        parts = [~np.isin(fingerprints(image), others) for image, _ in each]
+        return torch.from_numpy(np.concatenate([np.ones(0, bool), *parts]))
 
     def digest(self) -> str:
         """Stands for the files by names and sizes; times would differ between copies."""

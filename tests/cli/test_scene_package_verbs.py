@@ -105,6 +105,12 @@ def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
     with pytest.raises(ValueError, match="object detectors have none"):
         run("calibrate", tmp_path / "x", *words)
+    with pytest.raises(ValueError, match="--guarded is for classifiers"):
+        run("calibrate", tmp_path / "x", *words[:4], "--guarded")
+    with pytest.raises(ValueError, match="--guarded is for classifiers"):
+        run("calibrate", home / "cells", *words[:2], "--guarded")
+    with pytest.raises(ValueError, match="--guarded is for classifiers"):
+        run("harden", "--data", home / "voc", "--out", tmp_path / "x.mar", "--guarded", "--yes")
 
 
 @pytest.mark.slow

@@ -68,7 +68,11 @@ def test_the_rows_that_are_asked_for_stand_beside_the_baselines(
 
     assert names("+ median") == ["classifier", "+ median", "+ confidence"]
     assert names(test=True) == ["classifier", "+ confidence", "lean", "full"]
-    assert names() == [setup.name for setup in ablation.setups(tiny_pipeline)]
+    assert names("guarded") == ["classifier", "+ confidence", "guarded"]
+    every = ablation.chosen(tiny_pipeline, (), test=True, guarded=True)
+    assert [setup.name for setup in every][2:4] == ["lean", "guarded"]
+    every = [setup.name for setup in ablation.setups(tiny_pipeline)]
+    assert names() == [name for name in every if name != "guarded"]
     with pytest.raises(ValueError, match="no row median: choose among classifier, "):
         names("median")
 

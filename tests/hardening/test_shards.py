@@ -97,6 +97,9 @@ def test_the_same_images_are_held_out_of_shards_as_of_a_folder(
     assert isinstance(streamed, data.Folder)
     train, held = streamed.hold_out()
     assert torch.equal(held.images.image, expected[1].images.image)
+    own = Images(images.image[40:90], images.label[40:90], images.classes)  # without names
+    fewer, _ = streamed.hold_out(own)
+    assert len(fewer) == 250 and fewer.unlike(own).all() and not streamed.unlike(own)[40:90].any()
     store = train.stored(tmp_path / "run")
     for _ in range(2):  # decoded, then from the store
         batches = list(data.shuffled(store, 50, seed=0, epoch=1))
