@@ -78,7 +78,10 @@ class Untouched(Engine):
 @pytest.fixture
 def quick_ladder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ladder with a new rung, and all others made to do nothing."""
-    rungs = (*(replace(attack, craft=left_alone, labels=False) for attack in ladder.RUNGS), WHITENING)
+    rungs = (
+        *(replace(attack, craft=left_alone, labels=False) for attack in ladder.RUNGS),
+        WHITENING,
+    )
     monkeypatch.setattr(ladder, "RUNGS", rungs)
     monkeypatch.setattr(ablation, "ROUNDS", 1)
     monkeypatch.setattr(evaluation, "self_checks", lambda *_: [])
