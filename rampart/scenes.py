@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from rampart import inputs
 from rampart.calibrated import WEIGHTS, Calibrated, Form
 from rampart.handlers.engine import SceneOutputs
 from rampart.handlers.errors import ImageError
@@ -201,8 +202,7 @@ def assemble(
 
     Raises ValueError for a purifier or `guarded`, which are for classifiers, and too few pictures.
     """
-    if guarded:
-        raise ValueError("--guarded is for classifiers: leave it out for an object detector")
+    inputs.unguarded(guarded=guarded)
     if purifier:
         raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
     config, _ = checkpoint.read(weights)

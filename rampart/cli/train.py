@@ -125,10 +125,8 @@ def harden(
         from rampart import objects
         from rampart.hardening.objects.training import ObjectRecipe
 
-        if guarded:
-            raise ValueError("--guarded is for classifiers: leave it out for pictures with boxes")
-        width = 1.0 if network.width is None else network.width
-        new = objects.Network(arch or "ssd", image_size or objects.SIZE, width)
+        inputs.unguarded(guarded=guarded)
+        new = objects.Network(**given(arch=arch, size=image_size, width=network.width))
         own = given(epochs=epochs, lr=lr, batch_size=batch_size, augment=chosen(augment))
         place = objects.Place(runs, device, dtype, command_line(), sample, evaluate_on)
         recipe = ObjectRecipe(method, threat.ball(), **own)
