@@ -308,10 +308,12 @@ def test_replicas_share_what_they_have_seen_so_that_query_attacks_are_noticed(
 
     assert_noticed(decide)
     end = time.monotonic() + 30
-    while counted(ray, "query_alerts_total", 'response="reject"') < 12:
-        assert time.monotonic() < end, ray.figures()[-3000:]
+    alerts, stores = 0.0, 0.0  # of each replica its own store
+    while alerts < 12 or stores != 2:
+        assert time.monotonic() < end, (alerts, stores, ray.figures()[-3000:])
         time.sleep(0.5)
-    assert counted(ray, "query_store_up") == 2  # of each replica its own
+        alerts = counted(ray, "query_alerts_total", 'response="reject"')
+        stores = counted(ray, "query_store_up")
 
 
 @feature("TLS", "Ray Serve")
