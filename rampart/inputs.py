@@ -525,7 +525,7 @@ def calibrating(
     """What belongs together in a calibration: of a model folder, or of an archive anew."""
     made = folder or data or classifier
     if archive and images:
-        if made or purifier or held or data_name or skip_bad:
+        if made or purifier or held or data_name or guarded or skip_bad:
             raise ValueError("--archive and --images take only --out: the archive has the rest")
     elif not (folder and data and (classifier or guarded)) or archive or images or out:
         raise ValueError(

@@ -115,7 +115,7 @@ def keep_samples(
     attacked = f"{name}, attacked within {aim.threat}"
     if aim.twin:
         label, confidence = _answer(aim.twin, views[seen][0].numpy(), model.classes)
-        attacked += f" (an undefended network answers {label}, {confidence:.0%})"
+        attacked += f" (an undefended network answers '{label}', {confidence:.0%})"
     captions = {"clean": name, seen: attacked}
     if aim.also:
         captions["also"] = f"{aim.also.name}, not attacked"

@@ -161,7 +161,7 @@ def test_the_start_prints_how_to_send_a_sign_the_same_attacked_and_no_sign(
     twin = Model.load(ROOT / "model_store" / "traffic-signs-undefended")
     with Image.open(ROOT / "model_store" / "traffic-signs" / "sample-attacked.png") as picture:
         (verdict,) = twin.predict(np.array(picture)[None])
-    (said,) = re.findall(r"an undefended network answers ([\w ]+),", told[1][0])
+    (said,) = re.findall(r"an undefended network answers '([\w ]+)',", told[1][0])
     assert verdict.label == said != "stop"
 
 

@@ -108,8 +108,8 @@ def mislead(
 
 def withstand(look: Look, label: Tensor, target: Tensor, shares: Sequence[float]) -> Objective:
     """Be taken for `target` (N,), and still be after the step with which consistency asks, at the
-    worst of these `shares` of its radius (Chen et al. 2023, "Stratified Adversarial Robustness with
-    Rejection", section 4.3: consistent high-confidence inner attack, on margins).
+    worst of these `shares` of its radius (after the adaptive attacks of Chen et al. 2023,
+    "Stratified Adversarial Robustness with Rejection", on margins instead of confidence).
     """
 
     def objective(x: Tensor, rows: Tensor) -> Outcome:

@@ -128,7 +128,7 @@ def test_calibrate_without_all_it_needs_names_both_ways(options: list[str]) -> N
         run("calibrate", *options)
 
 
-@pytest.mark.parametrize("option", ["store/a", "--skip-bad"])
+@pytest.mark.parametrize("option", ["store/a", "--skip-bad", "--guarded"])
 def test_an_archive_has_its_own_classifier_to_calibrate(option: str) -> None:
     with pytest.raises(ValueError, match="take only --out"):
         run("calibrate", option, "--archive", "a.mar", "--images", "i")
