@@ -262,8 +262,11 @@ def ablate(
 def enter_test(model: Model, entry: dict[str, Any], study: Study, lines: list[str]) -> Outcome:
     """Keep an ablation on test images."""
     model.log({name: entry[name] for name in ("data", "n", "command")})
-    kept = keep(model, {"test_ablation": entry}, study)
-    return Outcome(kept.content, [*lines, *kept.lines])
+    gains = ablation.gains(entry)
+    in_card, words = home_of(model, {"test_ablation": entry, "metrics": gains}, study)
+    book = model.card if in_card else model.measured()
+    new = {"test_ablation": entry, "metrics": report.merge(book.get("metrics", []), gains)}
+    return Outcome(model.keep(new, into_card=in_card), [*lines, *words])
 
 
 def enter_ablation(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import (
     HANDLINGS,
+    Inner,
     Look,
     View,
     as_loss,
@@ -41,8 +42,9 @@ class Budget(NamedTuple):
 
 
 QUICK = Budget(steps=20, targets=3, queries=200, standard=False)
-# Shares of the radius of consistency at which an attack asks, alone and all together.
-PROBES = ((0.5,), (1.0,), (2.0,), (0.5, 1.0, 2.0))
+# How an attack on consistency asks: at several radii, at the worst of these, and in ten steps.
+RADII = (Inner(0.5), Inner(1.0), Inner(2.0))
+PROBES = (*((inner,) for inner in RADII), RADII, (Inner(1.0, steps=10),))
 # Multipliers of the penalty among which the joint attack chooses, by a pilot on a few images.
 WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
@@ -191,17 +193,17 @@ def joint_apgd(
 
 
 def insist(hunt: Hunt, look: Look, label: Tensor, targets: list[Tensor]) -> None:
-    """Against consistency: each target (N,), at several radii and their worst, from a random start,
+    """Against consistency: each target (N,), in each way to ask of PROBES, from a random start,
     then onward from the nearest miss. Spent on images that only rejection has saved.
     """
     with torch.no_grad():
         hunt.won |= look(hunt.found).logits.argmax(1) == label
-    for shares in PROBES:
+    for asks in PROBES:
         for target in targets:
-            hunt.try_all(withstand(look, label, target, shares))
+            hunt.try_all(withstand(look, label, target, asks))
     with torch.no_grad():
         reached = look(hunt.found).logits.argmax(1)
-    hunt.try_all(withstand(look, label, reached, PROBES[-1]), onward=True)
+    hunt.try_all(withstand(look, label, reached, RADII), onward=True)
     hunt.try_all(mislead(look, untargeted(label), label, handling="selective"), onward=True)
 
 

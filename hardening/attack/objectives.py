@@ -18,8 +18,15 @@ from rampart.hardening.model.calibrate import detection_margin, threshold
 from rampart.hardening.model.detectors import Consistency
 from rampart.hardening.model.pipeline import Defended
 
-# What consistency would see (N,) of a label (N,), at a share of its radius.
-Probe = Callable[[Tensor, float], Tensor]
+# What consistency would see (N,) of a label (N,), at a share of its radius and in so many steps.
+Probe = Callable[[Tensor, float, int], Tensor]
+
+
+class Inner(NamedTuple):
+    """How an attack asks what consistency would see."""
+
+    share: float  # of the radius
+    steps: int = 1
 
 
 class View(NamedTuple):
@@ -106,9 +113,9 @@ def mislead(
     return objective
 
 
-def withstand(look: Look, label: Tensor, target: Tensor, shares: Sequence[float]) -> Objective:
-    """Be taken for `target` (N,), and still be after the step with which consistency asks, at the
-    worst of these `shares` of its radius (after the adaptive attacks of Chen et al. 2023,
+def withstand(look: Look, label: Tensor, target: Tensor, asks: Sequence[Inner]) -> Objective:
+    """Be taken for `target` (N,), and still be after the step with which consistency asks, in the
+    worst of the ways in which this attack `asks` (after the adaptive attacks of Chen et al. 2023,
     "Stratified Adversarial Robustness with Rejection", on margins instead of confidence).
     """
 
@@ -117,7 +124,7 @@ def withstand(look: Look, label: Tensor, target: Tensor, shares: Sequence[float]
             view = look(x)
         assert view.margin is not None and view.probe is not None
         won = (view.logits.argmax(1) != label[rows]) & (view.margin <= 0)
-        value = torch.stack([view.probe(target[rows], share) for share in shares]).amin(0)
+        value = torch.stack([view.probe(target[rows], *ask) for ask in asks]).amin(0)
         return Outcome(value + RANK * won, value, won)
 
     return objective

@@ -86,9 +86,11 @@ class StraightThrough:
         own = self.graph(x).logits
         return carried(own, self.pipeline.label_logits(x)) if wants_gradient(x) else own
 
-    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+    def margin_after_step(
+        self, x: Tensor, label: Tensor, share: float = 1.0, steps: int = 1
+    ) -> Tensor:
         """Of the fp32 pipeline: what leads the attack need not be what the graph says."""
-        return self.pipeline.margin_after_step(x, label, share)
+        return self.pipeline.margin_after_step(x, label, share, steps)
 
     def graph(self, x: Tensor) -> Outputs:
         """What the graph itself says, without gradients."""

@@ -8,7 +8,7 @@ import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.model import calibrate, checkpoint, detectors
 from rampart.hardening.model.arrays import Bools, Floats
-from rampart.hardening.model.card import Row, Subject, cell_text
+from rampart.hardening.model.card import Figure, Row, Subject, cell_text
 from rampart.hardening.model.detectors import PURIFIER, RECTIFIED, RECTIFIER, Confidence
 from rampart.hardening.model.images import Images
-from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.pixels import to_float
 
 # Rates of false alarms on the curve, and those at which the joint attack wants to be accepted.
@@ -78,6 +78,11 @@ class Outcome(NamedTuple):
     def safe(self, rate: float) -> Bools:
         """Images (N,) of which no wrong answer was accepted."""
         return np.isinf(self.least) | ~self.passes(rate, self.least)
+
+    def safe_with(self, rejected: int) -> Bools:
+        """The same (N,) at the strictest bar by which as many clean images are `rejected`."""
+        bar = float(np.sort(self.suspicion)[len(self.suspicion) - 1 - rejected])
+        return np.isinf(self.least) | (self.least > bar)
 
 
 def setups(pipeline: DefendedClassifier) -> list[Setup]:
@@ -186,15 +191,36 @@ def rows(outcomes: list[Outcome]) -> list[Row]:
 
 
 def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> Row:
-    """Figures at one rate, beside the `bare` classifier and `plain` max-softmax rejection."""
-    safe = outcome.safe(rate)
+    """Figures at one rate, beside the `bare` classifier and beside `plain` max-softmax, which
+    rejects as many clean images.
+    """
+    safe, rejected = outcome.safe(rate), ~outcome.passes(rate, outcome.suspicion)
+    simple = plain.safe_with(min(int(rejected.sum()), len(rejected) - 1))
     return {
         "rate": rate,
-        "clean_rejection": share(~outcome.passes(rate, outcome.suspicion)),
+        "clean_rejection": share(rejected),
         "robust_with_rejection": share(safe),
         "gain": rounded(*difference(safe, bare.safe(rate))),
-        "gain_over_max_softmax": rounded(*difference(safe, plain.safe(rate))),
+        "gain_over_max_softmax": rounded(*difference(safe, simple)),
     }
+
+
+def gains(entry: Row) -> list[Row]:
+    """An ablation's figures of what the variants add by rejection, as a card lists figures."""
+    norm, eps = entry["threat_model"].split()
+    origin = {name: entry[name] for name in ("data", "n", "attack", "command")}
+    figure = partial(Figure, **origin, norm=norm, eps=eps)
+    out = []
+    for row in (row for row in entry["rows"] if row["name"] in get_args(Variant)):
+        for point in (point for point in row["at"] if point["rate"] in SHOWN):
+            for name, gain in (
+                ("gain_over_classifier", point["gain"]),
+                ("gain_over_max_softmax", point["gain_over_max_softmax"]),
+            ):
+                who, name = Subject("pipeline", row["name"]), f"{name}@{point['rate']:.0%}"
+                value, interval = gain["value"], tuple(gain["interval"])
+                out.append(figure(subject=who, name=name, value=value, interval=interval).row())
+    return out
 
 
 def timings(engines: list[Engine | None]) -> list[float | None]:

@@ -3,7 +3,8 @@ Athalye et al. 2018 (section 3.1), Carlini et al. 2019 (section 4), the checks o
 and Hein 2020).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,18 @@ from torch.nn import functional as F
 
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import Look, View, mislead, untargeted
-from rampart.hardening.attack.pgd import Threat, apgd, random_start
+from rampart.hardening.attack.pgd import Objective, Outcome, Threat, apgd, random_start
+from rampart.hardening.model.detectors import margin
 
 # Shares of images, but for `randomness`, which is a distance between logits.
 MOST_ZERO_GRADIENTS = 0.05
 MOST_RANDOMNESS = 1e-4
 # By how much shares of images may differ, and no less than so many images: of 17 each is 6%.
 TOLERANCE, SPARED = 0.05, 2
+# On how many images, at least, a gradient has to point the right way for one step of a pixel.
+LEAST_TRUE, PIXEL = 0.75, 1 / 255
+# Draws of noise over which gradients are averaged, and how large it is beside eps.
+DRAWS, BLUR = 8, 0.5
 STEPS = (5, 20, 60)
 EPS = (0.5, 1.0, 2.0, 4.0)
 # Balls in which white noise hides the picture: nothing is robust there.
@@ -55,6 +61,89 @@ def gradients(look: Look, x: Tensor, label: Tensor, subject: str) -> list[Check]
         finding = f"{share:.0%} of {len(x)} images have a zero gradient (at most {most:.0%})"
         out.append(Check(name, subject, share <= most, finding))
     return out
+
+
+def falling(value: Callable[[Tensor], Tensor], x: Tensor, name: str, subject: str) -> Check:
+    """One step along the gradient of `value` (x (N, 3, H, W) -> (N,)) does not lead down: it was
+    taken from something else, or is of the wrong sign.
+    """
+    x = x.detach().requires_grad_()
+    before = value(x)
+    slope = torch.zeros_like(x)
+    if before.requires_grad:
+        (slope,) = torch.autograd.grad(before.sum(), x, materialize_grads=True)
+    with torch.no_grad():
+        after = value((x - PIXEL * slope.sign()).clamp(0, 1))
+    share = float((after < before).float().mean())
+    finding = (
+        f"one step along the gradient leads down on {share:.0%} of {len(x)} images (at least"
+        f" {LEAST_TRUE:.0%})"
+    )
+    return Check(name, subject, share >= LEAST_TRUE, finding)
+
+
+def detector_slopes(look: Look, x: Tensor, subject: str) -> list[Check]:
+    """The gradients of the detectors, and what consistency asks, are what they are taken for."""
+
+    def suspicion(x: Tensor) -> Tensor:
+        found = look(x).margin
+        assert found is not None
+        return found
+
+    out = [falling(suspicion, x, "detector_slope", subject)]
+    with torch.no_grad():
+        logits, _, probe = look(x)
+    if probe is None:
+        return out
+    own = logits.argmax(1)
+
+    def left(x: Tensor) -> Tensor:
+        ask = look(x).probe
+        assert ask is not None
+        return ask(own, 1.0, 1)
+
+    out.append(falling(left, x, "consistency_slope", subject))
+    values = [margin(logits, own), *(probe(own, share, 1) for share in (0.5, 1.0, 2.0))]
+    falls = torch.stack([b < a for a, b in pairwise(values)]).all(0)
+    share = float(falls.float().mean())
+    finding = (
+        f"the margin falls with every larger step on {share:.0%} of {len(x)} images (at least"
+        f" {LEAST_TRUE:.0%})"
+    )
+    return [*out, Check("consistency_step", subject, share >= LEAST_TRUE, finding)]
+
+
+def blurred(look: Look, label: Tensor, threat: Threat) -> Objective:
+    """Be wrong about `label` (N,) and accepted, with gradients averaged over noise: they see beyond
+    a slope that holds for a step too small to matter.
+    """
+    exact = mislead(look, untargeted(label), label)
+
+    def objective(x: Tensor, rows: Tensor) -> Outcome:
+        with torch.no_grad():
+            seen = exact(x, rows)
+        slope = torch.zeros_like(seen.value)
+        for draw in range(DRAWS):
+            noise = Noise(rows, seed=draw).uniform(*x.shape[1:])
+            near = (x + BLUR * threat.eps * (2 * noise - 1)).clamp(0, 1)
+            slope = slope + exact(near, rows).slope / DRAWS
+        return Outcome(seen.value, slope, seen.won)
+
+    return objective
+
+
+def smoothed(
+    look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str, *, joint: float
+) -> Check:
+    """Gradients averaged over noise find what exact ones do not; `joint` of x withstand those."""
+    start = random_start(x, threat, Noise(torch.arange(len(x), device=x.device)))
+    attack = blurred(look, label, threat)
+    _, won = apgd(attack, x, threat, steps=STEPS[1], start=start)
+    left = 1 - float(won.float().mean())
+    finding = (
+        f"right or rejected {joint:.1%} jointly, {left:.1%} with gradients averaged over noise"
+    )
+    return Check("smoothed_gradients", subject, left >= joint - tolerance(len(x)), finding)
 
 
 def randomness(look: Look, x: Tensor, subject: str) -> Check:
@@ -181,4 +270,5 @@ def check_detectors(
     blind = square(look, x, label, threat, queries=queries)
     finding = f"{queries} queries of Square for a wrong label that is accepted"
     last = black_box(joint, blind, subject, finding, count=len(x))
-    return [*gradients(look, x, label, subject)[1:], last]
+    slopes = [*gradients(look, x, label, subject)[1:], *detector_slopes(look, x, subject)]
+    return [*slopes, last, smoothed(look, x, label, threat, subject, joint=joint)]

@@ -256,7 +256,7 @@ def rejection_figures(record: Record, plain: Record, rate: float) -> Iterator[Me
     yield plain.metric("clean_rejection", ~plain.clean.deployed.accepted)
     yield plain.metric(f"robust_with_rejection@{percent}", simple, everything)
     gap, interval = difference(safe, simple)
-    gain = record.metric("gain_over_max_softmax", safe, everything)
+    gain = record.metric(f"gain_over_max_softmax@{percent}", safe, everything)
     yield gain._replace(value=gap, interval=interval)
     yield from stratified(record, safe)
     yield from detection_figures(record)
@@ -359,17 +359,18 @@ def evaluate(
             metrics += rejection_figures(record, records[plain[record.victim.name].name], rate)
     if only:
         return Evaluation(images, threat, metrics, [], records, attempts)
-    metrics += added(records, [v.name for v in victims])
+    metrics += added(records, [v.name for v in victims], rate)
     checked = self_checks(victims, records, images, threat)
     return Evaluation(images, threat, metrics, checked, records, attempts)
 
 
-def added(records: dict[str, Record], names: list[str]) -> Iterator[Metric]:
+def added(records: dict[str, Record], names: list[str], rate: float) -> Iterator[Metric]:
     """What each pipeline adds to the bare classifier: the number that decides the default."""
     alone = records[names[0]].worst("right")
     for record in (records[name] for name in names if records[name].victim.rejects):
         gap, interval = difference(record.worst("safe"), alone)
-        metric = record.metric("gain_over_classifier", alone, record.everything())
+        name = f"gain_over_classifier@{100 * rate:g}%"
+        metric = record.metric(name, alone, record.everything())
         yield metric._replace(value=gap, interval=interval)
 
 

@@ -56,7 +56,9 @@ class Defended(Protocol):
         """Its `logits` (N, K) alone."""
         ...
 
-    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+    def margin_after_step(
+        self, x: Tensor, label: Tensor, share: float = 1.0, steps: int = 1
+    ) -> Tensor:
         """What `consistency`, if it is a part, would see (N,) of a `label` (N,)."""
         ...
 
@@ -104,12 +106,20 @@ class DefendedClassifier(nn.Module):
         logits: Tensor = self.classifier(x if self.purifier is None else self.purifier(x))
         return logits
 
-    def margin_after_step(self, x: Tensor, label: Tensor, share: float = 1.0) -> Tensor:
+    def margin_after_step(
+        self, x: Tensor, label: Tensor, share: float = 1.0, steps: int = 1
+    ) -> Tensor:
         """What `consistency` would see (N,) if x (N, 3, H, W) had this `label` (N,), at a `share`
-        of its radius: for attackers, who want it large for a wrong label.
+        of its radius and in so many `steps`: for attackers, who want it large for a wrong label.
         """
-        radius = share * self.detectors.get_buffer("consistency.radius")
-        return margin(self.classifier(step_against(self.classifier, x, radius, label)), label)
+        radius = share / steps * self.detectors.get_buffer("consistency.radius")
+        near = x
+        for _ in range(steps):
+            near = step_against(self.classifier, near, radius, label)
+        # Where the step leaves [0, 1] its true gradient is zero, as often in dark pictures. A
+        # larger change of the same pixel does matter, so the gradient passes (BPDA).
+        near = x + (near - x).detach()
+        return margin(self.classifier(near), label)
 
     def forward(self, image: Tensor) -> Outputs:
         """The entry that is exported: image uint8 (N, H, W, 3)."""

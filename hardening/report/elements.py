@@ -59,6 +59,10 @@ CHECKS = {
     "black_box": "gradients beat a black box",
     "adaptive": "detectors stop more than static attacks",
     "weak_joint": "the joint attack is no weaker",
+    "detector_slope": "gradients of detectors lead down",
+    "consistency_slope": "gradients of consistency lead down",
+    "consistency_step": "the step of consistency lowers the margin",
+    "smoothed_gradients": "averaged gradients find no more",
 }
 STATIC, JOINT = "pgd20", "joint_apgd"
 

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
+from rampart.hardening.judge.checks import Check
 from rampart.hardening.model.card import FILE, Figure, Row, failed_checks, read_card
 from rampart.hardening.report import redteam
+from rampart.hardening.report.appendix import in_short
 from rampart.hardening.report.elements import Table, in_words, title
 from rampart.hardening.report.frameworks import (
     FRAMEWORKS,
@@ -196,8 +198,8 @@ def checks(card: Row) -> Iterator[Table]:
     """The self-checks of the attacks."""
     if found := card.get("checks"):
         body = [
-            ("passed" if c["passed"] else "FAILED", c["name"], c["subject"], c["seen"])
-            for c in found
+            ("passed" if c.passed else "FAILED", *in_short(c), c.seen)
+            for c in (Check(**row) for row in found)
         ]
         yield Table("Self-checks of the attacks", ("result", "check", "subject", "seen"), body)
 

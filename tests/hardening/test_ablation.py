@@ -11,6 +11,7 @@ from rampart.hardening.attack.ladder import Budget
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import ablation
 from rampart.hardening.judge.ablation import Outcome
+from rampart.hardening.model.card import Figure
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
@@ -127,9 +128,11 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
             held = point["robust_with_rejection"]["value"]
             gain = held - rows["classifier"]["robust"]["value"]
             assert point["gain"]["value"] == pytest.approx(gain, abs=2e-4)
-            (plain,) = (p for p in rows["+ confidence"]["at"] if p["rate"] == point["rate"])
-            over = held - plain["robust_with_rejection"]["value"]
+            rejected = round(point["clean_rejection"]["value"] * len(outcomes[0].right))
+            over = held - outcomes[1].safe_with(rejected).mean()
             assert point["gain_over_max_softmax"]["value"] == pytest.approx(over, abs=2e-4)
+    for point in rows["+ confidence"]["at"]:
+        assert point["gain_over_max_softmax"]["value"] <= 0  # beside itself at its strictest
     head, body = ablation.table(list(rows.values()))
     assert [cells[0] for cells in body] == list(NAMES)
     assert {len(cells) for cells in body} == {len(head)}
@@ -137,6 +140,35 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
     assert [cells[0] for cells in body[::6]] == ["+ confidence", "lean", "full"]
     assert [cells[1] for cells in body[:6]] == ["0.5%", "1.0%", "2.0%", "5.0%", "10.0%", "20.0%"]
     assert {len(cells) for cells in body} == {len(head)}
+
+
+def test_as_many_clean_images_are_rejected_as_it_is_told(outcomes: list[Outcome]) -> None:
+    plain = outcomes[1]
+    held = [plain.safe_with(rejected) for rejected in range(len(plain.right))]
+    assert [int(safe.sum()) for safe in held] == sorted(int(safe.sum()) for safe in held)
+    for rejected, safe in enumerate(held):
+        bar = np.sort(plain.suspicion)[::-1][rejected]
+        assert (plain.suspicion > bar).sum() <= rejected
+        np.testing.assert_array_equal(safe, np.isinf(plain.least) | (plain.least > bar))
+
+
+def test_a_card_lists_what_the_variants_add_at_two_and_five_per_cent(
+    outcomes: list[Outcome],
+) -> None:
+    entry = ablation.entry(outcomes, THREAT, BUDGET, 10, data="40 images", command="ablate")
+    figures = [Figure.of(row) for row in ablation.gains(entry)]
+    rows = {row["name"]: row for row in entry["rows"]}
+    names = ("gain_over_classifier", "gain_over_max_softmax")
+    assert [(figure.subject.variant, figure.name) for figure in figures] == [
+        (variant, f"{name}@{rate}%")
+        for variant in ("lean", "full")
+        for rate in (2, 5)
+        for name in names
+    ]
+    (point,) = (p for p in rows["full"]["at"] if p["rate"] == 0.05)
+    assert figures[-2].value == point["gain"]["value"]
+    assert list(figures[-1].interval) == point["gain_over_max_softmax"]["interval"]
+    assert figures[0].threat == str(THREAT) and figures[0].n == len(outcomes[0].right)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Four defences that are broken on purpose, and what catches each, by name."""
+"""Defences that are broken on purpose, and what catches each, by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from rampart.hardening.attack import ladder as rungs
 from rampart.hardening.attack.objectives import Look, View
 from rampart.hardening.judge import checks
 from rampart.hardening.judge.checks import Check
+from rampart.hardening.model.detectors import margin, step_against
 
 
 def failures(look: Look, learned: Learned) -> set[str]:
@@ -95,6 +100,91 @@ def test_a_detector_that_hides_its_gradient_behind_rounding_is_caught(learned: L
     x, label, threat = learned.x, learned.label, learned.threat
     done = checks.check_detectors(look, x, label, threat, "masked", queries=150, joint=1.0)
     assert {check.name for check in done if not check.passed} >= {"zero_detector_gradients"}
+
+
+Step = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+def caught_behind(learned: Learned, step: Step, score: Score = lambda left: -left) -> set[str]:
+    """Which checks the detector consistency fails, with this step and score of what is left."""
+
+    def probe(x: torch.Tensor, label: torch.Tensor, share: float, steps: int) -> torch.Tensor:
+        return margin(learned.model(step(x, label, share, steps)), label)
+
+    def suspicion(x: torch.Tensor) -> torch.Tensor:
+        own = learned.model(x).detach().argmax(1)
+        return score(probe(x, own, 1.0, 1))
+
+    level = float(suspicion(learned.x).quantile(0.7))
+
+    def look(x: torch.Tensor) -> View:
+        return View(learned.model(x), suspicion(x) - level, partial(probe, x))
+
+    x, label, threat = learned.x, learned.label, learned.threat
+    budget = rungs.Budget(steps=20, targets=3, queries=0, standard=False)
+    seen = look(rungs.joint_apgd(look, x, label, threat, budget))
+    assert seen.margin is not None
+    safe = float(((seen.logits.argmax(1) == label) | (seen.margin > 0)).float().mean())
+    done = checks.check_detectors(look, x, label, threat, "consistency", queries=150, joint=safe)
+    assert len({check.name for check in done}) == 6
+    return {check.name for check in done if not check.passed}
+
+
+def honest(learned: Learned) -> Step:
+    """The step of consistency against a label, as it should be."""
+    radius = torch.tensor(learned.threat.eps / 2)
+
+    def step(x: torch.Tensor, label: torch.Tensor, share: float, steps: int) -> torch.Tensor:
+        near = x
+        for _ in range(steps):
+            near = step_against(learned.model, near, share * radius / steps, label)
+        return x + (near - x).detach()
+
+    return step
+
+
+def test_an_honest_consistency_passes_every_check(learned: Learned) -> None:
+    assert caught_behind(learned, honest(learned)) == set()
+
+
+def test_a_consistency_detached_too_far_is_caught(learned: Learned) -> None:
+    def detached(*asked: Any) -> torch.Tensor:
+        return honest(learned)(*asked).detach() + 0 * asked[0]
+
+    caught = caught_behind(learned, detached)
+    assert {"zero_detector_gradients", "detector_slope", "consistency_slope"} <= caught
+
+
+def test_a_consistency_with_saturated_scores_is_caught(learned: Learned) -> None:
+    def saturated(left: torch.Tensor) -> torch.Tensor:
+        return -torch.tanh(1e4 * left)
+
+    assert {"zero_detector_gradients", "detector_slope"} <= caught_behind(
+        learned, honest(learned), saturated
+    )
+
+
+def test_a_consistency_whose_step_has_the_wrong_sign_is_caught(learned: Learned) -> None:
+    def forward(x: torch.Tensor, label: torch.Tensor, share: float, steps: int) -> torch.Tensor:
+        return x - (honest(learned)(x, label, share, steps) - x).detach()
+
+    assert caught_behind(learned, forward) >= {"consistency_step"}
+
+
+def test_a_consistency_whose_gradient_has_the_wrong_sign_is_caught(learned: Learned) -> None:
+    def turned(*asked: Any) -> torch.Tensor:
+        near, x = honest(learned)(*asked), asked[0]
+        return near.detach() - (x - x.detach())
+
+    assert {"detector_slope", "consistency_slope"} <= caught_behind(learned, turned)
+
+
+def test_a_joint_attack_that_averaged_gradients_beat_is_caught(learned: Learned) -> None:
+    check = partial(checks.smoothed, learned.look, learned.x, learned.label, learned.threat, "net")
+    found = float(check(joint=0.0).seen.split(", ")[1].split("%")[0]) / 100
+    assert found < 0.9
+    assert check(joint=found).passed and not check(joint=1.0).passed
 
 
 def test_a_joint_attack_weaker_than_one_that_ignores_detectors_is_caught() -> None:

@@ -85,15 +85,18 @@ def consistent(learned: Learned) -> Callable[[Tensor], View]:
     """The learned network behind the detector consistency, at a strict threshold."""
     radius = torch.tensor(learned.threat.eps / 2)
 
-    def probe(x: Tensor, label: Tensor, share: float) -> Tensor:
-        return margin(learned.model(step_against(learned.model, x, share * radius, label)), label)
+    def probe(x: Tensor, label: Tensor, share: float, steps: int) -> Tensor:
+        near = x
+        for _ in range(steps):
+            near = step_against(learned.model, near, share * radius / steps, label)
+        return margin(learned.model(near), label)
 
-    clean = probe(learned.x, learned.label, 1.0)
+    clean = probe(learned.x, learned.label, 1.0, 1)
     least = float(clean.quantile(0.3))
 
     def look(x: Tensor) -> View:
         logits = learned.model(x)
-        left = probe(x, logits.detach().argmax(1), 1.0)
+        left = probe(x, logits.detach().argmax(1), 1.0, 1)
         return View(logits, least - left, partial(probe, x))
 
     return look
