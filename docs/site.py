@@ -1,6 +1,7 @@
 """What the documentation site takes from outside its folder, and what it makes of the code."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add pages and pictures from outside `docs/`, and the reference of the command line."""
+    """Add pages and pictures from outside `docs/`, and what the code says of itself."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         home = (ROOT / source).parent
@@ -31,6 +32,7 @@ def on_files(files: Files, *, config: Any) -> Files:
         files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
     reference = "reference/command-line.md"
     files.append(File.generated(config, reference, content=command_line()))
+    files.append(File.generated(config, "reference/card.md", content=card()))
     return files
 
 
@@ -79,6 +81,21 @@ def command_line() -> str:
     for name, command in group.commands.items():
         if not command.hidden:
             parts += [f"## {name}", "", *described(name, command), ""]
+    return "\n".join(parts)
+
+
+def card() -> str:
+    """What a card may hold, out of its schema, as a page."""
+    schema = json.loads((ROOT / "hardening/report/card.schema.json").read_text(encoding="utf-8"))
+    parts = ["# Card", "", schema["description"], ""]
+    parts += ["| entry | what it holds |", "| --- | --- |"]
+    for name, entry in schema["properties"].items():
+        always = ", always" if name in schema["required"] else ""
+        parts.append(f"| `{name}` | {entry['description']}{always} |")
+    figure = schema["$defs"]["metric"]
+    parts += ["", "## A figure of `metrics`", "", figure["description"], ""]
+    parts += ["| entry | what it holds |", "| --- | --- |"]
+    parts += [f"| `{name}` | {e['description']} |" for name, e in figure["properties"].items()]
     return "\n".join(parts)
 
 
