@@ -1,15 +1,17 @@
 """One defended graph in every engine of this machine, side by side: images/s and milliseconds.
 
     .venv/bin/python benchmarks/engines.py
+    .venv/bin/python benchmarks/engines.py --model model_store/traffic-signs
     .venv/bin/python benchmarks/engines.py --model model_store/blood-cells
 
-Sides, in turns: the `full` pipeline in PyTorch (eager, torch.compile), in ONNX Runtime (fp32, int8)
-and in OpenVINO (fp32, bf16, int8); the classifier alone in ONNX Runtime (fp32, int8), the floor,
-and on twice as many images, as in `full`; the purifier alone. Expected in
-ONNX Runtime: int8 at least 1.7 times as fast as fp32, 2 times for the classifier alone; fp32 at
-least 1.5 times as fast as eager at batch 1; the parts of `full` at least 1/1.1 of its time. About 5
-minutes on 2 cores. Without ranges of `rampart quantize` they are taken from crops of a photograph,
-which serves for timing.
+Sides, in turns: the largest variant (`full`, or `guarded` where the model has no purifier) in
+PyTorch (eager, torch.compile) and in OpenVINO (fp32, bf16, int8); every variant in ONNX Runtime
+(fp32, int8), of which `lean` is the classifier and little more; with a purifier also `lean` on
+twice as many images, as in `full`, and the purifier alone. Expected in ONNX Runtime: int8 at least
+1.7 times as fast as fp32, 2 times for `lean`, 1.5 for `guarded`; `guarded` at least a third as fast
+as `lean` in the same precision; fp32 at least 1.5 times as fast as eager at batch 1; the parts of
+`full` at least 1/1.1 of its time. About 6 minutes on 2 cores. Without ranges of `rampart quantize`
+they are taken from crops of a photograph, which serves for timing.
 
 Of an object detector: the `lean` pipeline in PyTorch (eager) and in ONNX Runtime, and both of the
 detector alone, which scores no suspicion. Expected: the graph at least 1.5 times as fast as eager,
@@ -41,6 +43,7 @@ from rampart.handlers.cores import available_cores
 from rampart.handlers.engine import Engine, SceneEngine
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.files import ranges_file
+from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.boxes import Candidates
@@ -48,24 +51,28 @@ from rampart.hardening.objects.detector import TASK, ObjectDetector
 from rampart.models import task_of
 
 BATCHES, SCENE_BATCHES = (1, 8, 32), (1, 8)
+VARIANTS: tuple[Variant, ...] = ("lean", "guarded", "full")  # the largest last
+GAINS = {"lean": 2.0, "guarded": 1.5, "full": 1.7}  # of int8 over fp32
+PURIFIER = "purifier"
 Run = Callable[[int], object]  # runs a batch of so many images
 
 
 def graphs(model: Path, folder: Path) -> dict[str, Path]:
-    """The exported graphs by name, in `folder`."""
-    crops = sample_crops(pipelines.load_classifier(model / "weights.safetensors").config.image_size)
+    """The exported graphs by name, in `folder`, the largest variant last."""
+    whole, _ = pipelines.load_whole(model / "weights.safetensors")
+    crops = sample_crops(whole.classifier.config.image_size)
     out = {}
-    for variant in ("full", "lean"):
-        pipeline, _ = pipelines.load(model / "weights.safetensors", variant)
+    for variant in VARIANTS if whole.purifier is not None else VARIANTS[:-1]:
+        pipeline = pipelines.as_variant(whole, variant)
         out[variant] = to_onnx(pipeline, folder / f"{variant}.onnx")
         kept = ranges_file(model, variant)
         ranges = kept if kept.is_file() else ranges_file(folder, variant)
         image = None if kept.is_file() else crops.numpy()
         int8 = folder / f"{variant}-int8.onnx"
         out[f"{variant} int8"] = quantize(out[variant], ranges, int8, image)
-        if pipeline.purifier is not None:
-            x = {"x": torch.zeros(2, *crops.shape[3:], *crops.shape[1:3])}
-            out["purifier"] = export(pipeline.purifier, x, ("g",), folder / "purifier.onnx")
+    if whole.purifier is not None:
+        x = {"x": torch.zeros(2, *crops.shape[3:], *crops.shape[1:3])}
+        out[PURIFIER] = export(whole.purifier, x, ("g",), folder / "purifier.onnx")
     return out
 
 
@@ -90,7 +97,7 @@ def eager(module: nn.Module, images: np.ndarray) -> Run:
     image = torch.from_numpy(images)
 
     def run(batch: int) -> object:
-        with torch.inference_mode():
+        with torch.no_grad():  # consistency takes gradients, which inference_mode forbids
             return module(image[:batch])
 
     return run
@@ -108,23 +115,23 @@ def other(path: Path, images: np.ndarray, precision: str = "f32") -> Run:
 def sides(model: Path, folder: Path) -> dict[str, Run]:
     """What is measured, by name."""
     made = graphs(model, folder)
-    size = Engine(made["lean"]).image_shape[0]
-    images = sample_crops(size, count=max(BATCHES)).numpy()
-    pipeline, _ = pipelines.load(model / "weights.safetensors", "full")
-    x = (images / np.float32(255)).transpose(0, 3, 1, 2)
-    return {
+    purifier = made.pop(PURIFIER, None)
+    images = sample_crops(Engine(made["lean"]).image_shape[0], count=max(BATCHES)).numpy()
+    largest = [variant for variant in VARIANTS if variant in made][-1]
+    pipeline, _ = pipelines.load(model / "weights.safetensors", largest)
+    out = {
         "eager": eager(pipeline, images),
         "torch.compile": eager(torch.compile(pipeline), images),
-        "ONNX Runtime": runtime(made["full"], images),
-        "ONNX Runtime int8": runtime(made["full int8"], images),
-        "OpenVINO": other(made["full"], images),
-        "OpenVINO bf16": other(made["full"], images, "bf16"),
-        "OpenVINO int8": other(made["full int8"], images),
-        "bare": runtime(made["lean"], images),
-        "bare int8": runtime(made["lean int8"], images),
-        "bare, twice": runtime(made["lean"], images, times=2),
-        "purifier": alone(made["purifier"], "x", x),
+        **{name: runtime(path, images) for name, path in made.items()},
+        "OpenVINO": other(made[largest], images),
+        "OpenVINO bf16": other(made[largest], images, "bf16"),
+        "OpenVINO int8": other(made[f"{largest} int8"], images),
     }
+    if purifier is not None:
+        x = (images / np.float32(255)).transpose(0, 3, 1, 2)
+        out |= {"lean, twice": runtime(made["lean"], images, times=2)}
+        out |= {PURIFIER: alone(purifier, "x", x)}
+    return out
 
 
 class Undefended(nn.Module):
@@ -166,16 +173,19 @@ def timed(run: Run, batch: int, seconds: float) -> float:
 
 def claims_of(rates: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
     """What is claimed at one batch size, from images/s of every side by round."""
-    setting, fp32 = f"batch {batch}", rates["ONNX Runtime"]
-    passes = zip(rates["bare, twice"], rates["purifier"], strict=True)
-    parts = [1 / (1 / classifier + 1 / purifier) for classifier, purifier in passes]
-    out = [
-        ratios.claim("full int8 / full", setting, rates["ONNX Runtime int8"], fp32, 1.7),
-        ratios.claim("bare int8 / bare", setting, rates["bare int8"], rates["bare"], 2.0),
-        ratios.claim("full / its passes and its purifier alone", setting, fp32, parts, 1 / 1.1),
-    ]
+    made = [variant for variant in VARIANTS if variant in rates]
+
+    def over(name: str, peer: str, target: float) -> dict[str, Any]:
+        return ratios.claim(f"{name} / {peer}", f"batch {batch}", rates[name], rates[peer], target)
+
+    out = [over(f"{variant} int8", variant, GAINS[variant]) for variant in made]
+    out += [over(f"guarded{form}", f"lean{form}", 1 / 3) for form in ("", " int8")]
     if batch == 1:
-        out.append(ratios.claim("full / eager", setting, fp32, rates["eager"], 1.5))
+        out.append(over(made[-1], "eager", 1.5))
+    if "full" in made:
+        passes = zip(rates["lean, twice"], rates[PURIFIER], strict=True)
+        rates = rates | {"its parts": [1 / (1 / twice + 1 / alone) for twice, alone in passes]}
+        out.append(over("full", "its parts", 1 / 1.1))
     return out
 
 

@@ -4,6 +4,7 @@ The exporter cannot trace autograd, so this does: what the backward pass calls b
 graph, its convolutions as the ordinary ones that they are.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,12 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 aten = torch.ops.aten
+RELU = (aten.relu.default, aten.relu_.default)
+ALIAS = (aten.alias.default, aten.detach.default)
+TURNED = "_turned"  # ends the name of a weight as the backward pass has it
 
 
 def unrolled(module: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -28,6 +33,7 @@ def unrolled(module: nn.Module, example: Tensor) -> fx.GraphModule:
 
     Raises ValueError where a backward pass has no such form.
     """
+    module = folded(module, example)
     graph_module = trace(module, example)
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target in REWRITES:
@@ -44,6 +50,35 @@ def unrolled(module: nn.Module, example: Tensor) -> fx.GraphModule:
     graph_module.graph.lint()  # type: ignore[no-untyped-call]
     graph_module.recompile()
     return graph_module
+
+
+def folded(module: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of `module` whose batch normalizations are part of the convolutions before them: in a
+    backward pass no engine does that, and 8-bit layers would stop at each.
+    """
+    module = copy.deepcopy(module)
+    made: dict[int, nn.Conv2d] = {}  # by the tensor that each convolution gave
+    kept, pairs = [], {}
+
+    def after(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if type(layer) is nn.Conv2d:
+            kept.append(output)  # alive, so that no other tensor gets its identity
+            made[id(output)] = layer
+        elif type(layer) is nn.BatchNorm2d and id(inputs[0]) in made:
+            pairs[layer] = made[id(inputs[0])]
+
+    hooks = [layer.register_forward_hook(after) for layer in module.modules()]
+    module(example)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d) and layer in pairs:
+            one = pairs[layer]
+            new = fuse_conv_bn_eval(one, layer)
+            one.weight, one.bias = new.weight, new.bias
+            home, _, last = name.rpartition(".")
+            setattr(module.get_submodule(home), last, nn.Identity())
+    return module
 
 
 def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -81,7 +116,11 @@ def convolution(node: fx.Node, graph_module: fx.GraphModule) -> None:
     sizes = zip(shape(x)[1:], stride, padding, dilation, kernel, strict=True)
     rest = [(side + 2 * p - d * (k - 1) - 1) % s for side, s, p, d, k in sizes]
     if list(stride) == [1, 1] and groups == 1:
-        turned = call(aten.flip.default, (call(aten.transpose.int, (weight, 0, 1)), [2, 3]))
+        # A constant of its own: engines fold what is computed of weights, but not of 8-bit ones.
+        name = f"{weight.target}{TURNED}"
+        values = graph_module.get_parameter(weight.target).detach()
+        graph_module.register_buffer(name, values.transpose(0, 1).flip(2, 3).contiguous())
+        turned = graph_module.graph.get_attr(name)
         border = [d * (k - 1) - p for p, d, k in zip(padding, dilation, kernel, strict=True)]
         value = call(
             aten.convolution.default,
@@ -121,10 +160,28 @@ def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
     node.target = aten.reshape.default
 
 
+def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """The gradient of ReLU as a product: in 8 bits engines are slow at choosing from a constant."""
+    condition, _, slope = node.args
+    if not (isinstance(condition, fx.Node) and condition.target is aten.le.Scalar):
+        return
+    value, bound = condition.args
+    while isinstance(value, fx.Node) and value.target in ALIAS:
+        value = value.args[0]
+    if not (isinstance(value, fx.Node) and value.target in RELU and bound == 0):
+        return
+    call = graph_module.graph.call_function
+    passed = call(aten.gt.Scalar, (value, 0))
+    ones = call(aten._to_copy.default, (passed,), {"dtype": node.meta["val"].dtype})
+    node.replace_all_uses_with(call(aten.mul.Tensor, (slope, ones)))
+    graph_module.graph.erase_node(node)
+
+
 REWRITES: dict[Any, Callable[[fx.Node, fx.GraphModule], None]] = {
     aten.convolution_backward.default: convolution,
     aten.max_pool2d_with_indices_backward.default: pooling,
     aten.view.default: view,
+    aten.where.self: mask,
 }
 
 
@@ -138,11 +195,19 @@ def restore_names(graph_module: fx.GraphModule, module: nn.Module) -> None:
         if node.op == "get_attr"
     ]
     ours = [(node, tensor, names[id(tensor)]) for node, tensor in found if id(tensor) in names]
+    own = {node.target: name for node, _, name in ours}
+    for node, tensor in found:
+        if (source := node.target.removesuffix(TURNED)) != node.target:
+            ours.append((node, tensor, own[source] + TURNED))
     # The deepest first: theirs above come with them.
     for home in sorted({name.rpartition(".")[0] for *_, name in ours}, reverse=True):
         if home not in dict(graph_module.named_modules()):
             graph_module.add_submodule(home, nn.Module())
     for node, tensor, name in ours:
         home, _, last = name.rpartition(".")
-        setattr(graph_module.get_submodule(home), last, tensor)
+        owner = graph_module.get_submodule(home)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
         node.target = name

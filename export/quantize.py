@@ -52,7 +52,9 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | None = None) -> Path:
     """Write `graph` with its network in int8; its `ranges` are measured on `images`, else read."""
-    inside = network_nodes(onnx.load(graph).graph)
+    nodes = onnx.load(graph).graph
+    inside = network_nodes(nodes)
+    kinds = {node.op_type for node in nodes.node if node.name in inside}
     if images is not None:
         ranges.unlink(missing_ok=True)
     elif not ranges.is_file():
@@ -65,6 +67,8 @@ def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | N
             Reader(images) if images is not None else None,
             quant_format=QuantFormat.QDQ,
             nodes_to_quantize=inside,
+            # Ranges of nothing else are looked for: a mask of large numbers has none.
+            op_types_to_quantize=sorted(kinds),
             per_channel=True,
             reduce_range=bits == SAFE_BITS,
             activation_type=QuantType.QUInt8,

@@ -50,16 +50,16 @@ def test_ranges_that_were_kept_give_the_same_graph_again(graph: Path, int8: Path
     assert again.read_bytes() == int8.read_bytes()
 
 
-def smooth(folder: Path, *looks: str) -> Path:
-    """The graph of an untrained network with SiLU."""
+def untrained(folder: Path, *looks: str, activation: str = "relu") -> Path:
+    """The graph of an untrained network."""
     torch.manual_seed(0)
-    net = Classifier(ClassifierConfig("resnet10", 10, 0.125, activation="silu"))
+    net = Classifier(ClassifierConfig("resnet10", 10, 0.125, activation=activation))
     pipeline = DefendedClassifier(net, None, looks).eval().requires_grad_(False)
-    return to_onnx(pipeline, folder / "silu.onnx")
+    return to_onnx(pipeline, folder / "graph.onnx")
 
 
 def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images: Images) -> None:
-    graph, image = smooth(tmp_path, "confidence"), tiny_images.image[:128].numpy()
+    graph, image = untrained(tmp_path, "confidence", activation="silu"), tiny_images.image[:128].numpy()
     nodes = onnx.load(graph).graph
     inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]
     assert inside.count("Sigmoid") == inside.count("Mul") == 9  # one a ReLU of a ResNet-10
@@ -70,11 +70,28 @@ def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images
 
 @pytest.mark.slow
 def test_products_of_a_backward_pass_stay_in_float32(tmp_path: Path) -> None:
-    nodes = onnx.load(smooth(tmp_path, "consistency")).graph
+    nodes = onnx.load(untrained(tmp_path, "consistency", activation="silu")).graph
     inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]
     assert [n.op_type for n in nodes.node].count("Mul") > 30
     # Of the two looks at the image, before the step and after it.
     assert inside.count("Mul") == inside.count("Sigmoid") == 18
+
+
+@pytest.mark.slow
+def test_the_backward_pass_of_consistency_is_quantized_too(
+    tmp_path: Path, tiny_images: Images
+) -> None:
+    graph, image = untrained(tmp_path, "consistency"), tiny_images.image[:128].numpy()
+    nodes = onnx.load(graph).graph
+    inside = set(network_nodes(nodes))
+    backward = [n for n in nodes.node if any(name.endswith("_turned") for name in n.input)]
+    # The stem, and of the convolutions of ResNet-10 those of stride 1.
+    assert len(backward) == 6 and {n.name for n in backward} < inside
+    assert "BatchNormalization" not in {n.op_type for n in nodes.node}
+    int8 = quantize(graph, tmp_path / "ranges.json", tmp_path / "int8.onnx", image)
+    exact, near = (Engine(file).run(image).scores[:, 0] for file in (graph, int8))
+    assert np.corrcoef(exact, near)[0, 1] > 0.98
+    assert np.abs(exact - near).mean() < 0.2 * np.std(exact)
 
 
 def test_weights_have_7_bits_and_need_no_guard_where_products_are_added_in_16(int8: Path) -> None:
