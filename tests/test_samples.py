@@ -42,7 +42,7 @@ def test_samples_writes_as_many_of_each_as_are_asked_for(tmp_path: Path) -> None
     assert len(files) == 2 * len(SIGNS) + 3
     assert {"cat.png", "rocket.jpg", "coffee.png"} <= set(files)
     assert {"stop-3.png", "stop-4.png", "no-entry-3.png"} <= set(files)
-    assert "27 pictures" in output
+    assert f"{2 * len(SIGNS) + 3} pictures" in output
     with Image.open(tmp_path / "signs" / "stop-3.png") as file:
         assert np.array_equal(np.asarray(file), np.asarray(sample("stop", 3)))
 
@@ -68,15 +68,14 @@ def test_the_shipped_model_names_every_drawn_sign(
     assert {verdict.decision for verdict in verdicts} == {"accept"}
 
 
-def test_the_shipped_model_names_nearly_all_of_204_drawn_signs() -> None:
+def test_the_shipped_model_names_272_drawn_signs() -> None:
     model = rp.Model.load(STORE / "traffic-signs")
-    drawn = [(name, seed) for seed in range(17) for name in SIGNS]
+    drawn = [(name, seed) for seed in range(100, 117) for name in SIGNS]
     pixels = np.stack([fit(np.asarray(sample(*one)), model.image_size) for one in drawn])
     found = model.predict(pixels)
     wrong = [name for (name, _), one in zip(drawn, found, strict=True) if one.label != name]
-    assert len(wrong) <= 12  # 9 of 204, as docs/results.md has it
-    assert set(wrong) <= {"speed limit 120"}
-    assert {one.decision for one in found} == {"accept"}
+    assert len(wrong) <= 2  # 0 of 272, as docs/results.md has it
+    assert [one.decision for one in found].count("flag") <= 6  # 4
 
 
 @pytest.mark.slow

@@ -59,7 +59,10 @@ def untrained(folder: Path, *looks: str, activation: str = "relu") -> Path:
 
 
 def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images: Images) -> None:
-    graph, image = untrained(tmp_path, "confidence", activation="silu"), tiny_images.image[:128].numpy()
+    graph, image = (
+        untrained(tmp_path, "confidence", activation="silu"),
+        tiny_images.image[:128].numpy(),
+    )
     nodes = onnx.load(graph).graph
     inside = [n.op_type for n in nodes.node if n.name in network_nodes(nodes)]
     assert inside.count("Sigmoid") == inside.count("Mul") == 9  # one a ReLU of a ResNet-10
