@@ -25,7 +25,8 @@ from rampart.hardening.attack.objectives import (
     untargeted,
     withstand,
 )
-from rampart.hardening.attack.pgd import Objective, Outcome, Threat, apgd, pgd, random_start
+from rampart.hardening.attack.pgd import Objective, Threat, apgd, pgd, project, random_start
+from rampart.hardening.model.detectors import margin
 from rampart.hardening.model.pixels import to_float, to_uint8
 
 
@@ -48,6 +49,9 @@ PROBES = (*((inner,) for inner in RADII), RADII, (Inner(1.0, steps=10),))
 # Multipliers of the penalty among which the joint attack chooses, by a pilot on a few images.
 WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
+# Steps towards a label, which tell how near it is, and labels towards which they are made.
+PUSH, LIKELY = 8, 50
+AGAIN = 3  # tries onward from the nearest miss of all detectors
 
 
 def seeded(x: Tensor, seed: int) -> Noise:
@@ -114,28 +118,58 @@ class Hunt:
         self.found, self.value = found.clone(), out.value
         self.won = out.won | hopeless
 
-    def try_all(self, objective: Objective, *, onward: bool = False) -> None:
-        """Attack the images that still stand, from a new random start or `onward` from what was
-        found.
+    def try_all(self, objective: Objective, *, start: Tensor | None = None, times: int = 1) -> None:
+        """Attack the images that still stand, from new random starts, or by smaller steps from
+        `start` (N, 3, H, W), which is what to add; with so many `times` the steps.
         """
-        left = (~self.won).nonzero().squeeze(1)
-        start = random_start(self.x[left], self.threat, Noise(left, seed=self.attacks))
-        if onward:
-            start = self.found[left] - self.x[left]
-        self.attacks += 1
+        left = self.left
         if not len(left):
             return
-
-        def on_left(x: Tensor, rows: Tensor) -> Outcome:
-            return objective(x, left[rows])
-
-        attacked, won = apgd(on_left, self.x[left], self.threat, steps=self.steps, start=start)
+        if start is None:
+            begin, size = random_start(self.x[left], self.threat, self.noise(left)), 2.0
+        else:
+            begin, size = start[left], 0.25
+        self.attacks += 1
+        x, steps = self.x[left], times * self.steps
+        attacked, won = apgd(
+            on_rows(objective, left), x, self.threat, steps=steps, start=begin, size=size
+        )
         with torch.no_grad():
             value = self.measure(attacked, left).value
         closer = won | (value > self.value[left])
         self.found[left[closer]] = attacked[closer]
         self.value[left[closer]] = value[closer]
         self.won[left] = won
+
+    @property
+    def left(self) -> Tensor:
+        """The images (M,) that still stand."""
+        return (~self.won).nonzero().squeeze(1)
+
+    def noise(self, rows: Tensor) -> Noise:
+        """For these images, another for each attack."""
+        return Noise(rows, seed=self.attacks)
+
+    def near(self) -> Tensor:
+        """Where to go on, to add to x (N, 3, H, W): a little beside what came closest."""
+        little = self.threat._replace(eps=self.threat.eps / 8)
+        noise = self.noise(torch.arange(len(self.x), device=self.x.device))
+        return self.found - self.x + random_start(self.x, little, noise)
+
+    def shrunk(self, objective: Objective) -> Tensor:
+        """The same from a larger ball: what is found there, drawn back into the own one."""
+        left, wide = self.left, self.threat._replace(eps=1.5 * self.threat.eps)
+        out = torch.zeros_like(self.x)
+        if len(left):
+            x, start = self.x[left], random_start(self.x[left], wide, self.noise(left))
+            search = partial(apgd, on_rows(objective, left), x, wide, steps=self.steps)
+            out[left] = project(search(start=start)[0] - x, self.threat)
+        return out
+
+
+def on_rows(objective: Objective, left: Tensor) -> Objective:
+    """An objective of all images for those in the rows `left` (M,)."""
+    return lambda x, rows: objective(x, left[rows])
 
 
 def label_hunt(labels: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Hunt:
@@ -178,7 +212,7 @@ def joint_apgd(
     if labels is not None:
         easy = label_hunt(labels, x, label, threat, budget)
         hunt.begin(easy.found, ~easy.won)
-    targets = targets_of(look, x, label, budget)
+    targets = nearest(hunt, labels or look, label, budget)
     weight = 1.0
     if clean.margin is not None:
         weight = pilot(look, x, label, threat, steps=budget.steps)
@@ -193,18 +227,51 @@ def joint_apgd(
 
 
 def insist(hunt: Hunt, look: Look, label: Tensor, targets: list[Tensor]) -> None:
-    """Against consistency: each target (N,), in each way to ask of PROBES, from a random start,
-    then onward from the nearest miss. Spent on images that only rejection has saved.
+    """Against consistency, on images that only rejection has saved: each target (N,) in each way to
+    ask of PROBES, then with the other detectors at rest; then onward from the nearest miss, and
+    from a larger ball.
     """
     with torch.no_grad():
         hunt.won |= look(hunt.found).logits.argmax(1) == label
-    for asks in PROBES:
-        for target in targets:
-            hunt.try_all(withstand(look, label, target, asks))
+    asks = RADII[1:2]
+    for target in targets:
+        for inner in PROBES:
+            hunt.try_all(withstand(look, label, target, inner))
+        hunt.try_all(withstand(look, label, target, asks, quiet=True), times=3)
     with torch.no_grad():
         reached = look(hunt.found).logits.argmax(1)
-    hunt.try_all(withstand(look, label, reached, RADII), onward=True)
-    hunt.try_all(mislead(look, untargeted(label), label, handling="selective"), onward=True)
+    whole = mislead(look, untargeted(label), label, handling="selective")
+    quiet = withstand(look, label, reached, asks, quiet=True)
+    hunt.try_all(withstand(look, label, reached, RADII), start=hunt.near())
+    hunt.try_all(quiet, start=hunt.near(), times=3)
+    hunt.try_all(whole, start=hunt.shrunk(quiet), times=3)
+    for _ in range(AGAIN):
+        hunt.try_all(whole, start=hunt.near(), times=3)
+
+
+def nearest(hunt: Hunt, labels: Look, label: Tensor, budget: Budget) -> list[Tensor]:
+    """The wrong labels (N,) that a few steps bring nearest, the nearest first, for what still
+    stands: where classes are many, the likeliest of clean images need not be among them.
+    """
+    likely = targets_of(labels, hunt.x, label, budget._replace(targets=LIKELY))
+    gap = hunt.x.new_full((len(label), len(likely)), -torch.inf)
+    for i, target in enumerate(likely):
+        gap[hunt.left, i] = pushed(hunt, labels, hunt.left, target[hunt.left])
+    order = gap.argsort(1, descending=True)[:, : budget.targets]
+    return list(torch.stack(likely, 1).gather(1, order).unbind(1))
+
+
+def pushed(hunt: Hunt, labels: Look, rows: Tensor, target: Tensor) -> Tensor:
+    """By how much (M,) the `target` (M,) leads after a few steps from the images in these rows."""
+
+    def lead(x: Tensor) -> Tensor:
+        return margin(labels(x).logits, target)
+
+    x, threat = hunt.x[rows], hunt.threat
+    start = random_start(x, threat, Noise(rows))
+    found = pgd(lead, x, threat, steps=PUSH, step_size=threat.eps / 3, start=start)
+    with torch.no_grad():
+        return lead(found)
 
 
 def targeted_apgd(
@@ -314,8 +381,8 @@ RUNGS = (
         "joint",
         joint_apgd,
         lambda budget, _: (
-            "joint APGD (penalty, selective, orthogonal, targeted; against consistency also each"
-            f" target after its step), {budget}"
+            "joint APGD (penalty, selective, orthogonal, nearest targets; against consistency also"
+            f" each target after its step, from larger balls, onward from near misses), {budget}"
         ),
         lambda budget: budget.steps * (4 + budget.targets),
         meaning="right or rejected under the joint attack",

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack.pgd import Loss, Objective, Outcome
-from rampart.hardening.model.calibrate import detection_margin, threshold
-from rampart.hardening.model.detectors import Consistency
+from rampart.hardening.model.calibrate import detection_margin, straight, threshold
+from rampart.hardening.model.detectors import Consistency, margin
 from rampart.hardening.model.pipeline import Defended
 
 # What consistency would see (N,) of a label (N,), at a share of its radius and in so many steps.
@@ -34,7 +34,9 @@ class View(NamedTuple):
 
     logits: Tensor  # (N, K)
     margin: Tensor | None = None  # (N,); None where nothing is ever rejected
-    probe: Probe | None = None  # where consistency is among the detectors
+    # Where consistency is among the detectors: what it would see, and the doubt (N,) of the others.
+    probe: Probe | None = None
+    others: Tensor | None = None
 
 
 Look = Callable[[Tensor], View]
@@ -55,8 +57,11 @@ def look_at(pipeline: Defended, calibration: Calibration, rate: float) -> Look:
         out = pipeline.defend(x)
         if never:
             return View(out.logits)
-        probe = partial(pipeline.margin_after_step, x) if probed else None
-        return View(out.logits, detection_margin(out.scores, calibration, rate), probe)
+        view = View(out.logits, detection_margin(out.scores, calibration, rate))
+        if not probed:
+            return view
+        others = straight(out.scores, calibration, Consistency.name)
+        return view._replace(probe=partial(pipeline.margin_after_step, x), others=others)
 
     return look
 
@@ -113,18 +118,23 @@ def mislead(
     return objective
 
 
-def withstand(look: Look, label: Tensor, target: Tensor, asks: Sequence[Inner]) -> Objective:
+def withstand(
+    look: Look, label: Tensor, target: Tensor, asks: Sequence[Inner], *, quiet: bool = False
+) -> Objective:
     """Be taken for `target` (N,), and still be after the step with which consistency asks, in the
     worst of the ways in which this attack `asks` (after the adaptive attacks of Chen et al. 2023,
-    "Stratified Adversarial Robustness with Rejection", on margins instead of confidence).
+    "Stratified Adversarial Robustness with Rejection", on margins instead of confidence). With
+    `quiet` the other detectors are to be at rest too.
     """
 
     def objective(x: Tensor, rows: Tensor) -> Outcome:
-        with torch.no_grad():
+        with torch.set_grad_enabled(quiet and torch.is_grad_enabled()):
             view = look(x)
         assert view.margin is not None and view.probe is not None
         won = (view.logits.argmax(1) != label[rows]) & (view.margin <= 0)
         value = torch.stack([view.probe(target[rows], *ask) for ask in asks]).amin(0)
+        if quiet and view.others is not None:
+            value = value - view.others + margin(view.logits, target[rows]).clamp_max(0)
         return Outcome(value + RANK * won, value, won)
 
     return objective

@@ -120,11 +120,13 @@ def checkpoints(steps: int) -> set[int]:
 
 
 def apgd(
-    objective: Objective, x: Tensor, threat: Threat, *, steps: int, start: Tensor
+    objective: Objective, x: Tensor, threat: Threat, *, steps: int, start: Tensor, size: float = 2
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD around x (N, 3, H, W) from x + `start`: the best images, and which (N,) have won."""
+    """Auto-PGD around x (N, 3, H, W) from x + `start`, first by steps of `size` eps: the best ones
+    and which (N,) have won.
+    """
     best, won = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), threat)
+    state = first_look(objective, x, (x + project(start, threat)).clamp(0, 1), size * threat.eps)
     marks, since = checkpoints(steps), 0
     for step in range(steps + 1):
         best[state["row"]] = state["best"]
@@ -140,15 +142,15 @@ def apgd(
     return best, won
 
 
-def first_look(objective: Objective, x: Tensor, now: Tensor, threat: Threat) -> State:
-    """The state of Auto-PGD, one row an image: where it is, its best so far, its step size."""
+def first_look(objective: Objective, x: Tensor, now: Tensor, size: float) -> State:
+    """The state of Auto-PGD, one row an image: where it is, its best so far, its step `size`."""
     n = len(x)
     row = torch.arange(n, device=x.device)
     value, gradient, won = differentiate(objective, now, row)
     state = {"row": row, "x": x, "now": now, "before": now, "gradient": gradient, "value": value}
     state |= {"best": now, "best_gradient": gradient, "best_value": value, "best_at_mark": value}
-    size, halved = x.new_full((n, 1, 1, 1), 2 * threat.eps), torch.ones_like(won)
-    return state | {"won": won, "size": size, "rises": x.new_zeros(n), "halved": halved}
+    sizes, halved = x.new_full((n, 1, 1, 1), size), torch.ones_like(won)
+    return state | {"won": won, "size": sizes, "rises": x.new_zeros(n), "halved": halved}
 
 
 def differentiate(objective: Objective, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:

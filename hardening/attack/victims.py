@@ -165,9 +165,9 @@ def max_softmax_victim(victim: Victim, image: Tensor) -> Victim:
         return View(logits, bar - logits.softmax(1).amax(1) - 1e-7)
 
     def answer(x: Tensor) -> Answer:
-        logits, margins, _ = view(batched(logits_of, x))
-        margin = cast(Tensor, margins).cpu().numpy()
-        return Answer(logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
+        seen = view(batched(logits_of, x))
+        margin = cast(Tensor, seen.margin).cpu().numpy()
+        return Answer(seen.logits.argmax(1).cpu().numpy(), margin <= 0, margin.astype(np.float64))
 
     return victim._replace(
         subject=replace(victim.subject, kind="max_softmax"),

@@ -200,6 +200,7 @@ def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> Row:
         "rate": rate,
         "clean_rejection": share(rejected),
         "robust_with_rejection": share(safe),
+        "right_then_robust_with_rejection": share(safe & outcome.right & ~rejected),
         "gain": rounded(*difference(safe, bare.safe(rate))),
         "gain_over_max_softmax": rounded(*difference(safe, simple)),
     }

@@ -92,7 +92,8 @@ def detector_slopes(look: Look, x: Tensor, subject: str) -> list[Check]:
 
     out = [falling(suspicion, x, "detector_slope", subject)]
     with torch.no_grad():
-        logits, _, probe = look(x)
+        view = look(x)
+    logits, probe = view.logits, view.probe
     if probe is None:
         return out
     own = logits.argmax(1)

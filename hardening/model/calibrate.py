@@ -158,6 +158,18 @@ def combined(scores: Tensor, calibration: Calibration) -> Tensor:
     return total
 
 
+def straight(scores: Tensor, calibration: Calibration, but: str) -> Tensor:
+    """How suspicious (N,) all detectors `but` one find scores (N, D), in the units of that one's
+    score: by straight lines from the median on. The tables have steps, which lead an attack astray.
+    """
+    knots = torch.as_tensor(calibration.knots, dtype=scores.dtype, device=scores.device)  # (D, Q)
+    middle = knots[:, knots.shape[1] // 2]
+    slopes = 1 / (knots[:, -1] - middle).clamp_min(1e-6)
+    own = calibration.detectors.index(but)
+    lines = torch.relu(scores - middle) * slopes / slopes[own]  # (N, D)
+    return lines.sum(1) - lines[:, own]
+
+
 def detection_margin(scores: Tensor, calibration: Calibration, rate: float) -> Tensor:
     """How far (N,) an image is above the threshold: flagged where positive, differentiable."""
     return combined(scores, calibration) - threshold(calibration, rate)
