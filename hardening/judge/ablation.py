@@ -38,6 +38,7 @@ DECIDING = 0.02
 # The classifier's largest probability alone: what every other rejection has to beat.
 MAX_SOFTMAX = "+ confidence"
 BASELINES = ("classifier", MAX_SOFTMAX)
+KEPT = "right or rejected, and right and accepted when clean"
 ON_TEST = (*BASELINES, "lean", "guarded", "full")
 ROUNDS = 200
 
@@ -192,7 +193,7 @@ def rows(outcomes: list[Outcome]) -> list[Row]:
 
 def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> Row:
     """Figures at one rate, beside the `bare` classifier and beside `plain` max-softmax, which
-    rejects as many clean images.
+    rejects as many clean images. What is `kept` is right and accepted when clean as well.
     """
     safe, rejected = outcome.safe(rate), ~outcome.passes(rate, outcome.suspicion)
     simple = plain.safe_with(min(int(rejected.sum()), len(rejected) - 1))
@@ -200,7 +201,7 @@ def at(rate: float, outcome: Outcome, bare: Outcome, plain: Outcome) -> Row:
         "rate": rate,
         "clean_rejection": share(rejected),
         "robust_with_rejection": share(safe),
-        "right_then_robust_with_rejection": share(safe & outcome.right & ~rejected),
+        "kept": share(safe & outcome.right & ~rejected),
         "gain": rounded(*difference(safe, bare.safe(rate))),
         "gain_over_max_softmax": rounded(*difference(safe, simple)),
     }
@@ -310,10 +311,11 @@ def in_points(gain: Row) -> str:
 def curve_table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of what rejects, at every rate of RATES."""
     front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
-    head = (*front, "over the classifier, points", "over max-softmax, points")
+    head = (*front, "over the classifier, points", "over max-softmax, points", KEPT)
     body = []
     for row in rows:
         for point in row.get("at", []):
             over = in_points(point["gain_over_max_softmax"])
-            body.append((row["name"], f"{point['rate']:.1%}", *at_cells(point), over))
+            kept = cell_text(point["kept"]) if "kept" in point else "-"  # of earlier cards
+            body.append((row["name"], f"{point['rate']:.1%}", *at_cells(point), over, kept))
     return head, body

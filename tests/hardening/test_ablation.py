@@ -131,6 +131,10 @@ def test_rows_say_what_rejection_costs_and_adds(outcomes: list[Outcome]) -> None
             rejected = round(point["clean_rejection"]["value"] * len(outcomes[0].right))
             over = held - outcomes[1].safe_with(rejected).mean()
             assert point["gain_over_max_softmax"]["value"] == pytest.approx(over, abs=2e-4)
+            seen = next(seen for seen in outcomes if seen.attacked.setup.name == name)
+            clean = seen.right & seen.passes(point["rate"], seen.suspicion)
+            kept = (clean & seen.safe(point["rate"])).mean()
+            assert point["kept"]["value"] == pytest.approx(kept, abs=1e-4)
     for point in rows["+ confidence"]["at"]:
         assert point["gain_over_max_softmax"]["value"] <= 0  # beside itself at its strictest
     head, body = ablation.table(list(rows.values()))
