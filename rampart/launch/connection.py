@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rampart.handlers.errors import ImageError
+from rampart.launch.share import Share
 
 HEAD_SECONDS = 10.0  # in which a head must be complete
 HEAD_BYTES = 64 << 10
@@ -67,7 +68,13 @@ class Connection(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
     _head = 0  # bytes of the head that is under way
+    _seen = -1  # the look at which this one was counted last
     ends: ClassVar[bool] = False  # the worker, and each connection after its next answer
+    looks: ClassVar[int] = 0
+    asked: ClassVar[int] = 0  # connections with a request since the last look
+    surplus: ClassVar[int] = (
+        0  # of them, those that end after an answer, to begin with another worker
+    )
 
     def connection_made(self, transport: Any) -> None:
         """The deadline of the first request begins."""
@@ -130,8 +137,24 @@ class Connection(HttpToolsProtocol):
         """The head is here."""
         self._end_deadline()
         super().on_headers_complete()
-        if self.ends:
+        if self._seen != self.looks:
+            self._seen = self.looks
+            type(self).asked += 1
+        if self.ends or self._leaves():
             self.cycle.keep_alive = False
+
+    def _leaves(self) -> bool:
+        if not self.surplus or self.pipeline:
+            return False
+        type(self).surplus -= 1
+        return True
+
+    @classmethod
+    def look(cls, share: Share) -> None:
+        """Once a second: see whether this worker has more clients than others."""
+        clients, cls.asked = cls.asked, 0
+        cls.looks += 1
+        cls.surplus = share.surplus(clients)
 
     def shutdown(self) -> None:
         """The worker ends. A request may be on its way: uvicorn would reset it."""

@@ -25,8 +25,10 @@ from rampart.handlers.http.metadata import Models
 from rampart.handlers.http.tokens import Tokens
 from rampart.handlers.http.traces import open_traces
 from rampart.handlers.telemetry import Metrics
+from rampart.launch.connection import Connection
 from rampart.launch.job import CONFIG, FAILED, Job
 from rampart.launch.opening import open_archive, openapi
+from rampart.launch.share import Share
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,14 @@ def _application(job: Job) -> Starlette:
         lanes[name, version] = Lane(service, metrics, delay=job.delay, traces=traces)
         figures.append((name, metrics))
     folder, refused = Path(job.folder), Metrics()  # before it is known which model is asked
+    share = Share(folder)
     exposition = Exposition([*figures, ("", refused)], folder)
     admission = Admission(Tokens(Path(job.tokens)), folder, refused) if job.tokens else None
     app = application(lanes, exposition, openapi(lanes.keys()), admission)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        watch = asyncio.create_task(_watch(lanes, figures, exposition))
+        watch = asyncio.create_task(_watch(lanes, figures, exposition, share))
         server = await _serve_grpc(job, lanes, admission)
         yield
         if server:
@@ -99,7 +102,10 @@ async def _serve_grpc(job: Job, lanes: Models, admission: Admission | None) -> A
 
 
 async def _watch(
-    lanes: dict[tuple[str, str], Lane], figures: list[tuple[str, Metrics]], exposition: Exposition
+    lanes: dict[tuple[str, str], Lane],
+    figures: list[tuple[str, Metrics]],
+    exposition: Exposition,
+    share: Share,
 ) -> None:
     """Once a second: leave the figures for the others, and end the process where a batch hangs."""
     while True:
@@ -109,4 +115,5 @@ async def _watch(
                 os._exit(1)
             metrics.set("rampart_heartbeat_seconds", int(time.time()))
         exposition.save()
+        Connection.look(share)
         await asyncio.sleep(1)

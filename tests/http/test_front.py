@@ -392,6 +392,35 @@ def test_a_delay_lets_a_request_wait_for_the_next_one_and_no_longer(
     assert server.end() == 0
 
 
+def test_connections_that_one_worker_has_alone_are_soon_shared_with_the_others(
+    start: Start, tiny_archive: Path, picture: bytes
+) -> None:
+    server = start(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(), server.lines
+    one, other = workers(server)
+    other.suspend()
+    sessions = [requests.Session() for _ in range(16)]
+
+    def ask() -> set[int]:
+        return {session.post(server.url, picture, timeout=10).status_code for session in sessions}
+
+    def clients(worker: psutil.Process) -> int:
+        near = [link for link in worker.net_connections("tcp") if link.laddr.port == server.port]
+        return sum(link.status == psutil.CONN_ESTABLISHED for link in near)
+
+    assert ask() == {200} and clients(one) == 16
+    other.resume()
+
+    def shared() -> bool:
+        assert ask() == {200}
+        return clients(one) <= 12 and clients(other) >= 4
+
+    wait(shared)
+    for session in sessions:
+        session.close()
+    assert server.end() == 0
+
+
 @feature("Dead workers are replaced", "Rampart")
 def test_a_killed_worker_is_replaced_and_its_counters_stay(
     start: Start, tiny_archive: Path, picture: bytes
