@@ -72,9 +72,8 @@ class Connection(HttpToolsProtocol):
     ends: ClassVar[bool] = False  # the worker, and each connection after its next answer
     looks: ClassVar[int] = 0
     asked: ClassVar[int] = 0  # connections with a request since the last look
-    surplus: ClassVar[int] = (
-        0  # of them, those that end after an answer, to begin with another worker
-    )
+    # Of them, those that end after an answer, to begin anew with another worker.
+    surplus: ClassVar[int] = 0
 
     def connection_made(self, transport: Any) -> None:
         """The deadline of the first request begins."""
