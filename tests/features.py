@@ -59,6 +59,7 @@ CANNOT = {
     ("Client deadlines", "TorchServe"): "its time limit is the model's",
     ("Client deadlines", "Triton"): "a time limit stops it from fetching ahead",
     ("Client deadlines", "KServe"): "the adapter reads none",
+    (OVERLOAD, "TorchServe"): "it refuses what its queue cannot hold, without Retry-After",
     (OVERLOAD, "Triton"): "its queue has no bound, and with one it fetches nothing ahead",
     (OVERLOAD, "Ray Serve"): "its proxy queues without bound",
     ("Tokens", "Triton"): "leave them to a gateway",
@@ -69,8 +70,12 @@ CANNOT = {
     ("Traces", "TorchServe"): "it passes on a request's `traceparent` and makes no spans",
     ("Traces", "Triton"): "its own traces do not show Rampart's stages",
     ("Traces", "KServe"): "the adapter makes none",
+    ("Traces", "Ray Serve"): "a replica makes none",
     ("A new version without a restart", "KServe"): "KServe replaces the pods",
     ("Several models or versions", "KServe"): "it serves one archive",
+    ("Graceful shutdown: requests received are answered", "TorchServe"): (
+        "at its end it drops what waits: take it out of your balancer first"
+    ),
     ("Dead workers are replaced", "Triton"): (
         "Triton 2.51 answers with errors when its Python process was killed, and says that it is "
         "ready: let the liveness probe send a picture"
@@ -78,6 +83,9 @@ CANNOT = {
     ("Dead workers are replaced", "KServe"): "it is one process, which Kubernetes replaces",
     ("Hostile clients do not block others", "Triton"): "it bounds neither bodies nor its queue",
     ("Hostile clients do not block others", "KServe"): "it reads bodies of any size",
+    ("Hostile clients do not block others", "Ray Serve"): (
+        "Ray's proxy takes connections and bodies before Rampart sees them: put a gateway in front"
+    ),
     ("Explanations", "Triton"): "its outputs are fixed",
 }
 TEXT = """\

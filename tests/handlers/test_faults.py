@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import requests
+from sent import overload
 from servers import Server, peak_memory
 
 from rampart.export.archive import archive
@@ -86,6 +88,41 @@ def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
     assert len(failed) <= 8, failed
     assert all(says == "Worker died." for code, says in failed if code), failed
     assert server.end() == 0
+
+
+@pytest.mark.slow
+def test_torchserve_refuses_what_its_queue_cannot_hold_and_drops_the_queue_at_its_end(
+    launch: Callable[..., Server],
+    tiny_archive: Path,
+    pixels: np.ndarray,
+    encode: Callable[..., bytes],
+) -> None:
+    server = launch(tiny_archive)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    (worker,) = map(psutil.Process, server.worker_pids())
+    answers = overload(server.url, encode(pixels), worker)
+    refused = [answer for answer in answers if not answer.ok]
+    assert len(answers) == 200 and 0 < len(refused) < 120  # it holds 100
+    # Both are why docs/servers.md says "no" of it.
+    assert {(a.status_code, a.headers.get("retry-after")) for a in refused} == {(503, None)}
+    worker.suspend()
+    dropped = []
+
+    def ask() -> None:
+        try:
+            requests.post(server.url, encode(pixels), timeout=30)
+        except requests.ConnectionError:
+            dropped.append(True)
+
+    clients = [threading.Thread(target=ask) for _ in range(6)]
+    for one in clients:
+        one.start()
+    time.sleep(1)
+    server.process.terminate()
+    for one in clients:
+        one.join()
+    assert len(dropped) == 6
+    assert server.finish() == 0
 
 
 @pytest.mark.slow
