@@ -5,8 +5,10 @@ TorchServe imports this file by its own name and wants exactly one class in it.
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ TOO_MANY_PARTS = ImageError(
 Fields = Mapping[str, object]
 
 
+def seat(arguments: Sequence[str]) -> str:
+    """The number of this worker, which TorchServe gives to who replaces it too."""
+    where = dict(pairwise(arguments))
+    return (where.get("--sock-name") or where.get("--port") or "").rpartition(".")[2]
+
+
 class DefendedHandler:
     """One defended classifier behind TorchServe."""
 
@@ -46,7 +54,9 @@ class DefendedHandler:
             workers=os.environ.get("RAMPART_WORKERS") or config.get("maxWorkers") or 1,
             gpu=context.system_properties.get("gpu_id") or 0,
         )
-        self._hand_over = HandOver(metrics, context.metrics, context.model_name)
+        self._hand_over = HandOver(
+            metrics, context.metrics, context.model_name, worker=seat(sys.argv)
+        )
         self._hand_over.start()
 
     def handle(self, data: Sequence[Fields], context: Any) -> list[bytes]:

@@ -9,21 +9,36 @@ import threading
 import time
 from typing import Any
 
-from rampart.handlers.telemetry import Metrics, Pulse, declared
+from rampart.handlers.telemetry import GAUGES, Key, Metrics, Pulse, declared
 
 logger = logging.getLogger(__name__)
 
 
 class HandOver:
-    """Gives one worker's metrics to TorchServe's `cache`, if that declares them."""
+    """Gives one worker's metrics to TorchServe's `cache`, if that declares them.
 
-    def __init__(self, metrics: Metrics, cache: Any, model: str) -> None:
+    Counters of several workers add up; a gauge is of the `worker` that is named beside it. Who
+    `forgets` gets gauges again each time.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        cache: Any,
+        model: str,
+        *,
+        worker: str | None = None,
+        forgets: bool = False,
+    ) -> None:
         kinds = getattr(cache, "cache", {})
         self._sinks = {name: sink for kind in kinds.values() for name, sink in kind.items()}
         self._is_declared = {name for kind in declared().values() for name in kind} <= set(
             self._sinks
         )
         self._metrics, self._model = metrics, model
+        self._of_gauges = () if worker is None else (worker,)
+        self._forgets = forgets
+        self._kept: dict[Key, float] = {}  # gauges
         self.pulse = Pulse()
         if not self._is_declared:
             logger.warning(
@@ -32,9 +47,13 @@ class HandOver:
 
     def run_once(self) -> None:
         """Give TorchServe what has changed since the last call."""
-        for (name, labels), value in self._metrics.take().items():
+        changes = self._kept | self._metrics.take()
+        if self._forgets:
+            self._kept = {key: value for key, value in changes.items() if key[0] in GAUGES}
+        for (name, labels), value in changes.items():
             if self._is_declared:
-                self._sinks[name].add_or_update(round(value, 6), [self._model, *labels])
+                more = self._of_gauges if name in GAUGES else ()
+                self._sinks[name].add_or_update(round(value, 6), [self._model, *labels, *more])
 
     def start(self) -> None:
         """Hand over every second, in a thread that ends with the process."""

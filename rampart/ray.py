@@ -45,7 +45,8 @@ class Rampart:
         service, self._name, self._version = open_archive(Path(archive), metrics)
         self._lane = Lane(service, metrics)
         self._tokens = Tokens(Path(tokens)) if tokens else None
-        HandOver(metrics, Sinks(), self._name).start()
+        # Ray shows no gauge that was not set within its last intervals.
+        HandOver(metrics, Sinks(), self._name, forgets=True).start()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """As Ray calls it in a replica. Figures are among Ray's own, and not at /metrics."""

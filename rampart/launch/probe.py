@@ -5,6 +5,7 @@ handler writes the time into a metric while its process runs; a probe looks how 
 TorchServe shows metrics without a token, the own server where it has no tokens.
 """
 
+import math
 import re
 import time
 import urllib.request
@@ -39,7 +40,9 @@ def probe(
             f"no metrics at {metrics} ({reason}): start a server, or pass its address as --metrics"
         ) from error
     now = time.time()
-    ages = {name: now - float(value) for name, value in HEARTBEAT.findall(text)}
+    ages: dict[str, float] = {}
+    for name, value in HEARTBEAT.findall(text):  # TorchServe has one of each worker
+        ages[name] = min(now - float(value), ages.get(name, math.inf))
     if model:
         ages = {name: age for name, age in ages.items() if name == model}
     if not ages:

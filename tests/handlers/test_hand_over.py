@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import yaml
 from servers import Server
 
+from rampart.handlers.defended import seat
 from rampart.handlers.hand_over import HandOver
 from rampart.handlers.telemetry import Metrics, declared
 from rampart.handlers.verdict import Verdict
@@ -61,9 +63,9 @@ def test_figures_of_requests_and_images_arrive(
     assert more["rampart_errors_total", "unsupported_format"] == 1
     assert more["rampart_p_value_bucket", "+Inf"] == more[count] == 2
     assert more["rampart_stage_seconds_count", "graph"] == 3
-    assert after["rampart_engine_info", "cpu,fp32,full"] == 1
-    assert after["rampart_false_alarm_rate", ""] == 0.01
-    assert after["rampart_heartbeat_seconds", ""] > 0
+    assert after["rampart_engine_info", "cpu,fp32,full,9000"] == 1
+    assert after["rampart_false_alarm_rate", "9000"] == 0.01
+    assert after["rampart_heartbeat_seconds", "9000"] > 0
 
 
 def test_torchserves_own_figures_stay(server: Server) -> None:
@@ -80,7 +82,8 @@ def test_the_file_declares_all_of_ours_and_all_that_torchserve_has_by_default() 
         entries = {
             entry["name"]: tuple(entry["dimensions"]) for entry in ours["model_metrics"][kind]
         }
-        assert names.items() <= entries.items()
+        more = ("worker",) if kind == "gauge" else ()
+        assert {name: (*labels, *more) for name, labels in names.items()}.items() <= entries.items()
 
 
 def cache(file: Path) -> Any:
@@ -98,7 +101,7 @@ def verdict(p_value: float) -> Verdict:
 def test_what_has_changed_is_handed_over_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     figures = Metrics()
-    hand_over = HandOver(figures, cache(METRICS), "m")
+    hand_over = HandOver(figures, cache(METRICS), "m", worker="9000")
     figures.count_verdict(verdict(0.5))
     figures.count_verdict(verdict(0.5))
     hand_over.run_once()
@@ -107,6 +110,62 @@ def test_what_has_changed_is_handed_over_once(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     hand_over.run_once()
     assert not caplog.text  # nothing new
+
+
+def test_a_gauge_is_of_its_worker_and_comes_again_where_it_would_be_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    figures = Metrics()
+    hand_over = HandOver(figures, cache(METRICS), "m", worker="9001", forgets=True)
+    figures.set("rampart_query_store_up", 1)
+    figures.count("rampart_requests_total", "200")
+    gauge = "rampart_query_store_up.Count:1|#model:m,worker:9001|"
+    for asked in (1, 0):
+        hand_over.run_once()
+        assert caplog.text.count(gauge) == 1
+        assert caplog.text.count("rampart_requests_total.Count:1|#model:m,status:200|") == asked
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (
+            ["ts", "--sock-type", "unix", "--sock-name", "/tmp/a.b/sock.9001", "--c", "d"],
+            "9001",
+        ),
+        (["ts", "--port", "9002"], "9002"),
+        (["other"], ""),
+    ],
+)
+def test_a_worker_goes_by_the_number_of_its_socket(words: list[str], number: str) -> None:
+    assert seat(words) == number
+
+
+@pytest.mark.slow
+def test_gauges_of_two_workers_stand_side_by_side(
+    launch: Callable[..., Server], tiny_archive: Path
+) -> None:
+    server = launch(tiny_archive, workers=2)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    end = time.monotonic() + 20
+    while len(beats := beats_of(server)) < 2:
+        assert time.monotonic() < end, beats
+        time.sleep(0.5)
+    one = psutil.Process(server.worker_pids()[0])
+    one.suspend()
+    time.sleep(3)
+    late = beats_of(server)
+    one.resume()
+    ages = sorted(late[worker] - beats[worker] for worker in beats)
+    assert ages[0] <= 1 and ages[1] >= 2, (beats, late)  # one stands still, and can be seen
+    assert server.end() == 0
+
+
+def beats_of(server: Server) -> dict[str, float]:
+    """The last sign of life of each worker, by its number."""
+    return {key[1]: at for key, at in read(server).items() if key[0] == "rampart_heartbeat_seconds"}
 
 
 def test_without_our_metrics_a_line_says_so_once_and_nothing_breaks(
