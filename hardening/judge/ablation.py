@@ -311,11 +311,14 @@ def in_points(gain: Row) -> str:
 def curve_table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and body of a table of what rejects, at every rate of RATES."""
     front = ("in front of the classifier", "promised", "clean rejected", "right or rejected")
-    head = (*front, "over the classifier, points", "over max-softmax, points", KEPT)
-    body = []
-    for row in rows:
-        for point in row.get("at", []):
-            over = in_points(point["gain_over_max_softmax"])
-            kept = cell_text(point["kept"]) if "kept" in point else "-"  # of earlier cards
-            body.append((row["name"], f"{point['rate']:.1%}", *at_cells(point), over, kept))
+    head: tuple[str, ...] = (*front, "over the classifier, points", "over max-softmax, points")
+    points = [(row["name"], point) for row in rows for point in row.get("at", [])]
+    body: list[tuple[str, ...]] = [
+        (name, f"{point['rate']:.1%}", *at_cells(point), in_points(point["gain_over_max_softmax"]))
+        for name, point in points
+    ]
+    if all("kept" in point for _, point in points):  # earlier cards do not say
+        head = (*head, KEPT)
+        rest = (cell_text(point["kept"]) for _, point in points)
+        body = [(*cells, kept) for cells, kept in zip(body, rest, strict=True)]
     return head, body
