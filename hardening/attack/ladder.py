@@ -254,6 +254,8 @@ def nearest(hunt: Hunt, labels: Look, label: Tensor, budget: Budget) -> list[Ten
     stands: where classes are many, the likeliest of clean images need not be among them.
     """
     likely = targets_of(labels, hunt.x, label, budget._replace(targets=LIKELY))
+    if not len(hunt.left):  # not every layer takes a batch of none
+        return likely[: budget.targets]
     gap = hunt.x.new_full((len(label), len(likely)), -torch.inf)
     for i, target in enumerate(likely):
         gap[hunt.left, i] = pushed(hunt, labels, hunt.left, target[hunt.left])

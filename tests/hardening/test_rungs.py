@@ -120,6 +120,17 @@ def test_an_attack_that_asks_as_consistency_does_gets_past_it(learned: Learned) 
     assert joint >= blind > static
 
 
+def test_where_no_label_can_be_moved_no_layer_is_given_a_batch_of_none(learned: Learned) -> None:
+    x, label, threat = learned.x, learned.label, learned.threat._replace(eps=1e-6)
+
+    def look(x: Tensor) -> View:
+        assert len(x)
+        return learned.look(x)
+
+    found = rungs.joint_apgd(look, x, label, threat, SMALL, labels=look)
+    assert float((found - x).abs().max()) <= 1e-6 + 1e-7
+
+
 def test_what_begins_with_the_label_alone_finds_as_much(learned: Learned) -> None:
     look, x, label, threat = guarded(learned), learned.x, learned.label, learned.threat
 
