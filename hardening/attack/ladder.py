@@ -209,10 +209,12 @@ def joint_apgd(
         clean = look(x)
     measure = mislead(look, untargeted(label), label)
     hunt = Hunt(measure, x, threat, steps=budget.steps)
-    if labels is not None:
+    if labels is None:
+        targets = targets_of(look, x, label, budget)
+    else:
         easy = label_hunt(labels, x, label, threat, budget)
         hunt.begin(easy.found, ~easy.won)
-    targets = nearest(hunt, labels or look, label, budget)
+        targets = nearest(hunt, labels, label, budget)
     weight = 1.0
     if clean.margin is not None:
         weight = pilot(look, x, label, threat, steps=budget.steps)

@@ -21,6 +21,14 @@ from rampart.export.archive import archive
 feature = pytest.mark.feature
 
 
+@pytest.fixture
+def server(launch: Callable[..., Server], tiny_archive: Path) -> Server:
+    """A server of its own for a test that breaks it."""
+    server = launch(tiny_archive)
+    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
+    return server
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_and_its_client_told(
     launch: Callable[..., Server],
@@ -48,13 +56,8 @@ def test_a_worker_that_hangs_is_replaced_and_its_client_told(
 @feature("Dead workers are replaced", "TorchServe")
 @pytest.mark.slow
 def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
-    launch: Callable[..., Server],
-    tiny_archive: Path,
-    pixels: np.ndarray,
-    encode: Callable[..., bytes],
+    server: Server, pixels: np.ndarray, encode: Callable[..., bytes]
 ) -> None:
-    server = launch(tiny_archive)
-    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     body, stop = encode(pixels), threading.Event()
     answers: list[tuple[float, int, str]] = []
 
@@ -92,13 +95,8 @@ def test_a_killed_worker_comes_back_and_only_what_it_held_fails(
 
 @pytest.mark.slow
 def test_torchserve_refuses_what_its_queue_cannot_hold_and_drops_the_queue_at_its_end(
-    launch: Callable[..., Server],
-    tiny_archive: Path,
-    pixels: np.ndarray,
-    encode: Callable[..., bytes],
+    server: Server, pixels: np.ndarray, encode: Callable[..., bytes]
 ) -> None:
-    server = launch(tiny_archive)
-    assert "Rampart is ready" in server.read(until="  curl '"), server.lines
     (worker,) = map(psutil.Process, server.worker_pids())
     answers = overload(server.url, encode(pixels), worker)
     refused = [answer for answer in answers if not answer.ok]
