@@ -145,7 +145,7 @@ MISTAKES = [
     ("attack empty.png --model tiny", "empty.png", "copy or download it again"),
     ("attack nope.png --model tiny", "nope.png", "pass a JPEG"),
     ("attack lfs.png --model tiny", "lfs.png", "git lfs pull"),
-    ("purify --model bare", "bare", "--model that has one"),
+    ("purify --model bare", "bare", "pass a model that has one"),
     ("certify --model tiny --sigma 0", "--sigma 0", "above 0"),
     ("redteam localhost:8080 good.npz", "localhost:8080", "http://127.0.0.1:8080/predictions/NAME"),
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
