@@ -51,7 +51,7 @@ class BlockPurifierConfig(NamedTuple):
     """What builds a generator of residual blocks: channels of its layers, and blocks of two."""
 
     width: int = 48
-    blocks: int = 2
+    blocks: int = 3
 
 
 class BlockPurifier(Purifier):
