@@ -99,8 +99,8 @@ def register(purifier: type[Purifier]) -> None:
     PURIFIERS[purifier.name] = purifier
 
 
-for kind in (Purifier, BlockPurifier):
-    register(kind)
+register(Purifier)
+register(BlockPurifier)
 
 
 def described(purifier: Purifier) -> dict[str, Any]:
