@@ -27,7 +27,7 @@ from rampart.hardening.model import calibrate, pipeline
 from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import FULL
 from rampart.hardening.model.images import Images, batches, split
-from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.model.purifier import BlockPurifier, BlockPurifierConfig
 from rampart.hardening.train.loop import Recipe, Trainer
 
 STEPS, BATCH, HELD = 5, 8, 200
@@ -77,7 +77,7 @@ def settle(net: Classifier, images: Images) -> None:
 
 def pack(net: Classifier, held: Images, folder: Path) -> tuple[Path, str]:
     """The archive of the full pipeline around `net`, and what the parity gate measured."""
-    full = pipeline.DefendedClassifier(net, Purifier(PurifierConfig()), FULL).eval()
+    full = pipeline.DefendedClassifier(net, BlockPurifier(BlockPurifierConfig()), FULL).eval()
     full.detectors.fit(net, split(held, "validation"))
     pipeline.save(folder / "weights.safetensors", full, held.classes)
     loaded, _ = pipeline.load(folder / "weights.safetensors")

@@ -496,7 +496,13 @@ def purifying(model: Path) -> None:
     from rampart.hardening.model.folder import variants_in
 
     if "full" not in variants_in(model):
-        raise ValueError(f"{model} has no purifier: pass a --model that has one")
+        raise ValueError(f"{model} has no purifier: pass a model that has one")
+
+
+def purified(model: Path, held: Path | None, part: str | None) -> None:
+    """A model that has a purifier, and images to measure it on."""
+    purifying(model)
+    sample(held, part)
 
 
 def certifying(sigma: float, samples: int, alpha: float) -> None:

@@ -23,7 +23,7 @@ from rampart.hardening.model.classifier import ARCHITECTURES, Classifier, Classi
 from rampart.hardening.model.detectors import FULL, Consistency
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.normalization import Normalization
-from rampart.hardening.model.purifier import Purifier, PurifierConfig
+from rampart.hardening.model.purifier import BlockPurifierConfig, Purifier
 from rampart.hardening.objects.training import ObjectRecipe
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch
@@ -285,7 +285,7 @@ def try_purifier(net: Classifier, recipe: PurifierRecipe) -> Trial:
     """Time the steps of a purifier in front of a network, which stays as it is."""
     with torch.random.fork_rng():
         own = copy.deepcopy(net)
-        trainer = PurifierTrainer(own, PurifierConfig(), recipe, Path())
+        trainer = PurifierTrainer(own, BlockPurifierConfig(), recipe, Path())
         both = nn.Sequential(trainer.ema, own)
         return try_steps(trainer, own, recipe.threat, look_at=both)
 

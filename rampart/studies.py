@@ -4,6 +4,7 @@ Each study takes a Model and images and returns what it found. It writes that be
 measured.json, or into the card where that is asked for.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rampart import inputs
-from rampart.calibrated import Calibrated, Form
+from rampart.calibrated import WEIGHTS, Calibrated, Form
 from rampart.export.parity import Agreement, agree
 from rampart.export.precision import make as make_form
 from rampart.export.scene_agreement import SceneAgreement
@@ -23,15 +24,16 @@ from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim, label_victim
-from rampart.hardening.judge import ablation, outside, strangers
+from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.card import Subject
+from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.files import SAMPLE, load_variant
 from rampart.hardening.model.images import Images, split
-from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.promise import PromiseCheck
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import Folder, spread, survey
@@ -342,6 +344,53 @@ def beyond(model: Model, sample: Sample, study: Study) -> Outcome:
     model.log({"data": sample.name, "n": len(images), "command": study.command})
     words = report.piped(*outside.table(rows)), outside.in_words(scaled)
     return Outcome(kept.content, [*words, *kept.lines])
+
+
+def uses(model: Model, sample: Sample, study: Study, others: Sequence[Path] = ()) -> Outcome:
+    """What the purifier is for: images without and with it, in front of classifier and twin.
+
+    Attacks are made on both, and on the classifiers in the folders `others`. Raises ValueError for
+    classifiers that take other images, and for a model without a purifier.
+    """
+    if model.purifier is None or model.folder is None:
+        raise ValueError("there is no purifier to measure: pass a model folder that has one")
+    where = pick_device(study.device)
+    images = sample.images.to(where)
+    model.check_classes(images)
+    nets = {purification.OWN: model.classifier}
+    if twin := twin_of(model, study.twin):
+        nets[purification.TWIN] = twin
+    sources = {path.name: load_classifier(path / WEIGHTS) for path in others}
+    for name, net in (nets | sources).items():
+        if alike(net) != alike(model.classifier):
+            raise ValueError(f"{name} has other classes or another image size than the model")
+    purifier, *each = (copy.deepcopy(net).to(where) for net in (model.purifier, *nets.values()))
+    found = purification.rows(
+        purifier,
+        dict(zip(nets, each, strict=True)),
+        {name: net.to(where) for name, net in sources.items()},
+        images,
+        study.threat,
+        folder=study.cache,
+    )
+    rows = list(found)
+    advice = purification.advice(rows)
+    entry: dict[str, Any] = {"data": sample.name, "threat_model": str(study.threat)}
+    entry |= {
+        "attack": purification.ATTACKS,
+        "n": len(images),
+        "rows": rows,
+        "advice": advice,
+        "command": study.command,
+    }
+    kept = keep(model, {"purifier": entry}, study)
+    model.log({"data": sample.name, "n": len(images), "command": study.command})
+    return Outcome(kept.content, [report.piped(*purification.table(rows)), *advice, *kept.lines])
+
+
+def alike(net: Classifier) -> tuple[int, int]:
+    """What classifiers have in common that take the same images: classes and pixels a side."""
+    return net.config.classes, net.config.image_size
 
 
 def quantize(

@@ -17,7 +17,7 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.pipeline import load_classifier
-from rampart.hardening.model.purifier import PurifierConfig, of_config
+from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.train import changes, distributed
 from rampart.hardening.train import state as states
 from rampart.hardening.train.augmentation import of_one_image, suited
@@ -256,7 +256,7 @@ def train_purifier_from(
     check_images(run.out, images, held)
     validation = split(held, "validation")[slice(run.validate_on)]
     learn = partial(train_purifier, commands=[run.command])
-    return learn(net, PurifierConfig(), recipe, run.out, (images, validation))
+    return learn(net, BlockPurifierConfig(), recipe, run.out, (images, validation))
 
 
 def prove_purifier(source: Source, net: Classifier, recipe: PurifierRecipe, run: Run) -> None:
@@ -265,7 +265,7 @@ def prove_purifier(source: Source, net: Classifier, recipe: PurifierRecipe, run:
     data = faults.of(partial(source.read, net.config.image_size))
     if data:
         faults.of(partial(preflight.check_classes, net, data[0].classes))
-    need = preflight.WRITTEN * preflight.size_of(of_config(PurifierConfig()))
+    need = preflight.WRITTEN * preflight.size_of(of_config(BlockPurifierConfig()))
     faults.of(partial(preflight.check_place, run.out, need, "--out"))
     faults.of(partial(preflight.try_network, net))
     attempt = partial(preflight.try_purifier, net, recipe)

@@ -52,6 +52,7 @@ TRAINING = {
     "test_parity.py",
     "test_precision.py",
     "test_preflight.py",
+    "test_purification.py",
     "test_purifier.py",
     "test_quantize.py",
     "test_redteam.py",
@@ -129,12 +130,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_images: "Images")
     from rampart.hardening.model.classifier import Classifier, ClassifierConfig
     from rampart.hardening.model.detectors import FULL
     from rampart.hardening.model.images import split
-    from rampart.hardening.model.purifier import Purifier, PurifierConfig
+    from rampart.hardening.model.purifier import BlockPurifier, BlockPurifierConfig
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model_store") / "tiny"
     classifier = Classifier(ClassifierConfig("resnet10", 10, width=0.125))
-    purifier = Purifier(PurifierConfig(width=8, depth=1))
+    purifier = BlockPurifier(BlockPurifierConfig(width=8, blocks=1))
     torch.nn.init.normal_(purifier.residual[-2].weight, std=0.05)
     full = pipelines.DefendedClassifier(classifier, purifier, FULL).eval().requires_grad_(False)
     full.detectors.fit(classifier, split(tiny_images, "validation"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from rampart.hardening.judge import ablation, outside, strangers
+from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge.alarms import in_words
 from rampart.hardening.judge.alarms import table as alarm_table
 from rampart.hardening.judge.checks import Check
@@ -14,6 +14,7 @@ from rampart.hardening.report.findings import Findings
 
 # What other sections show of a card.
 SHOWN = ["metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside"]
+SHOWN += ["purifier"]
 
 
 def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
@@ -102,6 +103,20 @@ def outside_threat(card: dict[str, Any]) -> Iterator[Section]:
     ]
     tables = [Table("Outside the threat model", *outside.table(part["rows"]))]
     yield Section("Outside the threat model", words, tables=tables)
+
+
+def purifier(card: dict[str, Any]) -> Iterator[Section]:
+    """What the purifier is for, where that was measured."""
+    if "purifier" not in card:
+        return
+    part = card["purifier"]
+    words = [
+        f"{part['data']}, {part['threat_model']}, {part['attack']}. Each gain is over the same"
+        " images. Robust is only what the attack that knows the purifier leaves.",
+        *part["advice"],
+    ]
+    tables = [Table("What the purifier is for", *purification.table(part["rows"]))]
+    yield Section("What the purifier is for", words, tables=tables)
 
 
 def recipe(card: dict[str, Any], findings: Findings) -> Section:

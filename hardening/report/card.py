@@ -211,11 +211,22 @@ def model_cells(folder: Path, card: Row) -> list[str]:
 
 
 def with_figures(text: str, folders: Sequence[Path]) -> str:
-    """`text` with the figures of each model that it has a place for, named "figures of NAME"."""
+    """`text` with what it has a place for, by model: "figures of NAME", "purifier of NAME"."""
     for folder in folders:
+        card = read_card(folder)
         if f"<!-- figures of {folder.name}:" in text:
-            text = fenced(text, f"figures of {folder.name}", markdown(read_card(folder)))
+            text = fenced(text, f"figures of {folder.name}", markdown(card))
+        if f"<!-- purifier of {folder.name}:" in text and "purifier" in card:
+            text = fenced(text, f"purifier of {folder.name}", purifier_markdown(card["purifier"]))
     return text
+
+
+def purifier_markdown(part: Row) -> str:
+    """What a purifier is for, as a Markdown table between its data and when to switch it on."""
+    from rampart.hardening.judge import purification  # it loads what corrupts images
+
+    said = f"{part['data']} (n = {part['n']}), {part['threat_model']}, {part['attack']}"
+    return "\n\n".join([f"{said}:", piped(*purification.table(part["rows"])), *part["advice"]])
 
 
 def fenced(text: str, name: str, content: str) -> str:

@@ -14,6 +14,7 @@ from rampart.hardening.report.appendix import (
     in_short,
     outside_threat,
     parts,
+    purifier,
     recipe,
     self_checks,
 )
@@ -129,6 +130,7 @@ def sections_of(
         *features(evaluation, pipeline),
         *alarms(card),
         *outside_threat(card),
+        *purifier(card),
         *self_checks(findings.checks),
         *ladder(figures, findings),
         recipe(card, findings),

@@ -52,7 +52,7 @@ REMEDIES = {
 INTERRUPTED = 130  # exit code, as of a shell
 RESUMED = (
     *("harden", "train", "purifier", "evaluate", "objects", "ablate", "outside", "redteam"),
-    "screen",
+    *("screen", "uses"),
 )
 REPORT = "check the input; if it is correct, report this error"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}

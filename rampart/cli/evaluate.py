@@ -45,6 +45,7 @@ EVALUATED += " of several, for a table of them"
 ONNX_RANGE = "ONNX file: range of its pixels; default found by accuracy, and told"
 ONNX_LAYOUT = "ONNX file: order of its pixels, where it does not tell"
 ONNX_SIZE = "ONNX file: pixels a side, where it takes any"
+ALSO = "Folder of another classifier, whose attacks are put to this model as well; repeatable"
 PROTOCOL = (
     "What it speaks; default by its URL: .../infer v2, ...:predict tensorflow, else Rampart's"
 )
@@ -241,6 +242,31 @@ def outside(
     study = studies.Study(rate=rate, device=device, cache=cache, command=command_line())
     study = study._replace(into_card=into_card)
     say(*studies.beyond(model, images.read(model, limit), study).lines)
+
+
+@verb(
+    "uses model_store/mine --images cifar10/",
+    "uses model_store/mine --images cifar10/ --also-from model_store/cifar10-vgg11",
+    together=inputs.purified,
+)
+def uses(
+    subject: o.Subject,
+    images: o.Sample,
+    threat: o.Threat,
+    limit: o.Limit = 200,
+    twin: o.Twin = None,
+    also_from: Annotated[list[Path] | None, Option(help=ALSO), inputs.twin] = None,
+    cache: o.Cache = o.FOUND,
+    into_card: o.IntoCard = False,
+    device: o.Device = "auto",
+) -> None:
+    """Measure what the purifier is for: images without and with it, and when to switch it on."""
+    from rampart import studies
+
+    model = rp.Model.load(subject.model)
+    study = studies.Study(threat.ball(model), device=device, cache=cache, twin=twin)
+    study = study._replace(command=command_line(), into_card=into_card)
+    say(*studies.uses(model, images.read(model, limit), study, also_from or []).lines)
 
 
 class Server(NamedTuple):

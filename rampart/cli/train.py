@@ -35,6 +35,13 @@ BALANCE += "equally often"
 AIM = "For pictures with boxes: attack the sum of losses, alternate among them (default), or take "
 AIM += "the strongest for each"
 PASSES = "For pictures with boxes: how often an epoch shows each before it validates; default 1"
+REPLAYS = (
+    "Steps with each attacked batch; default 1, or 4 with --static, whose attacks stay as strong"
+)
+ALONE = (
+    "Attack the classifier alone: for an undefended one that you cannot retrain. What knows such "
+)
+ALONE += "a purifier beats it"
 SAME = "As in `train`; by default, the classifier's augmentation"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
 RECTIFY = "Also train a second head for rectified rejection"
@@ -218,15 +225,18 @@ def purifier(
     threat: o.Threat,
     epochs: o.Epochs = 2,
     lr: o.LearningRate = 1e-3,
+    replays: Annotated[int | None, Option(min=1, help=REPLAYS)] = None,
+    static: Annotated[bool, Option("--static", help=ALONE)] = False,
     augment: Annotated[list[str] | None, Option(help=SAME), inputs.augmentation] = None,
     arch: o.Own = None,
 ) -> None:
     """Train the GAN purifier in front of a frozen classifier. Resumes and scales like `train`."""
     from rampart.hardening.train.loop import say
-    from rampart.hardening.train.purifier import PurifierRecipe
+    from rampart.hardening.train.purifier import STATIC, PurifierRecipe
     from rampart.training import train_purifier_from
 
     recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size or 128, lr, seed=run.seed)
+    recipe = recipe._replace(**(STATIC if static else {}) | given(replays=replays))
     how = chosen(augment)
     best = train_purifier_from(source.open(), classifier, recipe, run.place(), augment=how)
     say(f"best purifier: {best}")

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -119,6 +120,31 @@ def test_what_lies_outside_the_threat_model_goes_into_the_card(lean_only: Path) 
     assert "| JPEG, quality 25 | 4 |" in output
     assert "image scaling: " in output
     assert len((lean_only / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.training
+@pytest.mark.slow
+def test_what_a_purifier_is_for_goes_into_card_and_report_from_every_side(
+    lean_only: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = lean_only
+    shutil.copy(tiny_folder / "calibration-full.json", model)
+    shutil.copytree(model, tmp_path / "bare-undefended")
+    few = ["--limit", 4, "--cache", tmp_path / "found", "--also-from", tiny_folder]
+    line = ["uses", model, "--images", tmp_path / "held.npz", *few]
+    before = (model / "card.json").read_bytes()
+    assert "| PGD-20 on tiny | 4 |" in run(*line)
+    assert (model / "card.json").read_bytes() == before
+    output = run(*line, "--into-card")
+    part = report.read_card(model)["purifier"]
+    assert {row["subject"] for row in part["rows"]} == {"classifier", "undefended"}
+    assert {row["n"] for row in part["rows"]} == {4} and part["threat_model"] == "Linf 8/255"
+    assert all(line in output for line in part["advice"]) and len(part["advice"]) == 2
+    head = "<!-- purifier of bare: made by `rampart table`, do not edit -->"
+    text = f"{head}\n\nnothing yet\n\n<!-- end of purifier of bare -->\n"
+    assert report.with_figures(text, [tiny_folder]) == text
+    text = report.with_figures(text, [model])
+    assert "nothing yet" not in text and part["advice"][0] in text and "| clean | 4 |" in text
 
 
 @pytest.mark.training

@@ -145,7 +145,8 @@ MISTAKES = [
     ("attack empty.png --model tiny", "empty.png", "copy or download it again"),
     ("attack nope.png --model tiny", "nope.png", "pass a JPEG"),
     ("attack lfs.png --model tiny", "lfs.png", "git lfs pull"),
-    ("purify --model bare", "bare", "--model that has one"),
+    ("uses bare --images good.npz", "bare", "pass a model that has one"),
+    ("purify --model bare", "bare", "pass a model that has one"),
     ("certify --model tiny --sigma 0", "--sigma 0", "above 0"),
     ("redteam localhost:8080 good.npz", "localhost:8080", "http://127.0.0.1:8080/predictions/NAME"),
     ("redteam http://127.0.0.1:1/predictions/a good.npz --attack fgsm", "fgsm", "square"),
@@ -200,6 +201,7 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_there_for_the_aski
         (["harden", "--data", "good.npz", "--out", "a.mar"], True, "sources.survey"),
         (["evaluate", "tiny", "--images", "good.npz", "--rung", "pgd20"], True, "model.Model.load"),
         (["outside", "tiny", "--images", "good.npz"], True, "model.Model.load"),
+        (["uses", "tiny", "--images", "good.npz"], True, "model.Model.load"),
         (["alarms", "tiny", "--data", "good.npz"], False, "model.Model.load"),
     ],
 )

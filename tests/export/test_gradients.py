@@ -14,6 +14,7 @@ from rampart.handlers.engine import Engine
 from rampart.hardening.model import detectors
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.purifier import BlockPurifier, BlockPurifierConfig
 
 SIZE = 32
 
@@ -59,6 +60,22 @@ def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
     # `quantize` finds the classifier by the names of its weights.
     names = [value.name for value in onnx.load(graph).graph.initializer]
     assert any(name.startswith("classifier.backbone.") for name in names)
+
+
+def test_a_purifier_stands_in_front_of_a_graph_that_takes_the_step(tmp_path: Path) -> None:
+    classifier = pipeline("resnet10", 0.125).classifier
+    purifier = BlockPurifier(BlockPurifierConfig(width=8, blocks=1))
+    nn.init.normal_(purifier.get_parameter("residual.4.weight"), std=0.05)
+    looks = ("consistency", "disagreement", "reconstruction")
+    whole = DefendedClassifier(classifier, purifier, looks).eval().requires_grad_(False)
+    engine, image = Engine(to_onnx(whole, tmp_path / "graph.onnx")), images(3)
+    with torch.no_grad():
+        own = whole(image)
+    out = engine.run(image.numpy())
+    assert np.abs(own.scores.numpy() - out.scores).max() < 1e-4
+    assert np.abs(own.logits.numpy() - out.logits).max() < 1e-4
+    assert np.abs(out.logits - out.raw_logits).max() > 1e-3  # it does purify
+    assert np.abs(own.purified.numpy().astype(int) - out.purified).max() <= 1
 
 
 def test_the_step_lowers_the_margin_and_moves_no_pixel_further_than_the_radius() -> None:

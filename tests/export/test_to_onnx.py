@@ -46,9 +46,9 @@ def test_the_lean_graph_is_one_file_and_runs_the_classifier_once(
     lean, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
     kinds = [n.op_type for n in onnx.load(to_onnx(lean, tmp_path / "lean.onnx")).graph.node]
     assert [file.name for file in tmp_path.iterdir()] == ["lean.onnx"]  # weights inside
-    # A ResNet-10 has 12 convolutions; the tiny purifier of `full` adds two.
+    # A ResNet-10 has 12 convolutions; the tiny purifier of `full` adds four.
     assert kinds.count("Conv") == 12
-    assert [n.op_type for n in onnx.load(tiny_graph).graph.node].count("Conv") == 14
+    assert [n.op_type for n in onnx.load(tiny_graph).graph.node].count("Conv") == 16
 
 
 def test_a_frozen_batch_is_refused(tmp_path: Path, tiny_graph: Path) -> None:

@@ -147,6 +147,19 @@ MEASURED = {
         ],
         "scaling": {"pictures": 5, "pixels": [256, 32], "psnr": 9.7, "psnr_nearest": 27.5},
     },
+    "purifier": {
+        "data": "8 of blobs",
+        "n": 8,
+        "threat_model": "Linf 8/255",
+        "attack": "PGD-20",
+        "rows": [
+            {"subject": "classifier", "kind": "clean", "name": "clean", "n": 8, "gained": 1}
+            | {"without": share(0.4), "with": share(0.5), "gain": share(0.1), "lost": 0}
+            | {"beyond_chance": True}
+        ],
+        "advice": ["In front of the classifier, switch it on for clean <images>."],
+        "command": "rampart uses",
+    },
 }
 
 
@@ -286,6 +299,13 @@ def test_a_failed_check_is_said_in_words_at_the_top_and_in_its_place(
     assert full_page.index(FAILED.seen) < full_page.index("What the figures say")
     passed = write(tmp_path, seen._replace(checks=CHECKS[:1]), tiny_pipeline)
     assert "FAILED" not in passed
+
+
+def test_the_page_says_when_to_switch_the_purifier_on(full_page: str) -> None:
+    head, row = cells(full_page)["What the purifier is for"]
+    assert head[2] == "the classifier: right without" and row[0] == "clean"
+    assert row[-1] == "+10.0 (+0.0 to +20.0) beyond chance"
+    assert "switch it on for clean &lt;images&gt;." in full_page
 
 
 def test_names_from_outside_are_text(
