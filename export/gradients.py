@@ -5,6 +5,7 @@ graph, its convolutions as the ordinary ones that they are.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,7 @@ def shape(node: fx.Node) -> list[int]:
 
 def convolution(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """The gradient of a convolution with respect to its input: another convolution, turned over
-    where the stride is 1, else transposed.
+    where the stride is 1, by phases where it divides the sides, else transposed.
     """
     arguments: Any = node.args
     slope, x, weight, _, stride, padding, dilation, _, _, groups, _ = arguments
@@ -116,16 +117,15 @@ def convolution(node: fx.Node, graph_module: fx.GraphModule) -> None:
     sizes = zip(shape(x)[1:], stride, padding, dilation, kernel, strict=True)
     rest = [(side + 2 * p - d * (k - 1) - 1) % s for side, s, p, d, k in sizes]
     if list(stride) == [1, 1] and groups == 1:
-        # A constant of its own: engines fold what is computed of weights, but not of 8-bit ones.
-        name = f"{weight.target}{TURNED}"
         values = graph_module.get_parameter(weight.target).detach()
-        graph_module.register_buffer(name, values.transpose(0, 1).flip(2, 3).contiguous())
-        turned = graph_module.graph.get_attr(name)
+        turned = constant(graph_module, weight, values.transpose(0, 1).flip(2, 3))
         border = [d * (k - 1) - p for p, d, k in zip(padding, dilation, kernel, strict=True)]
         value = call(
             aten.convolution.default,
             (slope, turned, None, [1, 1], border, dilation, False, [0, 0], 1),
         )
+    elif divides(node):
+        value = phases(node, graph_module)
     else:
         value = call(
             aten.convolution.default,
@@ -133,9 +133,56 @@ def convolution(node: fx.Node, graph_module: fx.GraphModule) -> None:
         )
     for user in list(node.users):  # of the gradients by input, weight and bias
         if user.args[1] == 0:
-            user.replace_all_uses_with(value)
+            user.replace_all_uses_with(value, propagate_meta=True)
         graph_module.graph.erase_node(user)
     graph_module.graph.erase_node(node)
+
+
+def constant(graph_module: fx.GraphModule, weight: fx.Node, values: Tensor) -> fx.Node:
+    """What is made of a weight, as a constant of its own: engines fold what is computed of
+    weights, but not of 8-bit ones.
+    """
+    name = f"{weight.target}{TURNED}"
+    graph_module.register_buffer(name, values.contiguous())
+    return graph_module.graph.get_attr(name)
+
+
+def divides(node: fx.Node) -> bool:
+    """Whether a convolution's output is its input's size over its one stride, without dilation."""
+    arguments: Any = node.args
+    slope, x, _, _, stride, _, dilation, _, _, groups, _ = arguments
+    smaller = [stride[0] * side for side in shape(slope)[1:]]
+    return [*stride, *dilation, groups] == [stride[0]] * 2 + [1] * 3 and shape(x)[1:] == smaller
+
+
+def phases(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node:
+    """The gradient of a convolution of stride s, as one of stride 1 whose channels are the s * s
+    phases of each pixel: engines are slow at transposed ones (Shi et al. 2016, section 3.2).
+    """
+    arguments: Any = node.args
+    slope, _, weight, _, (s, _), padding, *_ = arguments
+    values = graph_module.get_parameter(weight.target).detach()  # (O, I, KH, KW)
+    outer, inner, *kernel = values.shape
+    # Input pixel s * q + r meets output pixel q + d in the tap k = r + p - s * d.
+    taps = [
+        [(k - p - r) // -s for r in range(s) for k in range(side) if (k - p - r) % s == 0]
+        for side, p in zip(kernel, padding, strict=True)
+    ]
+    (top, bottom), (left, right) = ((min(d), max(d)) for d in taps)
+    made = values.new_zeros(inner, s, s, outer, bottom - top + 1, right - left + 1)
+    for r_h, r_w in itertools.product(range(s), range(s)):
+        for d_h, d_w in itertools.product(range(top, bottom + 1), range(left, right + 1)):
+            k_h, k_w = r_h + padding[0] - s * d_h, r_w + padding[1] - s * d_w
+            if 0 <= k_h < kernel[0] and 0 <= k_w < kernel[1]:
+                made[:, r_h, r_w, :, d_h - top, d_w - left] = values[:, :, k_h, k_w].T
+    turned = constant(graph_module, weight, made.flatten(0, 2))
+    call = graph_module.graph.call_function
+    border = [-left, right, -top, bottom]
+    around = call(aten.constant_pad_nd.default, (slope, border)) if any(border) else slope
+    value = call(
+        aten.convolution.default, (around, turned, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    )
+    return call(aten.pixel_shuffle.default, (value, s))
 
 
 def pooling(node: fx.Node, graph_module: fx.GraphModule) -> None:
@@ -173,7 +220,7 @@ def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
     call = graph_module.graph.call_function
     passed = call(aten.gt.Scalar, (value, 0))
     ones = call(aten._to_copy.default, (passed,), {"dtype": node.meta["val"].dtype})
-    node.replace_all_uses_with(call(aten.mul.Tensor, (slope, ones)))
+    node.replace_all_uses_with(call(aten.mul.Tensor, (slope, ones)), propagate_meta=True)
     graph_module.graph.erase_node(node)
 
 

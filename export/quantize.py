@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx.numpy_helper import from_array, to_array
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -33,7 +34,7 @@ BATCH = 32
 # stay in float32: they cost little, and the steps of 8-bit logits would show in the scores.
 OWN, HEAD = ("classifier.", "detector.net.backbone."), "classifier.head."
 LAYERS = ("Conv", "Gemm", "MatMul")
-BETWEEN = ("Add", "Concat", "MaxPool", "Relu")
+BETWEEN = ("Add", "Concat", "DepthToSpace", "MaxPool", "Relu")
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -80,10 +81,11 @@ def quantize(graph: Path, ranges: Path, out: Path, images: NDArray[np.uint8] | N
     if images is not None:
         note = json.loads(ranges.read_text()) | {WEIGHT_BITS: SAFE_BITS}
         ranges.write_text(json.dumps(note))
+    model = onnx.load(out)
+    clip_masks(model.graph)
     if bits == SAFE_BITS:  # for Engine to see
-        model = onnx.load(out)
         model.metadata_props.add(key=WEIGHT_BITS, value=str(SAFE_BITS))
-        onnx.save(model, out)
+    onnx.save(model, out)
     return out
 
 
@@ -109,15 +111,13 @@ def network_nodes(graph: onnx.GraphProto) -> list[str]:
         if node.name in layers or before & {*node.output}:
             before.update(node.input)
     between = {n.name for n in graph.node if after & {*n.input} and before & {*n.output}}
-    inside = ({n.name for n in graph.node if n.op_type in BETWEEN} | silus(graph)) & between
+    kinds = {n.name for n in graph.node if n.op_type in BETWEEN}
+    inside = (kinds | silus(graph) | masked(graph)) & between
     return [n.name for n in graph.node if n.name in (layers - heads) | inside]
 
 
 def silus(graph: onnx.GraphProto) -> set[str]:
-    """Names of what the exporter makes of SiLU: a sigmoid, and its product with what it is of.
-
-    Other products, as in the backward pass of consistency, stay in float32.
-    """
+    """Names of what the exporter makes of SiLU: a sigmoid, and its product with what it is of."""
     gates = {node.output[0]: node for node in graph.node if node.op_type == "Sigmoid"}
     found: set[str] = set()
     for node in graph.node:
@@ -125,6 +125,46 @@ def silus(graph: onnx.GraphProto) -> set[str]:
             if node.op_type == "Mul" and gate.input[0] in node.input:
                 found |= {node.name, gate.name}
     return found
+
+
+def masked(graph: onnx.GraphProto) -> set[str]:
+    """Names of the products that pass a slope where a ReLU did; other products stay in float32."""
+    made = {node.output[0]: node for node in graph.node}
+    masks = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Cast" and made.get(node.input[0], node).op_type == "Greater"
+    }
+    return {node.name for node in graph.node if node.op_type == "Mul" and masks & {*node.input}}
+
+
+def clip_masks(graph: onnx.GraphProto) -> None:
+    """Make masks of ReLUs from their 8-bit values, where 0 stands for 0: those, clipped to 1."""
+    zeros = {value.name for value in graph.initializer if not to_array(value).any()}
+    made = {node.output[0]: node for node in graph.node}
+    users = {name: node for node in graph.node for name in node.input}
+    gone = []
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.op_type == "Greater" else None
+        if source is None or source.op_type != "DequantizeLinear" or source.input[2] not in zeros:
+            continue
+        cast = users[node.output[0]]
+        mask = users[cast.output[0]]
+        product = users[mask.output[0]]
+        node.op_type = "Clip"
+        node.input[:] = [source.input[0], "mask_zero", "mask_one"]
+        node.output[:] = mask.output
+        product.input[1:] = ["mask_scale", "mask_zero"]
+        gone += [cast, mask]
+    for node in gone:
+        graph.node.remove(node)
+    if gone:
+        values = {"mask_zero": np.uint8(0), "mask_one": np.uint8(1), "mask_scale": np.float32(1)}
+        used = {name for node in graph.node for name in node.input}
+        kept = [value for value in graph.initializer if value.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        graph.initializer.extend(from_array(np.array(v), k) for k, v in values.items())
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ CLASSIFIERS = (
     "hardening/model/purifier.py",
     "hardening/model/detectors.py",
     "hardening/model/pipeline.py",
+    "export/gradients.py",
     "export/to_onnx.py",
     "export/quantize.py",
     "export/halve.py",

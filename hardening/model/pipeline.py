@@ -78,6 +78,13 @@ class DefendedClassifier(nn.Module):
         }
         self.detectors = Detectors(names, classifier.config.classes, classifier.feature_size)
 
+    @property
+    def variant(self) -> Variant:
+        """Which variant it is, by its parts."""
+        if self.purifier is not None:
+            return "full"
+        return "guarded" if PROBED in self.detectors.needs else "lean"
+
     def defend(self, x: Tensor) -> Outputs:
         """The float entry, for attacks: x (N, 3, H, W) in [0, 1]."""
         n = x.shape[0]
