@@ -1,4 +1,5 @@
-"""Robust accuracy over eps: a model's classifier beside its undefended twin, under PGD-20.
+"""Robust accuracy over eps: a model's classifier beside its undefended twin, under PGD-20, and
+what `guarded`, where there is one, labels right or rejects under the joint attack too.
 
     .venv/bin/python benchmarks/over_eps.py --data signs/held.npz --plot docs/over-eps.png
 
@@ -8,21 +9,29 @@ Figures go to --out as they are found, so an interrupted run resumes.
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rampart.hardening.attack.ladder import pgd20
+from rampart.hardening.attack.ladder import QUICK, joint_apgd, pgd20
 from rampart.hardening.attack.objectives import View
 from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.victims import Victim, pipeline_victim
+from rampart.hardening.judge.evaluate import replay
 from rampart.hardening.judge.metrics import share
+from rampart.hardening.model.calibrate import load_variant
 from rampart.hardening.model.classifier import Classifier
+from rampart.hardening.model.folder import variants_in
 from rampart.hardening.model.images import Images, batches
+from rampart.hardening.model.pipeline import load as load_pipeline
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.model.provenance import check_unseen
@@ -30,7 +39,15 @@ from rampart.hardening.model.style import STYLE
 from rampart.hardening.train.data import load, spread
 
 EPS = (0, 1, 2, 4, 6, 8)  # n/255
-LOOKS = {"hardened": ("#0072B2", "o", "-"), "undefended twin": ("#D55E00", "s", "--")}
+RATE = 0.02  # of false alarms, at which `guarded` rejects
+LOOKS = {
+    "guarded": ("#117733", "d", "-."),
+    "hardened": ("#0072B2", "o", "-"),
+    "undefended twin": ("#D55E00", "s", "--"),
+}
+
+
+NAMES = {"guarded": f"guarded: right or rejected\nat {RATE:.0%} false alarms"}
 
 
 def held(net: Classifier, images: Images, eps: int) -> dict[str, Any]:
@@ -44,32 +61,55 @@ def held(net: Classifier, images: Images, eps: int) -> dict[str, Any]:
     return share(torch.cat(right).numpy())
 
 
+def guarded(victim: Victim, images: Images, eps: int) -> dict[str, Any]:
+    """The share of images that are right or rejected within eps/255, under the joint attack and
+    under PGD-20 on the label, each in float and in 8 bits.
+    """
+    safe = []
+    threat = Threat("Linf", eps / 255)
+    for rows in torch.split(torch.arange(len(images)), 50):
+        few = images[rows]
+        x, label = to_float(few.image), few.label
+        found = [x]
+        if eps:
+            joint = partial(joint_apgd, victim.look, labels=victim.label_look)
+            found += [joint(x, label, threat, QUICK), pgd20(victim.label_look, x, label, threat)]
+        safe.append(np.all([replay(victim, near, few, threat).safe for near in found], axis=0))
+    return share(np.concatenate(safe))
+
+
 def figure(found: dict[str, Any], trained: int) -> Figure:
     """Both curves, each point with its interval and each curve with its name beside it."""
     with rc_context(STYLE):
         drawn = Figure(figsize=(6.4, 3.6), dpi=125, layout="constrained")
         axes: Axes = drawn.subplots()
-        for name, (colour, marker, line) in LOOKS.items():
+        low = -1.0
+        # The lowest first, so that no name covers another.
+        ends = {name: found[name][str(EPS[-1])]["value"] for name in LOOKS if name in found}
+        for name in sorted(ends, key=lambda name: ends[name]):
+            colour, marker, line = LOOKS[name]
             rows = [found[name][str(eps)] for eps in EPS]
             values = [row["value"] for row in rows]
             axes.vlines(EPS, *zip(*(row["interval"] for row in rows), strict=True), color=colour)
             axes.plot(EPS, values, color=colour, marker=marker, ls=line)
-            place = (EPS[-1] + 0.15, values[-1])
-            axes.annotate(f"{name}\n{values[-1]:.0%}", place, color=colour, va="center")
+            words = f"{NAMES.get(name, name)}\n{values[-1]:.0%}"
+            low = max(values[-1], low + 0.055 * (2 + words.count("\n")))
+            axes.annotate(words, (EPS[-1] + 0.15, low), color=colour, va="center", fontsize=9)
         axes.axvline(trained, color="#555555", lw=1, ls=":")
         axes.annotate(
             f"trained for {trained}/255", (trained + 0.08, 1.0), va="top", color="#555555"
         )
-        axes.set(xlim=(-0.2, EPS[-1] + 2.1), ylim=(0, 1.02), xticks=EPS)
+        axes.set(xlim=(-0.2, EPS[-1] + 2.3), ylim=(0, 1.02), xticks=EPS)
         axes.set(xlabel="largest change of a pixel, in 1/255", ylabel="signs labelled right")
-        title = "Signs labelled right under attack"
-        axes.set_title(f"{title} (PGD-20, {found['n']} signs, bars: 95% intervals)", fontsize=10)
+        attacks = "PGD-20" + (", guarded: joint attack too" if "guarded" in found else "")
+        title = f"Signs labelled right under attack ({found['n']} signs, bars: 95% intervals)"
+        axes.set_title(f"{title}\n{attacks}", fontsize=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return drawn
 
 
 def main() -> None:
-    """Attack both networks at each eps, print, draw."""
+    """Attack all at each eps, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("model_store/traffic-signs"))
     parser.add_argument("--data", type=Path, required=True, help=".npz of held-out images")
@@ -78,19 +118,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/over-eps.json"))
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    folders = {
-        "hardened": options.model,
-        "undefended twin": options.model.with_name(f"{options.model.name}-undefended"),
-    }
+    twin = options.model.with_name(f"{options.model.name}-undefended")
     images = spread(load(options.data, train=False), options.images)
-    found = json.loads(options.out.read_text()) if options.out.is_file() else {"n": len(images)}
-    for name, folder in folders.items():
+    looks: dict[str, Callable[[Images, int], dict[str, Any]]] = {}
+    for name, folder in (("hardened", options.model), ("undefended twin", twin)):
         check_unseen(folder, images)
-        net = load_classifier(folder / "weights.safetensors").eval()
+        looks[name] = partial(held, load_classifier(folder / "weights.safetensors").eval())
+    if "guarded" in variants_in(options.model):
+        net, _ = load_pipeline(options.model / "weights.safetensors", "guarded")
+        calibration = load_variant(options.model, "guarded")
+        looks["guarded"] = partial(guarded, pipeline_victim(net, calibration, "", rate=RATE))
+    found: dict[str, Any] = {"n": len(images)}
+    if options.out.is_file():
+        found = json.loads(options.out.read_text())
+    for name, look in looks.items():
         rows = found.setdefault(name, {})
         for eps in EPS:
             if str(eps) not in rows:
-                rows[str(eps)] = held(net, images, eps)
+                rows[str(eps)] = look(images, eps)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(found))
             low, high = rows[str(eps)]["interval"]

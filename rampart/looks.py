@@ -94,7 +94,7 @@ def attack(
         panels.append(("purified", pipeline(attacked).purified[0].numpy(), "the classifier's view"))
     titles = TITLES | ({"also": f"{aim.also.stem}, not attacked"} if aim.also else {})
     panels = [(titles.get(name, name), view, text) for name, view, text in panels]
-    return [*lines, str(verdicts.picture(panels, out / "panel.png", legend(aim)))]
+    return [*lines, str(verdicts.picture(panels, out / "panel.png", legend(aim, chosen)))]
 
 
 def keep_samples(
@@ -128,7 +128,7 @@ def keep_samples(
     return lines
 
 
-def legend(aim: Aim) -> str:
+def legend(aim: Aim, variant: Variant = "lean") -> str:
     """What has to be known to read the panels."""
     change = f"changes no colour by more than {255 * aim.threat.eps:g} of 255"
     if aim.threat.norm != "Linf":
@@ -137,18 +137,24 @@ def legend(aim: Aim) -> str:
     if aim.twin:
         first += " Undefended: the same network, trained without attacks."
     p_value = "p: the share of clean images that look at least as unusual."
-    return f"{first}\n{p_value} Below {aim.rate:g} Rampart flags a picture, else it accepts it."
+    words = f"{first}\n{p_value} Below {aim.rate:g} Rampart flags a picture, else it accepts it."
+    if variant == "guarded":
+        words += "\nLead: by how many logits the label is ahead. The step against it is small."
+    return words
 
 
 def verdict_panels(
     model: Model, variant: Variant, views: Mapping[str, Tensor], *, rate: float
 ) -> list[Panel]:
     """Pictures uint8 (1, H, W, 3), each with its verdict."""
-    bench = model.pipeline(variant), model.calibration(variant)
-    return [
-        (name, view[0].numpy(), verdicts.describe(*bench, view, model.classes, rate=rate))
-        for name, view in views.items()
-    ]
+    pipeline, calibration = model.pipeline(variant), model.calibration(variant)
+    panels = []
+    for name, view in views.items():
+        words = verdicts.describe(pipeline, calibration, view, model.classes, rate=rate)
+        if variant == "guarded":
+            words += f"\n{verdicts.lead(pipeline, view)}"
+        panels.append((name, view[0].numpy(), words))
+    return panels
 
 
 def beside(panel: Panel, twin: Classifier, classes: Sequence[str]) -> Panel:

@@ -145,12 +145,19 @@ def own(record: Record, name: str) -> tuple[Rung, Replay] | None:
 
 def attacked(evaluation: Evaluation | None, pipeline: DefendedClassifier | None) -> Tensor | None:
     """Evaluated images uint8 (N, H, W, 3) under the joint attack on a pipeline, else PGD-20."""
+    found = (under(evaluation, pipeline, name) for name in (JOINT, STATIC))
+    return next((pixels for pixels in found if pixels is not None), None)
+
+
+def under(
+    evaluation: Evaluation | None, pipeline: DefendedClassifier | None, attack: str
+) -> Tensor | None:
+    """Evaluated images uint8 (N, H, W, 3) under an attack on a pipeline, where there was one."""
     record = record_of(evaluation, pipeline)
-    for name in (JOINT, STATIC):
-        if record and evaluation and evaluation.attempts and (mine := own(record, name)):
-            x = next(item.x for item in evaluation.attempts if item.rung is mine[0])
-            return in_8_bits(x, evaluation.images.image, mine[0].threat)
-    return None
+    if not (record and evaluation and evaluation.attempts and (mine := own(record, attack))):
+        return None
+    x = next(item.x for item in evaluation.attempts if item.rung is mine[0])
+    return in_8_bits(x, evaluation.images.image, mine[0].threat)
 
 
 def record_of(evaluation: Evaluation | None, pipeline: DefendedClassifier | None) -> Record | None:
@@ -159,8 +166,7 @@ def record_of(evaluation: Evaluation | None, pipeline: DefendedClassifier | None
         return None
     if pipeline is None:
         return evaluation.records.get("classifier")
-    variant = "lean" if pipeline.purifier is None else "full"
-    return evaluation.records.get(f"pipeline {variant}")
+    return evaluation.records.get(f"pipeline {pipeline.variant}")
 
 
 def pipelines(evaluation: Evaluation | None) -> list[Record]:

@@ -11,14 +11,26 @@ from torch import Tensor
 
 from rampart.hardening.attack.victims import batched
 from rampart.hardening.judge.evaluate import Evaluation, Record
+from rampart.hardening.model.arrays import Floats
+from rampart.hardening.model.detectors import PROBED
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.report import plots
-from rampart.hardening.report.elements import Drawing, Section, attacked, counted, record_of
-from rampart.hardening.report.plots import Curve
+from rampart.hardening.report.elements import (
+    JOINT,
+    STATIC,
+    Drawing,
+    Section,
+    attacked,
+    counted,
+    record_of,
+    under,
+)
+from rampart.hardening.report.plots import Curve, Shares
 
 EMBEDDED, SHOWN = 200, 6  # images in the map of features, and in the gallery
 MOST_CLASSES = 25
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # in radii of consistency
 
 
 class Pictures(NamedTuple):
@@ -77,6 +89,51 @@ def embedded(
         views["purified"] = batched(pipeline.purifier, views["attacked"])
     embed = pipeline.classifier.embed
     return {name: batched(embed, view).cpu().numpy() for name, view in views.items()}
+
+
+def small_step(
+    evaluation: Evaluation | None, pipeline: DefendedClassifier | None
+) -> Iterator[Section]:
+    """How far the label of an image leads along the step of consistency, clean beside attacked."""
+    if not (evaluation and pipeline and PROBED in pipeline.detectors.needs):
+        return
+    found = {name: under(evaluation, pipeline, name) for name in (STATIC, JOINT)}
+    sets = {"clean": evaluation.images.image} | found
+    every, words = [], []
+    for name, image in sets.items():
+        leads = None if image is None else leads_of(pipeline, image, evaluation, name == "clean")
+        if leads is not None and leads.size:
+            low, middle, high = np.quantile(leads, (0.25, 0.5, 0.75), axis=1)
+            every.append(Shares(name, np.array(STEPS), middle, low, high))
+            after = middle[STEPS.index(1)]
+            words.append(f"{plots.title(name)} {middle[0]:.1f} before it, {after:.1f} after it")
+    x_label, y_label = "size of the step, in radii", "lead of the label, in logits"
+    caption = f"Median lead of the label, with quartiles: {'; '.join(words)}."
+    alt = f"Lines over the size of the step. {caption}"
+    text = [
+        "The detector consistency takes one small step against the label of an image, and looks at"
+        " how far the label still leads. Of clean images those are shown whose label is right, of"
+        " attacked ones those whose label is wrong. An attack that only just crosses a border falls"
+        " below zero with the step; one that knows the detector goes further in."
+    ]
+    source = plots.along(every, x_label=x_label, y_label=y_label)
+    yield Section("A small step", text, [Drawing(source, alt, caption)])
+
+
+def leads_of(
+    pipeline: DefendedClassifier, image: Tensor, evaluation: Evaluation, right: bool
+) -> Floats:
+    """The lead of the label (S, M) at each of STEPS, of the images uint8 (N, H, W, 3) whose label
+    is `right`, or else wrong.
+    """
+    x = to_float(image)
+    label = batched(pipeline.label_logits, x).argmax(1)
+    chosen = ((label == evaluation.images.label) == right).nonzero().squeeze(1)
+    leads = [
+        [pipeline.margin_after_step(x[rows], label[rows], share).detach() for share in STEPS]
+        for rows in torch.split(chosen, 128)
+    ]
+    return torch.cat([torch.stack(part) for part in leads], dim=1).cpu().numpy()
 
 
 def grid(

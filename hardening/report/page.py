@@ -21,7 +21,7 @@ from rampart.hardening.report.appendix import (
 from rampart.hardening.report.card import measured_on
 from rampart.hardening.report.elements import Section
 from rampart.hardening.report.findings import Findings, of_card
-from rampart.hardening.report.images import Pictures, classes, features, gallery, grid
+from rampart.hardening.report.images import Pictures, classes, features, gallery, grid, small_step
 from rampart.hardening.report.ladder import headline, ladder, main_bars, over_eps, verdict
 from rampart.hardening.report.rejection import detection, rejection, suspicion
 from rampart.hardening.report.summary import measured, tiles
@@ -105,7 +105,7 @@ def served_of(pipeline: DefendedClassifier | None) -> Subject:
     """The subject that a pipeline is, or a bare classifier."""
     if pipeline is None:
         return Subject("classifier")
-    return Subject("pipeline", "full" if pipeline.purifier else "lean")
+    return Subject("pipeline", pipeline.variant)
 
 
 def sections_of(
@@ -127,6 +127,7 @@ def sections_of(
         *rejection(evaluation),
         *detection(figures, evaluation),
         *suspicion(evaluation),
+        *small_step(evaluation, pipeline),
         *features(evaluation, pipeline),
         *alarms(card),
         *outside_threat(card),

@@ -97,7 +97,7 @@ class Curve(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Shares of images, with the ends of their intervals, of what INKS calls `name`."""
+    """Shares or medians, with the ends of their intervals, of what INKS calls `name`."""
 
     name: str
     place: Floats  # (M,) where each stands on the axis that is no share
@@ -142,6 +142,21 @@ def lines(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
         places = sorted({place for s in every for place in s.place.tolist()})
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.yaxis.set_major_formatter(PERCENT)
+
+    return svg(draw)
+
+
+def along(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
+    """Medians of what is no share, with their quartiles, over a few places."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color="#000000", lw=1)
+        for number, s in enumerate(every):
+            ink = INKS[s.name]
+            x = s.place + 0.012 * (number - (len(every) - 1) / 2)
+            axes.vlines(x, s.low, s.high, color=ink.colour, lw=1)
+            axes.plot(x, s.value, ink.marker, label=title(s.name), color=ink.colour, ls=ink.line)
+        axes.set(xlabel=x_label, ylabel=y_label)
 
     return svg(draw)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from rampart.handlers.verdict import Calibration, p_values
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.pipeline import DefendedClassifier
+from rampart.hardening.model.pixels import to_float
 
 SIDE = 288  # pixels of a panel's picture
 
@@ -29,6 +30,16 @@ def describe(
     p = float(p_values(out.scores.double().numpy(), calibration)[0])
     decision = "flag" if p < rate else "accept"
     return f"{classes[int(index)]} {sure(float(confidence))}, p = {p:.2g}: {decision}"
+
+
+def lead(pipeline: DefendedClassifier, image: Tensor) -> str:
+    """By how many logits the label of an image uint8 (1, H, W, 3) leads before and after the step
+    that `consistency` takes against it.
+    """
+    x = to_float(image)
+    label = pipeline(image).logits.argmax(1)
+    before, after = (float(pipeline.margin_after_step(x, label, share)) for share in (0.0, 1.0))
+    return f"lead {before:.1f}, after a step {after:.1f}"
 
 
 def sure(confidence: float) -> str:

@@ -90,6 +90,7 @@ def test_the_words_below_an_attack_tell_what_its_numbers_mean(twin: bool) -> Non
     assert "no colour by more than 4 of 255" in said and "Below 0.02 Rampart flags" in said
     assert ("trained without attacks" in said) == twin
     assert "stays within L2 0.5." in legend(Aim(Threat("L2", 0.5)))
+    assert ["Lead:" in legend(Aim(Threat()), v) for v in ("lean", "guarded")] == [False, True]
 
 
 @pytest.mark.parametrize("verb", ["attack", "certify", "purify"])

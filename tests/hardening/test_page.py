@@ -543,6 +543,21 @@ def test_the_lean_variant_has_no_purified_images(
     assert "t-SNE of clean, attacked images" in html
 
 
+def test_a_guarded_pipeline_shows_the_lead_of_labels_along_its_step(
+    seen: Evaluation, tiny_folder: Path, full_page: str, tmp_path: Path
+) -> None:
+    guarded, _ = pipeline.load(tiny_folder / "weights.safetensors", "guarded")
+    same = seen.records["pipeline lean"]  # the same labels, and attacks on these
+    html = write(
+        tmp_path, seen._replace(records=seen.records | {"pipeline guarded": same}), guarded
+    )
+    assert "A small step" in headings(html) and "A small step" not in headings(full_page)
+    found = re.findall(r"(\w[\w -]*) (-?[\d.]+) before it, (-?[\d.]+) after it", html)
+    assert {name for name, *_ in found} >= {"clean", "PGD-20", "joint attack"}
+    for _, before, after in found:
+        assert float(before) >= 0 and float(after) <= float(before)
+
+
 def test_pixels_come_only_from_the_pictures_given(
     seen: Evaluation, tiny_pipeline: DefendedClassifier, full_page: str, tmp_path: Path
 ) -> None:
