@@ -60,7 +60,7 @@ CANNOT = {
     ("Client deadlines", "Triton"): "with a time limit it no longer fetches requests early",
     ("Client deadlines", "KServe"): "the adapter does not read them",
     (OVERLOAD, "TorchServe"): "if its queue is full it refuses requests, but without Retry-After",
-    (OVERLOAD, "Triton"): "its queue has no limit; with a limit it no longer fetches requests early",
+    (OVERLOAD, "Triton"): "its queue has no limit; with one it no longer fetches requests early",
     (OVERLOAD, "Ray Serve"): "its proxy queues requests without limit",
     ("Tokens", "Triton"): "leave them to a gateway",
     ("Tokens", "KServe"): "leave them to KServe's gateway",
@@ -162,6 +162,6 @@ def reasons() -> str:
     """Why servers do not have what they do not have, a paragraph a server."""
     lines = []
     for one in SERVERS:
-        own = [f"{feature}: {why}." for (feature, server), why in CANNOT.items() if server == one]
+        own = [f"*{feature}*: {why}." for (feature, server), why in CANNOT.items() if server == one]
         lines += [f"**{one}**", "", *(f"- {line}" for line in own), ""] if own else []
     return "\n".join(lines[:-1]) + "\n"
