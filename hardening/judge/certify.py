@@ -73,7 +73,7 @@ def in_words(proof: Certificate, classes: tuple[str, ...]) -> str:
     """What a certificate says, and what it does not."""
     vote = f"{proof.votes} of {proof.samples} noisy copies (sigma {proof.sigma:g})"
     if proof.label is None:
-        return f"abstains: {vote} agree, too few to be wrong in {proof.alpha:g} at most"
+        return f"abstains: with {vote}, errors could be more frequent than {proof.alpha:g}"
     radius = math.floor(proof.radius * 1000) / 1000  # never more than was certified
     return (
         f"{classes[proof.label]}: the smoothed label holds within an L2 radius of {radius:.3f}"

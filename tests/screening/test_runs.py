@@ -149,7 +149,7 @@ def test_a_picture_that_kills_its_process_each_time_ends_its_shard_alone_which_i
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"no verdicts, as {source}/000001 (its process ended 2 times" in done.stderr
+    assert f"no verdicts, such as {source}/000001 (its process died 2 times" in done.stderr
     assert names(tmp_path / "o") == Counter(others)
     assert f"{len(others):,} pictures in 3 shards" in done.stdout
 

@@ -69,7 +69,7 @@ class Reading:
         kind = kind_of([value for _, value in pairs], said)
         self.kind = self.kind or kind
         if kind != self.kind and not (self.kind == "logits" and kind == "probabilities"):
-            raise ValueError(f"the answers were {self.kind}, and now {kind}")
+            raise ValueError(f"earlier answers were {self.kind}, but this one is {kind}")
         if self.kind == "logits":
             pairs = softmax(pairs)
         top = tuple(sorted(pairs, key=lambda pair: -pair[1]))
