@@ -447,7 +447,7 @@ def evaluation(
         given |= {"--fp16": fp16, "--twin": twin, "--into-card": into_card}
         given |= {"--gallery": gallery} if model.is_dir() else {}
         if named := [option for option, value in given.items() if value]:
-            raise ValueError(f"{model} is no model of Rampart's: leave out {', '.join(named)}")
+            raise ValueError(f"{model} is not a Rampart model: leave out {', '.join(named)}")
         return
     alone(variant, rung)
     sample(held, part)

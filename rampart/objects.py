@@ -217,7 +217,7 @@ def quantize(
     Raises ValueError for fp16, which object detectors do not have.
     """
     if precision != "int8":
-        raise ValueError(f"{folder} finds objects, for which there is int8 alone: leave out fp16")
+        raise ValueError(f"{folder} finds objects: there is only int8, so leave out fp16")
     model, lines = SceneModel.load(folder), []
     boxed = pictures(source, "validation", model.detector, None)
     held = drawn(boxed.image, model.classes)

@@ -201,7 +201,7 @@ def black_box(file: OnnxFile, range: Name, images: Images, study: Study) -> Eval
     another norm than Linf.
     """
     if study.threat.norm != "Linf":
-        raise ValueError("a black box is attacked within Linf alone: leave out --norm")
+        raise ValueError("Rampart attacks a black box only within Linf: leave out --norm")
     queries, eps = FEW if study.quick else QUERIES, round(study.threat.eps * 255)
     endpoint = Local(file, range, images.classes)
     run = partial(redteam, attacks=["square"], limit=len(images), eps=eps, budget=queries)

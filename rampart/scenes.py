@@ -210,7 +210,7 @@ def assemble(
     data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
     held = data.validation
     past = {
-        "training": {"detector": str(config.get("training", "told by no file of it"))},
+        "training": {"detector": str(config.get("training", "not recorded"))},
         "history": config.get("history", []),
         "commands": list(dict.fromkeys([*config.get("commands", []), command])),  # one of `harden`
     }

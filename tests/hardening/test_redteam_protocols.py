@@ -61,7 +61,7 @@ def test_logits_become_their_softmax() -> None:
     ("first", "then", "says"),
     [
         (None, Said(scores=[0.5, 0.5]), "2 scores do not fit the 3 classes"),
-        (None, Said("bird"), "'bird' is no class of these images .cat, dog, 7."),
+        (None, Said("bird"), "'bird' is not a class of these images .cat, dog, 7."),
         (None, Said(scores=[0.5, float("nan"), 0.5]), "no numbers"),
         (None, Said(), "neither label nor scores"),
         (

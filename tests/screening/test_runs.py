@@ -225,7 +225,7 @@ def test_a_folder_of_another_run_is_refused(tiny_archive: Path, tmp_path: Path) 
     store = folder(tmp_path / "store", {"1.png": picture(1)})
     out = tmp_path / "o"
     typed("screen", store, "--model", tiny_archive, "--out", out, "--workers", 1)
-    with pytest.raises(ValueError, match=r"another run \(only_flagged\): name another --out"):
+    with pytest.raises(ValueError, match=r"another run \(only_flagged\): choose another --out"):
         screen(str(store), tiny_archive, out, Wanted(only_flagged=True), workers=1)
     with (
         claimed(out, json.loads((out / FILE).read_text())),

@@ -99,15 +99,15 @@ class Reading:
         if text.isdecimal() and int(text) < len(self.classes):
             return int(text)
         raise ValueError(
-            f"{label!r} is no class of these images ({', '.join(self.classes)[:200]}): take images"
-            " with the model's classes"
+            f"{label!r} is not a class of these images ({', '.join(self.classes)[:200]}): use"
+            " images with the model's classes"
         )
 
 
 def kind_of(values: Sequence[float], said: Said) -> Kind:
     """What scores are. Raises ValueError for those that are not finite."""
     if not all(map(math.isfinite, values)):
-        raise ValueError("an answer has scores that are no numbers")
+        raise ValueError("an answer has scores that are not finite numbers")
     if said.scores is None:
         return "labels"
     if isinstance(said.scores, float | int):
