@@ -62,7 +62,7 @@ def test_logits_become_their_softmax() -> None:
     [
         (None, Said(scores=[0.5, 0.5]), "2 scores do not fit the 3 classes"),
         (None, Said("bird"), "'bird' is not a class of these images .cat, dog, 7."),
-        (None, Said(scores=[0.5, float("nan"), 0.5]), "no numbers"),
+        (None, Said(scores=[0.5, float("nan"), 0.5]), "not finite numbers"),
         (None, Said(), "neither label nor scores"),
         (
             Said(scores=[0.5, 0.5, 0.0]),
