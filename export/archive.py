@@ -67,8 +67,8 @@ def export_variant(
         return graph.parity
     if importlib.util.find_spec("torch") is None:
         raise RuntimeError(
-            f"{folder} holds no up-to-date graph of {variant} in {precision}, and to export one"
-            " needs torch: `pip install 'rampart-endpoint[harden]'`"
+            f"{folder} holds no up-to-date graph of {variant} in {precision}. To export one,"
+            " install torch: `pip install 'rampart-endpoint[harden]'`"
         )
     from rampart.export.build import build
 

@@ -164,8 +164,8 @@ def check_close(
     p_gaps = np.abs(p_values(before.scores, fp32[1]) - p_values(after.scores, lower[1]))
     gap = float(np.median(p_gaps))
     comparison = (
-        f"has the labels of the fp32 one on {equal:.0%} of {len(image)} images, and p-values that"
-        f" are {gap:.2g} from its (median)"
+        f"agrees with the fp32 one on {equal:.0%} of the labels of {len(image)} images, and"
+        f" p-values differ by {gap:.2g} (median)"
     )
     if equal < MIN_EQUAL or gap > MAX_P_VALUE_GAP:
         raise RuntimeError(

@@ -137,8 +137,8 @@ def check_close(fp32: Calibrated, lower: Calibrated, image: Tensor) -> str:
     p_gaps = np.abs(p_values(before.scores, fp32[1]) - p_values(after.scores, lower[1]))
     gap = float(np.median(p_gaps))
     comparison = (
-        f"finds {equal:.0%} of {every} boxes of both on {len(image)} pictures, and has p-values"
-        f" that are {gap:.2g} from its (median)"
+        f"agrees with the fp32 one on {equal:.0%} of {every} boxes on {len(image)} pictures, and"
+        f" p-values differ by {gap:.2g} (median)"
     )
     if equal < MIN_EQUAL or gap > MAX_P_VALUE_GAP:
         raise RuntimeError(

@@ -71,12 +71,12 @@ def load_engine(
         device = "cpu"
     if precision == "fp16" and device == "tensorrt":
         raise EngineError(
-            "TensorRT's provider would compute scores in fp16 too: serve an fp16 archive with"
-            " --device cuda, or pack a plan"
+            "with device tensorrt, an fp16 archive would compute its scores in fp16 too: serve it"
+            " with --device cuda, or pack a plan"
         )
     plan, graph = folder / PLAN, folder / GRAPH
     if device == "plan" and engine is not Engine:
-        raise EngineError("a plan is of a classifier: serve an object detector on cpu or cuda")
+        raise EngineError("only classifiers have plans: serve an object detector on cpu or cuda")
     if device == "plan" and not plan.is_file():
         raise EngineError(f"the archive has no {PLAN}: `rampart archive --plan` packs one")
     if device in ("plan", "auto") and plan.is_file() and engine is Engine:

@@ -207,7 +207,7 @@ def _session(path: Path, device: str, threads: int, device_id: int) -> Any:
     if device != "cpu" and session.get_providers()[0] != PROVIDERS[device]:
         raise EngineError(
             f"no {device.upper()} device for onnxruntime: it needs an NVIDIA GPU with its driver,"
-            f" and {LIBRARIES[device]}; or ask for the cpu"
+            f" and {LIBRARIES[device]}; or choose the device cpu"
         )
     return session
 

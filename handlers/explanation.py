@@ -29,16 +29,16 @@ CHOICES = {"": True, "true": True, "1": True, "false": False, "0": False}
 NOT_EXPLAINED = ImageError(
     403,
     "not_explained",
-    "this endpoint does not explain its verdicts: ask without explain, or its operator for"
+    "this endpoint does not explain its verdicts: leave out explain, or ask its operator for"
     " `serve --explain`",
 )
 ONE_PICTURE = ImageError(
     422,
     "explain_one",
-    "an explanation is of one picture, as it is or in KServe v1's JSON: send one a request, or ask"
-    " without explain",
+    "an explanation covers one picture, as raw bytes or in KServe v1's JSON: send one picture per"
+    " request, or leave out explain",
 )
-NO_CHOICE = ImageError(422, "explain_value", "explain is true or false: send ?explain=true")
+NO_CHOICE = ImageError(422, "explain_value", "explain must be true or false: send ?explain=true")
 
 
 def wanted(text: str) -> bool:

@@ -62,7 +62,7 @@ class Allowance:
                 413,
                 "too_many_pixels",
                 f"the {which} too many pixels: this endpoint takes {self.pixels / 1e6:.1f} million"
-                f" a request ({4 * self.pixels / 1e6:.1f} million as a JPEG). Scale down before you"
+                f" per request ({4 * self.pixels / 1e6:.1f} million as JPEG). Scale down before you"
                 " send",
             )
         self._left -= cost
@@ -71,8 +71,9 @@ class Allowance:
             raise ImageError(
                 413,
                 "implausible_size",
-                f"the file is too small for so many pixels: above {FREE_PIXELS / 1e6:.1f} million a"
-                f" byte may stand for {PIXELS_A_BYTE}. Scale the image down, or send it as a JPEG",
+                f"the file is too small for so many pixels: above {FREE_PIXELS / 1e6:.1f} million,"
+                f" each byte allows {PIXELS_A_BYTE} pixels. Scale the image down, or send it as a"
+                " JPEG",
             )
 
 

@@ -39,7 +39,7 @@ def task_of(card: Mapping[str, Any]) -> Task:
     """The task that a card names, by default to classify. Raises ValueError for an unknown one."""
     name = card.get("task", CLASSIFY)
     if name not in TASKS:
-        raise ValueError(f"the card's task is {name}: this Rampart knows {', '.join(TASKS)}")
+        raise ValueError(f"the card's task is {name}: this Rampart supports {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -51,6 +51,6 @@ def terms(card: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
     task = task_of(card)
     theirs = {name for other in TASKS.values() for name in other.settings} - {*task.settings}
     if strange := sorted(theirs & settings.keys()):
-        raise ValueError(f"{strange[0]} is a setting of other models than this: leave it out")
+        raise ValueError(f"{strange[0]} is not a setting for this kind of model: leave it out")
     told = {name: card[name] for name in task.terms if name in card}
     return told | {name: settings[name] for name in task.settings if name in settings}

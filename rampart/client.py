@@ -64,8 +64,8 @@ class Address(NamedTuple):
         root, _, model = url.rstrip("/").partition(PREDICTIONS)
         if not root.startswith(("http://", "https://")) or not model or model.count("/") > 1:
             raise ValueError(
-                f"{url} is no address of predictions: give the one that `rampart serve` prints,"
-                " http://HOST:PORT/predictions/MODEL, perhaps with /VERSION"
+                f"{url} is not an address for predictions: pass the one that `rampart serve`"
+                " prints, http://HOST:PORT/predictions/MODEL, perhaps with /VERSION"
             )
         return cls(root, model)
 

@@ -363,7 +363,7 @@ def augmenting(
 def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
     """Raise ValueError where an option of classifiers is `given` for pictures with boxes."""
     if named := [option for option, value in given.items() if value]:
-        raise ValueError(f"{named[0]} is of classifiers, but {data} has boxes: leave it out")
+        raise ValueError(f"{named[0]} is for classifiers, but {data} has boxes: leave it out")
 
 
 def task(data: Path, arch: str | None, *, boxes: bool) -> None:
@@ -447,7 +447,7 @@ def evaluation(
         given |= {"--fp16": fp16, "--twin": twin, "--into-card": into_card}
         given |= {"--gallery": gallery} if model.is_dir() else {}
         if named := [option for option, value in given.items() if value]:
-            raise ValueError(f"{model} is no model of Rampart's: leave out {', '.join(named)}")
+            raise ValueError(f"{model} is not a Rampart model: leave out {', '.join(named)}")
         return
     alone(variant, rung)
     sample(held, part)
@@ -470,15 +470,13 @@ def lowered(model: Path, variant: str | None, precision: "Precision") -> None:
 def alone(variant: str | None, rung: Sequence[str] | None) -> None:
     """A variant that is attacked alone."""
     if variant and not rung:
-        raise ValueError(
-            "--variant goes with --rung: worst cases include the attacks on all variants"
-        )
+        raise ValueError("--variant needs --rung: worst cases include the attacks on all variants")
 
 
 def ablation(row: Sequence[str] | None, test: Path | None, twin: Path | None) -> None:
     """What belongs together in an ablation."""
     if row and (test or twin):
-        raise ValueError("--row goes without --test and --twin, which have their own rows")
+        raise ValueError("--row does not work with --test or --twin, which have their own rows")
 
 
 def form(model: Path, variant: str | None) -> None:

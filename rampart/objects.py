@@ -77,8 +77,8 @@ def read(source: Source) -> Divided:
     """The pictures of a source by what they are for; prints what there is."""
     if source.held:
         raise ValueError(
-            f"--held {source.held}: pictures with boxes are divided by {source.data} itself, as its"
-            " parts train, val and test, or by digest: leave it out"
+            f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
+            " itself, into its parts train, val and test, or by a hash of their names"
         )
     data = divided(source.data, skip_bad=source.skip_bad)
     for name, part in data.parts().items():
@@ -105,12 +105,12 @@ def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDe
     if init:
         if name == "ssdlite":
             raise ValueError(
-                f"--init {init}: SSDLite has a backbone of its own; take --arch ssd or fasterrcnn"
+                f"--init {init}: SSDLite has its own backbone: use --arch ssd or fasterrcnn"
             )
         return on_classifier(name, load_classifier(init), classes, net.size)
     if name != "ssdlite" and backbone not in RESNETS:
         known = ", ".join(RESNETS)
-        raise ValueError(f"--arch {net.arch}: {name} stands on one of {known}, as {name}-resnet18")
+        raise ValueError(f"--arch {net.arch}: {name} needs one of {known}, as {name}-resnet18")
     own = None if name == "ssdlite" else ClassifierConfig(backbone, 2, net.width, net.size)
     return ObjectDetector(ObjectConfig(name, classes, net.size, own))
 
@@ -217,7 +217,7 @@ def quantize(
     Raises ValueError for fp16, which object detectors do not have.
     """
     if precision != "int8":
-        raise ValueError(f"{folder} finds objects, for which there is int8 alone: leave out fp16")
+        raise ValueError(f"{folder} finds objects: there is only int8, so leave out fp16")
     model, lines = SceneModel.load(folder), []
     boxed = pictures(source, "validation", model.detector, None)
     held = drawn(boxed.image, model.classes)
@@ -321,8 +321,8 @@ def evaluate(
     )
     if judgement.blind:
         notice(
-            f"warning: {judgement.blind} of {len(boxed)} pictures have no gradient, so attacks that"
-            " follow one prove nothing: pass --queries, or --source with a network like it"
+            f"warning: {judgement.blind} of {len(boxed)} pictures have no gradient, so gradient"
+            " attacks prove nothing: pass --queries, or --crafted-on with a similar network"
         )
     return judgement
 
@@ -351,8 +351,8 @@ def home_of(weights: Path, *, into_card: bool = False) -> Path | None:
         return home
     if into_card:
         raise ValueError(
-            f"--into-card: {weights} is of no model folder, pass the {MODEL_WEIGHTS} of one:"
-            " `rampart calibrate` makes it"
+            f"--into-card: {weights} is not in a model folder: pass the {MODEL_WEIGHTS} of a folder"
+            " that `rampart calibrate` made"
         )
     return None
 
@@ -370,7 +370,7 @@ def keep(
     old = read_card(home).get("attacks", {})
     same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
     if same and old["n"] > count:
-        say(f"the card keeps its figures of {old['n']} pictures: these are of {count}")
+        say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
         return
     figures = as_json(home / MODEL_WEIGHTS, judgement)
     del figures["task"]  # the card says it

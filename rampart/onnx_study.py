@@ -80,8 +80,8 @@ def evaluate(
     every, _ = survey(images, train=False, size=file.entry.size, stream=True)
     if len(every.classes) != file.classes:
         raise ValueError(
-            f"{path} tells {file.classes} classes apart, and {images} has {len(every.classes)}:"
-            " pass images of the model's classes, whose names are in its order"
+            f"{path} has {file.classes} classes, but {images} has {len(every.classes)}: pass images"
+            " of the model's classes, with class names in the model's order"
         )
     range, words = range_of(file, spread(every, TRIED), described.range)
     few = spread(every, limit)
@@ -182,8 +182,8 @@ def range_of(file: OnnxFile, images: Images, named: Name | None) -> tuple[Name, 
     shown = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
     if right[best] - right[second] < CLEAR:
         raise ValueError(
-            f"{file.name} is right on {shown} of {len(label)} images: name the range with --range,"
-            " and see that classes are in the model's order"
+            f"{file.name} is right on {shown} of {len(label)} images, which does not decide the"
+            " range: pass --range, and check that your classes are in the model's order"
         )
     return best, f"{best}, found by accuracy on {len(label)} images: {shown}"
 
@@ -201,7 +201,7 @@ def black_box(file: OnnxFile, range: Name, images: Images, study: Study) -> Eval
     another norm than Linf.
     """
     if study.threat.norm != "Linf":
-        raise ValueError("a black box is attacked within Linf alone: leave out --norm")
+        raise ValueError("Rampart attacks a black box only within Linf: leave out --norm")
     queries, eps = FEW if study.quick else QUERIES, round(study.threat.eps * 255)
     endpoint = Local(file, range, images.classes)
     run = partial(redteam, attacks=["square"], limit=len(images), eps=eps, budget=queries)

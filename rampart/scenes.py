@@ -149,14 +149,14 @@ class SceneModel(Calibrated):
     def to_triton(self, repository: Path, **more: Any) -> Path:
         """Raises ValueError: without Rampart's code Triton would show candidates that overlap."""
         raise ValueError(
-            f"{self} finds objects, which Triton's onnxruntime would show unjudged: take"
-            " --backend python"
+            f"{self} finds objects: Triton's onnxruntime would return them without a verdict, so"
+            " use --backend python"
         )
 
     def to_tensorrt(self, plan: Path, **more: Any) -> str:
         """Raises ValueError: plans are of classifiers."""
         raise ValueError(
-            f"{self} finds objects, and a TensorRT plan is of a classifier: serve its graph with"
+            f"{self} finds objects, but only classifiers have a TensorRT plan: serve its graph with"
             " --device cuda"
         )
 
@@ -182,7 +182,7 @@ def twin_of(model: SceneModel, folder: Path | None) -> SceneModel | None:
     twin = SceneModel.load(home)
     if (twin.classes, twin.image_size) != (model.classes, model.image_size):
         raise ValueError(
-            f"{home} is no twin of {model}: it finds {', '.join(twin.classes)} at"
+            f"{home} is not a twin of {model}: it finds {', '.join(twin.classes)} at"
             f" {twin.image_size} pixels. Pass --twin with one of the same classes and size"
         )
     return twin
@@ -210,7 +210,7 @@ def assemble(
     data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
     held = data.validation
     past = {
-        "training": {"detector": str(config.get("training", "told by no file of it"))},
+        "training": {"detector": str(config.get("training", "not recorded"))},
         "history": config.get("history", []),
         "commands": list(dict.fromkeys([*config.get("commands", []), command])),  # one of `harden`
     }

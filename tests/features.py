@@ -48,43 +48,43 @@ PARTLY = {
 }
 # What a server cannot do, or does not do for Rampart, and why.
 CANNOT = {
-    ("Raw pictures and forms", "Triton"): "its protocol has tensors alone",
-    ("KServe v1", "Triton"): "it speaks Open Inference v2 alone",
-    ("Open Inference v2, gRPC", "TorchServe"): "it has a gRPC of its own, which gives the verdicts",
+    ("Raw pictures and forms", "Triton"): "its protocol has only tensors",
+    ("KServe v1", "Triton"): "it speaks only Open Inference v2",
+    ("Open Inference v2, gRPC", "TorchServe"): "it has its own gRPC, which returns the verdicts",
     ("Open Inference v2, gRPC", "Ray Serve"): "its gRPC needs generated code",
     ("Open Inference v2, gRPC streams", "TorchServe"): "see its gRPC",
     ("Open Inference v2, gRPC streams", "KServe"): "its gRPC has no streams",
     ("Open Inference v2, gRPC streams", "Ray Serve"): "see its gRPC",
-    ("Protocol health and metadata", "TorchServe"): "it has health at `/ping`, and no metadata",
-    ("Client deadlines", "TorchServe"): "its time limit is the model's",
-    ("Client deadlines", "Triton"): "a time limit stops it from fetching ahead",
-    ("Client deadlines", "KServe"): "the adapter reads none",
-    (OVERLOAD, "TorchServe"): "it refuses what its queue cannot hold, without Retry-After",
-    (OVERLOAD, "Triton"): "its queue has no bound, and with one it fetches nothing ahead",
-    (OVERLOAD, "Ray Serve"): "its proxy queues without bound",
+    ("Protocol health and metadata", "TorchServe"): "it has health at `/ping`, but no metadata",
+    ("Client deadlines", "TorchServe"): "it has one time limit per model",
+    ("Client deadlines", "Triton"): "with a time limit it no longer fetches requests early",
+    ("Client deadlines", "KServe"): "the adapter does not read them",
+    (OVERLOAD, "TorchServe"): "if its queue is full it refuses requests, but without Retry-After",
+    (OVERLOAD, "Triton"): "its queue has no limit; with one it no longer fetches requests early",
+    (OVERLOAD, "Ray Serve"): "its proxy queues requests without limit",
     ("Tokens", "Triton"): "leave them to a gateway",
     ("Tokens", "KServe"): "leave them to KServe's gateway",
     ("Rate limits per token", "TorchServe"): "leave them to a gateway",
     ("Rate limits per token", "Triton"): "leave them to a gateway",
     ("Rate limits per token", "KServe"): "leave them to KServe's gateway",
-    ("Traces", "TorchServe"): "it passes on a request's `traceparent` and makes no spans",
+    ("Traces", "TorchServe"): "it passes on a request's `traceparent`, but makes no spans",
     ("Traces", "Triton"): "its own traces do not show Rampart's stages",
-    ("Traces", "KServe"): "the adapter makes none",
-    ("Traces", "Ray Serve"): "a replica makes none",
+    ("Traces", "KServe"): "the adapter makes no spans",
+    ("Traces", "Ray Serve"): "a replica makes no spans",
     ("A new version without a restart", "KServe"): "KServe replaces the pods",
     ("Several models or versions", "KServe"): "it serves one archive",
     ("Graceful shutdown: requests received are answered", "TorchServe"): (
-        "at its end it drops what waits: take it out of your balancer first"
+        "it drops waiting requests when it stops: take it out of your load balancer first"
     ),
     ("Dead workers are replaced", "Triton"): (
-        "Triton 2.51 answers with errors when its Python process was killed, and says that it is "
+        "if its Python process is killed, Triton 2.51 answers with errors but says that it is "
         "ready: let the liveness probe send a picture"
     ),
     ("Dead workers are replaced", "KServe"): "it is one process, which Kubernetes replaces",
-    ("Hostile clients do not block others", "Triton"): "it bounds neither bodies nor its queue",
+    ("Hostile clients do not block others", "Triton"): "it limits neither bodies nor its queue",
     ("Hostile clients do not block others", "KServe"): "it reads bodies of any size",
     ("Hostile clients do not block others", "Ray Serve"): (
-        "Ray's proxy takes connections and bodies before Rampart sees them: put a gateway in front"
+        "its proxy accepts connections and bodies before Rampart sees them: put a gateway in front"
     ),
     ("Explanations", "Triton"): "its outputs are fixed",
 }
@@ -92,9 +92,10 @@ TEXT = """\
 # Servers
 
 `make servers` writes this table. Each `yes` comes from tests that ran against the real server.
-`Rampart` is [the built-in server](serve.md#the-built-in-server), `Triton` its Python backend.
-Other words say which part of a feature is tested. `no` means that the server does not have it; the
-reasons are below. An empty cell means that no test covers the feature: do not rely on it.
+`Rampart` is [the built-in server](serve.md#the-built-in-server), and `Triton` is Triton with its
+Python backend. Other words name the part of a feature that is tested. `no` means that the server
+does not have the feature; the reasons are below. An empty cell means that no test covers the
+feature: do not rely on it.
 
 """
 NOTES = "\n## Why not\n\n"
@@ -161,6 +162,6 @@ def reasons() -> str:
     """Why servers do not have what they do not have, a paragraph a server."""
     lines = []
     for one in SERVERS:
-        own = [f"{feature}: {why}." for (feature, server), why in CANNOT.items() if server == one]
+        own = [f"*{feature}*: {why}." for (feature, server), why in CANNOT.items() if server == one]
         lines += [f"**{one}**", "", *(f"- {line}" for line in own), ""] if own else []
     return "\n".join(lines[:-1]) + "\n"

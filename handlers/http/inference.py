@@ -32,7 +32,7 @@ STATUSES = {
     504: StatusCode.DEADLINE_EXCEEDED,
 }
 NO_MESSAGE = ImageError(
-    400, "malformed_message", "this is not one whole message of this method: send it again"
+    400, "malformed_message", "this is not exactly one message of this method: send it again"
 )
 # A client that is silent or that never ends is let go.
 OPTIONS = (
@@ -265,7 +265,7 @@ def as_http(request: Any, headers: Mapping[str, str]) -> Incoming:
     """A ModelInferRequest as the same request over HTTP with binary tensors. Raises ImageError."""
     listed = (request.inputs, request.outputs, *(tensor.shape for tensor in request.inputs[:1]))
     if len(request.inputs) != 1 or any(len(items) > MAX_LISTED for items in listed):
-        raise wrong("the request has not exactly one input of a few sides, or too many outputs")
+        raise wrong("the request must have exactly one input, few dimensions and few outputs")
     (tensor,) = request.inputs
     entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
     content = {

@@ -86,9 +86,8 @@ def read_tokens(path: Path) -> Known:
         match = LINE.fullmatch(line)
         if not match or len(match["token"]) < LEAST:
             raise ValueError(
-                f"{path}, line {number}: write a name and a token of {LEAST} characters or more,"
-                " as `openssl rand -hex 16` makes one, and perhaps how many requests it may send a"
-                " second, and how many at once"
+                f"{path}, line {number}: write NAME TOKEN, or NAME TOKEN REQUESTS_PER_SECOND BURST."
+                f" A token needs {LEAST} characters or more: `openssl rand -hex 16` makes one"
             )
         known.names[match["token"].encode()] = match["name"]
         if match["rate"]:

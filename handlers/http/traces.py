@@ -67,7 +67,9 @@ def open_traces(environment: Mapping[str, str] = os.environ) -> Traces | None:
         return None
     protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), SPOKEN)
     if protocol != SPOKEN:
-        logger.warning("No traces: they go by %s alone, so set %s", SPOKEN, PROTOCOLS[0])
+        logger.warning(
+            "No traces: Rampart exports them only by %s: set %s to it", SPOKEN, PROTOCOLS[0]
+        )
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -75,7 +77,7 @@ def open_traces(environment: Mapping[str, str] = os.environ) -> Traces | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        logger.warning("No traces: install the extra `otel` for the endpoint that is named")
+        logger.warning("No traces: to send them to the endpoint, install the extra `otel`")
         return None
     named = Resource.create()  # what the variables say counts for more than our name
     own = Resource({"service.name": "rampart"})

@@ -66,6 +66,6 @@ def malformed(name: str) -> ImageError:
     return ImageError(
         400,
         "malformed_encoding",
-        f"the body is not one whole {name} stream, as its Content-Encoding says: compress it again,"
-        " or send it as it is, without this header",
+        f"the Content-Encoding says {name}, but the body is not one complete {name} stream:"
+        " compress it again, or send it uncompressed, without this header",
     )

@@ -17,7 +17,7 @@ from rampart.handlers.types import Answer, Pixels, Replier
 
 SHAPE = (
     'send one input: {"name": "image", "datatype": "UINT8", "shape": [N, height, width, 3],'
-    ' "data": [...]}, or "BYTES" with one base64 image an element'
+    ' "data": [...]}, or "BYTES" with one base64 image per element'
 )
 MAX_ID = 256  # characters of a request's id, which its answer repeats
 # What the model's metadata names; it takes pixels, UINT8, as well.
@@ -83,7 +83,7 @@ def images(
     inputs = body.get("inputs")
     tensor = inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else None
     if not isinstance(tensor, Mapping):
-        raise wrong("the request has not exactly one input")
+        raise wrong("the request does not have exactly one input")
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
         raise wrong("its shape is not a list of positive whole numbers")
@@ -91,7 +91,8 @@ def images(
     if isinstance(name, str) and len(name) > MAX_ID:
         raise ImageError(422, "id_too_long", f"an id may have {MAX_ID} characters: shorten it")
     if wanted(body) - set(outputs):
-        raise ImageError(422, "unknown_output", f"the outputs that there are: {', '.join(outputs)}")
+        known = ", ".join(outputs)
+        raise ImageError(422, "unknown_output", f"unknown output: ask for some of {known}")
     check_count(shape[0] if shape else 0)
     raw = "data" not in tensor
     if tensor.get("datatype") == "UINT8":

@@ -53,8 +53,8 @@ def open_store(address: str, *, entries: int, expiry: float) -> Store:
     """
     if not 0 < expiry < LONGEST or not 2 <= entries < MOST:
         raise ValueError(
-            "query_expiry must be above 0 seconds and query_capacity above 0 queries, and neither"
-            f" beyond {LONGEST:.0e} seconds or {MOST:.0e} entries"
+            f"query_expiry must be above 0 and below {LONGEST:.0e} seconds, query_capacity above 1"
+            f" and below {MOST:.0e} queries"
         )
     try:
         if "://" not in address:

@@ -121,7 +121,7 @@ def pipeline_victim(
     """The pipeline as deployed; ValueError where the calibration has too few images for `rate`."""
     if math.isinf(threshold(calibration, rate)):
         n = calibration.images
-        problem = f"{n} calibration images cannot back a false-alarm rate of {rate:g}"
+        problem = f"{n} calibration images cannot support a false-alarm rate of {rate:g}"
         raise ValueError(f"{problem}: pass {2 / (n + 1):.2g} or more")
 
     def judge(logits: NDArray[np.float32], scores: NDArray[np.float32]) -> Answer:

@@ -247,8 +247,8 @@ def default(outcomes: list[Outcome]) -> Row:
         reasons.append(
             f"at {DECIDING:.0%} false alarms {dearer} holds {held[dearer].mean():.1%} of the"
             f" images, {best} {held[best].mean():.1%}: {100 * added:+.1f} points"
-            f" ({100 * low:+.1f} to {100 * high:+.1f}), and {dearer} has to be better beyond"
-            " chance, since it costs more"
+            f" ({100 * low:+.1f} to {100 * high:+.1f}); {dearer} costs more, so it must be better"
+            " beyond chance"
         )
         best = dearer if low > 0 else best
     return {"variant": best, "why": "; ".join(reasons) or "there is no other variant"}

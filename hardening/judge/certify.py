@@ -73,7 +73,8 @@ def in_words(proof: Certificate, classes: tuple[str, ...]) -> str:
     """What a certificate says, and what it does not."""
     vote = f"{proof.votes} of {proof.samples} noisy copies (sigma {proof.sigma:g})"
     if proof.label is None:
-        return f"abstains: {vote} agree, too few to be wrong in {proof.alpha:g} at most"
+        wrong = f"wrong in at most {proof.alpha:g}"
+        return f"abstains: {vote} agree, too few for a certificate that is {wrong}"
     radius = math.floor(proof.radius * 1000) / 1000  # never more than was certified
     return (
         f"{classes[proof.label]}: the smoothed label holds within an L2 radius of {radius:.3f}"

@@ -257,7 +257,7 @@ def without_prefix(weights: State, own: State, path: Path, arch: str) -> State:
     if not ends:
         layers = ", ".join(list(weights)[:3])
         raise ValueError(
-            f"{path} holds none of the layers of {arch}, as {next(iter(own))}, but {layers}:"
+            f"{path} has none of the layers of {arch}, such as {next(iter(own))}. It has {layers}:"
             " check --arch"
         )
     # MadryLab keeps the network twice, as the model and inside its attacker: take the shorter name.

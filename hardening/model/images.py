@@ -137,8 +137,8 @@ def hold_out(images: S, held: Images | None, *, seed: int = 0, least: int = 0) -
         keep = torch.tensor([path not in twins for path in paths]) & images.unlike(held)
         if twins and keep.all():
             raise ValueError(
-                f"the held-out images have twins (as {held.paths[0]}) that must leave training,"
-                " and none of them is in the training data: pass the folder that the paths name"
+                f"the held-out file names its images among the training data ({held.paths[0]} ...),"
+                " but none of them is there: pass the folder that these paths name"
             )
         return images[keep.nonzero().flatten()], held
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

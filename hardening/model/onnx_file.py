@@ -76,7 +76,7 @@ class OnnxFile:
         first = self._run(images, SCALINGS["unit"])
         if first.ndim != 2 or first.dtype.kind != "f" or first.shape[1] < 2:
             raise ValueError(
-                f"{self.name} gives {first.dtype} {list(first.shape)}, and a classifier gives"
+                f"{self.name} gives {first.dtype} {list(first.shape)}, but a classifier gives"
                 " scores (N, K) of two classes or more"
             )
         return int(first.shape[1])
@@ -180,21 +180,21 @@ def entry_of(session: Any, path: Path, layout: Layout | None, size: int | None) 
     inputs = session.get_inputs()
     told = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in TYPES:
-        raise ValueError(f"{path} takes {told}, and a classifier of pictures takes (N, 3, H, W)")
+        raise ValueError(f"{path} takes {told}, but an image classifier takes (N, 3, H, W)")
     (one,) = inputs
     batch, *rest = (side if isinstance(side, int) else None for side in one.shape)
     orders = [name for name, at in CHANNELS.items() if rest[at] == 3]
     if rest[0] == 1 or rest[2] == 1:
-        raise ValueError(f"{path} takes pictures in gray ({told}), and only RGB is attacked")
+        raise ValueError(f"{path} takes gray pictures ({told}), but Rampart attacks only RGB")
     if layout is None and len(orders) != 1:
-        raise ValueError(f"{path} takes {told}: say with --layout whether that is nchw or nhwc")
+        raise ValueError(f"{path} takes {told}: pass --layout nchw or --layout nhwc")
     order = layout or orders[0]
     height, width = rest[1:] if order == "nchw" else rest[:2]
     side = height or size
     if side is None:
         raise ValueError(f"{path} takes pictures of any size: name one with --image-size")
     if (width or side) != side or (size or side) != side:
-        raise ValueError(f"{path} takes {told}: pass square pictures, of its own --image-size")
+        raise ValueError(f"{path} takes {told}: it must be square, and --image-size its own size")
     return Entry(one.name, one.type, order, side, batch)
 
 

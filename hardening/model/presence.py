@@ -21,7 +21,7 @@ def check_file(path: Path, what: str, remedy: str) -> bytes:
         raise ValueError(f"{path} is empty: copy or download it again")
     if head == POINTER:
         raise ValueError(
-            f"{path} is Git LFS's pointer to the {what}: fetch what it stands for by `git lfs pull`"
+            f"{path} is only a Git LFS pointer to the {what}: fetch the file with `git lfs pull`"
         )
     return head
 
@@ -36,6 +36,6 @@ def check_archive(path: Path) -> None:
         f" is the model's folder, or with `make serve MODEL={path.stem}` in the Rampart checkout",
     )
     if path.suffix != ".mar":
-        raise ValueError(f"{path} is not called NAME.mar: name an archive of `rampart archive`")
+        raise ValueError(f"{path} is not called NAME.mar: pass a file of `rampart archive`")
     if not head.startswith(ZIP):
         raise ValueError(f"{path} is not a TorchServe archive: rebuild it")

@@ -88,7 +88,7 @@ def voc_annotation(file: Path, pictures: Path) -> Annotation:
         sides = [root.findtext(f"size/{side}") for side in ("width", "height")]
         width, height = (int(side) if side else 0 for side in sides)
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"{file} is no annotation of VOC ({error}): save it anew") from error
+        raise ValueError(f"{file} is not a VOC annotation ({error}): save it again") from error
     name = (root.findtext("filename") or "").strip()
     choices = (pictures / name, *(pictures / f"{file.stem}{suffix}" for suffix in SUFFIXES))
     picture = next((choice for choice in choices if choice.is_file()), choices[0])
@@ -114,7 +114,7 @@ def read_coco(path: Path, files: dict[str, Path]) -> Layout:
             parts[part] = list(coco_annotations(file, content, named, found))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} is no file of COCO's boxes ({error}): it needs images, annotations and"
+                f"{file} is not a COCO file with boxes ({error}): it needs images, annotations and"
                 " categories"
             ) from error
         classes = classes or tuple(named[index] for index in sorted(named))

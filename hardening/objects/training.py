@@ -209,7 +209,7 @@ def train_objects(
     trainer = ObjectTrainer(detector, recipe, folder)
     run, file = trainer.run, folder / "objects.safetensors"
     if file.exists() and states.read(folder) is None:
-        raise ValueError(f"{file} is there, but no state to go on from: choose another --out")
+        raise ValueError(f"{file} exists, but no state to resume from: choose another --out")
     size = detector.config.size
     train, validation = scenes[0], scenes[1].to(trainer.device)
     origin = noted(folder, train.boxed(size), validation) | {"training": repr(recipe)}

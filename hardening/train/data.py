@@ -261,8 +261,8 @@ def survey_shards(
     if not listed.members:
         why = f" ({listed.bad[0]})" if listed.bad else ""
         raise ValueError(
-            f"{path} has no labelled picture{why}: in WebDataset's shards NAME.cls or NAME.json"
-            " lies beside NAME.jpg; unpack what holds class folders"
+            f"{path} has no labelled picture{why}: a WebDataset shard has NAME.cls or NAME.json"
+            " beside each NAME.jpg. Unpack a tar that holds class folders"
         )
     classes = class_names(shards, listed.labels, MOST_CLASSES)
     listed = numbered(listed, classes)
@@ -343,7 +343,7 @@ def load_cifar10(path: Path, *, train: bool = True) -> Images:
         data = torchvision.datasets.CIFAR10(str(path), train=train)
     except RuntimeError as error:  # files are missing, or have other hashes
         raise ValueError(
-            f"{path / 'cifar-10-batches-py'} is not whole: remove it, and fetch it again with"
+            f"{path / 'cifar-10-batches-py'} is incomplete: remove it, and fetch it again with"
             f" `rampart download cifar10 {path}`"
         ) from error
     return Images(torch.from_numpy(data.data), torch.tensor(data.targets), CIFAR10_CLASSES)
@@ -386,8 +386,8 @@ def load_npz(path: Path) -> Images:
     highest = int(label.max(initial=-1))
     if "classes" not in arrays and highest >= MOST_CLASSES:
         raise ValueError(
-            f"{path}: a label is {highest}, which makes so many classes: number them from 0 without"
-            " gaps, or save their names as `classes`"
+            f"{path}: a label is {highest}, so there would be that many classes: number classes"
+            " from 0 without gaps, or save their names as `classes`"
         )
     usual = CIFAR10_CLASSES if paths else range(highest + 1)
     classes = tuple(map(str, arrays.get("classes", usual)))
@@ -465,8 +465,8 @@ def spread(images: Source, count: int | None) -> Images:
         images = images[torch.arange(count) * len(images) // count]
     if isinstance(images, Folder) and len(images) > (most := MEMORY // (images.size**2 * 3)):
         raise ValueError(
-            f"{len(images):,} images from {images.paths[0]} on do not fit into memory, where"
-            f" attacks keep them ({MEMORY / 2**30:g} GiB at most): pass --limit {most} or less"
+            f"attacks keep images in memory ({MEMORY / 2**30:g} GiB at most), and {len(images):,}"
+            f" images from {images.paths[0]} on do not fit: pass --limit {most} or less"
         )
     return images.whole()
 

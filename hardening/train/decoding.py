@@ -69,7 +69,7 @@ def picture_in(data: bytes, size: int) -> Picture:
     """The picture that a file holds. Raises ImageError."""
     if data.startswith(POINTER):
         raise ImageError(
-            415, "pointer", "this is Git LFS's pointer to a picture: fetch it by `git lfs pull`"
+            415, "pointer", "this is only a Git LFS pointer: fetch the picture with `git lfs pull`"
         )
     return examine(data, size)
 

@@ -61,7 +61,7 @@ def attempt(store: Store, rank: int, world: int, *, within: float = 1800.0) -> s
         if own in name and _says(store, "agreed", name):
             return name
         time.sleep(0.05)
-    raise TimeoutError(f"not all of {world} processes came: start one for each rank")
+    raise TimeoutError(f"only some of the {world} processes started: start one for each rank")
 
 
 def _says(store: Store, key: str, value: str) -> bool:

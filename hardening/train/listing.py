@@ -71,7 +71,7 @@ def check_layout(path: Path, classes: Mapping[str, list[Path]]) -> None:
     names = sorted({parts[0] for parts in inner if parts})
     if len(names) > 1 and all(inner):
         raise ValueError(
-            f"{path} has one folder, {first}, that holds those of the classes"
+            f"{path} has a single folder, {first}, with the class folders inside"
             f" ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): pass {path / first}"
         )
 

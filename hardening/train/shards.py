@@ -78,7 +78,7 @@ def shards_of(path: Path) -> list[Path]:
             raise FileNotFoundError(f"no shard at {missing}: check the path")
     if packed := sorted(file for file in found if file.name.lower().endswith(PACKED)):
         raise ValueError(
-            f"{packed[0]} is compressed, and training reads shards in any order: unpack it to a"
+            f"{packed[0]} is compressed, but training reads shards in any order: unpack it to a"
             " plain .tar (pictures are compressed already)"
         )
     splits = {part for shard in found for part in split_in(shard)}
@@ -133,7 +133,7 @@ def samples(shard: Path, found: Index) -> dict[str, dict[str, Member]]:
                 file = Member(shard, member.name, member.offset_data, member.size)
                 out.setdefault(f"{home}/{key}" if home else key, {})[ending.lower()] = file
     except (OSError, tarfile.TarError) as error:
-        whole = "is cut" if out else "is no tar file"
+        whole = "is truncated" if out else "is not a tar file"
         found.bad.append(f"{shard} {whole} ({error}): copy it again")
     return out
 
@@ -150,7 +150,7 @@ def label_of(shard: Path, key: str, files: Mapping[str, Member]) -> Label:
         text = file.read().decode()
         content = json.loads(text) if there[0] == "json" else text
     except ValueError as error:
-        raise ValueError(f"{file} is no text of a label: {error}") from error
+        raise ValueError(f"{file} is not a label as text or JSON: {error}") from error
     if isinstance(content, dict):
         content = content.get("label", content.get("cls"))
     if isinstance(content, str) and content.strip():
@@ -173,14 +173,14 @@ def class_names(shards: Sequence[Path], labels: Sequence[Label], most: int) -> t
     names = sorted({label for label in labels if isinstance(label, str)})
     if numbers and names:
         raise ValueError(
-            f"{shards[0].parent}: some labels are numbers, as {numbers[0]}, and some names, as"
-            f" {names[0]}: use one of them"
+            f"{shards[0].parent}: some labels are numbers ({numbers[0]}), others are names"
+            f" ({names[0]}): use only one kind"
         )
     highest = max(numbers, default=-1)
     if highest >= most:
         raise ValueError(
-            f"{shards[0].parent}: a label is {highest}, which makes so many classes: number them"
-            f" from 0 without gaps, or list their names in {NAMES[0]}"
+            f"{shards[0].parent}: a label is {highest}, so there would be that many classes: number"
+            f" classes from 0 without gaps, or list their names in {NAMES[0]}"
         )
     return tuple(names or map(str, range(highest + 1)))
 

@@ -27,8 +27,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         if pieces := sorted(folder.glob("state-*")):
             raise ValueError(
-                f"{pieces[-1]} is the state of an older Rampart: finish that run with it, or choose"
-                " another --out"
+                f"{pieces[-1]} is the state of a run of an older Rampart: finish it with that"
+                " version, or choose another --out"
             )
         return None
     try:

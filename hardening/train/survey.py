@@ -50,8 +50,8 @@ class Survey(NamedTuple):
         small = sum(min(sides) < size for sides in self.sizes)
         if small * 2 > len(self.sizes):
             doubts.append(
-                f"{small:,} pictures have fewer than {size} pixels per side, which the model takes:"
-                " choose a smaller --image-size, or they are enlarged"
+                f"{small:,} pictures are smaller than the model's {size} pixels per side, and are"
+                " enlarged: choose a smaller --image-size to avoid that"
             )
         return doubts
 

@@ -17,20 +17,18 @@ if TYPE_CHECKING:
 
 QUICK = "Short attacks, on 100 images unless you pass --limit"
 ALONE = "With --rung: attack only this variant"
-ON_TEST = "Report on these test images, without choosing a variant: the baselines and the variants"
-ROW = "Measure only this row, beside classifier and max-softmax rejection; not for the card, "
+ON_TEST = "Report baselines and variants on these test images, without choosing a variant"
+ROW = "Measure only this row, next to classifier and max-softmax rejection; not for the card, "
 ROW += "because the row does not face the attacks on the others; repeatable"
 UNLIKE = "Images that show none of the model's classes and should be flagged; repeatable"
-TEAM = f"{', '.join(inputs.TEAM)}; repeatable; default all"
+TEAM = f"Attack: {', '.join(inputs.TEAM)}; repeatable; default all"
 RUNG = "Run only this attack, such as pgd20; repeatable"
 LABELLED = "Labelled: CIFAR-10 folder, ImageFolder or .npz"
 OBJECTS = "objects.safetensors of `rampart train`"
 SCENES = "Pictures with boxes, in the layout of VOC or COCO"
-SCENES_PART = (
-    "Which part to use; data without lists of parts are split by digest into train and validation"
-)
-SEARCH = "Steps of a random search, which needs no gradient; 0 leaves it out"
-CRAFTED = "Make the attacks on this object detector instead, such as one without a defence"
+SCENES_PART = "Which part to use; if the data name no parts, they are train and validation, by hash"
+SEARCH = "Queries of a random search, which needs no gradient; 0: no search"
+CRAFTED = "Make the attacks on this object detector instead, such as the undefended twin"
 JSON = "Write the figures as JSON to this file"
 SAME = "Folder of this run; an unfinished run in it resumes"
 WHOSE = "Folder of the model, such as model_store/NAME"
@@ -40,26 +38,26 @@ ALL, FIGURES = (
     "Document for the table of all models",
     "Document for the figures of each model that it has a section for",
 )
-EVALUATED = "Folder of the model, as model_store/NAME; or an ONNX file from elsewhere, or a folder"
-EVALUATED += " of several, for a table of them"
-ONNX_RANGE = "ONNX file: range of its pixels; default found by accuracy, and told"
-ONNX_LAYOUT = "ONNX file: order of its pixels, where it does not tell"
-ONNX_SIZE = "ONNX file: pixels a side, where it takes any"
-ALSO = "Folder of another classifier, whose attacks are put to this model as well; repeatable"
-PROTOCOL = (
-    "What it speaks; default by its URL: .../infer v2, ...:predict tensorflow, else Rampart's"
+EVALUATED = "Folder of the model, such as model_store/NAME; or an ONNX file from elsewhere, or a"
+EVALUATED += " folder of ONNX files, to rank them in a table"
+ONNX_RANGE = "ONNX file: range of its pixels; by default, the range with the best accuracy, printed"
+ONNX_LAYOUT = "ONNX file: order of its pixels, if the file does not say"
+ONNX_SIZE = "ONNX file: pixels per side, if the file takes any size"
+ALSO = "Folder of another classifier: put attacks on it to this model as well; repeatable"
+PROTOCOL = "Protocol of the endpoint; by default, chosen by the URL: .../infer v2, ...:predict"
+PROTOCOL += " tensorflow, else Rampart's"
+SEND = (
+    """JSON body with "$b64" or "$pixels" (lists: "$b64*", "$pixels*"); default: the PNG itself"""
 )
-SEND = """A body of JSON with "$b64", "$pixels", or lists "$b64*", "$pixels*"; default the PNG"""
-LABEL = "Path to the label in JSON of any server, as '$.label' or '$.predictions[*].label'"
-SCORE = "Path to the scores of all classes, to a table of them by name, or to the label's own"
-RANGE = "Range of pixels sent as numbers: [0, 1], 0 to 255, [-1, 1], or as torchvision has it"
-LAYOUT = "Order of pixels sent as numbers; default what the model tells, else nhwc"
-OUTPUT = "v2: the tensor that has the scores"
-HEADER = "Sent along, as 'Authorization: Bearer TOKEN'; repeatable"
-ATTACKED = (
-    "Folder of the model that is attacked: its card gets the figures, and evidence shows them"
-)
-TARGET = "The class that attacks are to end in; default any wrong one"
+LABEL = "Path to the label in the JSON answer, such as '$.label' or '$.predictions[*].label'"
+SCORE = "Path to the scores: of all classes as a list, by class name, or of the label alone"
+RANGE = "Range of pixels sent as numbers: unit [0, 1], bytes 0 to 255, signed [-1, 1], or imagenet"
+RANGE += " (torchvision's mean and std)"
+LAYOUT = "Order of pixels sent as numbers; by default, what the model says, else nhwc"
+OUTPUT = "v2: name of the output tensor with the scores"
+HEADER = "Header to send, such as 'Authorization: Bearer TOKEN'; repeatable"
+ATTACKED = "Folder of the attacked model: write the figures into its card, for `rampart evidence`"
+TARGET = "Class that attacks aim for; default: any wrong class"
 RUNS, README, RESULTS = Path("runs/redteam"), Path("README.md"), Path("docs/results.md")
 EVIDENCE = Path("evidence.html")
 
@@ -102,9 +100,9 @@ def evaluate(
 ) -> None:
     """Attack classifier and pipeline with full knowledge; write the figures and a report page.
 
-    An ONNX file from elsewhere is attacked by gradients if it converts to PyTorch, else as a black
-    box; figures and page go into NAME-measured.json and NAME-report.html beside it. A folder of
-    such files also gets a table, the most robust file first.
+    An ONNX file from elsewhere is attacked with gradients if it converts to PyTorch, else as a
+    black box. The command writes NAME-measured.json and NAME-report.html beside it. For a folder of
+    such files, it also writes a table, the most robust file first.
     """
     from rampart import studies
 
@@ -139,7 +137,7 @@ def objects(
     threat: o.Threat,
     part: Annotated[Literal["train", "validation", "test"], Option(help=SCENES_PART)] = "test",
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
-    steps: Annotated[int, Option(min=1, help="Of each attack")] = 20,
+    steps: Annotated[int, Option(min=1, help="Steps of each attack")] = 20,
     queries: Annotated[int, Option(min=0, help=SEARCH)] = 0,
     crafted_on: Annotated[Path | None, Option(help=CRAFTED), inputs.checkpoint] = None,
     out: Annotated[Path | None, Option(help=JSON), inputs.file_to_write] = None,
@@ -149,7 +147,7 @@ def objects(
 ) -> None:
     """Attack an object detector with full knowledge; print mAP50 and AP by attack, and the worst.
 
-    Ctrl-C is safe: the same command goes on with what attacks have found.
+    After Ctrl-C, run the same command to resume.
     """
     import json
 
@@ -235,7 +233,7 @@ def outside(
     into_card: o.IntoCard = False,
     device: o.Device = "auto",
 ) -> None:
-    """Measure what the threat model excludes: L2, a patch, corruptions, attacks on the resize."""
+    """Measure what the threat model excludes: L2 attacks, a patch, corruptions, image scaling."""
     from rampart import studies
 
     model = rp.Model.load(subject.model)
@@ -357,8 +355,9 @@ def table(
 
 @verb("report model_store/mine")
 def report(model: Annotated[Path, Argument(help=WHOSE), inputs.folder]) -> None:
-    """Write a model's report.html anew, from its card: the figures, without pictures and curves
-    that need the attacked images.
+    """Rewrite a model's report.html from its card, without an attack.
+
+    It keeps the figures, and leaves out pictures and curves that need the attacked images.
     """
     from rampart.hardening.model import folder
     from rampart.hardening.model.card import Subject
@@ -373,7 +372,7 @@ def evidence(
     model: Annotated[Path, Argument(help=WHOSE), inputs.folder],
     out: Annotated[Path, Option(help=REPORT), inputs.file_to_write] = EVIDENCE,
 ) -> None:
-    """A test report for auditors out of the model's card: what was tested, how, and its limits."""
+    """Write a test report for auditors from the model's card: what was tested, how, its limits."""
     from rampart.hardening.report import evidence
 
     say(f"{evidence.write(model, out)}: the figures of {model}, and what was not measured")

@@ -114,7 +114,7 @@ def samples(
         int, Option(min=0, help="Seed of the first picture; each seed gives a different one")
     ] = 0,
 ) -> None:
-    """Draw traffic signs, and copy photographs of none, to try a model without a download."""
+    """Draw traffic signs, and copy photographs without signs, to try a model without a download."""
     from rampart.samples import write
 
     files = write(folder, count=count, seed=seed)

@@ -86,20 +86,20 @@ def take_factory(arch: str | None) -> str | None:
 ARCH = "A torchvision name (resnet18, vgg11_bn, alexnet, googlenet ...), timm:NAME, or"
 ARCH += " package.module:factory, a function of yours that builds the network; pass --head too"
 Arch = Annotated[str, Option(help=ARCH, callback=take_factory), inputs.network]
-OWN = "package.module:factory, if the network is your own: files hold weights and no code"
+OWN = "package.module:factory, if the network is your own: files hold only weights, no code"
 Own = Annotated[str | None, Option("--arch", help=OWN, callback=take_factory)]
 SIZE = "Pixels per side: a multiple of 8, at least 16"
 Size = Annotated[int, Option(help=SIZE), inputs.size]
 CHANNELS = "For your own network: 1 if it takes gray pictures"
 LAST = "For your own network: it takes (N, H, W, channels)"
-METHOD = "Training method. In brackets clean / AutoAttack accuracy and cost beside nfgsm of a "
-METHOD += "ResNet-18 on CIFAR-10 at 8/255, 100 epochs, in the FastAT Benchmark (arXiv 2604.22853): "
-METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here; its first epochs "
-METHOD += "are slow, so for long runs); "
-METHOD += (
-    "gat (85.1 / 49.2, 1.5; 1.9 here); pgd (82.4 / 50.5, 3.6; 4.2 here). Not in it: trades and "
+METHOD = (
+    "Training method. In brackets: clean / AutoAttack accuracy, and cost relative to nfgsm, of "
 )
-METHOD += "mart (5 here); rslad, which distils from --teacher. standard: no attacks"
+METHOD += "a ResNet-18 on CIFAR-10 at 8/255 after 100 epochs (FastAT Benchmark, arXiv 2604.22853): "
+METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here; its first epochs "
+METHOD += "are slow, so use it for long runs); gat (85.1 / 49.2, 1.5; 1.9 here); "
+METHOD += "pgd (82.4 / 50.5, 3.6; 4.2 here). Not in the benchmark: trades and mart (5 here); "
+METHOD += "rslad, which distils from --teacher. standard: no attacks"
 Method = Annotated[inputs.Method, Option(help=METHOD)]
 DTYPE = "Precision of training; by default, bf16 on GPUs and CPUs that support it, else fp32"
 Dtype = Annotated[Literal["bf16", "fp32"] | None, Option(help=DTYPE)]
@@ -112,13 +112,9 @@ LearningRate = Annotated[float, Option("--lr", help="Peak learning rate of the o
 
 ANYWAY = "Pack it even if it fails its self-checks or is no better than chance"
 Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
-WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less where harden proposes it"
-
-
-SMOOTH = (
-    "What follows each layer of a ResNet, VGG, alexnet or squeezenet1_1: relu, or silu, which is "
-)
-SMOOTH += "smooth (Xie et al. 2020)"
+WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less if harden proposes it"
+SMOOTH = "Activation of a ResNet, VGG, alexnet or squeezenet1_1: relu, or the smooth silu (Xie et "
+SMOOTH += "al. 2020)"
 
 
 class Network(NamedTuple):
@@ -180,7 +176,8 @@ class Threat(NamedTuple):
 
 FOLDER = "Folder of the model, such as model_store/NAME"
 Model = Annotated[Path, Argument(help=FOLDER), inputs.folder]
-GUARDED = "Also make the variant guarded (detector consistency): a gradient and two passes more"
+GUARDED = "Also make the variant guarded (detector consistency); it costs a gradient and two more "
+GUARDED += "passes per request"
 Guarded = Annotated[bool, Option("--guarded", help=GUARDED)]
 VARIANT = (
     "full (with the purifier), guarded (with consistency) or lean (the fastest); by default, the"

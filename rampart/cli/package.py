@@ -20,11 +20,11 @@ RENEWED = "The .mar to write; default NAME-recalibrated.mar"
 FINISHED = "A finished .mar to recalibrate"
 PIXELS = "Pixel limit per request, four times as many for JPEGs; default what fits the model,"
 PIXELS += " at least 4194304"
-SURE = "Least confidence of a box that an object detector shows; default what its card says"
+SURE = "Lowest confidence of a box that an object detector returns; default what its card says"
 FAILURE = "What to do if the purifier or a detector fails; open: answer without defence"
 DETAIL = "public hides scores and p-values, which help attackers"
-EXPLAIN = "Explain verdicts on request: scores, and where in the picture"
-OWNER = "Header that names the owner: compare only queries of one owner; default all queries"
+EXPLAIN = "Explain verdicts on request: scores, and the places in the picture that matter"
+OWNER = "Header that names the owner: compare only queries of the same owner; default all queries"
 BACKEND = (
     "For --triton: onnxruntime takes pixels and returns the graph's outputs; python also takes"
 )
@@ -150,7 +150,7 @@ def export(
     tensorrt: Annotated[Path | None, Option(help=BUILT), inputs.graph] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
 ) -> None:
-    """Write one ONNX graph and check that it decides like the torch pipeline."""
+    """Write one ONNX graph, and check that it decides like the PyTorch pipeline."""
     if backend == "python":
         assert triton
         from rampart.export.to_triton_python import to_triton_python

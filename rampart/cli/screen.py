@@ -10,16 +10,16 @@ from rampart.cli import options as o
 from rampart.cli.options import say
 from rampart.cli.serve import DEVICE, Device
 
-SOURCE = "Folder, list of addresses (.txt), tar or Parquet files, or a pattern of them as"
-SOURCE += " 'shards/{000..099}.tar'; any address of fsspec, as s3://BUCKET/PREFIX"
+SOURCE = "Folder, list of addresses (.txt), tar or Parquet files, or a pattern such as"
+SOURCE += " 'shards/{000..099}.tar'; any fsspec address, such as s3://BUCKET/PREFIX"
 BY = "Archive (.mar), or folder of a model that ships its graph"
-OUT = "Folder of the verdicts; the same run goes on there"
-COLUMN = "Of Parquet files: the column with bytes or addresses; default the first that has some"
-FLAGGED = "Write rows of flagged pictures, and of those at fault, alone"
+OUT = "Folder for the verdicts; an unfinished run in it resumes"
+COLUMN = "Parquet: the column with bytes or addresses; default: the first such column"
+FLAGGED = "Write only rows of flagged pictures and of errors"
 COPIES = "Copy the files of flagged pictures into this folder"
-NEAR = "Also find pictures that are nearly the same, as attacks by queries leave them"
-WORKERS = "Processes, or tasks of a cluster at once; default one a core"
-RAY = "Screen by this Ray cluster (HOST:PORT, ray://HOST:PORT), or auto for the one that runs here"
+NEAR = "Also find nearly identical pictures, as query attacks send them"
+WORKERS = "Processes, or tasks of a cluster at once; default: one per core"
+RAY = "Screen on this Ray cluster (HOST:PORT, ray://HOST:PORT); auto: the cluster on this machine"
 
 verb, app = o.theme("Serve")
 
@@ -40,7 +40,10 @@ def screen(
     device: Annotated[Device, Option(help=DEVICE)] = "auto",
     ray: Annotated[str | None, Option(metavar="ADDRESS", help=RAY)] = None,
 ) -> None:
-    """Verdicts on a store of pictures, as Parquet, and no server. Ctrl-C is safe: run it again."""
+    """Judge a store of pictures without a server, and write the verdicts as Parquet.
+
+    After Ctrl-C, run the same command to resume.
+    """
     from rampart.screening.screen import Wanted, screen
 
     wanted = Wanted(column, only_flagged, copy_flagged, near_duplicates)

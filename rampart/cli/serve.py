@@ -162,7 +162,7 @@ def probe(
 ) -> None:
     """Check that the served models are alive. TorchServe needs no token for this.
 
-    Rampart's own server has its metrics on its own port, and needs a token if it has a token file.
+    Rampart's own server has its metrics on its serving port. If it has a token file, pass --tokens.
     """
     from rampart.launch.probe import probe as look
 

@@ -18,46 +18,40 @@ from rampart.provenance import command_line
 Colour = tuple[float, float, float]
 
 AWP = "Adversarial weight perturbation, relative to the weights' norm, such as 0.005; 0: none"
-AUGMENT = (
-    "flip, crop, warp (turn, zoom, light), cutout, cutmix (a part of another image, and of its "
-)
-AUGMENT += "label), none; repeatable. Default flip and crop; "
-AUGMENT += "harden chooses by the classes. "
-AUGMENT += "Leave out flip if mirroring changes the class (signs, letters, digits)"
+AUGMENT = "flip, crop, warp (turn, zoom, relight), cutout, cutmix (paste a part of another image, "
+AUGMENT += "mix the labels), none; repeatable. Default flip and crop; harden chooses by the "
+AUGMENT += "classes. Leave out flip if mirroring changes the class (signs, letters, digits)"
 ANY_ARCH = f"{o.ARCH}; for pictures with boxes ssd, fasterrcnn (ssd-resnet34: on that ResNet) or "
 ANY_ARCH += "ssdlite; default resnet18, or ssd"
 SIZES = "default 32; for pictures with boxes a multiple of 64, default 256"
 RATES = "Highest learning rate, in one cycle; default 0.2, for object detectors 0.001"
 DECAY = "Decay of the weight average; default 0.998, for object detectors 0.99"
 ANY_AUGMENT = f"{AUGMENT}; for pictures with boxes flip, turn (by quarters), crop, shrink, light"
-BALANCE = "How far classes of unlike size are drawn alike: 0, as often as they have images, to 1, "
-BALANCE += "equally often"
-AIM = "For pictures with boxes: attack the sum of losses, alternate among them (default), or take "
-AIM += "the strongest for each"
-PASSES = "For pictures with boxes: how often an epoch shows each before it validates; default 1"
-REPLAYS = (
-    "Steps with each attacked batch; default 1, or 4 with --static, whose attacks stay as strong"
-)
+BALANCE = "How evenly classes of different size are drawn: from 0 (by their number of images) to 1 "
+BALANCE += "(equally often)"
+AIM = "For pictures with boxes: what attacks increase: the sum of the losses, one at random per "
+AIM += "picture (alternate, the default), or the strongest per picture"
+PASSES = "For pictures with boxes: how often an epoch shows each picture; default 1"
+REPLAYS = "Steps with each attacked batch; default 1, or 4 with --static, whose attacks stay strong"
 ALONE = (
-    "Attack the classifier alone: for an undefended one that you cannot retrain. What knows such "
+    "Attack the classifier alone, for an undefended one that you cannot retrain. An attack that "
 )
-ALONE += "a purifier beats it"
+ALONE += "knows such a purifier beats it"
 SAME = "As in `train`; by default, the classifier's augmentation"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
 RECTIFY = "Also train a second head for rectified rejection"
 COMPILE = "Use torch.compile: starts a minute or more later, then runs faster steps"
-INIT = "Start from these weights of an earlier run; --arch, --width, --activation and --image-size "
-INIT += "come from them"
-INIT += ". An object detector can start from a classifier, also one of model_store"
-NORM = "Of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 pixels, "
-NORM += "else ImageNet's"
+INIT = "Start from these weights, which set --arch, --width, --activation and --image-size. An "
+INIT += "object detector can start from a classifier, such as one of model_store"
+NORM = "Mean of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 "
+NORM += "pixels, else ImageNet's"
 KEEP = "Passes over the training images; 0 keeps --weights unchanged"
 FROZEN = "classifier.safetensors from `rampart train`"
 STATE = "State dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
 STAGES = "Folder for intermediate results"
 YOURS = (
-    "Your weights, in a format that `adopt` reads; for pictures with boxes, as --init of `train`"
+    "Your weights, in a format that `adopt` reads; for pictures with boxes, see --init of `train`"
 )
 NO_PURIFIER = "Epochs for the purifier; 0: no purifier, variant lean"
 YES = "Accept the proposal without asking; the default without a terminal"
@@ -185,7 +179,7 @@ def train(
     aim: Annotated[inputs.Aim | None, Option(help=AIM)] = None,
     passes: Annotated[int | None, Option(min=1, help=PASSES)] = None,
 ) -> None:
-    """Train a classifier, or an object detector if the data have boxes, adversarially.
+    """Adversarially train a classifier, or an object detector if the data have boxes.
 
     After Ctrl-C, run the same command to resume.
 
@@ -230,7 +224,7 @@ def purifier(
     augment: Annotated[list[str] | None, Option(help=SAME), inputs.augmentation] = None,
     arch: o.Own = None,
 ) -> None:
-    """Train the GAN purifier in front of a frozen classifier. Resumes and scales like `train`."""
+    """Train the GAN purifier for a frozen classifier. Resumes like `train`, also under torchrun."""
     from rampart.hardening.train.loop import say
     from rampart.hardening.train.purifier import STATIC, PurifierRecipe
     from rampart.training import train_purifier_from
@@ -252,7 +246,7 @@ def adopt(
     image_size: o.Size = 224,
     network: o.Network,
     mean: Annotated[Colour | None, Option(help=NORM)] = None,
-    std: Annotated[Colour | None, Option(help="As --mean")] = None,
+    std: Annotated[Colour | None, Option(help="Standard deviation; default as --mean")] = None,
 ) -> None:
     """Convert weights from elsewhere into a file that the other commands read."""
     from rampart.training import adopt as take

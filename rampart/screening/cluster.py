@@ -111,7 +111,7 @@ class Cluster:
             return f"{type(error.cause).__name__}: {error.cause}"
         except self._ray.exceptions.RayError as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            return f"its processes or nodes ended {TRIES} times: {reason}"
+            return f"its processes or nodes died {TRIES} times: {reason}"
         except OSError as error:
             return f"{type(error).__name__}: {error}"
         finally:

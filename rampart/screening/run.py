@@ -67,13 +67,13 @@ def claimed(out: Path, content: dict[str, Any]) -> Iterator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"another run writes to {out}: wait for it, or name another"
+                f"another run writes to {out}: wait for it, or choose another"
             ) from error
         file.seek(0)
         if (text := file.read()) and json.loads(text) != content:
             old: dict[str, Any] = json.loads(text)
             unlike = ", ".join(name for name in content if old.get(name) != content[name])
-            raise ValueError(f"{out} has verdicts of another run ({unlike}): name another --out")
+            raise ValueError(f"{out} belongs to another run ({unlike}): choose another --out")
         file.truncate(0)
         json.dump(content, file, indent=1)
         file.flush()
@@ -145,7 +145,7 @@ class Processes:
                 except BrokenProcessPool:  # a decoder that crashed, or no memory
                     pool.shutdown()
                     pool = self._begin()
-            return f"its process ended {TRIES} times: for lack of memory, or by a file of it"
+            return f"its process died {TRIES} times: memory ran out, or one of its files kills it"
         except Halted:
             raise
         except Exception as error:

@@ -32,7 +32,8 @@ class Result(NamedTuple):
         if failed := self.figures["failed_shards"]:
             address, why = next(iter(failed.items()))
             raise RuntimeError(
-                f"{len(failed)} shards have no verdicts, as {address} ({why}): run the same again"
+                f"{len(failed)} shards have no verdicts, such as {address} ({why}): run the same"
+                " command again"
             )
 
 

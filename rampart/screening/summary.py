@@ -84,29 +84,29 @@ def in_words(content: dict[str, Any]) -> list[str]:
         lines.append(_drift_in_words(moved))
     if near := content.get("near_duplicates"):
         lines.append(
-            f"{near['near']:,} are nearly an earlier one, {near['identical']:,} the very same"
+            f"{near['near']:,} nearly equal an earlier one, {near['identical']:,} equal one exactly"
         )
     if content["images_a_second"]:
         lines.append(f"{content['images_a_second']:,.0f} images/s")
     if content.get("files_left_out"):
-        lines.append(f"{content['files_left_out']:,} files left out: no pictures by their names")
+        lines.append(f"{content['files_left_out']:,} files skipped: not named like pictures")
     return lines
 
 
 def _flagged_in_words(flagged: dict[str, Any]) -> str:
     (low, high), (least, most) = flagged["interval"], flagged["promised_spread"]
     text = (
-        f"flagged {flagged['value']:.2%} ({low:.2%} to {high:.2%}, n = {flagged['n']:,}), promised"
-        f" {flagged['promised']:.1%} of clean pictures, with a calibration on"
-        f" {flagged['calibration_images']:,} images {least:.2%} to {most:.2%}"
+        f"flagged {flagged['value']:.2%} ({low:.2%} to {high:.2%}, n = {flagged['n']:,}); promised"
+        f" {flagged['promised']:.1%} of clean pictures, {least:.2%} to {most:.2%} after a"
+        f" calibration on {flagged['calibration_images']:,} images"
     )
     if low > most:
-        text += ". That is more: these are attacked, or unlike the pictures of the calibration"
+        text += ". These are more: attacked pictures, or unlike the calibration images"
     return text
 
 
 def _drift_in_words(moved: dict[str, float]) -> str:
     text = f"drift {moved['value']:.3f}, by chance up to {moved['limit']:.3f}"
     if moved["value"] > moved["limit"]:
-        text += ": unlike the calibration's pictures; `rampart calibrate --archive` takes yours"
+        text += ": unlike the calibration images; recalibrate with `rampart calibrate --archive`"
     return text

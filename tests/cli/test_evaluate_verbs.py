@@ -171,7 +171,7 @@ def test_false_alarms_go_into_the_card_with_their_remedies(lean_only: Path) -> N
 
 def test_a_variant_alone_goes_with_an_attack_and_must_be_there(lean_only: Path) -> None:
     data = ["--images", lean_only.with_name("held.npz")]
-    with pytest.raises(ValueError, match="--variant goes with --rung"):
+    with pytest.raises(ValueError, match="--variant needs --rung"):
         run("evaluate", lean_only, *data, "--variant", "full")
     for command in (["evaluate", *data, "--rung", "pgd20"], ["archive"], ["export", "--out", "x"]):
         with pytest.raises(ValueError, match="is not calibrated as full: leave out --variant"):
@@ -232,7 +232,7 @@ def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
     output = run("ablate", model, *data, "--row", "+ energy", "--cache", tmp_path / "found")
     assert "| + energy | 20.0% |" in output and "| + median |" not in output
     assert report.read_card(model) == before
-    with pytest.raises(ValueError, match="--row goes without --test and --twin"):
+    with pytest.raises(ValueError, match="--row does not work with --test or --twin"):
         run("ablate", model, *data, "--test", held, "--row", "+ energy")
 
 

@@ -93,7 +93,7 @@ def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_
     attacks = json.loads(card)["attacks"]
     assert attacks["n"] == 3
     said = run("objects", *common, "--limit", 2, "--into-card")
-    assert "the card keeps its figures of 3 pictures: these are of 2" in said
+    assert "the card keeps its figures on 3 pictures: these are on only 2" in said
     assert (home / "card.json").read_text() == card
     assert [line["n"] for line in log()] == [2, 3, 2]
     assert {line["data"] for line in log()} == {"voc, validation"}
@@ -107,7 +107,7 @@ def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
 ) -> None:
     data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
     alone = shutil.copy(scene_folder / "weights.safetensors", tmp_path / "objects.safetensors")
-    with pytest.raises(ValueError, match="is of no model folder"):
+    with pytest.raises(ValueError, match="is not in a model folder"):
         run("objects", alone, data, "--part", "validation", "--into-card")
 
 
@@ -126,8 +126,8 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
         ({"method": "mart"}, "choose among standard, nfgsm, pgd"),
         ({"purifier_epochs": 2}, "have no purifier"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
-        ({"activation": "silu"}, "--activation is of classifiers"),
-        ({"balance": 0.5}, "--balance is of classifiers"),
+        ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"balance": 0.5}, "--balance is for classifiers"),
         ({"epochs": 0, "weights": Path("a")}, "rampart calibrate"),
         ({"weights": Path("nothing.pth")}, r"nothing\.pth"),
         ({"data": Path(), "arch": "fasterrcnn"}, "has no boxes"),
@@ -156,9 +156,9 @@ def learning(tmp_path: Path, **changed: object) -> None:
     [
         ({"arch": "resnet18"}, "--arch resnet18 is a classifier: choose one of ssdlite"),
         ({"method": "trades"}, "choose among standard, nfgsm, pgd"),
-        ({"awp": 0.005}, "--awp is of classifiers"),
-        ({"activation": "silu"}, "--activation is of classifiers"),
-        ({"balance": 0.5}, "--balance is of classifiers"),
+        ({"awp": 0.005}, "--awp is for classifiers"),
+        ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"balance": 0.5}, "--balance is for classifiers"),
         ({"augment": ["warp"]}, "choose among flip, turn"),
         ({"data": Path(), "arch": "ssd"}, "finds objects, but . has no boxes"),
         ({"data": Path(), "aim": "sum"}, "--aim and --passes go with boxes"),
@@ -201,8 +201,8 @@ def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 things|2 things") as error:
         objects.train_from(Source(tmp_path / "voc"), net, recipe, Run(tmp_path / "file", "cpu"))
     text = str(error.value)
-    assert "ssd stands on one of resnet10" in text and "to train on" in text
-    with pytest.raises(ValueError, match="by digest: leave it out"):
+    assert "ssd needs one of resnet10" in text and "to train on" in text
+    with pytest.raises(ValueError, match="Pictures with boxes are split by"):
         objects.read(Source(tmp_path / "voc", tmp_path))
 
 
@@ -220,5 +220,5 @@ def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:
     classifier = tmp_path / "c.safetensors"
     checkpoint.save(classifier, Classifier(BACKBONE), {"classifier": BACKBONE._asdict()})
     assert begin(Network("fasterrcnn", 128), ("cell",), classifier).config.backbone == BACKBONE
-    with pytest.raises(ValueError, match="backbone of its own"):
+    with pytest.raises(ValueError, match="its own backbone"):
         begin(Network("ssdlite", 128), ("cell",), classifier)

@@ -83,11 +83,11 @@ def test_a_finished_archive_is_calibrated_anew_on_pictures_of_any_size(
 @pytest.mark.parametrize(
     ("verb", "options", "told"),
     [
-        ("export", ["--triton", "models"], "take --backend python"),
-        ("export", ["--tensorrt", "a.plan"], "a TensorRT plan is of a classifier"),
+        ("export", ["--triton", "models"], "use --backend python"),
+        ("export", ["--tensorrt", "a.plan"], "only classifiers have a TensorRT plan"),
         ("archive", ["--min-confidence", "1"], "above 0 and below 1"),
         ("evaluate", ["--images", "voc"], "finds objects.*`rampart objects`"),
-        ("quantize", ["--data", "voc", "--precision", "fp16"], "there is int8 alone"),
+        ("quantize", ["--data", "voc", "--precision", "fp16"], "there is only int8"),
     ],
 )
 def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(

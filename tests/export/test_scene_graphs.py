@@ -172,7 +172,7 @@ def test_settings_that_the_endpoint_would_refuse_are_refused_before_anything_is_
 def test_a_threshold_for_boxes_is_no_setting_of_a_classifier(
     tiny_shipped: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="min_confidence is a setting of other models"):
+    with pytest.raises(ValueError, match="min_confidence is not a setting for this kind"):
         archive(tiny_shipped, tmp_path / "a.mar", settings={"rampart": {"min_confidence": 0.5}})
 
 

@@ -86,7 +86,7 @@ def test_another_encoding_is_named_as_the_fault_and_not_quoted(name: str) -> Non
 def test_what_is_not_compressed_as_its_header_says_is_400(name: str, data: bytes) -> None:
     error = refusal(data, name)
     assert (error.code, error.type) == (400, "malformed_encoding")
-    assert f"one whole {name} stream" in error.message
+    assert f"one complete {name} stream" in error.message
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])

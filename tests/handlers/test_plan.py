@@ -80,7 +80,7 @@ def test_an_int8_archive_is_for_the_cpu_that_it_was_measured_on(packed: Path, de
 
 def test_an_fp16_archive_is_not_for_the_provider_that_would_halve_its_scores(packed: Path) -> None:
     (packed / "card.json").write_text('{"precision": "fp16"}')
-    with pytest.raises(EngineError, match=r"compute scores in fp16 too: .* --device cuda"):
+    with pytest.raises(EngineError, match=r"compute its scores in fp16 too: .* --device cuda"):
         load_engine(packed, "tensorrt", 1, 0)
     assert load_engine(packed, "cpu", 1, 0).device == "cpu"
 

@@ -340,7 +340,7 @@ def test_in_public_detail_a_rejected_query_looks_like_any_rejected_image(
     [
         ({"on_query_attack": "shrug"}, "on_query_attack must be one of alert, throttle, reject"),
         ({"query_store": "ftp://x"}, "query_store must be a folder or redis://"),
-        ({"query_capacity": 0}, "query_capacity above 0"),
+        ({"query_capacity": 0}, "query_capacity above 1"),
     ],
 )
 def test_settings_that_make_no_sense_fail_the_load(

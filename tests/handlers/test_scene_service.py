@@ -281,9 +281,9 @@ def test_a_picture_at_which_the_graph_fails_harms_no_other(
 
 
 def test_a_plan_or_the_settings_of_another_task_are_refused(folder: Path, unpacked: Path) -> None:
-    with pytest.raises(ValueError, match="a plan is of a classifier"):
+    with pytest.raises(ValueError, match="only classifiers have plans"):
         serve(folder, device="plan")
-    with pytest.raises(ValueError, match="min_confidence is a setting of other models"):
+    with pytest.raises(ValueError, match="min_confidence is not a setting for this kind"):
         Service.open(unpacked, {"min_confidence": 0.5})
 
 

@@ -154,7 +154,7 @@ def test_the_threshold_is_the_cards_unless_the_operator_sets_another() -> None:
     card = {"task": "detect", "min_confidence": 0.3, "max_overlap": 0.5}
     assert terms(card, {}) == {"min_confidence": 0.3, "max_overlap": 0.5}
     assert terms(card, {"min_confidence": 0.7})["min_confidence"] == 0.7
-    with pytest.raises(ValueError, match="min_confidence is a setting of other models"):
+    with pytest.raises(ValueError, match="min_confidence is not a setting for this kind"):
         terms({}, {"min_confidence": 0.7})
     with pytest.raises(ValueError, match=r"the card's task is segment.*classify, detect"):
         terms({"task": "segment"}, {})

@@ -194,9 +194,9 @@ def test_an_address_decides_which_store_it_is(tmp_path: Path) -> None:
         ("redis://:word@127.0.0.1:1/0?nonsense=1", {}, "must be a folder or redis://HOST"),
         ("queries", {"expiry": 0.0}, "query_expiry must be above 0"),
         ("queries", {"expiry": float("nan")}, "query_expiry must be above 0"),
-        ("redis://127.0.0.1:1/0", {"expiry": float("inf")}, "neither beyond"),
-        ("queries", {"entries": 10**18}, "neither beyond"),
-        ("queries", {"entries": 0}, "query_capacity above 0"),
+        ("redis://127.0.0.1:1/0", {"expiry": float("inf")}, "and below"),
+        ("queries", {"entries": 10**18}, "and below"),
+        ("queries", {"entries": 0}, "query_capacity above 1"),
     ],
 )
 def test_what_cannot_be_a_store_is_refused_with_the_remedy(

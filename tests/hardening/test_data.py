@@ -75,7 +75,7 @@ def test_without_a_network_a_file_that_was_put_there_by_hand_stays_as_it_is(
 
 def test_batches_that_are_not_whole_are_told_with_how_to_get_them(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(ValueError, match="is not whole: remove it, and fetch it again"):
+    with pytest.raises(ValueError, match="is incomplete: remove it, and fetch it again"):
         data.load(tmp_path)
 
 

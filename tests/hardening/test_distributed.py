@@ -186,5 +186,5 @@ def test_a_process_that_does_not_come_is_named_in_time() -> None:
     store = distributed.dist.HashStore()
     distributed.attempt(store, 0, 1)
     store.set("present/1", "a process that was killed")
-    with pytest.raises(TimeoutError, match="not all of 2 processes came"):
+    with pytest.raises(TimeoutError, match="only some of the 2 processes started"):
         distributed.attempt(store, 0, 2, within=0.3)

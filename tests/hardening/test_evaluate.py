@@ -143,7 +143,7 @@ def test_one_attack_alone_is_reported_at_full_eps(
 def test_a_rate_that_the_calibration_cannot_back_is_refused_at_once(tiny_folder: Path) -> None:
     pipeline, _ = pipelines.load(tiny_folder / "weights.safetensors", "lean")
     calibration = calibrate.load_variant(tiny_folder, "lean")
-    with pytest.raises(ValueError, match="calibration images cannot back"):
+    with pytest.raises(ValueError, match="calibration images cannot support"):
         victims.pipeline_victim(pipeline, calibration, "", rate=1e-6)
 
 

@@ -143,7 +143,7 @@ def test_where_decoding_takes_long_what_is_cut_is_told_before_it(
 
 
 def test_one_folder_too_many_is_named_with_the_one_to_pass(home: Path) -> None:
-    with pytest.raises(ValueError, match=r"one folder, data, .*\(cat, dog\): pass .*data$"):
+    with pytest.raises(ValueError, match=r"single folder, data, .*\(cat, dog\): pass .*data$"):
         data.load(home.parent)
 
 
@@ -182,7 +182,7 @@ def test_all_bad_pictures_are_listed_at_once(home: Path) -> None:
     assert len(told) == 10
     assert all(sum(f"/{name}: " in line for line in told) == 1 for name in names)
     assert "; remove" not in str(error.value)
-    assert "Git LFS's pointer" in next(line for line in told if "lfs.png" in line)
+    assert "Git LFS pointer" in next(line for line in told if "lfs.png" in line)
 
 
 def test_bad_pictures_are_left_out_where_that_is_asked_for(home: Path) -> None:
@@ -236,7 +236,7 @@ def test_the_summary_names_classes_sizes_and_what_was_left_out(home: Path) -> No
 
 def test_the_summary_warns_of_small_pictures_and_rare_classes(home: Path) -> None:
     (warning,) = (line for line in data.survey(home, size=64)[1].lines(64) if "warning" in line)
-    assert "4 pictures have fewer than 64 pixels per side" in warning
+    assert "4 pictures are smaller than the model's 64 pixels per side" in warning
     lines = Survey("x", {"a": 100, "b": 4}).lines(32)
     assert lines[-1] == "  warning: class b has 4 images, but the largest has 100"
     assert "warning" not in str(Survey("x", {"a": 100, "b": 5}).lines(32))
@@ -252,7 +252,7 @@ def test_of_many_classes_the_fewest_and_the_most_are_told() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([0, 2_000_000], r"a label is 2000000, .* number them from 0 without gaps"),
+        ([0, 2_000_000], r"a label is 2000000, .* number classes from 0 without gaps"),
         ([0.5, 1.0], "label holds float64 where classes are numbered"),
         ([float("nan"), 1.0], "label holds float64"),
         (["cat", "dog"], r"label holds <U3 where classes are numbered"),

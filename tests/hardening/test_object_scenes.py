@@ -134,7 +134,10 @@ def test_a_turned_picture_has_boxes_of_the_upright_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
-        (lambda home: (home / "Annotations/s000.xml").write_text("<annotation>"), "no annotation"),
+        (
+            lambda home: (home / "Annotations/s000.xml").write_text("<annotation>"),
+            "not a VOC annotation",
+        ),
         (lambda home: (home / "ImageSets/Main/train.txt").write_text("s777\n"), "s777"),
         (lambda home: (home / "ImageSets/Main/test.txt").write_text("s000\n"), "to train on"),
     ],
@@ -152,7 +155,7 @@ def test_a_broken_file_of_coco_is_told(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     content["annotations"][0]["bbox"] = [1, 2, 3]
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"instances_train.json is no file of COCO's boxes"):
+    with pytest.raises(ValueError, match=r"instances_train.json is not a COCO file with boxes"):
         divided(home)
 
 

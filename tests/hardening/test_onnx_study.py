@@ -114,12 +114,12 @@ def test_a_twin_that_says_something_else_is_not_believed(
 @pytest.mark.parametrize(
     ("shape", "options", "says"),
     [
-        ((1, 3, 8, 3), {}, "say with --layout"),
-        ((1, 1, 8, 8), {}, "pictures in gray"),
-        ((1, 3, 8, 9), {}, "pass square pictures"),
-        ((1, 3, 8, 8), {"size": 16}, "of its own --image-size"),
+        ((1, 3, 8, 3), {}, "pass --layout nchw"),
+        ((1, 1, 8, 8), {}, "gray pictures"),
+        ((1, 3, 8, 9), {}, "it must be square"),
+        ((1, 3, 8, 8), {"size": 16}, "--image-size its own size"),
         ((1, 3, None, None), {}, "name one with --image-size"),
-        ((1, 12), {}, "a classifier of pictures takes .N, 3, H, W."),
+        ((1, 12), {}, "an image classifier takes .N, 3, H, W."),
     ],
 )
 def test_an_input_that_is_no_rgb_picture_or_not_told_is_refused(
@@ -143,9 +143,9 @@ def test_what_is_no_classifier_of_these_images_is_refused_in_a_sentence(
     images = home / "images.npz"
     few = blobs(40, size=16)
     two = saved(tmp_path / "two.npz", Images(few.image, few.label % 2, few.classes[:2]))
-    with pytest.raises(ValueError, match=r"tells 10 classes apart, and .*two\.npz has 2"):
+    with pytest.raises(ValueError, match=r"has 10 classes, but .*two\.npz has 2"):
         evaluate(home / "signed.onnx", two, study)
-    with pytest.raises(ValueError, match="name the range with --range"):
+    with pytest.raises(ValueError, match="pass --range, and check"):
         evaluate(home / "signed.onnx", images, study)  # which is nearly as right on others
     (tmp_path / "a.onnx").write_bytes(b"no file of ONNX")
     with pytest.raises(ValueError, match=r"a\.onnx is no ONNX file"):

@@ -112,5 +112,5 @@ def test_options_of_our_models_are_refused_with_a_folder_of_files(
     option: str, tmp_path: Path, images: Path
 ) -> None:
     (tmp_path / "c.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"model of Rampart's: leave out {option.split('=')[0]}$"):
+    with pytest.raises(ValueError, match=f"not a Rampart model: leave out {option.split('=')[0]}$"):
         run("evaluate", tmp_path, "--images", images, option)

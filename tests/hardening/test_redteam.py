@@ -340,7 +340,7 @@ def test_a_run_of_another_model_or_other_images_is_refused(
 ) -> None:
     options: dict[str, Any] = {"attacks": ["square"], "budget": 3}
     redteam.redteam(endpoint, pictures(40), tmp_path, **options)
-    with pytest.raises(ValueError, match="other images: choose another --out"):
+    with pytest.raises(ValueError, match="on other images: choose another --out"):
         redteam.redteam(endpoint, pictures(41), tmp_path, **options)
     toy.labels = (*CLASSES[1::-1], *CLASSES[2:])
     for attack in ("square", "simba"):
@@ -354,7 +354,7 @@ def test_a_run_of_another_model_or_other_images_is_refused(
     toy.version = "2.0"
     with pytest.raises(ValueError, match=r"version 1\.0 \(now 2\.0\): choose another --out"):
         redteam.redteam(endpoint, pictures(40), tmp_path, **options)
-    with pytest.raises(ValueError, match=r"toy 2\.0 now"):
+    with pytest.raises(ValueError, match=r"now serves toy 2\.0"):
         send(probe, flat(40))
 
 

@@ -61,10 +61,14 @@ def test_logits_become_their_softmax() -> None:
     ("first", "then", "says"),
     [
         (None, Said(scores=[0.5, 0.5]), "2 scores do not fit the 3 classes"),
-        (None, Said("bird"), "'bird' is no class of these images .cat, dog, 7."),
-        (None, Said(scores=[0.5, float("nan"), 0.5]), "no numbers"),
+        (None, Said("bird"), "'bird' is not a class of these images .cat, dog, 7."),
+        (None, Said(scores=[0.5, float("nan"), 0.5]), "not finite numbers"),
         (None, Said(), "neither label nor scores"),
-        (Said(scores=[0.5, 0.5, 0.0]), Said(scores=[3.0, 1.0, 0.0]), "were probabilities, and now"),
+        (
+            Said(scores=[0.5, 0.5, 0.0]),
+            Said(scores=[3.0, 1.0, 0.0]),
+            "earlier answers were probabilities, but",
+        ),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(first: Said | None, then: Said, says: str) -> None:
@@ -116,7 +120,7 @@ def test_v2_finds_scores_among_outputs_or_asks_for_their_name() -> None:
 
 
 def test_a_model_of_no_pictures_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no pictures .* x INT64 \[-1, 7\]"):
+    with pytest.raises(ValueError, match=r"takes x INT64 \[-1, 7\], which is neither pictures"):
         open_inference(Wire(), metadata("INT64", -1, 7), 8)
 
 
@@ -151,13 +155,13 @@ def test_paths_lead_into_json() -> None:
     assert reached(content, steps("$['a b'][*].c[1]") or []) == [2, 4]
     assert reached(content, steps("$") or []) == [content]
     for wrong in ("a.b", "$.", "$..a", "$[x]"):
-        with pytest.raises(ValueError, match="is no path"):
+        with pytest.raises(ValueError, match="is not a path"):
             steps(wrong)
 
 
 @pytest.mark.parametrize(
     ("wire", "says"),
-    [(Wire(send="{", label="$"), "--send is no JSON"), (Wire(send="{}"), "--label PATH")],
+    [(Wire(send="{", label="$"), "--send is not JSON"), (Wire(send="{}"), "--label PATH")],
 )
 def test_a_template_without_what_it_needs_is_refused(wire: Wire, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -330,7 +330,7 @@ def test_litserve_is_asked_by_a_template_and_answers_by_paths(
     every = Endpoint(url, CLASSES, wire=Wire(send=send, score="$.all"))
     assert fools(every, tmp_path / "out", attacks=["oars"]).success is not None
     assert every.reading.kind == "probabilities"
-    with pytest.raises(ValueError, match=r"does not answer as it should \(KeyError: 'none'"):
+    with pytest.raises(ValueError, match=r"gives an unexpected answer \(KeyError: 'none'"):
         Endpoint(url, CLASSES, wire=Wire(send=send, score="$.none")).ask(flat(100))
 
 

@@ -34,5 +34,5 @@ def test_a_state_that_was_cut_on_its_way_says_so(tmp_path: Path) -> None:
 
 def test_the_pieces_of_an_older_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "state-000004").mkdir()
-    with pytest.raises(ValueError, match=r"state-000004 is the state of an older Rampart"):
+    with pytest.raises(ValueError, match=r"state-000004 is the state of a run of an older Rampart"):
         states.read(tmp_path)

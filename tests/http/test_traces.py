@@ -162,7 +162,8 @@ def test_without_an_endpoint_or_where_they_are_turned_off_there_are_no_traces(
     assert not caplog.messages
     assert open_traces(endpoint | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}) is None
     assert caplog.messages == [
-        "No traces: they go by http/protobuf alone, so set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+        "No traces: Rampart exports them only by http/protobuf:"
+        " set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL to it"
     ]
 
 
@@ -172,4 +173,4 @@ def test_without_the_extra_there_are_no_traces_and_the_log_says_so() -> None:
     own = os.environ | {ENDPOINT: "http://127.0.0.1:1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=own)
     assert done.stdout == "None\n", done.stderr
-    assert done.stderr == "No traces: install the extra `otel` for the endpoint that is named\n"
+    assert done.stderr == "No traces: to send them to the endpoint, install the extra `otel`\n"

@@ -213,5 +213,5 @@ def test_a_twin_of_other_classes_is_refused(twinned_scenes: Path, tmp_path: Path
     other = Path(shutil.copytree(twinned_scenes, tmp_path / "other"))
     config: ObjectConfig = model.detector.config._replace(classes=("cup", "fork"))
     save(other / "weights.safetensors", ObjectDetector(config))
-    with pytest.raises(ValueError, match=r"is no twin of .*it finds cup, fork at 128 pixels"):
+    with pytest.raises(ValueError, match=r"is not a twin of .*it finds cup, fork at 128 pixels"):
         twin_of(model, other)

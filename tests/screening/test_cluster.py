@@ -89,7 +89,7 @@ def test_a_picture_that_kills_its_process_each_time_ends_its_shard_alone_which_i
     run = start(nodes, source, tiny_archive, tmp_path / "o")
     text, _ = run.communicate(timeout=120)
     assert run.returncode == 1, text
-    assert f"no verdicts, as {source}/000001 (its processes or nodes ended 4 times" in text
+    assert f"no verdicts, such as {source}/000001 (its processes or nodes died 4 times" in text
     assert Counter(row["name"] for row in table(tmp_path / "o" / PARTS)) == Counter(others)
 
 

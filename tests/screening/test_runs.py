@@ -149,7 +149,7 @@ def test_a_picture_that_kills_its_process_each_time_ends_its_shard_alone_which_i
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"no verdicts, as {source}/000001 (its process ended 2 times" in done.stderr
+    assert f"no verdicts, such as {source}/000001 (its process died 2 times" in done.stderr
     assert names(tmp_path / "o") == Counter(others)
     assert f"{len(others):,} pictures in 3 shards" in done.stdout
 
@@ -225,7 +225,7 @@ def test_a_folder_of_another_run_is_refused(tiny_archive: Path, tmp_path: Path) 
     store = folder(tmp_path / "store", {"1.png": picture(1)})
     out = tmp_path / "o"
     typed("screen", store, "--model", tiny_archive, "--out", out, "--workers", 1)
-    with pytest.raises(ValueError, match=r"another run \(only_flagged\): name another --out"):
+    with pytest.raises(ValueError, match=r"another run \(only_flagged\): choose another --out"):
         screen(str(store), tiny_archive, out, Wanted(only_flagged=True), workers=1)
     with (
         claimed(out, json.loads((out / FILE).read_text())),

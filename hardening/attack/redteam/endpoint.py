@@ -53,7 +53,8 @@ class Endpoint:
         try:
             return speech_of(self.wire, self.url, self.size, self._fetch)
         except (LookupError, TypeError) as error:
-            raise ValueError(f"{self.url} tells no model of the protocol v2 ({error})") from error
+            reason = f"{self.url} does not describe its model as protocol v2 requires ({error})"
+            raise ValueError(reason) from error
 
     @cached_property
     def reading(self) -> Reading:
@@ -81,8 +82,8 @@ class Endpoint:
             said = speech.read(json.loads(text), len(images))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.url} does not answer as it should ({type(error).__name__}: {error}), but"
-                f" {_short(text)}: name what it speaks with --protocol"
+                f"{self.url} gives an unexpected answer ({type(error).__name__}: {error}),"
+                f" {_short(text)}: pass its protocol with --protocol"
             ) from error
         if len(said) != len(images):
             raise ValueError(f"{self.url} does not answer {len(images)} images: {_short(text)}")
@@ -146,7 +147,7 @@ class Endpoint:
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.url} does not return a Rampart verdict, but {_short(json.dumps(verdict))}:"
-                " pass what it speaks as --protocol"
+                " pass its protocol with --protocol"
             ) from error
 
     def _index(self, label: str) -> int:

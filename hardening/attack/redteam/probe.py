@@ -118,8 +118,8 @@ class Probe:
     def _count(self, image: Pixels, answer: Answer) -> None:
         if answer.model not in (UNNAMED, (self.settings.model, self.settings.version)):
             raise ValueError(
-                f"{self.endpoint.url} answers as {' '.join(answer.model)} now, and began as"
-                f" {self.settings.model} {self.settings.version}: choose another --out"
+                f"this run began against {self.settings.model} {self.settings.version}, but"
+                f" {self.endpoint.url} now serves {' '.join(answer.model)}: choose another --out"
             )
         self.queries += 1
         self.refused = answer.label is None

@@ -193,7 +193,7 @@ def open_inference(wire: Wire, metadata: Any, size: int) -> OpenInference:
             own = (len(shape) - 1, layout, wire.scaling, wire.output, most)
             return OpenInference(name, kind, *own)
     told = ", ".join(f"{t['name']} {t['datatype']} {t['shape']}" for t in metadata["inputs"])
-    raise ValueError(f"the model takes no pictures or pixels (N, H, W, 3), but {told}")
+    raise ValueError(f"the model takes {told}, which is neither pictures nor pixels (N, H, W, 3)")
 
 
 class Mapped:
@@ -242,7 +242,7 @@ def _template(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         example = '{"image": "$b64"}'
-        raise ValueError(f"--send is no JSON ({error}): write it as {example}") from error
+        raise ValueError(f"--send is not JSON ({error}): write it as {example}") from error
 
 
 def steps(path: str | None) -> list[str | int] | None:
@@ -251,7 +251,7 @@ def steps(path: str | None) -> list[str | int] | None:
         return None
     found = list(STEP.finditer(path, 1))
     if not path.startswith("$") or "".join(["$", *(match[0] for match in found)]) != path:
-        raise ValueError(f"{path} is no path: write it as $.predictions[*].label")
+        raise ValueError(f"{path} is not a path: write it as $.predictions[*].label")
     names = [match[1] or match[2] or match[3] for match in found]
     return [int(n) if m[3] and n != "*" else n for m, n in zip(found, names, strict=True)]
 

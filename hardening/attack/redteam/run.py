@@ -60,7 +60,7 @@ def redteam(
                 with (out / FILE).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(done[name, row])) + "\n")
             elif old.sha256 != _sha256(images, row):
-                raise ValueError(f"{out / FILE} is of other images: choose another --out")
+                raise ValueError(f"{out / FILE} is a run on other images: choose another --out")
     return [done[name, row] for name in attacks for row in rows]
 
 

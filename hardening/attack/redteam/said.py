@@ -69,7 +69,7 @@ class Reading:
         kind = kind_of([value for _, value in pairs], said)
         self.kind = self.kind or kind
         if kind != self.kind and not (self.kind == "logits" and kind == "probabilities"):
-            raise ValueError(f"the answers were {self.kind}, and now {kind}")
+            raise ValueError(f"earlier answers were {self.kind}, but this one is {kind}")
         if self.kind == "logits":
             pairs = softmax(pairs)
         top = tuple(sorted(pairs, key=lambda pair: -pair[1]))
@@ -99,15 +99,15 @@ class Reading:
         if text.isdecimal() and int(text) < len(self.classes):
             return int(text)
         raise ValueError(
-            f"{label!r} is no class of these images ({', '.join(self.classes)[:200]}): take images"
-            " with the model's classes"
+            f"{label!r} is not a class of these images ({', '.join(self.classes)[:200]}): use"
+            " images with the model's classes"
         )
 
 
 def kind_of(values: Sequence[float], said: Said) -> Kind:
     """What scores are. Raises ValueError for those that are not finite."""
     if not all(map(math.isfinite, values)):
-        raise ValueError("an answer has scores that are no numbers")
+        raise ValueError("an answer has scores that are not finite numbers")
     if said.scores is None:
         return "labels"
     if isinstance(said.scores, float | int):
