@@ -49,6 +49,11 @@ def on_post_page(output: str, **_: Any) -> str:
     return output.replace(' role="dialog">', ' role="dialog" aria-label="Search">', 1)
 
 
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The page for a wrong address is none of the pages."""
+    return on_post_page(output_content)
+
+
 def linked(text: str, home: Path, page: str) -> str:
     """`text` of a file in `home` with links as the site's `page` has them."""
     up = "../" * page.count("/")
