@@ -13,10 +13,11 @@ from browser import Page, Pipe, chromium, violations
 from documents import ROOT
 
 MKDOCS = ROOT / ".venv" / "docs" / "bin" / "mkdocs"
-# One page of each kind: prose, code, long tables, what is made of the code, no page at all.
+# One page of each kind: prose, code, long tables, what is made of the code, and no page at all.
 KINDS = {
     "home": "",
     "tutorial": "tutorials/photographs/",
+    "notebook": "examples/calibrate_and_serve/",
     "guide": "serve/",
     "results": "results/",
     "benchmarks": "benchmarks/",
