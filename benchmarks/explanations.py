@@ -16,7 +16,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
-from architectures import BATCH, pictures, settle
+from architectures import BATCH, HELD, pictures, settle
 from PIL import Image
 from ratios import machine
 
@@ -28,7 +28,6 @@ from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.detectors import LEAN
 from rampart.hardening.model.images import split
 
-HELD = 60
 POLICY = {"explain": True, "false_alarm_rate": 0.05}
 
 
