@@ -11,13 +11,19 @@ import typer
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ("first_attack", "own_model", "calibrate_and_serve")
 # Documents of the repository that are pages as well.
 PAGES = {
     "SECURITY.md": "security.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
 }
+PAGES |= {f"examples/{name}.ipynb": f"examples/{name}.md" for name in NOTEBOOKS}
 PICTURES = ("model_store/cifar10/ablation.png",)
+OPEN = """\
+To run it, open `{}` with the Python of `.venv`, such as by
+`.venv/bin/python -m pip install notebook && .venv/bin/jupyter notebook examples/`.
+"""
 # Links to what is no page are shown as the name of the file.
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -27,7 +33,8 @@ def on_files(files: Files, *, config: Any) -> Files:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         home = (ROOT / source).parent
-        files.append(File.generated(config, page, content=linked(text, home, page)))
+        text = notebook(text, source) if source.endswith(".ipynb") else linked(text, home, page)
+        files.append(File.generated(config, page, content=text))
     for picture in PICTURES:
         files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
     reference = "reference/command-line.md"
@@ -47,6 +54,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def on_post_page(output: str, **_: Any) -> str:
     """Name the theme's search dialog for screen readers."""
     return output.replace(' role="dialog">', ' role="dialog" aria-label="Search">', 1)
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The page for a wrong address is none of the pages."""
+    return on_post_page(output_content)
 
 
 def linked(text: str, home: Path, page: str) -> str:
@@ -70,6 +82,16 @@ def linked(text: str, home: Path, page: str) -> str:
         return f"{words} (`{name}`)" if name else match[0]
 
     return LINK.sub(of, text)
+
+
+def notebook(text: str, source: str) -> str:
+    """A notebook without output as a page, with how to run it below its title."""
+    first, *rest = json.loads(text)["cells"]
+    parts = ["".join(first["source"]), OPEN.format(source)]
+    for cell in rest:
+        own = "".join(cell["source"])
+        parts.append(own if cell["cell_type"] == "markdown" else f"```python\n{own}\n```")
+    return "\n\n".join(parts)
 
 
 def command_line() -> str:

@@ -7,7 +7,6 @@ They stand before a blurred background, seen from the side, in changing light.
 import math
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -190,17 +189,9 @@ SIGNS: dict[str, Callable[[Board], None]] = {
 }
 
 
-# What shows no sign: photographs without rights that come with scikit-image, where it is installed.
-PHOTOGRAPHS = {"cat": "chelsea.png", "rocket": "rocket.jpg", "coffee": "coffee.png"}
-
-
-def photographs() -> dict[str, Path]:
-    """The files of PHOTOGRAPHS by name; none without scikit-image."""
-    if find_spec("skimage") is None:
-        return {}
-    from skimage.data import data_dir
-
-    return {name: Path(data_dir) / file for name, file in PHOTOGRAPHS.items()}
+# Photographs that show no sign, and are free of rights: see photographs.txt beside them.
+DATA = Path(__file__).parent / "data"
+PHOTOGRAPHS = {name: DATA / f"{name}.jpg" for name in ("cat", "rocket", "coffee")}
 
 
 def background(draws: np.random.Generator) -> Image.Image:
@@ -251,8 +242,8 @@ def sample(name: str, seed: int = 0) -> Image.Image:
 def write(folder: Path, *, count: int = 1, seed: int = 0) -> list[Path]:
     """Draw signs into `folder`, as `draw` does, beside photographs that show none; the files."""
     files = draw(folder, count=count, seed=seed)
-    for name, photograph in photographs().items():
-        files.append(folder / f"{name}{photograph.suffix}")
+    for photograph in PHOTOGRAPHS.values():
+        files.append(folder / photograph.name)
         shutil.copyfile(photograph, files[-1])
     return files
 

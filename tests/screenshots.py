@@ -60,7 +60,7 @@ def attack(folder: Path, file: Path) -> None:
     """A sign and an attack on it, beside the first photograph of `rampart samples`."""
     rampart = [sys.executable, "-m", "rampart"]
     subprocess.run([*rampart, "samples", folder], cwd=ROOT, check=True)
-    words = ["attack", "--also", folder / "cat.png", "--out", folder]
+    words = ["attack", "--also", folder / "cat.jpg", "--out", folder]
     subprocess.run([*rampart, *words], cwd=ROOT, check=True)
     shutil.copy(folder / "panel.png", file)
 

@@ -63,13 +63,15 @@ def test_an_archive_is_calibrated_served_asked_and_explained() -> None:
     assert scope["overlay"].size == (32, 32) and Path("why.png").is_file()
 
 
-def test_each_notebook_is_without_output_run_here_and_named_in_the_documents() -> None:
+def test_each_notebook_is_without_output_run_here_named_in_the_documents_and_a_page() -> None:
     here = Path(__file__).read_text()
     documents = "".join(file.read_text() for file in (ROOT / "docs").rglob("*.md"))
+    site = (ROOT / "mkdocs.yml").read_text()
     notebooks = sorted(FOLDER.glob("*.ipynb"))
     assert len(notebooks) >= 3
     for notebook in notebooks:
         cells = json.loads(notebook.read_text())["cells"]
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
         assert f'run("{notebook.stem}")' in here
-        assert f"examples/{notebook.name}" in documents
+        assert f"](../examples/{notebook.name})" in documents.replace("../../", "../")
+        assert f": examples/{notebook.stem}.md\n" in site

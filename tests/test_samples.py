@@ -1,5 +1,7 @@
 """Drawn traffic signs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from rampart.hardening.attack.ladder import QUICK, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.victims import label_victim
 from rampart.hardening.model.images import Images
-from rampart.samples import SIDE, SIGNS, sample
+from rampart.samples import PHOTOGRAPHS, SIDE, SIGNS, sample
 
 STORE = Path(rp.__file__).parents[1] / "model_store"
 
@@ -40,11 +42,31 @@ def test_samples_writes_as_many_of_each_as_are_asked_for(tmp_path: Path) -> None
     output = run("samples", tmp_path / "signs", "--count", 2, "--seed", 3)
     files = sorted(file.name for file in (tmp_path / "signs").iterdir())
     assert len(files) == 2 * len(SIGNS) + 3
-    assert {"cat.png", "rocket.jpg", "coffee.png"} <= set(files)
+    assert {"cat.jpg", "rocket.jpg", "coffee.jpg"} <= set(files)
     assert {"stop-3.png", "stop-4.png", "no-entry-3.png"} <= set(files)
     assert f"{2 * len(SIGNS) + 3} pictures" in output
     with Image.open(tmp_path / "signs" / "stop-3.png") as file:
         assert np.array_equal(np.asarray(file), np.asarray(sample("stop", 3)))
+
+
+def test_samples_needs_nothing_that_serving_does_not_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; hidden = ('torch', 'torchvision', 'onnx', 'skimage', 'tqdm')\n"
+        "sys.modules.update(dict.fromkeys(hidden))\n"
+        f"import rampart.samples as s; from pathlib import Path; s.write(Path({str(tmp_path)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, photograph in PHOTOGRAPHS.items():
+        with Image.open(tmp_path / f"{name}.jpg") as file:
+            assert min(file.size) == 224
+        assert f"{photograph.name} " in (photograph.parent / "photographs.txt").read_text()
+    assert sum(file.stat().st_size for file in PHOTOGRAPHS.values()) < 60_000
+
+
+def test_the_shipped_model_flags_the_cat_as_the_first_page_shows() -> None:
+    (verdict,) = rp.Model.load(STORE / "traffic-signs").predict([PHOTOGRAPHS["cat"]])
+    assert (verdict.decision, verdict.label) == ("flag", "yield")
+    assert verdict.p_value == pytest.approx(0.0014, abs=5e-4)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ STYLE = (
     ":root{color-scheme:light dark;background:Canvas;color:CanvasText}"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;"
     "overflow-wrap:anywhere}"
-    "pre{background:#f3f3f3;color:#222;padding:.7em;overflow:auto}h2{margin-top:2em}"
+    "pre{background:rgba(128,128,128,.15);padding:.7em;overflow:auto}h2{margin-top:2em}"
 )
 PHONE = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 METHODS = ("get", "put", "post", "delete")

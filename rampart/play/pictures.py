@@ -1,4 +1,4 @@
-"""Pictures that the playground offers: drawn, or those that come with scikit-image."""
+"""Pictures that the playground offers: drawn, or photographs that Rampart carries."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from PIL import Image
 from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.pixels import as_file
 from rampart.model import Model
-from rampart.samples import SIGNS, photographs, sample
+from rampart.samples import PHOTOGRAPHS, SIGNS, sample
 from rampart.scenes import SceneModel
 
 
@@ -42,7 +42,7 @@ def offered(model: Model | SceneModel, own: Path | None = None) -> dict[str, Off
     if len(signs) >= FEW:
         found |= {name: Offer(partial(sign, name), True) for name in signs}
     else:
-        found |= {name: always(file) for name, file in photographs().items()}
+        found |= {name: always(file) for name, file in PHOTOGRAPHS.items()}
     return found | sampled | {"noise": Offer(noise, True)}
 
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 
 
 def test_the_newest_release_of_the_changelog_is_the_one_to_cite() -> None:
@@ -35,3 +36,22 @@ def test_the_newest_release_of_the_changelog_is_the_one_to_cite() -> None:
 )
 def test_what_is_deployed_is_this_version(file: str, pattern: str) -> None:
     assert set(re.findall(pattern, (ROOT / file).read_text())) == {VERSION}
+
+
+def test_the_badges_are_local_and_say_what_the_project_file_says() -> None:
+    least, below = re.findall(r"3\.\d+", PROJECT["requires-python"])
+    newest = f"3.{int(below.removeprefix('3.')) - 1}"
+    said = {
+        "version": f"Version: {VERSION}",
+        "python": f"Python: {least} to {newest}",
+        "licence": f"Licence: {PROJECT['license']}",
+    }
+    shown = re.findall(r"\[!\[(.+?)\]\((.+?)\)\]\((.+?)\)", (ROOT / "README.md").read_text())
+    assert [(words, file) for words, file, _ in shown] == [
+        (words, f"docs/badges/{name}.svg") for name, words in said.items()
+    ]
+    for words, file, target in shown:
+        left, right = words.split(": ")
+        texts = re.findall(r"<text .+>(.+)</text>", (ROOT / file).read_text())
+        assert [text.capitalize() for text in texts] == [left, right]
+        assert (ROOT / target).is_file()
