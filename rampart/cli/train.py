@@ -33,9 +33,7 @@ AIM = "For pictures with boxes: what attacks increase: the sum of the losses, on
 AIM += "picture (alternate, the default), or the strongest per picture"
 PASSES = "For pictures with boxes: how often an epoch shows each picture; default 1"
 REPLAYS = "Steps with each attacked batch; default 1, or 4 with --static, whose attacks stay strong"
-ALONE = (
-    "Attack the classifier alone, for an undefended one that you cannot retrain. An attack "
-)
+ALONE = "Attack the classifier alone, for an undefended one that you cannot retrain. An attack "
 ALONE += "that knows such a purifier beats it"
 SAME = "As in `train`; by default, the classifier's augmentation"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
