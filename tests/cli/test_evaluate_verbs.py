@@ -135,14 +135,14 @@ def test_what_a_purifier_is_for_goes_into_card_and_report_from_every_side(
     before = (model / "card.json").read_bytes()
     assert "| PGD-20 on tiny | 4 |" in run(*line)
     assert (model / "card.json").read_bytes() == before
+    head = "<!-- purifier of bare: made by `rampart table`, do not edit -->"
+    text = f"{head}\n\nnothing yet\n\n<!-- end of purifier of bare -->\n"
+    assert report.with_figures(text, [model]) == text
     output = run(*line, "--into-card")
     part = report.read_card(model)["purifier"]
     assert {row["subject"] for row in part["rows"]} == {"classifier", "undefended"}
     assert {row["n"] for row in part["rows"]} == {4} and part["threat_model"] == "Linf 8/255"
     assert all(line in output for line in part["advice"]) and len(part["advice"]) == 2
-    head = "<!-- purifier of bare: made by `rampart table`, do not edit -->"
-    text = f"{head}\n\nnothing yet\n\n<!-- end of purifier of bare -->\n"
-    assert report.with_figures(text, [tiny_folder]) == text
     text = report.with_figures(text, [model])
     assert "nothing yet" not in text and part["advice"][0] in text and "| clean | 4 |" in text
 

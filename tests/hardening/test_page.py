@@ -222,6 +222,7 @@ def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
         "Features",
         "False alarms",
         "Outside the threat model",
+        "What the purifier is for",
         "Self-checks",
         "The ladder",
         "Threat model and recipe",
