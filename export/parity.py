@@ -74,15 +74,18 @@ def compare(
     # By output, over all runs; NaN where any is, which `max` would pass over.
     gaps = np.max([largest_gaps(own, run) for run in runs], axis=0)
     logit_gap, score_gap, pixel_gap = gaps[:2].max(), gaps[2], gaps[3]
+    # P-values are ranks: of scores in logits, as of consistency, the share of their range counts.
+    spread = np.maximum(1, np.ptp(own.scores, axis=0))  # (D,)
+    doubt = 10 * np.max([np.abs(own.scores - run.scores) / spread for run in runs])
     p = p_values(own.scores, calibration)
-    clear = np.abs(p - rate) > 10 * score_gap
+    clear = np.abs(p - rate) > doubt
     decisions = [clear & ((p < rate) != (p_values(run.scores, calibration) < rate)) for run in runs]
     labels = max(int((own.logits.argmax(1) != run.logits.argmax(1)).sum()) for run in runs)
     differing = (labels, max(int(differ.sum()) for differ in decisions))
     worst = Parity(len(image), float(logit_gap), float(score_gap), int(pixel_gap), *differing)
     # With NaN scores, or a gap that leaves no image clear of the rate, decisions prove nothing. At
     # rate 0 nothing is ever flagged, but scores are still shown: hold them to the usual rate.
-    vacuous = not 10 * score_gap < (rate or 0.01) / 2
+    vacuous = not doubt < (rate or 0.01) / 2
     close = logit_gap <= MAX_LOGIT_GAP * np.ptp(own.logits) and pixel_gap <= MAX_PIXEL_GAP
     if worst.labels_differ or worst.decisions_differ or vacuous or not close:
         raise RuntimeError(f"the exported graph decides differently: {worst}")

@@ -7,6 +7,7 @@ import torch
 
 from rampart.export import parity
 from rampart.export.build import sample_crops
+from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine, Outputs
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.model import pipeline as pipelines
@@ -76,6 +77,7 @@ class Altered:
         lambda out: out._replace(raw_logits=0 * out.raw_logits),
         lambda out: out._replace(raw_logits=out.raw_logits * np.float32("nan")),
         lambda out: out._replace(purified=255 - out.purified),
+        lambda out: out._replace(scores=np.where(out.scores > 0, np.float32("nan"), out.scores)),
     ],
 )
 def test_the_gate_stops_outputs_that_decide_nothing_and_are_shown(
@@ -87,6 +89,20 @@ def test_the_gate_stops_outputs_that_decide_nothing_and_are_shown(
 ) -> None:
     with pytest.raises(RuntimeError, match="labels differ on 0, decisions on 0"):
         parity.compare(tiny_pipeline, Altered(engine, change), calibration, tiny_images.image[:8])
+
+
+@pytest.mark.slow
+def test_scores_in_logits_are_held_to_their_range(tmp_path: Path) -> None:
+    folder = Path("model_store/traffic-signs")
+    guarded, _ = pipelines.load(folder / "weights.safetensors", "guarded")
+    engine = Engine(to_onnx(guarded, tmp_path / "graph.onnx"))
+    image, calibration = sample_crops(32)[:24], load_variant(folder, "guarded")
+    found = parity.compare(guarded, engine, calibration, image)
+    # The sign of a slope near zero may turn, which moves a margin of several logits a little.
+    assert found.decisions_differ == 0 and found.scores < 0.02
+    far = Altered(engine, lambda out: out._replace(scores=out.scores + np.float32(0.02)))
+    with pytest.raises(RuntimeError, match="decides differently"):
+        parity.compare(guarded, far, calibration, image)
 
 
 def test_near_threshold_images_straddle_the_decision_closely(
