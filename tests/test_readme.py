@@ -1,5 +1,6 @@
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,17 @@ def test_every_block_of_code_is_run_by_a_test_or_says_why_not(document: Path) ->
         assert bool(said) == (one.language in ("sh", "python") and (name, one.text) not in run), one
         for file in re.findall(r"[\w/]+\.py", said[1] if said else ""):
             assert (ROOT / file).is_file(), file
+
+
+def test_make_knows_every_target_that_a_document_tells_you_to_make() -> None:
+    text = "\n".join(document.read_text() for document in [*DOCUMENTS, *OTHERS])
+    targets = set(re.findall(r"(?:^ {4}|`|^)make ((?:[\w./-]+)(?: [A-Z]+=[\w-]+)?)", text, re.M))
+    assert {"serve", "serve MODEL=blood-cells", "test", "slow", ".venv/harden"} <= targets
+    for target in sorted(targets):
+        done = subprocess.run(
+            ["make", "-n", *target.split()], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"make {target}: {done.stderr}"
 
 
 def defined(text: str) -> dict[str, Any]:
