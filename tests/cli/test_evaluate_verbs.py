@@ -212,7 +212,7 @@ def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
     with pytest.raises(ValueError, match="the images have the classes"):
         run("ablate", model, *data, "--test", tmp_path / "other.npz")
     output = run("ablate", model, *data, "--test", tmp_path / "test.npz", *CARD)
-    assert "| lean | 20.0% |" in output
+    assert "| lean | 5.0% |" in output
     card = report.read_card(model)
     assert card["test_ablation"]["data"] == "6 test.npz"
     names = [row["name"] for row in card["test_ablation"]["rows"]]
@@ -230,7 +230,7 @@ def test_an_ablation_of_one_row_is_printed_and_kept_nowhere(
     before = report.read_card(model)
     data = ["--data", held, "--held", held, "--limit", 4, "--steps", 1]
     output = run("ablate", model, *data, "--row", "+ energy", "--cache", tmp_path / "found")
-    assert "| + energy | 20.0% |" in output and "| + median |" not in output
+    assert "| + energy | 5.0% |" in output and "| + median |" not in output
     assert report.read_card(model) == before
     with pytest.raises(ValueError, match="--row does not work with --test or --twin"):
         run("ablate", model, *data, "--test", held, "--row", "+ energy")

@@ -175,7 +175,7 @@ def test_a_layer_that_is_missing_is_named_beside_what_the_file_has(
     )
     with pytest.raises(ValueError, match=expected):
         adopt(tmp_path / "w.pth", CONFIG)
-    expected = r"layers of squeezenet1_1, as features\.0\.weight, but conv1\.w"
+    expected = r"layers of squeezenet1_1, such as features\.0\.weight\. It has conv1\.w"
     with pytest.raises(ValueError, match=expected):
         adopt(tmp_path / "w.pth", CONFIG._replace(arch="squeezenet1_1"))
 
