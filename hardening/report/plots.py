@@ -128,16 +128,21 @@ def svg(draw: Callable[[Axes], None], *, height: float = 3.2, width: float = WID
     return uri("svg+xml", buffer.getvalue())
 
 
+def joined(axes: Axes, every: Sequence[Shares]) -> None:
+    """Each of `every` as a line through its points, with their intervals."""
+    for number, s in enumerate(every):
+        ink = INKS[s.name]
+        # Shifted a little, so that equal figures do not hide each other.
+        x = s.place + 0.012 * (number - (len(every) - 1) / 2)
+        axes.vlines(x, s.low, s.high, color=ink.colour, lw=1)
+        axes.plot(x, s.value, ink.marker, label=title(s.name), color=ink.colour, ls=ink.line)
+
+
 def lines(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
     """Shares over a few places from 0 to 1, with their intervals."""
 
     def draw(axes: Axes) -> None:
-        for number, s in enumerate(every):
-            ink = INKS[s.name]
-            # Shifted a little, so that equal figures do not hide each other.
-            x = s.place + 0.012 * (number - (len(every) - 1) / 2)
-            axes.vlines(x, s.low, s.high, color=ink.colour, lw=1)
-            axes.plot(x, s.value, ink.marker, label=title(s.name), color=ink.colour, ls=ink.line)
+        joined(axes, every)
         axes.set(ylim=(-0.02, 1.02), xlabel=x_label, ylabel=y_label)
         places = sorted({place for s in every for place in s.place.tolist()})
         axes.xaxis.set_major_locator(FixedLocator(places))
@@ -151,11 +156,7 @@ def along(every: Sequence[Shares], *, x_label: str, y_label: str) -> str:
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color="#000000", lw=1)
-        for number, s in enumerate(every):
-            ink = INKS[s.name]
-            x = s.place + 0.012 * (number - (len(every) - 1) / 2)
-            axes.vlines(x, s.low, s.high, color=ink.colour, lw=1)
-            axes.plot(x, s.value, ink.marker, label=title(s.name), color=ink.colour, ls=ink.line)
+        joined(axes, every)
         axes.set(xlabel=x_label, ylabel=y_label)
 
     return svg(draw)
