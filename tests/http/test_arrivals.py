@@ -83,7 +83,8 @@ def test_connections_that_fill_up_do_not_hold_up_another() -> None:
             await asyncio.sleep(0)
             crowd += started(arrivals, never, 200)  # newer than the good one
             assert await good == b"quick"
-            assert time.monotonic() - began < SHARE_SECONDS * 2
+            # At its turn, which is one or two shares away; behind all others it would be 40.
+            assert time.monotonic() - began < SHARE_SECONDS * 20
         await ended(crowd)
         assert await asyncio.gather(*started(arrivals, quick, 3 * AT_ONCE))
 
