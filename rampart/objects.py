@@ -308,6 +308,7 @@ def evaluate(
     boxed = pictures(source, part, detector, limit)
     names = boxed.classes
     notice(f"{files[0].name} on {len(boxed)} pictures ({part}), {threat}, {budget}")
+    model = SceneModel.load(home) if home else None
     notice(judging.table({}, names)[0])
     judgement = judging.judge(
         detector,
@@ -315,7 +316,8 @@ def evaluate(
         threat,
         budget,
         source=other,
-        served=served_from(home, detector) if home else None,
+        guard=model.guard() if model else None,
+        served=served_from(model) if model else None,
         cache=cache,
         notice=lambda name, row: notice(judging.line(name, row)),
     )
@@ -327,12 +329,13 @@ def evaluate(
     return judgement
 
 
-def served_from(home: Path, detector: ObjectDetector) -> judging.Finding | None:
+def served_from(model: SceneModel) -> judging.Finding | None:
     """What the graph finds that a model folder ships to be served; None where it ships none."""
-    graph = shipped.find(home, *SceneModel.load(home).form())
+    assert model.folder
+    graph = shipped.find(model.folder, *model.form())
     if graph is None:
         return None
-    return partial(found_by, SceneEngine(graph.file), overlap=detector.net.iou)
+    return partial(found_by, SceneEngine(graph.file), overlap=model.detector.net.iou)
 
 
 def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Precision:

@@ -28,6 +28,7 @@ from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.defended import DefendedDetector
 from rampart.hardening.objects.detector import TASK, ObjectDetector, load
+from rampart.hardening.objects.guard import Guard
 from rampart.hardening.objects.scenes import divided
 from rampart.hardening.report import card as report
 from rampart.provenance import PYTHON
@@ -140,6 +141,11 @@ class SceneModel(Calibrated):
             {"name": str(self.card["model"]), "version": "1.0"},
             **terms(self.card, {}),
         )
+
+    def guard(self, variant: Variant | None = None) -> Guard:
+        """What flags pictures beside the object detector, at the rate that all forms promise."""
+        chosen = self.chosen_variant(variant)
+        return Guard(self.pipeline(chosen), self.calibration(chosen), self.rate)
 
     def gate(self, images: Path) -> Tensor:
         """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""

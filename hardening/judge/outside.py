@@ -18,8 +18,8 @@ from rampart.hardening.attack import cache
 from rampart.hardening.attack import ladder as rungs
 from rampart.hardening.attack.ladder import Budget
 from rampart.hardening.attack.noise import Noise
-from rampart.hardening.attack.objectives import Look, as_loss, mislead, untargeted
-from rampart.hardening.attack.pgd import Loss, Threat, better, pgd
+from rampart.hardening.attack.patch import PLACES, STEPS, patch
+from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge.alarms import PHOTOGRAPHS
 from rampart.hardening.judge.evaluate import PIPELINE_CODE, attack_source, replay
@@ -30,8 +30,6 @@ from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import as_file, to_float, to_uint8
 
 L2 = Threat("L2", 0.5)
-# A sticker: its share of the side, the places that are tried out, and the steps at each.
-STICKER, PLACES, STEPS = 3 / 16, 4, 40
 ATTACKS = f"joint APGD in L2; a patch of any colours, {PLACES} places of {STEPS} steps"
 
 Corrupt = Callable[[Tensor, Noise], Tensor]  # x (N, 3, H, W) in [0, 1], the same after
@@ -80,52 +78,12 @@ CORRUPTIONS: dict[str, Corrupt] = {
 }
 
 
-def patch(look: Look, x: Tensor, label: Tensor, *, share: float = STICKER) -> Tensor:
-    """A square of any colours on x (N, 3, H, W), where gray hurts most (Brown et al. 2017)."""
-    rank = as_loss(mislead(look, untargeted(label), label), len(x))
-    grid = squares(x, share)  # (P, 1, H, W)
-    with torch.no_grad():
-        damage = torch.stack([rank(torch.where(mask, 0.5, x)) for mask in grid], 1)  # (N, P)
-    places = damage.topk(min(PLACES, len(grid)), dim=1).indices
-    best, best_rank = x, torch.full((len(x),), -torch.inf, device=x.device)
-    for place in range(places.shape[1]):
-        pasted = paste(rank, x, grid[places[:, place]], seed=place)
-        with torch.no_grad():
-            best, best_rank = better(best, best_rank, pasted, rank(pasted))
-    return best
-
-
-def paste(rank: Loss, x: Tensor, mask: Tensor, *, seed: int) -> Tensor:
-    """x with what `rank` likes best where `mask` (N, 1, H, W) is: PGD within all colours."""
-    noise = Noise(torch.arange(len(x), device=x.device), seed=seed)
-    start = noise.uniform(*x.shape[1:]) - x
-
-    def composite(z: Tensor) -> Tensor:
-        return torch.where(mask, z, x)
-
-    free = Threat("Linf", 1.0)
-    z = pgd(lambda z: rank(composite(z)), x, free, steps=STEPS, step_size=0.1, start=start)
-    return composite(z)
-
-
-def squares(x: Tensor, share: float) -> Tensor:
-    """Masks (P, 1, H, W) of squares of this share of the height, half a side apart."""
-    height, width = x.shape[2:]
-    side = round(share * height)
-    tops, lefts = (range(0, length - side + 1, max(1, side // 2)) for length in (height, width))
-    masks = torch.zeros((len(tops), len(lefts), 1, height, width), dtype=torch.bool)
-    for row, top in enumerate(tops):
-        for column, left in enumerate(lefts):
-            masks[row, column, 0, top : top + side, left : left + side] = True
-    return masks.flatten(0, 1).to(x.device)
-
-
 def rows(victims: list[Victim], images: Images, budget: Budget, *, folder: Path) -> Iterator[Row]:
     """Shares of `images` right, and right or rejected, under all that was found."""
     clean = to_float(images.image)
     # An attacker may also leave an image as it is.
     attempts = {"clean": [clean], str(L2): [clean], "patch": [clean]}
-    source = attack_source((*PIPELINE_CODE, "judge/outside"))
+    source = attack_source((*PIPELINE_CODE, "attack/patch", "judge/outside"))
     for victim in victims:
         l2 = partial(rungs.joint_apgd, victim.look, threat=L2, budget=budget)
         for name, craft in ((str(L2), l2), ("patch", partial(patch, victim.look))):

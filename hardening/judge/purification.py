@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from rampart.hardening.attack import cache
 from rampart.hardening.attack.ladder import QUICK, in_8_bits
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.patch import PLACES, STEPS, STICKER, patch
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.attack.victims import Victim, batched, label_victim
 from rampart.hardening.judge.alarms import WAYS, sent
 from rampart.hardening.judge.evaluate import LABEL_CODE, attack_source, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
-from rampart.hardening.judge.outside import CORRUPTIONS, PLACES, STEPS, STICKER, patch
+from rampart.hardening.judge.outside import CORRUPTIONS
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.arrays import Bools
 from rampart.hardening.model.card import Row, cell_text
@@ -99,7 +100,7 @@ def corrupted(images: Images) -> Iterator[Setting]:
 def patched(victim: Victim, images: Images, folder: Path) -> Setting:
     """The images with a patch each, made against a victim without a purifier."""
     side = round(STICKER * images.image.shape[1])
-    key = f"{attack_source((*LABEL_CODE, 'judge/outside'))} {victim.fingerprint} patch"
+    key = f"{attack_source((*LABEL_CODE, 'attack/patch'))} {victim.fingerprint} patch"
     title, craft = f"{victim.name}, patch", partial(patch, victim.look)
     x = cache.crafted(folder, key, images, craft, title=title)
     return Setting(STATIC, f"patch of {side}x{side} pixels", (to_uint8(x),))

@@ -2,7 +2,8 @@
 
 All see what every anchor says, before scores are cut and boxes suppressed, so that neither hides a
 gradient. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and Hein 2020; vanish, fabricate and
-mislabel, Chow et al. 2020 (TOG, section 3); random search in squares, Andriushchenko et al. 2020.
+mislabel, Chow et al. 2020 (TOG, section 3); random search in squares, Andriushchenko et al. 2020;
+unseen, after the selective gradients of Bryniarski et al. 2022 (section 4.1).
 """
 
 import math
@@ -15,13 +16,19 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.patch import sticker
 from rampart.hardening.attack.pgd import Outcome, Threat, apgd, pgd, random_start
 from rampart.hardening.objects.boxes import Dense, Truth
 from rampart.hardening.objects.detector import ObjectDetector
+from rampart.hardening.objects.guard import Guard
 
 # What the attacker wants more of, an image each: (detector, x (M, 3, S, S), truth) -> (M,).
 Aim = Callable[[ObjectDetector, Tensor, Sequence[Truth]], Tensor]
 FIRST_SIDE = 0.3  # of the squares of the random search, in parts of the picture
+UNSEEN = ("sum", "vanish", "fabricate", "invert")  # aims that are also tried past a guard
+STUCK = ("sum", "invert")  # aims of the sticker
+# What a flagged picture is worth less than any that passes; float32 still tells margins apart.
+RANK = 10_000.0
 
 
 class Budget(NamedTuple):
@@ -29,6 +36,7 @@ class Budget(NamedTuple):
 
     steps: int = 20  # of each gradient attack
     queries: int = 0  # of the random search; 0 leaves it out
+    patches: bool = False  # whether patches of any colours are tried too
 
     def __str__(self) -> str:
         return f"{self.steps} steps, {self.queries} queries"
@@ -111,15 +119,26 @@ def aims_of(detector: ObjectDetector) -> dict[str, Aim]:
     return aims
 
 
-def attacks_of(detector: ObjectDetector, budget: Budget) -> dict[str, tuple[str, str]]:
-    """(algorithm, aim) of each attack by name: PGD on the losses, Auto-PGD on every aim."""
+def attacks_of(
+    detector: ObjectDetector, budget: Budget, *, guarded: bool = False
+) -> dict[str, tuple[str, str]]:
+    """(algorithm, aim) of each attack by name: PGD on the losses, Auto-PGD on every aim, and past
+    the guard of a `guarded` one.
+    """
     aims = aims_of(detector)
     losses = [*detector.net.loss_names, "sum"]
     attacks = {f"pgd {name}": ("pgd", name) for name in losses}
     attacks |= {f"apgd {name}": ("apgd", name) for name in aims}
+    if guarded:
+        attacks |= {f"unseen {name}": ("unseen", name) for name in UNSEEN}
     if budget.queries:
         attacks["random search"] = ("search", "sum")
     return attacks
+
+
+def patches() -> dict[str, tuple[str, str]]:
+    """(algorithm, aim) of attacks outside the threat model, by name."""
+    return {f"patch {name}": ("patch", name) for name in STUCK}
 
 
 def attack(
@@ -131,8 +150,9 @@ def attack(
     how: tuple[str, str],
     budget: Budget,
     noise: Noise,
+    guard: Guard | None = None,
 ) -> Tensor:
-    """x (N, 3, S, S) after one of `attacks_of`, float32 within the ball."""
+    """x (N, 3, S, S) after one of `attacks_of`, float32 within the ball, or of `patches`."""
     algorithm, name = how
     aim = aims_of(detector)[name]
     start = random_start(x, threat, noise)
@@ -143,14 +163,23 @@ def attack(
     if algorithm == "pgd":
         size = threat.eps * min(1.0, 2.5 / budget.steps)
         return pgd(loss, x, threat, steps=budget.steps, step_size=size, start=start)
-    if algorithm == "apgd":
+    if algorithm == "patch":
+        return sticker(loss, x, places=1)
+    if algorithm in ("apgd", "unseen"):
+        past = guard if algorithm == "unseen" else None
 
         def objective(near: Tensor, rows: Tensor) -> Outcome:
             value = aim(detector, near, [truth[row] for row in rows.tolist()])
+            value = unseen(value, past.margin(near)) if past else value
             return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
 
         return apgd(objective, x, threat, steps=budget.steps, start=start)[0]
     return search(loss, x, threat, queries=budget.queries, noise=noise)
+
+
+def unseen(value: Tensor, margin: Tensor) -> Tensor:
+    """What is gained (N,) where the guard flags nothing; elsewhere how little it does."""
+    return torch.where(margin > 0, -margin - RANK, value)
 
 
 def search(

@@ -18,20 +18,25 @@ from tqdm import tqdm
 from rampart.hardening.attack.cache import write
 from rampart.hardening.attack.ladder import in_8_bits
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.patch import ANY_COLOUR
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.evaluate import attack_source
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.objects.attack import Budget, attack, attacks_of, masked
+from rampart.hardening.objects.attack import Budget, attack, attacks_of, masked, patches
 from rampart.hardening.objects.boxes import Found, Truth
 from rampart.hardening.objects.detector import ObjectDetector
+from rampart.hardening.objects.guard import Guard
 from rampart.hardening.objects.precision import count, interval, precision
 from rampart.hardening.objects.scenes import Boxed
 
 TOGETHER = 8  # pictures that are attacked together
 CLEAN, WORST, SERVED = "clean", "worst case", "as served"
+ACCEPTED = f"{WORST}, accepted"
 # The code that what attacks found depends on.
 SOURCE = ("attack/pgd", "attack/noise", "objects/attack", "objects/detector", "objects/boxes")
+GUARD_SOURCE = ("objects/guard", "objects/defended", "objects/suspicions", "model/calibrate")
+STICKER_SOURCE = ("attack/patch",)
 
 
 class Figures(NamedTuple):
@@ -44,6 +49,7 @@ class Figures(NamedTuple):
     kept: float  # share of objects among the boxes that people see
     false: float  # other boxes that people see, a picture
     n: int
+    flagged: float | None = None  # share of the pictures; None without a guard
 
     def as_json(self, names: Sequence[str]) -> dict[str, Any]:
         """As cards have it."""
@@ -56,7 +62,7 @@ class Figures(NamedTuple):
             "objects_kept": rounded(self.kept),
             "false_boxes": rounded(self.false),
             "n": self.n,
-        }
+        } | ({} if self.flagged is None else {"flagged": rounded(self.flagged)})
 
 
 def rounded(value: float) -> float | None:
@@ -83,6 +89,7 @@ def merit(truth: Truth, found: Found, classes: int) -> tuple[float, int]:
 
 
 Finding = Callable[[Tensor], list[Found]]  # in uint8 (N, S, S, 3)
+Notice = Callable[[str, Figures], None]  # the name of a row, and the row
 
 
 class Judgement(NamedTuple):
@@ -93,6 +100,49 @@ class Judgement(NamedTuple):
     blind: int  # pictures without a gradient: attacks that follow one are blind there
 
 
+class Tally:
+    """What was found in the same pictures under each attack, by the detector and as served."""
+
+    def __init__(
+        self, boxed: Boxed, sides: Mapping[str, Finding], guard: Guard | None, notice: Notice
+    ) -> None:
+        self.boxed, self.sides, self.guard, self.notice = boxed, sides, guard, notice
+        self.found: dict[str, dict[str, list[Found]]] = {side: {} for side in sides}
+        self.flags: dict[str, list[bool]] = {}
+        self.rows: dict[str, Figures] = {}
+
+    def look(self, name: str, image: Tensor) -> None:
+        """Note what is found in the pictures uint8 (N, S, S, 3) as an attack left them."""
+        for side, find in self.sides.items():
+            self.found[side][name] = find(image)
+        if self.guard:
+            self.flags[name] = self.guard.flags(image).tolist()
+        self.note(name, self.found[""][name])
+
+    def note(self, name: str, found: list[Found]) -> None:
+        """Note a row, and tell it."""
+        self.rows[name] = figures(self.boxed.truth, found, len(self.boxed.classes))
+        if flags := self.flags.get(name):
+            self.rows[name] = self.rows[name]._replace(flagged=sum(flags) / len(flags))
+        self.notice(name, self.rows[name])
+
+    def conclude(self) -> None:
+        """Note the worst cases of all that was looked at."""
+        truth, classes = self.boxed.truth, len(self.boxed.classes)
+        for side, tries in self.found.items():
+            if side:
+                self.note(CLEAN + side, tries[CLEAN])
+            tries[WORST] = list(hardest(truth, list(tries.values()), classes))
+            self.note(WORST + side, tries[WORST])
+        if not self.guard:
+            return
+        tries = {name: self.found[""][name] for name in self.flags}
+        passed = accepted(truth, tries, self.flags, classes)
+        if passed:
+            self.rows[ACCEPTED] = figures(*passed, classes)
+            self.notice(ACCEPTED, self.rows[ACCEPTED])
+
+
 def judge(
     detector: ObjectDetector,
     boxed: Boxed,
@@ -100,37 +150,65 @@ def judge(
     budget: Budget,
     *,
     source: ObjectDetector | None = None,
+    guard: Guard | None = None,
     served: Finding | None = None,
     cache: Path | None = None,
-    notice: Callable[[str, Figures], None] = lambda name, row: None,
+    notice: Notice = lambda name, row: None,
 ) -> Judgement:
     """Attack a detector with full knowledge, or with what is crafted on `source`.
 
+    With a `guard` there are attacks that know it too, and a worst case of what it lets through.
     `served` is the graph that is served; it gets rows of its own, on the same attacked pictures.
-    `cache` keeps these, so that a judgement goes on where it was interrupted. `notice` is told of
-    each row once it is known.
+    Patches are outside the threat model, and so in no worst case. `cache` keeps what attacks find,
+    so that a judgement goes on where it was interrupted. `notice` is told of each row once it is
+    known.
     """
     crafted_on = source or detector
-    classes = len(boxed.classes)
     sides = {"": partial(seen, detector)} | ({f", {SERVED}": served} if served else {})
-    found = {side: {CLEAN: find(boxed.image)} for side, find in sides.items()}
-    rows = {CLEAN: figures(boxed.truth, found[""][CLEAN], classes)}
-    notice(CLEAN, rows[CLEAN])
-    for name, how in attacks_of(crafted_on, budget).items():
-        craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget)
-        key = f"{attack_source(SOURCE)} {checkpoint.digest(crafted_on)} {threat!r} {budget} {name}"
-        image = attacked(boxed, craft, threat, title=name, key=key, cache=cache)
-        for side, find in sides.items():
-            found[side][name] = find(image)
-        rows[name] = figures(boxed.truth, found[""][name], classes)
-        notice(name, rows[name])
-    for side, tries in found.items():
-        tries[WORST] = list(hardest(boxed.truth, list(tries.values()), classes))
-        for name in (CLEAN, WORST):
-            rows[name + side] = figures(boxed.truth, tries[name], classes)
-            if name + side != CLEAN:
-                notice(name + side, rows[name + side])
-    return Judgement(rows, found[""], blindness(detector, boxed))
+    tally = Tally(boxed, sides, guard, notice)
+    tally.look(CLEAN, boxed.image)
+    known = guard if crafted_on is detector else None
+
+    def look(name: str, how: tuple[str, str], threat: Threat) -> None:
+        craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget, guard=known)
+        key = f"{keyed(how, known)} {checkpoint.digest(crafted_on)} {threat!r} {budget} {name}"
+        tally.look(name, attacked(boxed, craft, threat, title=name, key=key, cache=cache))
+
+    for name, how in attacks_of(crafted_on, budget, guarded=known is not None).items():
+        look(name, how, threat)
+    tally.conclude()
+    for name, how in patches().items() if budget.patches else ():
+        look(name, how, ANY_COLOUR)
+    return Judgement(tally.rows, tally.found[""], blindness(detector, boxed))
+
+
+def keyed(how: tuple[str, str], guard: Guard | None) -> str:
+    """What the finds of an attack depend on beside the detector and the pictures."""
+    algorithm, _ = how
+    if algorithm == "unseen" and guard:
+        return f"{attack_source((*SOURCE, *GUARD_SOURCE))} {guard.digest()}"
+    return attack_source((*SOURCE, *(STICKER_SOURCE if algorithm == "patch" else ())))
+
+
+def accepted(
+    truth: Sequence[Truth],
+    tries: Mapping[str, Sequence[Found]],
+    flags: Mapping[str, Sequence[bool]],
+    classes: int,
+) -> tuple[list[Truth], Sequence[Found]] | None:
+    """The `hardest` answers among those that were not flagged, and the pictures that have any.
+
+    None where every picture is flagged under every attack.
+    """
+    real, passed = [], []
+    for row, one in enumerate(truth):
+        answers = [found[row] for name, found in tries.items() if not flags[name][row]]
+        if answers:
+            worst_one = min(answers, key=lambda found: merit(one, found, classes))
+            each = [worst_one if flags[name][row] else tries[name][row] for name in tries]
+            real.append(one)
+            passed.append([worst_one, *each])
+    return (real, hardest(real, list(zip(*passed, strict=True)), classes)) if real else None
 
 
 def worst(truth: Sequence[Truth], tries: Sequence[Sequence[Found]], classes: int) -> list[Found]:
@@ -196,7 +274,7 @@ def attacked(
 
 def table(rows: Mapping[str, Figures], names: Sequence[str]) -> list[str]:
     """The figures as lines of text."""
-    head = f"{'':22} mAP50  95% interval    AP     kept   false  " + " ".join(names)
+    head = f"{'':22} mAP50  95% interval    AP     kept   false  flagged  " + " ".join(names)
     return [head, *(line(name, row) for name, row in rows.items())]
 
 
@@ -204,7 +282,8 @@ def line(name: str, row: Figures) -> str:
     """One row of the table."""
     low, high = row.interval
     each = " ".join(f"{value:.2f}" for value in row.classes)
+    flagged = "-" if row.flagged is None else f"{row.flagged:.1%}"
     return (
         f"{name:22} {row.map50:.3f}  {low:.3f} to {high:.3f}  {row.ap:.3f}  {row.kept:.3f}"
-        f"  {row.false:5.2f}  {each}"
+        f"  {row.false:5.2f}  {flagged:>7}  {each}"
     )

@@ -135,6 +135,8 @@ def objects_markdown(attacks: Row) -> str:
     classes = list(attacks["rows"]["clean"]["classes"])
     head = ["", "mAP50", "COCO AP", *(f"AP50 {name}" for name in classes)]
     head += ["objects kept", "false boxes a picture"]
+    guarded = any("flagged" in row for row in attacks["rows"].values())
+    head += ["flagged"] if guarded else []
     body = [
         [
             name,
@@ -143,6 +145,7 @@ def objects_markdown(attacks: Row) -> str:
             *(f"{row['classes'][one]:.1%}" for one in classes),
             f"{row['objects_kept']:.1%}",
             f"{row['false_boxes']:.2f}",
+            *([f"{row['flagged']:.1%}" if "flagged" in row else ""] if guarded else []),
         ]
         for name, row in attacks["rows"].items()
     ]

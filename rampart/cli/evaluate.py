@@ -28,6 +28,7 @@ OBJECTS = "objects.safetensors of `rampart train`"
 SCENES = "Pictures with boxes, in the layout of VOC or COCO"
 SCENES_PART = "Which part to use; if the data name no parts, they are train and validation, by hash"
 SEARCH = "Queries of a random search, which needs no gradient; 0: no search"
+PATCHES = "Also attack with a patch of any colours, outside the threat model"
 CRAFTED = "Make the attacks on this object detector instead, such as the undefended twin"
 JSON = "Write the figures as JSON to this file"
 SAME = "Folder of this run; an unfinished run in it resumes"
@@ -139,6 +140,7 @@ def objects(
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
     steps: Annotated[int, Option(min=1, help="Steps of each attack")] = 20,
     queries: Annotated[int, Option(min=0, help=SEARCH)] = 0,
+    patches: Annotated[bool, Option("--patches", help=PATCHES)] = False,
     crafted_on: Annotated[Path | None, Option(help=CRAFTED), inputs.checkpoint] = None,
     out: Annotated[Path | None, Option(help=JSON), inputs.file_to_write] = None,
     skip_bad: o.SkipBad = False,
@@ -156,11 +158,12 @@ def objects(
     from rampart.sources import Source
 
     home = library.home_of(weights, into_card=into_card)
+    budget = Budget(steps, queries, patches)
     found = library.evaluate(
         (weights, crafted_on),
         Source(pictures, None, skip_bad),
         threat.ball(),
-        Budget(steps, queries),
+        budget,
         part=part,
         limit=limit,
         cache=cache,
@@ -170,7 +173,7 @@ def objects(
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
     if home:
         data, ball = f"{pictures.name}, {part}", threat.ball()
-        setting = {"data": data, "threat_model": str(ball), "budget": str(Budget(steps, queries))}
+        setting = {"data": data, "threat_model": str(ball), "budget": str(budget)}
         setting |= {"command": command_line()}
         library.keep(home, found, setting, into_card=into_card)
 

@@ -12,10 +12,22 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget, attack, attacks_of
-from rampart.hardening.objects.boxes import Dense, Found
+from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches
+from rampart.hardening.objects.boxes import Dense, Found, Truth
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
-from rampart.hardening.objects.judge import WORST, Judgement, figures, judge, merit, table, worst
+from rampart.hardening.objects.guard import Guard
+from rampart.hardening.objects.judge import (
+    ACCEPTED,
+    WORST,
+    Judgement,
+    accepted,
+    figures,
+    judge,
+    merit,
+    table,
+    worst,
+)
+from rampart.scenes import SceneModel
 
 THREAT = Threat(eps=16 / 255)
 SCENES = boxed(6, seed=9)
@@ -79,6 +91,65 @@ def test_the_graph_that_is_served_gets_rows_of_its_own() -> None:
     assert list(rows)[-2:] == ["clean, as served", "worst case, as served"]
     assert rows["worst case, as served"].map50 == 1 > rows["clean"].map50
     assert len(asked) == len(rows) - 3 and torch.equal(asked[0], some.image)
+
+
+@pytest.fixture(scope="module")
+def guard(learned_objects: ObjectDetector) -> Guard:
+    return SceneModel.calibrate(learned_objects, boxed(80, seed=4).image).guard("lean")
+
+
+def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
+    learned_objects: ObjectDetector, guard: Guard
+) -> None:
+    rows = judge(learned_objects, SCENES, THREAT, BUDGET, guard=guard).rows
+    loud, quiet = rows["apgd fabricate"], rows["unseen fabricate"]
+    assert loud.flagged is not None and quiet.flagged is not None
+    assert loud.flagged > 0.5 > quiet.flagged
+    assert rows[WORST].map50 <= rows[ACCEPTED].map50 < rows["clean"].map50 - 0.3
+    assert rows[ACCEPTED].flagged is None and rows[WORST].flagged is None
+    assert "flagged" in rows["clean"].as_json(CLASSES)
+
+
+def test_what_the_guard_sees_is_what_is_served(
+    learned_objects: ObjectDetector, guard: Guard
+) -> None:
+    model = SceneModel.calibrate(learned_objects, boxed(80, seed=4).image)
+    some = boxed(30, seed=5).image
+    some[::2] = torch.randint(0, 256, some[::2].shape, dtype=torch.uint8)  # noise
+    decisions = [one.decision for one in model.predict(list(some.numpy()), variant="lean")]
+    flags = guard.flags(some)
+    assert flags.tolist() == [decision == "flag" for decision in decisions]
+    assert flags.any() and not flags.all()
+    assert torch.equal(guard.margin(to_float(some)) > 0, flags)
+
+
+def test_flagged_answers_do_no_harm() -> None:
+    box, label = torch.tensor([[1.0, 1, 30, 30]]), torch.zeros(1, dtype=torch.int64)
+    right, none = Found(box, torch.ones(1), label), Found(box[:0], torch.ones(0), label[:0])
+    truth = [Truth(box, label)] * 2
+    tries = {"clean": [right, right], "vanish": [none, none]}
+    passed = accepted(truth, tries, {"clean": [False, False], "vanish": [True, False]}, 1)
+    assert passed is not None and [*passed[1]] == [right, none]
+    passed = accepted(truth, tries, {"clean": [True, False], "vanish": [True, True]}, 1)
+    assert passed is not None and (passed[0], [*passed[1]]) == (truth[1:], [right])
+    assert accepted(truth, tries, {name: [True, True] for name in tries}, 1) is None
+
+
+@pytest.mark.parametrize("name", patches())
+def test_a_patch_changes_one_square_and_does_harm(
+    name: str, learned_objects: ObjectDetector
+) -> None:
+    x, truth = to_float(SCENES.image[1:4]), SCENES.truth[1:4]
+    noise = Noise(torch.arange(3))
+    out = attack(learned_objects, x, truth, THREAT, how=patches()[name], budget=BUDGET, noise=noise)
+    changed = (out != x).any(1)
+    for mask in changed:
+        rows, columns = (mask.any(dim).nonzero().flatten() for dim in (1, 0))
+        assert rows.max() - rows.min() < 24 and columns.max() - columns.min() < 24
+    assert out.min() >= 0 and out.max() <= 1
+    gray = torch.where(changed[:, None], torch.tensor(0.5), x)
+    loss = [sum(learned_objects.image_losses(one, truth).values()) for one in (x, gray, out)]
+    assert (loss[2] > loss[1] + 0.1).all() and (loss[2] > loss[0] + 0.1).all()
 
 
 def test_an_empty_picture_is_worst_where_most_is_seen() -> None:

@@ -11,6 +11,7 @@ from rampart.handlers.image import decode
 from rampart.hardening.attack import victims
 from rampart.hardening.attack.ladder import Budget
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.attack.patch import patch
 from rampart.hardening.judge import outside
 from rampart.hardening.judge.alarms import photographs
 from rampart.hardening.model import calibrate, checkpoint
@@ -22,7 +23,7 @@ BUDGET = Budget(steps=3, targets=1, queries=10, standard=False)
 
 
 def test_a_patch_fools_and_leaves_the_rest_as_it_is(learned: Learned) -> None:
-    found = outside.patch(learned.look, learned.x, learned.label, share=0.5)
+    found = patch(learned.look, learned.x, learned.label, share=0.5)
     changed = (found != learned.x).any(1)  # (N, H, W)
     side = learned.x.shape[2] // 2
     for mask in changed:
