@@ -370,10 +370,11 @@ def task(data: Path, arch: str | None, *, boxes: bool) -> None:
     """Data with boxes and an object detector, or neither."""
     if arch and finds_objects(arch) and not boxes:
         raise ValueError(f"--arch {arch} finds objects, but {data} has no boxes: {NO_BOXES}")
-    if arch and boxes and not finds_objects(arch):
+    own = arch and ":" in arch and not arch.startswith("timm:")  # it may be either
+    if arch and boxes and not finds_objects(arch) and not own:
         raise ValueError(
             f"{data} has boxes, but --arch {arch} is a classifier: choose one of"
-            f" {', '.join(ARCHITECTURES)}, as ssd or ssd-resnet34"
+            f" {', '.join(ARCHITECTURES)}, as ssd or ssd-resnet34, or a factory of yours"
         )
 
 

@@ -22,11 +22,12 @@ from rampart.handlers.engine import SceneEngine
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.card import FILE as CARD
-from rampart.hardening.model.classifier import RESNETS, ClassifierConfig
+from rampart.hardening.model.classifier import RESNETS, VGGS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
 from rampart.hardening.objects.detector import (
@@ -34,6 +35,7 @@ from rampart.hardening.objects.detector import (
     ObjectConfig,
     ObjectDetector,
     load,
+    of_factory,
     on_classifier,
 )
 from rampart.hardening.objects.places import splits_name
@@ -89,7 +91,7 @@ def read(source: Source) -> Divided:
 
 
 def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDetector:
-    """An object detector as training begins with it: new, on a classifier's ResNet, or going on.
+    """An object detector as training begins with it: new, on a classifier, or going on.
 
     Raises ValueError where `init` does not fit the classes or the architecture.
     """
@@ -103,13 +105,16 @@ def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDe
             )
         return detector
     if init:
-        if name == "ssdlite":
+        if name == "ssdlite" or is_factory(net.arch):
             raise ValueError(
-                f"--init {init}: SSDLite has its own backbone: use --arch ssd or fasterrcnn"
+                f"--init {init}: {net.arch} has its own backbone: use --arch ssd or fasterrcnn, or"
+                " leave out --init"
             )
         return on_classifier(name, load_classifier(init), classes, net.size)
-    if name != "ssdlite" and backbone not in RESNETS:
-        known = ", ".join(RESNETS)
+    if is_factory(net.arch):
+        return of_factory(net.arch, classes, net.size)
+    if name != "ssdlite" and backbone not in (*RESNETS, *VGGS):
+        known = ", ".join((*RESNETS, *VGGS))
         raise ValueError(f"--arch {net.arch}: {name} needs one of {known}, as {name}-resnet18")
     own = None if name == "ssdlite" else ClassifierConfig(backbone, 2, net.width, net.size)
     return ObjectDetector(ObjectConfig(name, classes, net.size, own))

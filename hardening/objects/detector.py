@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,20 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from rampart.hardening.model import checkpoint
-from rampart.hardening.model.classifier import RESNETS, SMALL, Classifier, ClassifierConfig
+from rampart.hardening.model.classifier import (
+    RESNETS,
+    SMALL,
+    VGGS,
+    Classifier,
+    ClassifierConfig,
+)
 from rampart.hardening.model.pipeline import classifier_config
+from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects.boxes import Candidates, Dense, Found, Truth, strongest, suppressed
+from rampart.hardening.objects.own import Network, normalization, own_network
 from rampart.hardening.objects.places import ARCHITECTURES
-from rampart.hardening.objects.single_stage import SingleStage, ssd_on, ssdlite
-from rampart.hardening.objects.two_stage import TwoStage, faster_rcnn_on
+from rampart.hardening.objects.single_stage import ssd_on, ssdlite
+from rampart.hardening.objects.two_stage import faster_rcnn_on
 
 TASK = "detect"  # of a file of weights; files of classifiers have none
 TOP = 400  # candidates of each class, as torchvision's SSD has them
@@ -33,7 +41,7 @@ class ObjectConfig(NamedTuple):
     arch: str
     classes: tuple[str, ...]
     size: int = 256  # pixels a side of the square that pictures are letterboxed into
-    backbone: ClassifierConfig | None = None  # a ResNet; SSDLite has its own
+    backbone: ClassifierConfig | None = None  # a ResNet or VGG; SSDLite has its own
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scales: tuple[float, ...] = ()  # of the anchors, in parts of `size`; () for the usual ones
@@ -66,7 +74,7 @@ class ObjectDetector(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self.net = build(config)
+        self.net = cast(Network, build(config))
 
     def dense(self, x: Tensor) -> Dense:
         """What every anchor or proposal says of x (N, 3, S, S), with gradients."""
@@ -93,15 +101,20 @@ class ObjectDetector(nn.Module):
         return suppressed(self.candidates(x), iou=self.net.iou, most=MOST)
 
 
-def build(config: ObjectConfig) -> SingleStage | TwoStage:
-    """The network of a config, with new weights."""
-    if config.arch not in ARCHITECTURES:
+def build(config: ObjectConfig) -> nn.Module:
+    """The network of a config, with new weights, or with those that your own comes with."""
+    if config.arch not in ARCHITECTURES and not is_factory(config.arch):
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"unknown object detector {config.arch!r}: choose one of {known}")
+        raise ValueError(
+            f"unknown object detector {config.arch!r}: choose one of {known}, or a factory of yours"
+            " as package.module:factory"
+        )
     if config.size % 64 or config.size < 128:
         raise ValueError(f"--image-size {config.size}: take a multiple of 64 from 128 on")
     if not config.classes:
         raise ValueError("an object detector knows one class or more: none is named")
+    if is_factory(config.arch):
+        return own_network(config.arch, len(config.classes), config.size)
     if config.arch == "ssdlite":
         return ssdlite(len(config.classes), config.size, config.scales or LITE_SCALES)
     make = ssd_on if config.arch == "ssd" else faster_rcnn_on
@@ -111,29 +124,37 @@ def build(config: ObjectConfig) -> SingleStage | TwoStage:
     return make(pyramid(config), CHANNELS, len(config.classes), config.size, scales)
 
 
+def of_factory(arch: str, classes: Sequence[str], size: int) -> ObjectDetector:
+    """The object detector that a registered factory makes, with its weights and normalization."""
+    return ObjectDetector(ObjectConfig(arch, tuple(classes), size, None, *normalization(arch)))
+
+
 def on_classifier(
     arch: str, classifier: Classifier, classes: Sequence[str], size: int
 ) -> ObjectDetector:
-    """A new object detector on the weights of a classifier's ResNet, with its normalization.
+    """A new object detector on the weights of a classifier, with its normalization.
 
     An adversarially trained one is the best begin for a robust detector (Li et al. 2023).
     """
     net = classifier.config
     config = ObjectConfig(arch, tuple(classes), size, net, net.mean, net.std)
     detector = ObjectDetector(config)
-    body: Any = detector.net.backbone.body
+    body: Any = cast(Any, detector.net).backbone.body
     weights = classifier.backbone.state_dict()
-    body.load_state_dict({name: weights[name] for name in body.state_dict()})
+    inside = "features." if net.arch in VGGS else ""
+    body.load_state_dict({name: weights[inside + name] for name in body.state_dict()})
     return detector
 
 
 def pyramid(config: ObjectConfig) -> nn.Module:
-    """Maps at strides of 8 to 64 pixels, made from the last two layers of the ResNet."""
+    """Maps at strides of 8 to 64 pixels, made from the last layers of a ResNet or VGG."""
     backbone = config.backbone
-    if backbone is None or backbone.arch not in RESNETS:
+    if backbone is None or backbone.arch not in (*RESNETS, *VGGS):
         named = backbone.arch if backbone else "none"
-        raise ValueError(f"{config.arch} stands on a ResNet: its backbone is {named}")
+        raise ValueError(f"{config.arch} stands on a ResNet or VGG: its backbone is {named}")
     net: Any = Classifier(backbone).backbone
+    if backbone.arch in VGGS:
+        return on_vgg(net.features)
     layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
     if backbone.image_size <= SMALL:  # its stem keeps the resolution: halve it, for the stride
         net.conv1.stride = (2, 2)
@@ -143,6 +164,19 @@ def pyramid(config: ObjectConfig) -> nn.Module:
         deep = [layer[-1].conv3.out_channels for layer in (net.layer2, net.layer3, net.layer4)]
     extra = LastLevelP6P7(CHANNELS, CHANNELS) if len(layers) == 2 else LastMap()
     return Pyramid(net, layers, deep[-len(layers) :], CHANNELS, extra, nn.BatchNorm2d)
+
+
+def on_vgg(features: nn.Sequential) -> nn.Module:
+    """The pyramid on what a VGG has before its last two poolings, at strides of 8 and 16."""
+    every = list(features)
+    pools = [row for row, layer in enumerate(every) if isinstance(layer, nn.MaxPool2d)][-2:]
+    layers = {str(row - 1): str(number) for number, row in enumerate(pools)}
+    deep = [
+        [layer.out_channels for layer in every[:row] if isinstance(layer, nn.Conv2d)][-1]
+        for row in pools
+    ]
+    extra = LastLevelP6P7(CHANNELS, CHANNELS)
+    return Pyramid(features, layers, deep, CHANNELS, extra, nn.BatchNorm2d)
 
 
 class Pyramid(BackboneWithFPN):  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""SSD: boxes and classes from every cell of several feature maps, as torchvision defines it.
+"""Boxes and classes from every cell of several feature maps, as torchvision defines it.
 
 Sources: SSD, Liu et al. 2016; SSDLite, Sandler et al. 2018 (section 6.2); the pyramid of features,
-Lin et al. 2017.
+Lin et al. 2017a; RetinaNet, Lin et al. 2017b.
 """
 
 from collections.abc import Sequence
@@ -10,26 +10,27 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import ssdlite320_mobilenet_v3_large
 from torchvision.ops import box_iou
 
 from rampart.hardening.objects.boxes import Dense, Truth
 
-IOU = 0.45  # above which the weaker of two boxes is the same object
 RATIOS = (2, 3)  # of the sides of an anchor, beside squares
 
 
 class SingleStage(nn.Module):
-    """An SSD without its resizing: x (N, 3, S, S), normalized, to what each anchor says."""
+    """An SSD or RetinaNet without its resizing: x (N, 3, S, S), normalized, to what anchors say."""
 
-    iou, loss_names = IOU, ("classification", "localization")
+    loss_names = ("classification", "localization")
 
-    def __init__(self, ssd: SSD, size: int) -> None:
+    def __init__(self, whole: SSD | RetinaNet, size: int) -> None:
         super().__init__()
-        self.backbone, self.head, self.size = ssd.backbone, ssd.head, size
-        self._ssd = [ssd]  # beside the parts that have weights, what computes their losses
-        self.register_buffer("anchors", anchors(ssd, size), persistent=False)
+        self.backbone, self.head, self.size = whole.backbone, whole.head, size
+        self.iou: float = whole.nms_thresh
+        self._whole = [whole]  # beside the parts that have weights, what computes their losses
+        self.register_buffer("anchors", anchors(whole, size), persistent=False)
         self.anchors: Tensor
 
     def raw(self, x: Tensor) -> dict[str, Tensor]:
@@ -42,20 +43,29 @@ class SingleStage(nn.Module):
         outputs = self.raw(x)
         codes = outputs["bbox_regression"]
         every = self.anchors.expand(codes.shape[0], -1, -1).reshape(-1, 4)
-        boxes = self._ssd[0].box_coder.decode_single(codes.reshape(-1, 4), every)
+        boxes = self._whole[0].box_coder.decode_single(codes.reshape(-1, 4), every)
         boxes = boxes.clamp(0, self.size).reshape(codes.shape)
-        return Dense(boxes[:, :, None], outputs["cls_logits"])
+        return Dense(boxes[:, :, None], self.against_background(outputs["cls_logits"]))
+
+    def against_background(self, logits: Tensor) -> Tensor:
+        """Logits (N, A, K + 1) as softmax takes them: RetinaNet has each class alone."""
+        if isinstance(self._whole[0], SSD):
+            return logits
+        return torch.cat([torch.zeros_like(logits[:, :, :1]), logits[:, :, 1:]], dim=2)
 
     def losses(self, x: Tensor, truth: Sequence[Truth]) -> list[dict[str, Tensor]]:
-        """SSD's losses of each image."""
+        """The losses of each image."""
         outputs = self.raw(x)
         each = []
         for row, (boxes, labels) in enumerate(truth):
             own = {name: value[row : row + 1] for name, value in outputs.items()}
             target = {"boxes": boxes, "labels": labels + 1}
-            if len(boxes):
-                matched = self._ssd[0].proposal_matcher(box_iou(boxes, self.anchors))
-                out = self._ssd[0].compute_loss([target], own, [self.anchors], [matched])
+            whole = self._whole[0]
+            if isinstance(whole, RetinaNet):
+                out = whole.compute_loss([target], own, [self.anchors])
+            elif len(boxes):
+                matched = whole.proposal_matcher(box_iou(boxes, self.anchors))
+                out = whole.compute_loss([target], own, [self.anchors], [matched])
             else:
                 out = {"bbox_regression": codes_of_none(own), "classification": nothing(own)}
             each.append(
@@ -77,15 +87,15 @@ def nothing(outputs: dict[str, Tensor], *, hardest: int = 3) -> Tensor:
     return -background.topk(hardest, largest=False).values.sum()
 
 
-def anchors(ssd: SSD, size: int) -> Tensor:
+def anchors(whole: SSD | RetinaNet, size: int) -> Tensor:
     """The anchors (A, 4) of a square picture, in pixels."""
     x = torch.zeros(1, 3, size, size)
-    training = ssd.training
-    ssd.eval()
+    training = whole.training
+    whole.eval()
     with torch.no_grad():
-        maps = list(ssd.backbone(x).values())
-        (boxes,) = ssd.anchor_generator(ImageList(x, [(size, size)]), maps)
-    ssd.train(training)
+        maps = list(whole.backbone(x).values())
+        (boxes,) = whole.anchor_generator(ImageList(x, [(size, size)]), maps)
+    whole.train(training)
     result: Tensor = boxes
     return result
 

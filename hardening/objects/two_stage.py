@@ -1,9 +1,10 @@
 """Faster R-CNN: proposals, and a second look at each, as torchvision defines it (Ren et al. 2015).
 
-Its proposals are of a fixed number: the strongest of all levels, with no suppression among them.
-Each is looked at in one level of the pyramid. So the graph has one shape for all pictures.
+Its proposals are of a fixed number: the strongest of all levels, with no suppression among them. So
+the graph has one shape for all pictures.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,10 +15,10 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredict
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import initLevelMapper
 
 from rampart.hardening.objects.boxes import Dense, Truth
 
-IOU = 0.5
 PROPOSALS = 256  # of a picture
 HIDDEN = 256  # of the second look
 POOLED = 7  # cells a side that a proposal is looked at by
@@ -32,11 +33,12 @@ NAMES = {
 class TwoStage(nn.Module):
     """A Faster R-CNN without its resizing: x (N, 3, S, S), normalized, to what proposals say."""
 
-    iou, loss_names = IOU, tuple(NAMES.values())
+    loss_names = tuple(NAMES.values())
 
     def __init__(self, rcnn: FasterRCNN, size: int) -> None:
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = rcnn.backbone, rcnn.rpn, rcnn.roi_heads
+        self.iou: float = rcnn.roi_heads.nms_thresh
         self.size = size
         x = torch.zeros(1, 3, size, size)
         with torch.no_grad():
@@ -75,23 +77,29 @@ class TwoStage(nn.Module):
         return Dense(boxes, logits.float().reshape(count, number, -1))
 
     def pooled(self, maps: dict[str, Tensor], proposals: Tensor) -> Tensor:
-        """What each of the proposals (N, P, 4) covers of the finest map, (N * P, C, 7, 7).
+        """What each of the proposals (N, P, 4) covers of the map of its size, (N * P, C, 7, 7).
 
-        As `box_roi_pool` does it, but for any batch: a graph cannot go through a list of pictures.
+        As `box_roi_pool` does it, but for any batch: a graph cannot go through a list of pictures,
+        so each proposal is looked at in every map.
         """
-        pool, (level,) = self.roi_heads.box_roi_pool, self.roi_heads.box_roi_pool.featmap_names
-        finest = maps[level]
+        pool = self.roi_heads.box_roi_pool
         count, number = proposals.shape[:2]
         picture = torch.arange(count, device=proposals.device).to(proposals.dtype)
         rows = picture[:, None, None].expand(-1, number, -1)
         rois = torch.cat([rows, proposals], dim=2).reshape(-1, 5)
-        out: Tensor = roi_align(
-            finest,
-            rois,
-            pool.output_size,
-            finest.shape[-1] / self.size,
-            pool.sampling_ratio,
-        )
+        looked_at = [maps[name] for name in pool.featmap_names if name in maps]
+        scales = [one.shape[-1] / self.size for one in looked_at]
+        every = [
+            roi_align(one, rois, pool.output_size, scale, pool.sampling_ratio)
+            for one, scale in zip(looked_at, scales, strict=True)
+        ]
+        out: Tensor = every[0]
+        if len(every) > 1:
+            coarsest, finest = (round(-math.log2(scale)) for scale in (scales[-1], scales[0]))
+            sizes = (pool.canonical_scale, pool.canonical_level)
+            level = initLevelMapper(finest, coarsest, *sizes)([proposals.reshape(-1, 4)])
+            for number, other in enumerate(every[1:], start=1):
+                out = torch.where((level == number)[:, None, None, None], other, out)
         return out
 
     def losses(self, x: Tensor, truth: Sequence[Truth]) -> list[dict[str, Tensor]]:

@@ -136,6 +136,7 @@ def objects(
     weights: Annotated[Path, Argument(help=OBJECTS), inputs.checkpoint],
     pictures: Annotated[Path, Argument(help=SCENES), inputs.scenes],
     threat: o.Threat,
+    arch: o.Own = None,
     part: Annotated[Literal["train", "validation", "test"], Option(help=SCENES_PART)] = "test",
     limit: Annotated[int | None, Option(min=1, help=o.LIMIT)] = None,
     steps: Annotated[int, Option(min=1, help="Steps of each attack")] = 20,

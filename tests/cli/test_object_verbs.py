@@ -11,6 +11,7 @@ from drawn import write_voc
 
 from rampart import inputs
 from rampart.hardening.model import checkpoint
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.objects.jitter import JITTERS
 from rampart.hardening.objects.training import AIMS, METHODS
 
@@ -45,6 +46,29 @@ def test_pictures_with_boxes_make_an_object_detector_that_is_then_attacked(tmp_p
     assert figures["task"] == "detect" and figures["rows"]["clean"]["n"] == 2
     with pytest.raises(ValueError, match="has no part test"):
         run("objects", file, data)
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_your_own_object_detector_is_trained_attacked_and_calibrated(tmp_path: Path) -> None:
+    data = write_voc(tmp_path / "voc", 48, parts={"train": range(4), "val": range(4, 48)})
+    own = ("--arch", "owned:ssd")
+    small = ("--data", data, "--image-size", 128, "--device", "cpu", "--validate-on", 2)
+    with pytest.raises(ValueError, match="makes a Linear"):
+        run("train", *small, "--arch", "owned:classifier", "--out", tmp_path / "run")
+    run("train", *small, *own, "--epochs", 1, "--batch-size", 4, "--out", tmp_path / "run")
+    file = tmp_path / "run" / "objects.safetensors"
+    with pytest.raises(ValueError, match="has its own backbone"):
+        run("train", *small, *own, "--init", scene_classifier(tmp_path), "--out", tmp_path / "b")
+    said = run("objects", file, data, *own, "--part", "validation", "--steps", 1, "--limit", 2)
+    assert "worst case" in said and "apgd localization" in said
+
+
+def scene_classifier(folder: Path) -> Path:
+    """A file of a classifier's weights."""
+    net = Classifier(ClassifierConfig("resnet10", 10, 0.125))
+    checkpoint.save(folder / "c.safetensors", net, {"classifier": net.config._asdict()})
+    return folder / "c.safetensors"
 
 
 @pytest.mark.slow

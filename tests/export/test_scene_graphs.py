@@ -19,10 +19,11 @@ from rampart.export.shipped import SceneParity, find
 from rampart.export.to_onnx import check_batch_is_dynamic
 from rampart.export.to_tensorrt import unsupported
 from rampart.handlers.engine import Engine, EngineError, SceneEngine, SceneOutputs
+from rampart.hardening.model import registry
 from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.defended import VARIANTS, DefendedDetector
-from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, of_factory
 from rampart.scenes import SceneModel
 
 
@@ -63,6 +64,40 @@ def test_the_gate_passes_the_graph_of_the_same_pipeline(
     assert found.images == 18 and found.boxes > 50
     assert found.unmatched == found.decisions_differ == 0
     assert found.iou > 0.999 and found.confidence < 1e-3 and found.scores < 1e-3
+
+
+def own(name: str) -> ObjectDetector:
+    """A network of tests/owned.py, with heads that tell places apart."""
+    registry.import_factory(f"owned:{name}")
+    torch.manual_seed(0)
+    detector = of_factory(f"owned:{name}", ("disc", "square"), 128)
+    with torch.no_grad():
+        for part, weight in detector.named_parameters():
+            if "head" in part or "predictor" in part:
+                weight.copy_(torch.randn_like(weight) / 20)
+    return detector
+
+
+@pytest.mark.slow
+def test_the_gate_passes_a_faster_rcnn_of_yours_that_looks_at_several_maps(
+    image: torch.Tensor, tmp_path: Path
+) -> None:
+    model = SceneModel.calibrate(own("faster_rcnn"), boxed(80, seed=1).image)
+    folder = model.save(tmp_path / "own")
+    found = build(folder, "lean", tmp_path / "graph.onnx", images=image, rate=0.1)
+    assert isinstance(found, SceneParity) and found.boxes > 1000
+    assert found.unmatched == found.decisions_differ == 0
+    check_batch_is_dynamic(tmp_path / "graph.onnx")
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_retinanet_of_yours_says_what_the_network_says(tmp_path: Path) -> None:
+    pipeline = DefendedDetector(own("retinanet"), VARIANTS["lean"]).eval().requires_grad_(False)
+    engine = SceneEngine(gate.to_onnx(pipeline, tmp_path / "graph.onnx"), threads=1)
+    for batch in (1, 3):
+        noise = torch.randint(0, 256, (batch, 128, 128, 3), dtype=torch.uint8)  # without ties
+        for mine, other in zip(engine.run(noise.numpy()), pipeline(noise), strict=True):
+            torch.testing.assert_close(torch.from_numpy(mine), other, rtol=1e-3, atol=1e-3)
 
 
 def test_the_gate_stops_a_graph_with_other_weights(

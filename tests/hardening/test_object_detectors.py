@@ -1,23 +1,41 @@
 """Networks that find objects: their contract with training, attack, export and files."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
+import owned
 import pytest
 import torch
+from torchvision.models.detection.ssd import SSD
 
-from rampart.hardening.model import checkpoint
+from rampart.hardening.model import checkpoint, registry
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.objects.boxes import Candidates, Dense, Truth, strongest, suppressed
-from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, load, save
+from rampart.hardening.objects.detector import (
+    ObjectConfig,
+    ObjectDetector,
+    load,
+    of_factory,
+    on_classifier,
+    save,
+)
 
 SMALL = ClassifierConfig("resnet10", 10, 0.125)
 LARGE = ClassifierConfig("resnet50", 10, 0.125, 224)
+VGG = ClassifierConfig("vgg11_bn", 10, 0.125)
 CLASSES = ("disc", "square")
+OWN = ("ssd", "retinanet", "faster_rcnn")
+for name in (*OWN, "Whole", "classifier"):
+    registry.import_factory(f"owned:{name}")
 CONFIGS = {
     "ssdlite": ObjectConfig("ssdlite", CLASSES, 128),
     "ssd": ObjectConfig("ssd", CLASSES, 128, SMALL),
     "ssd on bottlenecks": ObjectConfig("ssd", CLASSES, 128, LARGE),
     "fasterrcnn": ObjectConfig("fasterrcnn", CLASSES, 128, SMALL),
+    "ssd on VGG": ObjectConfig("ssd", CLASSES, 128, VGG),
+    "fasterrcnn on VGG": ObjectConfig("fasterrcnn", CLASSES, 128, VGG._replace(arch="vgg11")),
+    **{f"own {name}": ObjectConfig(f"owned:{name}", CLASSES, 128) for name in OWN},
 }
 SCENE = Truth(torch.tensor([[10.0, 10, 50, 60], [70, 64, 120, 120]]), torch.tensor([0, 1]))
 EMPTY = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -80,7 +98,10 @@ def test_a_classifier_is_no_object_detector(tmp_path: Path) -> None:
     ("config", "word"),
     [
         (ObjectConfig("yolo", CLASSES), "choose one of ssdlite"),
-        (ObjectConfig("ssd", CLASSES), "stands on a ResNet"),
+        (ObjectConfig("ssd", CLASSES), "stands on a ResNet or VGG"),
+        (ObjectConfig("owned:ssd", ("disc",)), "tells 3 classes, with background, but .* show 1"),
+        (ObjectConfig("owned:classifier", CLASSES), "makes a Linear: return torchvision's SSD"),
+        (ObjectConfig("owned:unheard_of", CLASSES), "name its factory again"),
         (ObjectConfig("ssd", CLASSES, 250, SMALL), "multiple of 64"),
         (ObjectConfig("ssdlite", ()), "one class or more"),
     ],
@@ -111,11 +132,55 @@ def test_of_boxes_that_overlap_the_surest_of_each_class_is_left() -> None:
     assert torch.allclose(found.scores, torch.tensor([0.9, 0.4]))
 
 
-def test_proposals_are_pooled_as_torchvision_pools_them() -> None:
+@pytest.mark.parametrize("name", ["fasterrcnn", "own faster_rcnn"])
+def test_proposals_are_pooled_as_torchvision_pools_them(name: str) -> None:
     torch.manual_seed(0)
-    net = ObjectDetector(CONFIGS["fasterrcnn"]).eval().net
+    net = ObjectDetector(CONFIGS[name]).eval().net
     with torch.no_grad():
         maps = net.maps(torch.rand(3, 3, 128, 128))
         proposals = net.proposals(maps)
         expected = net.roi_heads.box_roi_pool(maps, list(proposals), [(128, 128)] * 3)
         torch.testing.assert_close(net.pooled(maps, proposals), expected)
+    sides = (proposals[..., 2:] - proposals[..., :2]).prod(2).sqrt()
+    assert sides.min() < owned.NEXT_MAP < sides.max()
+
+
+@pytest.mark.parametrize("make", [owned.ssd, owned.retinanet])
+def test_your_own_network_finds_what_it_found_before(make: Callable[[int], SSD]) -> None:
+    torch.manual_seed(3)
+    theirs = make(2).eval()  # of one class and background, for RetinaNet asks for each class alone
+    with torch.no_grad():
+        for weight in theirs.head.parameters():
+            weight.copy_(torch.randn_like(weight) / 20)
+    registry.register("owned:again", lambda: copy.deepcopy(theirs))
+    ours, x = of_factory("owned:again", ("disc",), 128).eval(), torch.rand(2, 3, 128, 128)
+    assert ours.config.mean == tuple(theirs.transform.image_mean)
+    with torch.no_grad():
+        for mine, other in zip(ours(x), theirs(list(x)), strict=True):
+            assert len(mine.boxes) >= 20 and len(other["boxes"]) >= 20
+            torch.testing.assert_close(mine.boxes[:20], other["boxes"][:20], rtol=0, atol=1e-3)
+            torch.testing.assert_close(mine.scores[:20], other["scores"][:20])
+            assert (mine.labels[:20] + 1 == other["labels"][:20]).all()
+
+
+def test_a_module_of_yours_with_the_four_names_is_taken_as_it_is() -> None:
+    net, x = of_factory("owned:Whole", CLASSES, 128).eval(), torch.rand(2, 3, 128, 128)
+    assert net.config.mean == (0, 0, 0) and net.config.std == (1, 1, 1)
+    with torch.no_grad():
+        (found, _) = net(x)
+        assert found.boxes[0].tolist() == [0, 0, 128, 128]
+        share = net.net.head(x.mean((2, 3))).softmax(1)[0, 1:].amax()
+        torch.testing.assert_close(found.scores[0], share)
+        assert net.image_losses(x, [SCENE, EMPTY])["classification"].shape == (2,)
+
+
+@pytest.mark.parametrize("arch", ["ssd", "fasterrcnn"])
+def test_a_detector_on_a_vgg_begins_with_its_layers(arch: str) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(VGG).eval()
+    net, x = on_classifier(arch, classifier, CLASSES, 128).eval(), torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        fourth, fifth = net.net.backbone.body(x).values()
+        expected = classifier.backbone.features[:21](x)  # all before the fourth pooling
+    assert fourth.shape[2] == 128 // 8 and fifth.shape[2] == 128 // 16
+    torch.testing.assert_close(fourth, expected)
