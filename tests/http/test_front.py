@@ -162,9 +162,17 @@ def test_what_is_not_there_is_told_in_our_form(
 
 
 @feature("Client deadlines", "Rampart")
-def test_a_clients_own_deadline_counts(front: Server, picture: bytes) -> None:
-    late = requests.post(front.url, picture, headers={"X-Request-Timeout-Ms": "0"}, timeout=10)
+def test_a_clients_own_deadline_counts_and_what_is_none_harms_nothing(
+    front: Server, picture: bytes
+) -> None:
+    def ask(deadline: str | bytes) -> requests.Response:
+        headers = {"X-Request-Timeout-Ms": deadline}
+        return requests.post(front.url, picture, headers=headers, timeout=60)
+
+    late = ask("0")
     assert (late.status_code, late.json()["type"]) == (504, "too_late")
+    for text in (b"\xb2", b"9" * 5000, b"soon", b""):  # a superscript is a digit, and no number
+        assert ask(text).status_code == 200, text
 
 
 def connected(server: Server, count: int, data: bytes, stack: ExitStack) -> list[socket.socket]:

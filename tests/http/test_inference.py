@@ -4,6 +4,7 @@ import queue
 import signal
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from servers import Server, free_port
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from rampart.handlers.errors import ImageError
 from rampart.handlers.http.arrivals import AT_ONCE
 from rampart.handlers.http.bodies import MAX_BODY
+from rampart.handlers.http.inference import as_http
 from rampart.handlers.http.messages import CLASSES, MESSAGES
 from rampart.launch.probe import probe
 
@@ -161,6 +164,7 @@ def test_typed_contents_are_answered_by_typed_contents(
         (infer({"uint_contents": [256]}, [1], "UINT8"), "INVALID_ARGUMENT", "malformed_tensor"),
         (infer({"uint_contents": [1] * 600_000}, [1], "UINT8"), "INVALID_ARGUMENT", None),
         (infer({"fp32_contents": [1.0]}, [1], "FP32"), "INVALID_ARGUMENT", "malformed_tensor"),
+        (infer({"bytes_contents": [b""] * 33}, [33]), "INVALID_ARGUMENT", "too_many_images"),
         (service_pb2.ModelInferRequest(model_name="tiny"), "INVALID_ARGUMENT", "malformed_tensor"),
         (service_pb2.ModelInferRequest(model_name="none"), "NOT_FOUND", "no_such_model"),
         (infer({"bytes_contents": [bytes(MAX_BODY)]}, [1]), "RESOURCE_EXHAUSTED", None),
@@ -175,6 +179,22 @@ def test_what_is_wrong_is_told_by_status_type_and_message(
     if kind:
         trailer = dict(caught.value.trailing_metadata())
         assert trailer["error-type"] == kind and caught.value.details()
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
+def test_millions_of_empty_contents_are_refused_before_one_is_read(raw: bool) -> None:
+    """A message has room for three million, of which Python would make a gigabyte."""
+    request = CLASSES["ModelInferRequest"](model_name="tiny")
+    tensor = request.inputs.add(name="image", datatype="BYTES", shape=[1])
+    contents = request.raw_input_contents if raw else tensor.contents.bytes_contents
+    contents.extend([b""] * 200_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError):
+            as_http(request, {})
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_compressed_message_is_bounded_after_it_is_inflated(channel: grpc.Channel) -> None:
