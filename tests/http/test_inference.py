@@ -2,8 +2,6 @@
 
 import queue
 import signal
-import subprocess
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.grpc as triton
-from servers import Server, free_port
+from servers import Server, certificate_and_key, free_port
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -260,10 +258,7 @@ def test_headers_that_http_repeats_come_back_as_metadata(
 def test_tokens_and_tls_hold_for_grpc(
     start: Callable[..., Server], tiny_archive: Path, picture: bytes, tmp_path: Path
 ) -> None:
-    certificate, key, tokens = (tmp_path / name for name in ("c.pem", "k.pem", "tokens"))
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    (certificate, key), tokens = certificate_and_key(tmp_path), tmp_path / "tokens"
     tokens.write_text(f"team {'a' * 20}\nslow {'c' * 20} 0.01 2\n")
     port = free_port()
     server = start(
@@ -275,7 +270,7 @@ def test_tokens_and_tls_hold_for_grpc(
     )
     assert "Rampart is ready" in server.read(), server.lines
     trust = grpc.ssl_channel_credentials(certificate.read_bytes())
-    with grpc.secure_channel(f"localhost:{server.grpc}", trust) as channel:
+    with grpc.secure_channel(f"127.0.0.1:{server.grpc}", trust) as channel:
         request = infer({"bytes_contents": [picture]}, [1])
         for sent in ((), (("authorization", f"Bearer {'b' * 20}"),)):
             with pytest.raises(grpc.RpcError) as caught:
@@ -374,9 +369,7 @@ def test_streams_that_say_nothing_stop_no_other_call_and_are_told(
 ) -> None:
     streams = [Stream(spoken.grpc) for _ in range(3 * AT_ONCE)]
     for _ in range(10):
-        began = time.monotonic()
-        client.infer("tiny", [encoded(picture)])
-        assert time.monotonic() - began < 10
+        client.infer("tiny", [encoded(picture)])  # raises where a stream does not make room
     result, error = streams[0].answer()
     assert result is None and error.status() == "StatusCode.UNAVAILABLE"
     for stream in streams:
