@@ -23,7 +23,6 @@ from rampart.export.archive import archive
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = {".venv", ".git", "dist", "build", "logs", "runs"}
 
 
 @pytest.fixture(scope="session")
