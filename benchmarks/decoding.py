@@ -25,17 +25,15 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from rampart.handlers.containers import segments
 from rampart.handlers.engine import cpu_features
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import FREE_PIXELS, default_pixels, pictures_of, view_of
 from rampart.handlers.protocols.choice import read
+from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.types import Incoming
 
 ROUNDS = 5
-MAX_BODY = 6_553_500  # TorchServe's max_request_size
 MAX_MILLISECONDS, MAX_MEGABYTES = 50.0, 100.0
 FREE = math.isqrt(FREE_PIXELS)  # side of the largest picture that may be as small as it can
 EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 60_000) + bytes(65_000)

@@ -15,12 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from decoding import encoded
 from PIL import Image
 from torchvision.models import get_model
 
@@ -88,13 +88,6 @@ def make(folder: Path, count: int) -> list[Path]:
         Image.fromarray(pixels).save(file, quality=85)
         files.append(file)
     return files
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    """`image` as a file."""
-    out = BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
 
 
 def spoil(files: list[Path]) -> list[str]:

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from rampart.handlers.cores import available_cores
 from rampart.hardening.model.images import Source
 from rampart.hardening.train import data

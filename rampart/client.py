@@ -315,11 +315,20 @@ def _answers(
     rows = [content] if len(pictures) == 1 else content.get("predictions")
     if not isinstance(rows, list) or len(rows) != len(pictures):
         raise _error(None, 200)
-    return [_error(row, row["code"]) if "code" in row else _verdict(row) for row in rows]
+    return [_answer(row) for row in rows]
 
 
-def _verdict(content: Mapping[str, Any]) -> Verdict:
+def _answer(row: object) -> Answer:
+    """One of several: a verdict, or what is wrong with that picture."""
+    if isinstance(row, dict) and isinstance(row.get("code"), int):
+        return _error(row, row["code"])
+    return _verdict(row)
+
+
+def _verdict(content: Any) -> Verdict:
+    if isinstance(content, dict) and "boxes" in content:
+        raise EndpointError(200, "boxes", "this endpoint detects objects: ask it over plain HTTP")
     try:
         return Verdict.from_dict(content)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise _error(None, 200) from error

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -31,11 +32,21 @@ def overload(url: str, body: bytes, worker: psutil.Process, **options: Any) -> l
     threads = [threading.Thread(target=one) for _ in range(200)]
     for thread in threads:
         thread.start()
-    time.sleep(2)
+    port, end = urlsplit(url).port, time.monotonic() + 60
+    while connections(port) + len(answers) < 200:  # some may be refused already
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1)  # what they send is on its way
     worker.resume()
     for thread in threads:
         thread.join()
     return answers
+
+
+def connections(port: int | None) -> int:
+    """How many clients a server on this machine has, whether it knows of them or not."""
+    near = (one for one in psutil.net_connections("tcp") if one.laddr and one.laddr.port == port)
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in near)
 
 
 def half_sent(port: int, path: str, body: bytes, meanwhile: Callable[[], object]) -> bytes:

@@ -224,6 +224,13 @@ class Redis:
         self._process.terminate()
         self._process.wait(timeout=20)
 
+    def halt(self) -> None:
+        """Let it hang."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def _say(self, line: bytes) -> bytes:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:

@@ -1,6 +1,7 @@
 """HTTP of our own: an ASGI application that translates between HTTP and lanes of requests."""
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -216,7 +217,8 @@ def _may_ask_why(scope: Any) -> bool:
 def _patience(headers: Mapping[str, str]) -> float:
     """Seconds for which a client waits, where it says so; no more than we have."""
     text = headers.get(TIMEOUT, "")
-    return min(ANSWER_SECONDS, int(text) / 1000) if text.isdigit() else ANSWER_SECONDS
+    known = re.fullmatch("[0-9]{1,9}", text)  # `isdigit` takes a superscript too, and any length
+    return min(ANSWER_SECONDS, int(text) / 1000) if known else ANSWER_SECONDS
 
 
 def _response(reply: Reply) -> Response:

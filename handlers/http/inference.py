@@ -16,12 +16,13 @@ from rampart.handlers.http.arrivals import Arrivals
 from rampart.handlers.http.lane import ANSWER_SECONDS
 from rampart.handlers.http.messages import CLASSES, SERVICE
 from rampart.handlers.http.metadata import SERVER, Models, find, tensors
+from rampart.handlers.image import check_count
 from rampart.handlers.protocols.choice import MAX_NUMBERS
 from rampart.handlers.protocols.content_encoding import MAX_BODY
 from rampart.handlers.protocols.open_inference import wrong
 from rampart.handlers.types import Incoming, Reply
 
-MAX_LISTED = 16  # inputs, outputs, or sides of a shape: checked before they become JSON
+MAX_LISTED = 16  # inputs, outputs, raw contents, or sides of a shape: checked before they are read
 OPEN = {f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"}  # need no token, as over HTTP
 STATUSES = {
     401: StatusCode.UNAUTHENTICATED,
@@ -263,7 +264,8 @@ def status_of(code: int) -> StatusCode:
 
 def as_http(request: Any, headers: Mapping[str, str]) -> Incoming:
     """A ModelInferRequest as the same request over HTTP with binary tensors. Raises ImageError."""
-    listed = (request.inputs, request.outputs, *(tensor.shape for tensor in request.inputs[:1]))
+    listed = (request.inputs, request.outputs, request.raw_input_contents)
+    listed += tuple(tensor.shape for tensor in request.inputs[:1])
     if len(request.inputs) != 1 or any(len(items) > MAX_LISTED for items in listed):
         raise wrong("the request must have exactly one input, few dimensions and few outputs")
     (tensor,) = request.inputs
@@ -283,6 +285,7 @@ def _packed(tensor: Any) -> list[bytes]:
     """The contents of a tensor as a client packs them raw. Raises ImageError."""
     if tensor.datatype == "BYTES":
         elements = tensor.contents.bytes_contents
+        check_count(len(elements))  # a message has room for millions of empty ones
         return [part for item in elements for part in (len(item).to_bytes(4, "little"), item)]
     numbers = tensor.contents.uint_contents
     if len(numbers) > MAX_NUMBERS:

@@ -73,8 +73,15 @@ class Lane:
         except TimeoutError:
             return self.service.refuse(incoming, TOO_LATE)
         finally:
+            if reply.cancelled():  # by its deadline, or its client has gone
+                self._forget(reply)
             self._held -= size
             self._count(-1)
+
+    def _forget(self, reply: "asyncio.Future[Reply]") -> None:
+        """Let go of one that nobody awaits: what has a place in memory must count as held."""
+        with self._news:
+            self._waiting = deque(one for one in self._waiting if one.reply is not reply)
 
     def _count(self, change: int) -> None:
         self._in_flight += change
@@ -103,10 +110,15 @@ class Lane:
     def _next(self) -> list[Waiting]:
         """The next batch; none when the lane is closed and empty."""
         with self._news:
-            self._news.wait_for(lambda: self._waiting or self._closed)
-            if self._delay and len(self._waiting) < LARGEST:
-                self._news.wait_for(lambda: len(self._waiting) >= LARGEST, self._delay)
-            return [self._waiting.popleft() for _ in range(min(LARGEST, len(self._waiting)))]
+            while True:
+                self._news.wait_for(lambda: self._waiting or self._closed)
+                if self._delay:
+                    self._news.wait_for(
+                        lambda: len(self._waiting) >= LARGEST or self._closed, self._delay
+                    )
+                count = min(LARGEST, len(self._waiting))
+                if count or self._closed:  # not where all have left meanwhile
+                    return [self._waiting.popleft() for _ in range(count)]
 
     def _replies(self, batch: list[Waiting]) -> list[tuple[Waiting, Reply]]:
         """Replies to those for which somebody still waits."""

@@ -38,7 +38,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._looked = 0.0
-        self._state: tuple[int, int] | None = None
+        self._state: tuple[int, ...] | None = None
         self._known = Known({}, {})
         self._load()
 
@@ -66,9 +66,9 @@ class Tokens:
         except (OSError, ValueError):
             return
 
-    def _stamp(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_mtime_ns, status.st_ino
+    def _stamp(self) -> tuple[int, ...]:
+        status = self._path.stat()  # whose clock may stand still for some milliseconds
+        return status.st_mtime_ns, status.st_ino, status.st_size
 
     def _load(self) -> None:
         state = self._stamp()

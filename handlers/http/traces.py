@@ -12,6 +12,9 @@ from rampart.handlers.types import Incoming, Reply
 
 logger = logging.getLogger(__name__)
 
+# Its warnings quote what clients send as `tracestate`, and could fill a disk.
+logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
+
 ENDPOINTS = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"}
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 SPOKEN = "http/protobuf"

@@ -59,11 +59,7 @@ def read(
 
 def reading_cost(incoming: Incoming) -> int:
     """The cost of reading a request, in decoded pixels: Python reads JSON number by number."""
-    return sum(
-        part.count(b",") * PIXELS_A_NUMBER
-        for part in incoming.parts
-        if part.lstrip()[:1] in (b"{", b"[")
-    )
+    return sum(part.count(b",") * PIXELS_A_NUMBER for part in incoming.parts if _is_json(part))
 
 
 def plain(answers: Sequence[Answer]) -> Answer:
@@ -81,13 +77,18 @@ def _body(incoming: Incoming) -> tuple[list[bytes] | Mapping[str, Any], bytes]:
     if len(incoming.parts) > 1:
         return list(incoming.parts), b""
     (data,) = incoming.parts
-    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):  # no image starts so
+    if not _is_json(data):
         return [data], b""
     length = incoming.headers.get("inference-header-content-length", "")
     end = int(length) if re.fullmatch(r"[0-9]{1,9}", length) else len(data)
     check_values(data[:end])
     body = _parse_json(data[:end])
     return (body if isinstance(body, Mapping) else {}), data[end:]
+
+
+def _is_json(data: bytes) -> bool:
+    """By its first character, with which no image starts."""
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
 
 
 def check_values(data: bytes) -> None:

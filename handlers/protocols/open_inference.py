@@ -176,12 +176,9 @@ def reply(
     `echo` is the request's id.
     The protocol has no place for errors next to results, so the first error is the answer.
     """
-    for number, (code, answer) in enumerate(answers):
-        if code != 200:
-            message = (
-                f"image {number}: {answer['message']}" if len(answers) > 1 else answer["message"]
-            )
-            return code, {**echo, **answer, "message": message, "error": message}
+    if fault := _first_fault(answers):
+        code, error = fault
+        return code, {**echo, **error}
     verdicts = [answer for _, answer in answers]
     model = verdicts[0]["model"]
     hidden = set() if "detail" in verdicts[0] else {"p_value"}
@@ -202,6 +199,16 @@ def reply(
         **echo,
         "outputs": outputs,
     }
+
+
+def _first_fault(answers: Sequence[Answer]) -> Answer | None:
+    """The first error, which names its image where there are several."""
+    for number, (code, answer) in enumerate(answers):
+        if code != 200:
+            which = f"image {number}: " if len(answers) > 1 else ""
+            message = f"{which}{answer['message']}"
+            return code, {**answer, "message": message, "error": message}
+    return None
 
 
 def wanted(body: Mapping[str, Any]) -> set[str]:

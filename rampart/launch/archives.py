@@ -31,10 +31,7 @@ class Archives:
             try:
                 shutil.copyfile(path, job.copy_of(index))
             except OSError as error:
-                raise LaunchError(
-                    f"{path} cannot be copied to {job.folder}: {error.strerror}. Set TMPDIR to a"
-                    " folder with enough space"
-                ) from error
+                raise LaunchError(_uncopied(path, job, error)) from error
 
     def renew(self, ends: threading.Event) -> bool:
         """Take up archives that have changed since; whether there is one. Call it once a second.
@@ -56,16 +53,18 @@ class Archives:
             shutil.copyfile(self._paths[index], draft)
             answers = self._answers(index, draft, ends)
         except OSError as error:
-            print(f"error: {self._paths[index]} cannot be read: {error.strerror}", flush=True)
+            print(f"error: {_uncopied(self._paths[index], self._job, error)}", flush=True)
             answers = False
         if answers:
             draft.replace(self._job.copy_of(index))
-        elif not ends.is_set():
+            return True
+        draft.unlink(missing_ok=True)  # it may be what fills the disk
+        if not ends.is_set():
             print(
                 f"{self._paths[index]} does not answer: the old archive stays in service",
                 flush=True,
             )
-        return answers
+        return False
 
     def _answers(self, index: int, draft: Path, ends: threading.Event) -> bool:
         """Try an archive in a process of its own, on the device that it will be served on."""
@@ -78,6 +77,13 @@ class Archives:
         trial.kill()
         trial.join()
         return trial.exitcode == 0
+
+
+def _uncopied(path: Path, job: Job, error: OSError) -> str:
+    return (
+        f"{path} cannot be copied to {job.folder}: {error.strerror}. Set TMPDIR to a folder with"
+        " enough space"
+    )
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,19 +36,24 @@ def open_archive(
     """The service of an archive, or of a `copy` of it; all `workers` share the cores.
 
     `changes` go before the archive's settings and those of the environment. Raises ValueError on
-    one line, OSError.
+    one line.
     """
     with tempfile.TemporaryDirectory(prefix="rampart-") as scratch:
         folder = Path(scratch)
         try:
             with zipfile.ZipFile(copy or archive) as packed:
+                model = json.loads(packed.read("MAR-INF/MANIFEST.json"))["model"]
+                config: Any = yaml.safe_load(packed.read("model-config.yaml")) or {}
                 packed.extractall(folder)
-            model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-            config: Any = yaml.safe_load((folder / "model-config.yaml").read_text()) or {}
             name, version = str(model["modelName"]), str(model["modelVersion"])
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, yaml.YAMLError) as error:
+            settings = override(config.get("rampart") or {}, os.environ) | dict(changes or {})
+        except OSError as error:
+            raise ValueError(
+                f"{archive} cannot be unpacked into {folder.parent}: {error.strerror}. Check that"
+                " it is there and that the disk has room, or set TMPDIR to another folder"
+            ) from error
+        except Exception as error:  # of zipfile, zlib, json and yaml: they have no common type
             raise ValueError(f"{archive} is not a Rampart archive: rebuild it") from error
-        settings = override(config.get("rampart") or {}, os.environ) | dict(changes or {})
         service = Service.open(
             folder, settings, metrics, name=name, version=version, workers=workers
         )

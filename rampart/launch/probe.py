@@ -9,6 +9,7 @@ import math
 import re
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from rampart.launch.asking import authorization, opener
@@ -27,18 +28,10 @@ def probe(
     """Seconds since the last sign of life of `model`, or of each, by name, none above `within`.
 
     `metrics` is the address, http://127.0.0.1:8082/metrics; `tokens` and `certificate` are files of
-    the own server's, where it has them. TorchServe keeps figures of a model
-    that was removed, which so is silent. Raises RuntimeError where one is, or there is none.
+    the own server's, where it has them. TorchServe keeps figures of a model that was removed, which
+    so is silent. Raises RuntimeError where one is, or there is none.
     """
-    try:
-        request = urllib.request.Request(metrics, headers=authorization(tokens) if tokens else {})
-        with opener(certificate).open(request, timeout=5) as answer:
-            text = answer.read().decode()
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise RuntimeError(
-            f"no metrics at {metrics} ({reason}): start a server, or pass its address as --metrics"
-        ) from error
+    text = _figures(metrics, tokens, certificate)
     now = time.time()
     ages: dict[str, float] = {}
     for name, value in HEARTBEAT.findall(text):  # TorchServe has one of each worker
@@ -55,3 +48,18 @@ def probe(
                 " --name"
             )
     return ages
+
+
+def _figures(metrics: str, tokens: Path | None, certificate: Path | None) -> str:
+    """What stands at the address. Raises RuntimeError."""
+    request = urllib.request.Request(metrics, headers=authorization(tokens) if tokens else {})
+    try:
+        with opener(certificate).open(request, timeout=5) as answer:
+            text: str = answer.read().decode(errors="replace")
+            return text
+    except (OSError, HTTPException) as error:
+        known = isinstance(error, OSError)  # the other kind quotes what came
+        reason = getattr(error, "reason", error) if known else "this is no HTTP"
+        raise RuntimeError(
+            f"no metrics at {metrics} ({reason}): start a server, or pass its address as --metrics"
+        ) from error

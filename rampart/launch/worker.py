@@ -108,12 +108,20 @@ async def _watch(
     share: Share,
 ) -> None:
     """Once a second: leave the figures for the others, and end the process where a batch hangs."""
+    works = True
     while True:
         for lane, (_, metrics) in zip(lanes.values(), figures, strict=True):
             if not lane.alive():
                 logger.error("A batch hung: this worker stops, and a new one starts")
                 os._exit(1)
             metrics.set("rampart_heartbeat_seconds", int(time.time()))
-        exposition.save()
-        Connection.look(share)
+        try:
+            exposition.save()
+            Connection.look(share)
+        except OSError as error:  # a full disk must not end this watch
+            if works:
+                logger.error("Cannot leave figures for other workers: %s", error.strerror)
+            works = False
+        else:
+            works = True
         await asyncio.sleep(1)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import requests
 from alike import crops, nudged
+from clock import Clock
 from inprocess import ask, png, post
 from servers import Redis, Server
 
 from rampart.export.archive import archive
-from rampart.handlers.queries import lookup
+from rampart.handlers.queries import lookup, stores
 from rampart.handlers.queries import watch as queries
 from rampart.handlers.queries.stores import open_store
 from rampart.handlers.queries.watch import (
@@ -50,6 +51,20 @@ def photos() -> np.ndarray:
 @pytest.fixture
 def noise() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Redis on a busy machine: what serves waits for a tenth of a second."""
+    monkeypatch.setattr(stores, "TIMEOUT", 30.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(stores, "time", clock)
+    monkeypatch.setattr(queries, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -133,15 +148,15 @@ def test_a_picture_of_next_to_nothing_is_not_stored(watching: Watcher) -> None:
 
 
 def test_who_is_rejected_does_not_keep_a_picture_from_its_owner_for_good(
-    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator
+    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator, clock: Clock
 ) -> None:
-    store = open_store(str(tmp_path), entries=1_000, expiry=0.8)
-    watch = Watch(store, "tiny", response="reject", expiry=0.8)
+    store = open_store(str(tmp_path), entries=1_000, expiry=80)
+    watch = Watch(store, "tiny", response="reject", expiry=80)
     assert look(watch, nudged(photos[:1], noise)) == [None]
     answers = []
     for _ in range(10):
         answers += look(watch, photos[:1])
-        time.sleep(0.15)
+        clock.now += 15
     assert answers[0] == "reject" and answers[-1] is None
 
 
@@ -188,29 +203,25 @@ def test_owners_and_models_are_watched_apart(
 
 
 def test_throttle_answers_one_near_image_in_a_pause(
-    watching: Watcher,
-    photos: np.ndarray,
-    noise: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    watching: Watcher, photos: np.ndarray, noise: np.random.Generator, clock: Clock
 ) -> None:
-    monkeypatch.setattr(queries, "PAUSE", 0.3)
     watch = watching("throttle")
     asked = [nudged(photos[0], noise) for _ in range(5)]
     assert look(watch, [photos[0], *asked[:2]]) == [None, "throttle", "throttle"]
-    time.sleep(0.35)
+    clock.now += 1.1 * queries.PAUSE
     assert look(watch, asked[2:4]) == ["alert", "throttle"]
-    time.sleep(0.35)
+    clock.now += 1.1 * queries.PAUSE
     assert look(watch, asked[4:]) == ["alert"]
 
 
 def test_an_attack_that_goes_on_is_not_forgotten(
-    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator
+    tmp_path: Path, photos: np.ndarray, noise: np.random.Generator, clock: Clock
 ) -> None:
-    store = open_store(str(tmp_path), entries=1_000, expiry=0.8)
-    watch = Watch(store, "tiny", response="alert", expiry=0.8)
+    store = open_store(str(tmp_path), entries=1_000, expiry=80)
+    watch = Watch(store, "tiny", response="alert", expiry=80)
     assert look(watch, photos[:2]) == [None, None]
     for _ in range(12):
-        time.sleep(0.15)
+        clock.now += 15
         assert look(watch, [nudged(photos[0], noise)]) == ["alert"]
     assert look(watch, [nudged(photos[1], noise)]) == [None]
 
@@ -219,10 +230,9 @@ def test_predictions_go_on_without_redis_and_alerts_resume_with_it(
     redis: Redis,
     photos: np.ndarray,
     noise: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(queries, "RETRY", 0.2)
     caplog.set_level(logging.WARNING)
     redis.flush()
     store = open_store(redis.address, entries=1_000, expiry=60)
@@ -230,10 +240,11 @@ def test_predictions_go_on_without_redis_and_alerts_resume_with_it(
     assert look(watch, [photos[0], nudged(photos[0], noise)]) == [None, "alert"] and watch.up
     redis.stop()
     assert look(watch, nudged(photos[:3], noise)) == [None] * 3 and not watch.up
-    time.sleep(0.25)
+    clock.now += queries.RETRY
     assert look(watch, nudged(photos[:1], noise)) == [None] and not watch.up
     redis.start()
-    time.sleep(0.25)
+    assert look(watch, photos[:1]) == [None] and not watch.up  # it is left alone for a while
+    clock.now += queries.RETRY
     assert look(watch, [photos[0], nudged(photos[0], noise)]) == [None, "alert"] and watch.up
     assert caplog.messages == [
         "Query attacks are not detected: the store fails: ConnectionError",

@@ -3,21 +3,12 @@
 from pathlib import Path
 
 import pytest
+from clock import Clock
 
 from rampart.handlers.http import admission
 from rampart.handlers.http.admission import Admission, Buckets
 from rampart.handlers.http.tokens import Rate, Tokens
 from rampart.handlers.telemetry import Metrics
-
-
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

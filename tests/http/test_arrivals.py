@@ -60,9 +60,10 @@ def test_messages_that_never_end_make_room_one_after_the_other() -> None:
         await asyncio.sleep(SHARE_SECONDS * 1.5)
         assert not any(task.done() for task in endless)  # as long as nobody waits
         for number in range(1, 4):
-            began = time.monotonic()
-            assert await arrivals.read(quick, "other") == b"quick"
-            assert time.monotonic() - began < SHARE_SECONDS
+            good = asyncio.create_task(arrivals.read(quick, "other"))
+            for _ in range(20):  # turns of the loop, in which nothing sleeps
+                await asyncio.sleep(0)
+            assert good.done() and await good == b"quick"
             assert sum(task.done() for task in endless) <= number
         refused = [task.exception() for task in endless if task.done()]
         await ended(endless)
@@ -140,7 +141,7 @@ def test_calls_that_are_cancelled_give_their_places_back() -> None:
             await ended(crowd)
         one_by_one = started(arrivals, never, AT_ONCE - 1)
         await asyncio.sleep(0.01)
-        assert await asyncio.wait_for(arrivals.read(quick, "other"), 0.1) == b"quick"
+        assert await asyncio.wait_for(arrivals.read(quick, "other"), 30) == b"quick"
         assert not any(task.done() for task in one_by_one)
         await ended(one_by_one)
 

@@ -40,12 +40,13 @@ class Busy(BaseHTTPRequestHandler):
     """A gateway that is busy as often as `times` says, and has no verdicts."""
 
     times, asked, pause = 0, 0, "0"
+    body = b'{"well": "done"}'
 
     def do_POST(self) -> None:
         kind = type(self)
         kind.asked += 1
         self.rfile.read(int(self.headers["Content-Length"]))
-        status, body = (503, b"later") if kind.asked <= kind.times else (200, b'{"well": "done"}')
+        status, body = (503, b"later") if kind.asked <= kind.times else (200, kind.body)
         self.send_response(status)
         if kind.pause:
             self.send_header("Retry-After", kind.pause)
@@ -199,6 +200,30 @@ def test_only_a_server_that_says_when_is_asked_again_and_not_for_ever(
     with pytest.raises(rp.EndpointError, match=error):
         asyncio.run(ask())
     assert kind.asked == asked
+
+
+VERDICT = {"label": "a", "index": 0, "confidence": 1.0, "decision": "accept", "top": []}
+STRANGE = VERDICT | {"model": {}, "detail": {"p_value": 1.0, "scores": []}}
+
+
+@pytest.mark.parametrize(
+    ("content", "count", "error"),
+    [
+        ({"boxes": [], "decision": "accept", "model": {}}, 1, "200 boxes: this endpoint detects"),
+        ({"predictions": [{"boxes": []}] * 2}, 2, "200 boxes: this endpoint detects objects"),
+        ({"predictions": [5, "code"]}, 2, "200 unknown"),
+        ({"predictions": [VERDICT, {"code": "none"}]}, 2, "200 unknown"),
+        ({"predictions": [VERDICT]}, 2, "200 unknown"),
+        (STRANGE, 1, "200 unknown"),
+    ],
+)
+def test_an_answer_that_is_no_verdict_on_a_class_is_an_error_of_the_endpoint(
+    busy: tuple[type[Busy], str], content: dict[str, Any], count: int, error: str
+) -> None:
+    kind, url = busy
+    kind.body = json.dumps(content).encode()
+    with rp.Client(url) as client, pytest.raises(rp.EndpointError, match=error):
+        client.predict([b"picture"] * count if count > 1 else b"picture")
 
 
 def test_where_nobody_listens_the_error_names_the_address() -> None:

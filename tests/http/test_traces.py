@@ -21,6 +21,7 @@ from servers import Server, free_port
 from tritonclient.utils import InferenceServerException
 
 from rampart.handlers.http.traces import open_traces
+from rampart.handlers.types import Incoming, Reply
 
 feature = pytest.mark.feature
 
@@ -114,6 +115,21 @@ def test_the_stages_of_a_request_are_spans_under_its_callers(
 ) -> None:
     assert requests.post(traced.url, encode(pixels), headers=SENT, timeout=60).status_code == 200
     assert_whole(receiver.wait(4, TRACE), 200)
+
+
+def test_the_log_keeps_nothing_of_the_state_that_a_caller_sends(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenTelemetry would quote what is malformed, once for each request."""
+    monkeypatch.setenv(ENDPOINT, receiver.url)
+    traces = open_traces()
+    assert traces
+    other = TRACE[1:] + TRACE[:1]
+    sent = {"traceparent": f"00-{other}-{CALLER}-01", "tracestate": "CANARY, =, =="}
+    traces.add([(Incoming(sent, ()), time.time_ns(), Reply(200, {}, b""))], {})
+    traces.close()
+    assert len(receiver.wait(1, other)) == 1
+    assert "CANARY" not in caplog.text
 
 
 def test_a_call_by_grpc_and_a_fault_have_spans_too(traced: Server, receiver: Receiver) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,12 @@ from zipfile import ZipFile
 
 import pytest
 import requests
+from servers import free_port
 
 from rampart.export.archive import archive
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = {".venv", ".git", "dist", "build", "logs", "runs"}
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +111,7 @@ def test_an_installed_rampart_packs_a_shipped_model_without_torch(
 @contextlib.contextmanager
 def serving(scripts: Path, served: Path, folder: Path) -> Iterator[list[str]]:
     """The curl line, as words, that the running server tells to try it with."""
-    port, said = free_ports(), folder / "said"
+    port, said = free_port(), folder / "said"
     command = [scripts / "rampart", "serve", "--archive", served, "--port", port]
     with said.open("w") as log:
         words = [str(word) for word in command]
@@ -127,18 +126,6 @@ def serving(scripts: Path, served: Path, folder: Path) -> Iterator[list[str]]:
     finally:
         process.terminate()
         assert process.wait(60) == 0, said.read_text()
-
-
-def free_ports() -> int:
-    """The first of three ports in a row that are free."""
-    while True:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            first = one.getsockname()[1]
-        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as held:
-            for port in (first, first + 1, first + 2):
-                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return int(first)
 
 
 # As a container runtime has it: no file may be written but those in TMPDIR, by a user who is nobody
@@ -196,7 +183,7 @@ def test_a_container_serves_with_a_read_only_root_no_home_and_a_user_that_nobody
     scratch.mkdir()
     models.mkdir()
     shutil.copy(tiny_archive, models)
-    tokens, said, port = image / "tokens", image / "said", free_ports()
+    tokens, said, port = image / "tokens", image / "said", free_port()
     tokens.write_text(f"team {'a' * 20}\n")
     served = ["--host", "0.0.0.0", "--port", port, "--grpc-port", port + 1]
     command = [home / "bin" / "rampart", "serve", "--server", "http", *served]

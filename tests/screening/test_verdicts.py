@@ -1,7 +1,6 @@
 """What stands in the table, whatever a store is made of."""
 
 import hashlib
-import ipaddress
 import json
 import os
 import ssl
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,14 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from pyarrow import parquet
 from scipy.stats import beta, binomtest
 from screened import as_png, every_kind, folder, pack, picture, rows, table
+from servers import certificate_and_key
 
 from rampart.handlers.image import decode
 from rampart.handlers.service import Service
@@ -133,24 +127,6 @@ def test_a_store_of_any_kind_gives_the_same_verdicts_in_order(
         assert sorted(row["name"] for row in found) == names[kind]
 
 
-def certificate(home: Path) -> tuple[Path, Path]:
-    """One of 127.0.0.1 that signs itself, and its key."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    signed = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (home / "c.pem").write_bytes(signed.public_bytes(Encoding.PEM))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (home / "k.pem").write_bytes(private)
-    return home / "c.pem", home / "k.pem"
-
-
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Nothing."""
@@ -173,7 +149,7 @@ def test_https_is_read_where_its_certificate_is_trusted_and_refused_elsewhere(
     tiny_archive: Path, tmp_path: Path
 ) -> None:
     pack(tmp_path / "a.tar", {"1.png": picture(1), "2.png": picture(2)})
-    trusted, key = certificate(tmp_path)
+    trusted, key = certificate_and_key(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(trusted, key)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
