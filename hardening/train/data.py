@@ -502,14 +502,8 @@ def shuffled(
     if isinstance(images, Images):
         # Once, and not at every step.
         order, keys = (index.to(images.label.device) for index in (order, keys))
-    size = min(size, len(order))
-    size -= size % distributed.place()[1]
-    last = len(order) - len(order) % size
-    parts = [
-        [distributed.mine(part) for part in torch.split(index[:last], size)[skip:]]
-        for index in (order, keys)
-    ]
-    for key, (image, label) in zip(parts[1], images.read(parts[0]), strict=True):
+    rows, own_keys = (distributed.portions(index, size, skip=skip) for index in (order, keys))
+    for key, (image, label) in zip(own_keys, images.read(rows), strict=True):
         own = images.send(key) if isinstance(images, Folder) else key
         noise = Noise(own, seed=seed, epoch=epoch)
         yield Batch(augment(to_float(image), noise, augmentations), label, noise)
