@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
 from rampart.export import archive as archives
@@ -222,3 +223,12 @@ class Calibrated:
             images = spread(images, 64).image  # (64, H, W, 3)
         with self.on_disk() as folder:
             return write(folder, variant=variant, precision=precision, images=images)
+
+
+def write_small(picture: Image.Image, file: Path, *, most: int) -> None:
+    """Write a picture to try an endpoint with, scaled down until its file has `most` bytes."""
+    while True:
+        picture.save(file, optimize=True)
+        if file.stat().st_size <= most:
+            return
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))

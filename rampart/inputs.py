@@ -596,7 +596,7 @@ def header(line: str) -> None:
         raise ValueError(f"--header {line.partition(':')[0]}: write it as 'NAME: VALUE'")
 
 
-def redteaming(url: str, i_own_this_endpoint: bool, eps: int, queries: int) -> None:
+def redteaming(url: str, eps: int, queries: int) -> None:
     """What a red team is told of its endpoint."""
     address(url)
     if min(eps, queries) < 1:

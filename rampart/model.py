@@ -281,7 +281,10 @@ class Model(Calibrated):
         """Raise ValueError where images have other classes than the model."""
         for some in images:
             if (classes := some.classes) != self.classes:
-                raise ValueError(f"the images have the classes {classes}, the model {self.classes}")
+                raise ValueError(
+                    f"the images have the classes {classes}, the model {self.classes}: pass images"
+                    " of the model's classes, in its order"
+                )
 
     def to_triton(
         self, repository: Path, *, form: Form | None = None, version: int = 1, images: Gate = None

@@ -111,8 +111,8 @@ def evaluate(
     lines = [figures.table(), *map(str, figures.evaluation.checks)]
     if not rungs:
         lines += write_pages(model, figures, study, kept, own=own, gallery=gallery)
-    checks = [check._asdict() for check in figures.evaluation.checks]
-    return Outcome(kept.content, [*lines, *kept.lines], {"checks": checks})
+    checks = {"checks": figures.evaluation.check_rows}
+    return Outcome(kept.content, [*lines, *kept.lines], checks)
 
 
 class Kept(NamedTuple):
@@ -177,7 +177,7 @@ def enter_figures(
     entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
-        entries["checks"] = [check._asdict() for check in figures.evaluation.checks]
+        entries["checks"] = figures.evaluation.check_rows
     return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 

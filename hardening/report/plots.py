@@ -14,11 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-from PIL import Image
 
+from rampart.handlers.image import as_png
 from rampart.hardening.model.arrays import Floats, Pixels
 from rampart.hardening.model.card import NO_VARIANT, Subject
-from rampart.hardening.model.pixels import as_file
 from rampart.hardening.model.style import STYLE
 
 WIDTH = 4.4  # inches
@@ -113,7 +112,7 @@ def uri(kind: str, content: bytes) -> str:
 
 def png(image: Pixels) -> str:
     """An image uint8 (H, W, 3) as a data URI."""
-    return uri("png", as_file(Image.fromarray(image)))
+    return uri("png", as_png(image))
 
 
 def svg(draw: Callable[[Axes], None], *, height: float = 3.2, width: float = WIDTH) -> str:

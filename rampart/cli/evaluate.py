@@ -111,9 +111,8 @@ def evaluate(
         from rampart import onnx_study, onnx_table
 
         own = studies.Study(threat.ball(), None, quick, cache=cache, command=command_line())
-        measure = partial(onnx_study.evaluate, gallery=gallery)
-        if subject.model.is_dir():
-            measure = partial(onnx_table.compare)
+        one = partial(onnx_study.evaluate, gallery=gallery)
+        measure = onnx_table.compare if subject.model.is_dir() else one
         few = limit or (100 if quick else None)
         how = partial(measure, described=onnx_study.Described(*subject[2:]), notice=say)
         found = how(subject.model, images.images, own, limit=few, rungs=rung)
