@@ -236,7 +236,10 @@ def survey(
         )
     height, width = images.image.shape[1:3]
     if (height, width) != (size, size):
-        raise ValueError(f"{path} holds {height}x{width} images, but the model takes {size}x{size}")
+        raise ValueError(
+            f"{path} holds {height}x{width} images, but the model takes {size}x{size}: save them at"
+            " that size, or pass a folder of pictures, which are brought to it"
+        )
     return images, Survey(path.name, counted(images), [(width, height)])
 
 
@@ -322,12 +325,16 @@ def check_readable(found: Sequence[Size | str]) -> None:
     bad = [entry for entry in found if isinstance(entry, str)]
     if not bad:
         return
-    more = [f"and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
-    names = ";\n  ".join([*bad[:LISTED], *more])
     raise ValueError(
         f"{len(bad):,} of {len(found):,} pictures cannot be read (train, harden and calibrate leave"
-        f" them out with --skip-bad):\n  {names}"
+        f" them out with --skip-bad):\n  {fault_lines(bad)}"
     )
+
+
+def fault_lines(faults: Sequence[str]) -> str:
+    """The first LISTED faults, a line each, and how many more there are."""
+    more = [f"and {len(faults) - LISTED:,} more"] if len(faults) > LISTED else []
+    return ";\n  ".join([*faults[:LISTED], *more])
 
 
 # fmt: off
@@ -396,9 +403,15 @@ def load_npz(path: Path) -> Images:
             f"{path}: image must be uint8 (N, H, W, 3), found {image.dtype} {image.shape}"
         )
     if label.shape != image.shape[:1]:
-        raise ValueError(f"{path}: {len(image)} images but labels of shape {label.shape}")
+        raise ValueError(
+            f"{path}: {len(image)} images but labels of shape {label.shape}: save one label for"
+            " each image"
+        )
     if len(label) and not 0 <= label.min() <= label.max() < len(classes):
-        raise ValueError(f"{path}: a label lies outside the {len(classes)} classes")
+        raise ValueError(
+            f"{path}: a label lies outside the {len(classes)} classes: number them from 0, and save"
+            " the names of all as `classes`"
+        )
     return Images(torch.from_numpy(image), torch.from_numpy(label), classes, paths)
 
 
