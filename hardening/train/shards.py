@@ -218,10 +218,10 @@ def numbered(found: Index, classes: Sequence[str]) -> Index:
             out.members.append(member)
             out.labels.append(place)
         else:
-            names = (
-                f"none of the {len(classes)} classes: correct it, or list its class in {NAMES[0]}"
+            out.bad.append(
+                f"{member} has the label {label}, none of the {len(classes)} classes: correct it,"
+                f" or list its class in {NAMES[0]}"
             )
-            out.bad.append(f"{member} has the label {label}, {names}")
     return out
 
 
