@@ -481,18 +481,18 @@ def ablation(row: Sequence[str] | None, test: Path | None, twin: Path | None) ->
 
 def form(model: Path, variant: str | None) -> None:
     """A variant that a model is calibrated for."""
-    folder(model)
     from rampart.hardening.model.folder import variants_in
 
+    folder(model)
     if variant and variant not in variants_in(model):
         raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
 
 
 def purifying(model: Path) -> None:
     """A model that has a purifier."""
-    folder(model)
     from rampart.hardening.model.folder import variants_in
 
+    folder(model)
     if "full" not in variants_in(model):
         raise ValueError(f"{model} has no purifier: pass a model that has one")
 

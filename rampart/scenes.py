@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rampart import inputs
-from rampart.calibrated import WEIGHTS, Calibrated, Form, write_small
+from rampart.calibrated import WEIGHTS, Calibrated, Form, tables_in, write_small
 from rampart.handlers.engine import SceneOutputs
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import View, examine, framed, view_of
@@ -62,11 +62,8 @@ class SceneModel(Calibrated):
         """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
         home = Path(folder)
         pipeline, _ = defended.load(home / WEIGHTS)
-        tables = {
-            Form(variant, precision): ranks.load_variant(home, variant, precision)
-            for variant, precision in folders.forms(home)
-        }
-        return cls(pipeline.detector, tables, card=report.read_card(home), folder=home)
+        card = report.read_card(home)
+        return cls(pipeline.detector, tables_in(home), card=card, folder=home)
 
     @classmethod
     def calibrate(
@@ -137,7 +134,7 @@ class SceneModel(Calibrated):
             self.classes,
             self.calibration(self.chosen_variant(variant)),
             policy or Policy(self.rate),
-            {"name": str(self.card["model"]), "version": "1.0"},
+            self.identity,
             **terms(self.card, {}),
         )
 

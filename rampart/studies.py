@@ -28,10 +28,9 @@ from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
-from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.card import Subject
 from rampart.hardening.model.classifier import Classifier
-from rampart.hardening.model.files import SAMPLE, load_variant
+from rampart.hardening.model.files import SAMPLE, Precision, load_variant
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.promise import PromiseCheck

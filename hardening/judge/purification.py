@@ -59,12 +59,10 @@ def rows(
     Attacks on each of `nets` and on the other `sources` are put to all of `nets`; `folder` keeps
     what they found.
     """
-    victims = {name: label_victim(name, net, checkpoint.digest(net)) for name, net in nets.items()}
-    others = {
-        name: label_victim(name, net, checkpoint.digest(net)) for name, net in sources.items()
-    }
+    every = {**nets, **sources}
+    victims = {name: label_victim(name, net, checkpoint.digest(net)) for name, net in every.items()}
     find = partial(pgd20, images=images, threat=threat, folder=folder)
-    found = {name: find(victim) for name, victim in (victims | others).items()}
+    found = {name: find(victim) for name, victim in victims.items()}
     weather = list(corrupted(images))
     for name, net in nets.items():
         both = nn.Sequential(purifier, net).eval()

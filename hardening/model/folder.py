@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from zipfile import BadZipFile, ZipFile
 
+from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.card import (
     MEASURED,
     merge,
@@ -134,11 +135,11 @@ def deliver(model: Path, target: Path) -> bool:
     """Copy a finished model folder, the newer of each file; whether `target` had the same model."""
     same = _decides(target) == _decides(model)
     if not same:
-        for file in [*calibrations(target), *(target / name for name in ("card.json", *PICTURED))]:
+        for file in [*calibrations(target), *(target / name for name in (CARD, *PICTURED))]:
             file.unlink(missing_ok=True)
     lines = dict.fromkeys([*logged(target), *logged(model)])
     cards = [read_card(target), read_card(model)] if same else []
-    if same and _newer(target / "card.json", model / "card.json"):
+    if same and _newer(target / CARD, model / CARD):
         cards.reverse()
     target.mkdir(parents=True, exist_ok=True)
     for file in contents(model).values():
@@ -173,7 +174,7 @@ def is_of(archive: Path, model: Path) -> bool:
     """Whether an archive was packed from the weights in a model folder."""
     try:
         with ZipFile(archive) as packed:
-            digest = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
+            digest = json.loads(packed.read(CARD))["sha256"]["weights.safetensors"]
     except (OSError, BadZipFile, ValueError, KeyError, TypeError):
         return False
     with (model / "weights.safetensors").open("rb") as weights:

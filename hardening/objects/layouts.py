@@ -168,8 +168,8 @@ def checked(
     }
     if faults and not skip_bad:
         raise ValueError(
-            f"{len(faults)} boxes or pictures to put right (--skip-bad leaves them out):\n "
-            f" {fault_lines(faults)}"
+            f"{len(faults)} boxes or pictures to put right (--skip-bad leaves them out):\n"
+            f"  {fault_lines(faults)}"
         )
     return parts, faults
 

@@ -21,6 +21,13 @@ from rampart.hardening.model.card import NO_VARIANT, Subject
 from rampart.hardening.model.style import STYLE
 
 WIDTH = 4.4  # inches
+VICTIMS = (
+    "classifier",
+    "undefended",
+    "pipeline",
+    "graph",
+    "max_softmax",
+)  # kinds of subjects
 PERCENT = PercentFormatter(1, decimals=0)
 BINS = 30
 
@@ -76,13 +83,7 @@ CURVES = {
 def title(name: str) -> str:
     """What a legend calls what INKS calls `name`."""
     text, _, variant = name.partition(" ")
-    if text.partition(":")[0] not in (
-        "classifier",
-        "undefended",
-        "pipeline",
-        "graph",
-        "max_softmax",
-    ):
+    if text.partition(":")[0] not in VICTIMS:
         return {"pgd20": "PGD-20", "joint_apgd": "joint attack"}.get(name, name)
     return Subject.parse(text, variant or NO_VARIANT).title
 

@@ -91,9 +91,8 @@ class Bench:
         self.defences: dict[str, Defence[DefendedClassifier]] = {
             v: Defence(model.pipeline(v), model.calibration(v), self.rate) for v in model.variants
         }
-        names = {"name": self.name, "version": "1.0"}
         self._judges = {
-            v: Judge(model.classes, one.calibration, Policy(self.rate), names)
+            v: Judge(model.classes, one.calibration, Policy(self.rate), model.identity)
             for v, one in self.defences.items()
         }
         # The first pass of a network takes longer than those that follow.
