@@ -30,7 +30,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.train.data import CIFAR10_CLASSES
+from rampart.hardening.train import cifar10
 from rampart.hardening.train.loop import Precision, Recipe, Trainer, autocast, fast_precision
 
 BATCH, PGD_STEPS = 128, 7  # AdversarialTrainerMadryPGD's own
@@ -49,7 +49,7 @@ def noise(count: int) -> Images:
     """Images that take as long as any."""
     draws = torch.Generator().manual_seed(0)
     image = torch.randint(256, (count, SIZE, SIZE, 3), generator=draws, dtype=torch.uint8)
-    return Images(image, torch.randint(10, (count,), generator=draws), CIFAR10_CLASSES)
+    return Images(image, torch.randint(10, (count,), generator=draws), cifar10.CLASSES)
 
 
 def ours(

@@ -1,1 +1,1 @@
-"""Export a defended pipeline as one ONNX graph and archive it for TorchServe."""
+"""Export a defended pipeline as one ONNX graph, and pack it as one archive."""

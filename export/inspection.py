@@ -47,7 +47,7 @@ def inspect(file: Path) -> Iterator[str]:
 def card_text(file: Path) -> str:
     """The card of an archive in full, as JSON without control characters."""
     if file.suffix != ".mar":
-        raise ValueError(f"{file}: only an archive (.mar) has a card")
+        raise ValueError(f"{file}: only an archive (.mar) has a card: leave out --card")
     with tempfile.TemporaryDirectory() as scratch:
         unpack(file, Path(scratch))
         # JSON's own escapes leave DEL alone.

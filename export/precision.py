@@ -53,7 +53,10 @@ def make(
     way = WAYS[read_contents(weights).task]
     pipeline, classes = way.load(weights, variant)
     if held.classes != tuple(classes):
-        raise ValueError(f"the images have the classes {held.classes}, the model {classes}")
+        raise ValueError(
+            f"the images have the classes {held.classes}, the model {classes}: pass the images that"
+            " it was calibrated on"
+        )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         graph, form = way.to_onnx(pipeline, work / "fp32.onnx"), work / f"{precision}.onnx"

@@ -28,15 +28,8 @@ from rampart.hardening.train.listing import pictures_below
 
 # Entries of the card that were measured with the old thresholds.
 OUTDATED = (
-    "checks",
-    "ablation",
-    "test_ablation",
-    "false_alarms",
-    "outside",
-    "fp16",
-    "int8",
-    "promise",
-)
+    "checks", "ablation", "test_ablation", "false_alarms", "outside", "fp16", "int8", "promise",
+)  # fmt: skip
 
 
 class Recalibration(NamedTuple):

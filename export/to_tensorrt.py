@@ -22,7 +22,7 @@ from rampart.export.parity import check_close, compare
 from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.plan import PlanEngine, record_file
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.calibrate import Precision, load_variant
+from rampart.hardening.model.files import Precision, load_variant
 
 INSTALL = (
     "TensorRT is not installed, and a plan can be built only on the machine that will run it: with"

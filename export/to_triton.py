@@ -18,9 +18,8 @@ from rampart.export.repository import check_free, place
 from rampart.export.to_onnx import OUTPUTS, export
 from rampart.handlers.engine import MAX_BATCH, Engine
 from rampart.handlers.verdict import Calibration, p_values
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.calibrate import Precision, load_variant
+from rampart.hardening.model.files import Precision, load_variant, read_contents
 
 CONFIG = """\
 # Written by `rampart export --triton`.
@@ -118,7 +117,7 @@ def to_triton(
     """Write a variant as a new `version` in a Triton `repository`; returns the model's folder."""
     home = repository / folder.name
     check_free(home, version)
-    labels = checkpoint.read(folder / "weights.safetensors")[0]["classes"]
+    labels = read_contents(folder / "weights.safetensors").classes
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         graph = work / "graph.onnx"

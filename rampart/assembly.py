@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from rampart import inputs, preflight
+from rampart.calibrated import write_small
 from rampart.export.archive import check_name, check_request
-from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model import foreign
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.faults import Faults
-from rampart.hardening.model.files import SAMPLE, SAMPLES
+from rampart.hardening.model.files import SAMPLE, SAMPLES, read_config
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
 from rampart.hardening.model.purifier import Purifier
@@ -113,16 +114,12 @@ def write_sample(model: Model, held: Images, file: Path) -> None:
         if verdict.index == int(few.label[row]) and verdict.decision == "accept"
     ]
     picture = Image.fromarray(few.image[right[0] if right else 0].numpy())
-    while True:
-        picture.save(file, optimize=True)
-        if file.stat().st_size <= SMALL:
-            return
-        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
+    write_small(picture, file, most=SMALL)
 
 
 def past(files: Mapping[str, Path], command: str) -> dict[str, Any]:
     """What a card says of how the parts in `files` were trained; `command` joins them."""
-    contents = {part: checkpoint.read(file)[0] for part, file in files.items()}
+    contents = {part: read_config(file) for part, file in files.items()}
     training = {
         part: str(content.get("training", f"not recorded for the {part}"))
         for part, content in contents.items()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
 from rampart.export import archive as archives
@@ -21,7 +22,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import promise
-from rampart.hardening.model.calibrate import Precision
+from rampart.hardening.model.files import Precision, load_variant
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.promise import PromiseCheck
@@ -71,6 +72,11 @@ class Calibrated:
 
     def __str__(self) -> str:
         return str(self.folder or self.card.get("model", "the model"))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name and version, as its verdicts give them."""
+        return {"name": str(self.card["model"]), "version": "1.0"}
 
     @property
     def threat(self) -> Threat:
@@ -205,8 +211,9 @@ class Calibrated:
     ) -> AnyParity:
         """Export, check and pack the model as one TorchServe archive; returns the gate's figures.
 
-        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. A
-        `sample` pictures in the model's folder go along.
+        `settings` go beside the policy: `query_store`, `max_pixels` and others of the endpoint. The
+        `sample` pictures in the model's folder go along, if it has any.
+
         Raises ValueError for a policy that the endpoint would refuse; and, unless it is wanted
         `anyway`, for a model that fails its own checks or is no better than chance.
         """
@@ -222,3 +229,17 @@ class Calibrated:
             images = spread(images, 64).image  # (64, H, W, 3)
         with self.on_disk() as folder:
             return write(folder, variant=variant, precision=precision, images=images)
+
+
+def tables_in(folder: Path) -> dict[Form, Calibration]:
+    """The calibrations of a model folder."""
+    return {Form(*form): load_variant(folder, *form) for form in folders.forms(folder)}
+
+
+def write_small(picture: Image.Image, file: Path, *, most: int) -> None:
+    """Write a picture to try an endpoint with, scaled down until its file has `most` bytes."""
+    while True:
+        picture.save(file, optimize=True)
+        if file.stat().st_size <= most:
+            return
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))

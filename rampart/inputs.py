@@ -482,18 +482,18 @@ def ablation(row: Sequence[str] | None, test: Path | None, twin: Path | None) ->
 
 def form(model: Path, variant: str | None) -> None:
     """A variant that a model is calibrated for."""
-    folder(model)
     from rampart.hardening.model.folder import variants_in
 
+    folder(model)
     if variant and variant not in variants_in(model):
         raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
 
 
 def purifying(model: Path) -> None:
     """A model that has a purifier."""
-    folder(model)
     from rampart.hardening.model.folder import variants_in
 
+    folder(model)
     if "full" not in variants_in(model):
         raise ValueError(f"{model} has no purifier: pass a model that has one")
 
@@ -597,7 +597,7 @@ def header(line: str) -> None:
         raise ValueError(f"--header {line.partition(':')[0]}: write it as 'NAME: VALUE'")
 
 
-def redteaming(url: str, i_own_this_endpoint: bool, eps: int, queries: int) -> None:
+def redteaming(url: str, eps: int, queries: int) -> None:
     """What a red team is told of its endpoint."""
     address(url)
     if min(eps, queries) < 1:

@@ -37,7 +37,7 @@ Panel = tuple[str, NDArray[np.uint8], str]  # title, image (H, W, 3), caption
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
-class Noise(NamedTuple):
+class Smoothing(NamedTuple):
     """How a prediction is certified."""
 
     sigma: float = 0.12  # of the Gaussian, pixels in [0, 1]
@@ -202,7 +202,7 @@ def window(hide: Box | None, size: int) -> Tensor:
 def certify(
     model: Model,
     image: Path | None,
-    noise: Noise | None = None,
+    smoothing: Smoothing | None = None,
     *,
     label: str | None = None,
     device: str = "auto",
@@ -215,7 +215,7 @@ def certify(
     if label is not None and label not in model.classes:
         raise ValueError(f"--label {label}: the model's classes are {', '.join(model.classes)}")
     net = model.pipeline("lean").classifier.to(pick_device(device))
-    sigma, samples, alpha = noise or Noise()
+    sigma, samples, alpha = smoothing or Smoothing()
     x = to_float(shown(model, image)).to(net.mean.device)
     found = certificates.certify(net, x, sigma=sigma, samples=samples, alpha=alpha)
     if image is None and TABBY in model.classes:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rampart.calibrated import WEIGHTS, Calibrated, Form, Gate
+from rampart.calibrated import WEIGHTS, Calibrated, Form, Gate, tables_in
 from rampart.export.precision import lower
 from rampart.export.shipped import check_made
 from rampart.handlers.engine import Engine
@@ -33,10 +33,9 @@ from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
-from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import FITTED, FULL, PROBED
-from rampart.hardening.model.files import ranges_file, read_contents
+from rampart.hardening.model.files import Precision, ranges_file, read_contents
 from rampart.hardening.model.images import Held, Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
 from rampart.hardening.model.purifier import Purifier
@@ -100,11 +99,7 @@ class Model(Calibrated):
                 " rampart.SceneModel loads it"
             )
         whole, classes = pipelines.load_whole(home / WEIGHTS)
-        tables = {
-            Form(variant, precision): ranks.load_variant(home, variant, precision)
-            for variant, precision in folders.forms(home)
-        }
-        return cls(whole, classes, tables, card=report.read_card(home), folder=home)
+        return cls(whole, classes, tables_in(home), card=report.read_card(home), folder=home)
 
     @classmethod
     def calibrate(
@@ -184,9 +179,8 @@ class Model(Calibrated):
         with torch.no_grad():
             pieces = [pipeline(part) for part in torch.split(pixels, 128)]
         outputs = [torch.cat([piece[i] for piece in pieces]).numpy() for i in range(3)]
-        name = {"name": str(self.card["model"]), "version": "1.0"}
-        bench = Judge(self.classes, self.calibration(chosen), policy or Policy(self.rate), name)
-        return bench.verdicts(*outputs)
+        table, terms = self.calibration(chosen), policy or Policy(self.rate)
+        return Judge(self.classes, table, terms, self.identity).verdicts(*outputs)
 
     def gate(self, images: Path) -> Tensor:
         """Images (64, H, W, 3) of a file or folder for the parity gate."""
@@ -281,7 +275,10 @@ class Model(Calibrated):
         """Raise ValueError where images have other classes than the model."""
         for some in images:
             if (classes := some.classes) != self.classes:
-                raise ValueError(f"the images have the classes {classes}, the model {self.classes}")
+                raise ValueError(
+                    f"the images have the classes {classes}, the model {self.classes}: pass images"
+                    " of the model's classes, in its order"
+                )
 
     def to_triton(
         self, repository: Path, *, form: Form | None = None, version: int = 1, images: Gate = None

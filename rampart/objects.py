@@ -96,7 +96,7 @@ def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDe
     Raises ValueError where `init` does not fit the classes or the architecture.
     """
     name, backbone = splits_name(net.arch)
-    if init and checkpoint.read(init)[0].get("task") == TASK:
+    if init and files.read_config(init).get("task") == TASK:
         detector = load(init)
         if detector.config.classes != classes:
             raise ValueError(
@@ -149,7 +149,7 @@ def train_from(
     trial = timed(detector, recipe, data.train, validation.to(where))
     shown = recipe.passes * len(data.train)
     say(trial.in_words("object detector", shown, len(validation), recipe))
-    past = checkpoint.read(init)[0].get("commands", []) if init else []
+    past = files.read_config(init).get("commands", []) if init else []
     return train_objects(
         detector,
         recipe,
@@ -253,7 +253,7 @@ def judge(home: Path, source: Source, threat: Threat, place: Place) -> None:
 
 def insist_found(weights: Path, *, anyway: bool) -> None:
     """Raise ChecksFailed where a detector finds next to nothing; say so where it is wanted."""
-    rows = checkpoint.read(weights)[0]["history"][-1]
+    rows = files.read_config(weights)["history"][-1]
     best = max(row["clean"] for row in rows)
     if best >= LEAST:
         return

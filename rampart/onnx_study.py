@@ -17,7 +17,6 @@ from rampart.hardening.attack.redteam.said import Answer, Reading, Said
 from rampart.hardening.attack.victims import Answer as Guess
 from rampart.hardening.attack.victims import Victim, label_victim
 from rampart.hardening.judge import evaluate as judge
-from rampart.hardening.judge.checks import Check
 from rampart.hardening.judge.evaluate import Evaluation, Record, Replay, Rung
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.card import RATE, Row, Subject
@@ -100,7 +99,7 @@ def evaluate(
     title = images.name if len(few) == len(every) else f"{len(few)} of {images.name}"
     rows = [report.row(metric, data=title, command=study.command) for metric in found.metrics]
     known = {"input": file.entry._asdict() | {"range": words}, "attacked": how}
-    content = write(path, file, study, known | {"metrics": rows, "checks": told(found.checks)})
+    content = write(path, file, study, known | {"metrics": rows, "checks": found.check_rows})
     lines = [described_in_words(file, words), f"attacked {how}", report.table(rows)]
     lines += [*map(str, found.checks), str(beside(path))]
     if not rungs:
@@ -126,11 +125,6 @@ def write_pages(
     if gallery:
         lines.append(str(write(gallery, pipeline=None, pictures=page.gallery(found, None))))
     return lines
-
-
-def told(checks: list[Check]) -> list[dict[str, Any]]:
-    """Self-checks as a card has them."""
-    return [check._asdict() for check in checks]
 
 
 def beside(path: Path) -> Path:

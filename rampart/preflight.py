@@ -225,7 +225,8 @@ def check_classes(net: Classifier, classes: Sequence[str]) -> None:
     Normalization(config.mean, config.std).check("the classifier's normalization")
     if len(classes) != config.classes:
         raise ValueError(
-            f"the images have {len(classes)} classes, but the network has {config.classes}"
+            f"the images have {len(classes)} classes, but the network has {config.classes}: pass"
+            " images of its classes, or a network for those of the images"
         )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.classifier import ClassifierConfig
 from rampart.hardening.model.images import Images
+from rampart.hardening.train import cifar10
 from rampart.hardening.train.augmentation import mirroring, of_one_image, suited
 from rampart.hardening.train.data import Folder, counted
 from rampart.hardening.train.listing import pictures_below
@@ -138,7 +139,7 @@ def stored_side(data: Path) -> int:
     files: Sequence[Path | Member] = []
     if is_sharded(data):
         files = list_samples(shards_of(data)[:1]).members
-    elif data.is_dir() and not (data / "cifar-10-batches-py").is_dir():
+    elif data.is_dir() and not cifar10.lies_in(data):
         files = pictures_below(data)
     sides = []
     for file in files[:: max(1, len(files) // LOOKED_AT)]:
@@ -200,10 +201,8 @@ def balance(wishes: Wishes, train: Images | Folder | None, rows: list[Row]) -> f
     sizes = {name: count for name, count in counted(train).items() if count}
     if not sizes or max(sizes.values()) < UNBALANCED * min(sizes.values()):
         return 0.0
-    large, small = (
-        max(sizes, key=lambda name: sizes[name]),
-        min(sizes, key=lambda name: sizes[name]),
-    )
+    large = max(sizes, key=lambda name: sizes[name])
+    small = min(sizes, key=lambda name: sizes[name])
     why = f"{large} has {sizes[large]:,} images, {small} has {sizes[small]:,}: small classes are"
     return taken(rows, "--balance", None, ROOT, f"{why} shown more often")
 

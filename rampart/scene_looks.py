@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from rampart.handlers.scenes import SceneVerdict
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Outcome, Threat, apgd, random_start
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.calibrate import detection_margin
 from rampart.hardening.model.files import SAMPLE
 from rampart.hardening.model.pipeline import Variant
@@ -31,7 +31,6 @@ AIMS = ("vanish", "fabricate", "mislabel")
 UNFLAGGED = "vanish-unflagged"
 STEPS = 50
 PALETTE = ("red", "blue", "darkorange", "purple", "teal", "magenta")  # by class
-Pixels = NDArray[np.uint8]  # (H, W, 3)
 Boxes = Sequence[Mapping[str, Any]]  # of a verdict
 # What a victim gives of one picture, and how far beyond the threshold (1,) that is.
 Watch = Callable[[SceneOutputs, Tensor], None]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rampart import inputs
-from rampart.calibrated import WEIGHTS, Calibrated, Form
+from rampart.calibrated import WEIGHTS, Calibrated, Form, tables_in, write_small
 from rampart.handlers.engine import SceneOutputs
 from rampart.handlers.errors import ImageError
 from rampart.handlers.image import View, examine, framed, view_of
@@ -20,9 +20,8 @@ from rampart.handlers.scenes import MIN_CONFIDENCE, SceneJudge, SceneVerdict
 from rampart.handlers.tasks import terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model import calibrate as ranks
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
-from rampart.hardening.model.files import SAMPLE
+from rampart.hardening.model.files import SAMPLE, read_config
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.objects import defended
@@ -63,11 +62,8 @@ class SceneModel(Calibrated):
         """The model of a folder. Raises FileNotFoundError or ValueError that name the remedy."""
         home = Path(folder)
         pipeline, _ = defended.load(home / WEIGHTS)
-        tables = {
-            Form(variant, precision): ranks.load_variant(home, variant, precision)
-            for variant, precision in folders.forms(home)
-        }
-        return cls(pipeline.detector, tables, card=report.read_card(home), folder=home)
+        card = report.read_card(home)
+        return cls(pipeline.detector, tables_in(home), card=card, folder=home)
 
     @classmethod
     def calibrate(
@@ -138,7 +134,7 @@ class SceneModel(Calibrated):
             self.classes,
             self.calibration(self.chosen_variant(variant)),
             policy or Policy(self.rate),
-            {"name": str(self.card["model"]), "version": "1.0"},
+            self.identity,
             **terms(self.card, {}),
         )
 
@@ -211,7 +207,7 @@ def assemble(
     inputs.unguarded(guarded=guarded)
     if purifier:
         raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
-    config, _ = checkpoint.read(weights)
+    config = read_config(weights)
     detector = load(weights)
     data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
     held = data.validation
@@ -237,11 +233,7 @@ def write_sample(pixels: NDArray[np.uint8], file: Path) -> None:
     """Write a picture to try the endpoint with: a few kB."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((256, 256))
-    while True:
-        picture.save(file, optimize=True)
-        if file.stat().st_size <= LARGEST_SAMPLE:
-            return
-        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
+    write_small(picture, file, most=LARGEST_SAMPLE)
 
 
 def drawn(held: Tensor, classes: tuple[str, ...]) -> Images:

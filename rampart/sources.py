@@ -14,6 +14,7 @@ from rampart.hardening.model.detectors import FITTED
 from rampart.hardening.model.images import Images, hold_out, least_held, split
 from rampart.hardening.model.promise import FEWEST, RATES, finest_rate, held_for, in_words
 from rampart.hardening.model.provenance import check_unseen, trained_on
+from rampart.hardening.train import cifar10
 from rampart.hardening.train.data import Folder, counted, load, load_training, spread, survey
 from rampart.hardening.train.loop import say
 from rampart.hardening.train.shards import is_sharded, shards_of
@@ -187,7 +188,7 @@ def sample_of(
         found, summary = read(stream=part is None)
         lines = summary.lines(model.image_size)
         count, every = len(found), found if isinstance(found, Images) else spread(found, limit)
-        if familiar and not (data / "cifar-10-batches-py").is_dir():  # this is its test half
+        if familiar and not cifar10.lies_in(data):  # this is its test half
             warning = f"{data} has the name of the training data: on training images,"
             warning += " every figure is too high"
         warning = training_warning(model, every, held_out=part is not None) or warning

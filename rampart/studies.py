@@ -28,10 +28,9 @@ from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
 from rampart.hardening.model import checkpoint
-from rampart.hardening.model.calibrate import Precision
 from rampart.hardening.model.card import Subject
 from rampart.hardening.model.classifier import Classifier
-from rampart.hardening.model.files import SAMPLE, load_variant
+from rampart.hardening.model.files import SAMPLE, Precision, load_variant
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.promise import PromiseCheck
@@ -111,8 +110,8 @@ def evaluate(
     lines = [figures.table(), *map(str, figures.evaluation.checks)]
     if not rungs:
         lines += write_pages(model, figures, study, kept, own=own, gallery=gallery)
-    checks = [check._asdict() for check in figures.evaluation.checks]
-    return Outcome(kept.content, [*lines, *kept.lines], {"checks": checks})
+    checks = {"checks": figures.evaluation.check_rows}
+    return Outcome(kept.content, [*lines, *kept.lines], checks)
 
 
 class Kept(NamedTuple):
@@ -177,7 +176,7 @@ def enter_figures(
     entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
-        entries["checks"] = [check._asdict() for check in figures.evaluation.checks]
+        entries["checks"] = figures.evaluation.check_rows
     return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 

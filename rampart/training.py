@@ -14,6 +14,7 @@ from rampart.hardening.model import checkpoint, foreign
 from rampart.hardening.model.card import check_fit
 from rampart.hardening.model.classifier import SMALL, TIMM, Classifier, ClassifierConfig
 from rampart.hardening.model.faults import Faults
+from rampart.hardening.model.files import read_config
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.normalization import Colour, Normalization
 from rampart.hardening.model.pipeline import load_classifier
@@ -148,7 +149,7 @@ def train_from(
     if run.compiled:
         classifier.backbone.compile()
     robust = load_classifier(teacher).to(where) if teacher else None
-    past = checkpoint.read(init)[0] if init else {}
+    past = read_config(init) if init else {}
     after = str(past.get("training", init.name)) if init else ""
     recipe = recipe._replace(teacher=checkpoint.digest(robust) if robust else "", after=after)
     check_images(run.out, images, held)
@@ -249,7 +250,7 @@ def train_purifier_from(
         prove_purifier(source, net, recipe, run)
     images, held = source.read(net.config.image_size)
     if augment is None:
-        past = augmentations_of(str(checkpoint.read(classifier)[0].get("training", "")))
+        past = augmentations_of(str(read_config(classifier).get("training", "")))
         augment = suited(images.classes) if past is None else of_one_image(past)
     recipe = recipe._replace(augment=augment)
     say(f"augmentation: {', '.join(augment) or 'none'}")

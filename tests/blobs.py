@@ -9,7 +9,7 @@ from rampart.hardening.attack.objectives import Look, View
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.train.data import CIFAR10_CLASSES
+from rampart.hardening.train import cifar10
 
 
 def blobs(count: int, *, size: int = 32, seed: int = 0) -> Images:
@@ -21,7 +21,7 @@ def blobs(count: int, *, size: int = 32, seed: int = 0) -> Images:
     hue = torch.stack([torch.cos(2 * torch.pi * (label / 10 + shift / 3)) for shift in range(3)], 1)
     x = (0.5 + 0.25 * hue[:, :, None, None] + 0.4 * (smooth - 0.5)).clamp(0, 1)
     image = (x * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-    return Images(image, label, CIFAR10_CLASSES)
+    return Images(image, label, cifar10.CLASSES)
 
 
 class Learned(NamedTuple):

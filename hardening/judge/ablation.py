@@ -24,7 +24,7 @@ from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.model import calibrate, checkpoint, detectors
 from rampart.hardening.model.arrays import Bools, Floats
-from rampart.hardening.model.card import Figure, Row, Subject, cell_text
+from rampart.hardening.model.card import Figure, Row, Subject, cell_text, gain_text
 from rampart.hardening.model.detectors import PURIFIER, RECTIFIED, RECTIFIER, Confidence
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier, Variant
@@ -299,13 +299,7 @@ def table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def at_cells(point: Row) -> list[str]:
     """Rejection at one rate: its clean cost, what holds, and what that adds."""
     held = (point["clean_rejection"], point["robust_with_rejection"])
-    return [*map(cell_text, held), in_points(point["gain"])]
-
-
-def in_points(gain: Row) -> str:
-    """A difference of shares and its interval, in percentage points."""
-    low, high = (100 * bound for bound in gain["interval"])
-    return f"{100 * gain['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return [*map(cell_text, held), gain_text(point["gain"])]
 
 
 def curve_table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -314,7 +308,7 @@ def curve_table(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     head: tuple[str, ...] = (*front, "over the classifier, points", "over max-softmax, points")
     points = [(row["name"], point) for row in rows for point in row.get("at", [])]
     body: list[tuple[str, ...]] = [
-        (name, f"{point['rate']:.1%}", *at_cells(point), in_points(point["gain_over_max_softmax"]))
+        (name, f"{point['rate']:.1%}", *at_cells(point), gain_text(point["gain_over_max_softmax"]))
         for name, point in points
     ]
     if all("kept" in point for _, point in points):  # earlier cards do not say

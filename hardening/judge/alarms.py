@@ -24,6 +24,7 @@ from rampart.hardening.model.card import Row, cell_text
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import as_file
+from rampart.hardening.model.promise import flagged_ranks
 
 Send = Callable[[Image.Image], bytes]
 
@@ -163,7 +164,7 @@ def coverage(suspicion: Floats, *, splits: int = SPLITS) -> Iterator[Row]:
         for alpha, share in flags.items():
             share[number] = ((1 + at_least) / (half + 1) < alpha).mean()
     for alpha, share in flags.items():
-        ranks = int(np.ceil(alpha * (half + 1) - 1e-9)) - 1
+        ranks = flagged_ranks(alpha, half)
         if not ranks:
             continue
         theory = betabinom(rest, ranks, half + 1 - ranks)

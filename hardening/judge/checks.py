@@ -223,17 +223,16 @@ def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int
     """Share of x that withstands the official Square attack: never both wrong and accepted."""
     from pyautoattack.square import SquareAttack
 
-    def margin(x: Tensor, label: Tensor) -> Tensor:
+    def left(x: Tensor, label: Tensor) -> Tensor:
         view = look(x)
-        own = view.logits.gather(1, label[:, None]).squeeze(1)
-        others = view.logits.scatter(1, label[:, None], -torch.inf).amax(1)
-        return own - others if view.margin is None else torch.maximum(own - others, view.margin)
+        lead = margin(view.logits, label)
+        return lead if view.margin is None else torch.maximum(lead, view.margin)
 
     class Square(SquareAttack):  # type: ignore[misc]
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             # The first is compared with zero, the second is what shrinks; it keeps both, apart.
-            left = margin(x, y)
-            return left, left.clone()
+            value = left(x, y)
+            return value, value.clone()
 
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -242,7 +241,7 @@ def square(look: Look, x: Tensor, label: Tensor, threat: Threat, *, queries: int
         attack = Square(lambda x: look(x).logits, **ball, **options, device=x.device)
         attack.init_hyperparam(x)
         _, attacked = attack.attack_single_run(x, label)
-        return float((margin(attacked, label) > 0).float().mean())
+        return float((left(attacked, label) > 0).float().mean())
 
 
 def check_look(

@@ -24,7 +24,7 @@ from rampart.hardening.judge import checks
 from rampart.hardening.judge.checks import Check
 from rampart.hardening.judge.metrics import Metric, detection, difference
 from rampart.hardening.model.arrays import Bools
-from rampart.hardening.model.card import FP32
+from rampart.hardening.model.card import FP32, Row
 from rampart.hardening.model.images import Images, batches
 from rampart.hardening.model.pixels import to_float
 
@@ -301,6 +301,11 @@ class Evaluation(NamedTuple):
     knowledge: str = "knows every part"  # of the attacker
     worst: str = "worst case"  # what is left is called
 
+    @property
+    def check_rows(self) -> list[Row]:
+        """The self-checks as cards have them."""
+        return [check._asdict() for check in self.checks]
+
 
 def ladder(victims: list[Victim], threat: Threat, budget: Budget, classes: int) -> list[Rung]:
     """Every rung for `victims`."""
@@ -384,7 +389,10 @@ def self_checks(
         record = records[victim.name]
         right = np.flatnonzero(record.clean.right & ~record.clean.rejected)
         if not len(right):
-            raise ValueError(f"{victim.name} gets no image right: there is nothing to attack")
+            raise ValueError(
+                f"{victim.name} gets no image right, so there is nothing to attack: check labels"
+                " and classes, or pass more images"
+            )
         # Evenly spaced: a folder of images is sorted by class.
         few = right[np.linspace(0, len(right) - 1, min(CHECKED, len(right))).astype(int)]
         x, label = to_float(images.image[few]), images.label[few]

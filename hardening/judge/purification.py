@@ -24,7 +24,7 @@ from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.judge.outside import CORRUPTIONS
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.arrays import Bools
-from rampart.hardening.model.card import Row, cell_text
+from rampart.hardening.model.card import Row, cell_text, gain_text
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_float, to_uint8
 
@@ -59,12 +59,10 @@ def rows(
     Attacks on each of `nets` and on the other `sources` are put to all of `nets`; `folder` keeps
     what they found.
     """
-    victims = {name: label_victim(name, net, checkpoint.digest(net)) for name, net in nets.items()}
-    others = {
-        name: label_victim(name, net, checkpoint.digest(net)) for name, net in sources.items()
-    }
+    every = {**nets, **sources}
+    victims = {name: label_victim(name, net, checkpoint.digest(net)) for name, net in every.items()}
     find = partial(pgd20, images=images, threat=threat, folder=folder)
-    found = {name: find(victim) for name, victim in (victims | others).items()}
+    found = {name: find(victim) for name, victim in victims.items()}
     weather = list(corrupted(images))
     for name, net in nets.items():
         both = nn.Sequential(purifier, net).eval()
@@ -177,6 +175,4 @@ def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def gain_cell(row: Row) -> str:
     """What the purifier adds, in points with its interval, and whether that is beyond chance."""
-    low, high = (100 * bound for bound in row["gain"]["interval"])
-    text = f"{100 * row['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"{text} beyond chance" if row["beyond_chance"] else text
+    return gain_text(row["gain"]) + (" beyond chance" if row["beyond_chance"] else "")

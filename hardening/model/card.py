@@ -210,3 +210,9 @@ def percent(value: float, interval: Sequence[float]) -> str:
 def cell_text(share: Row) -> str:
     """A share of a card with its interval."""
     return percent(share["value"], share["interval"])
+
+
+def gain_text(gain: Row) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    low, high = (100 * bound for bound in gain["interval"])
+    return f"{100 * gain['value']:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from zipfile import BadZipFile, ZipFile
 
-from rampart.hardening.model import card as report
+from rampart.hardening.model.card import FILE as CARD
+from rampart.hardening.model.card import (
+    MEASURED,
+    merge,
+    read_card,
+    robust_in_int8,
+    write_card,
+)
 from rampart.hardening.model.files import SAMPLES, Precision, calibration_file
 
 if TYPE_CHECKING:
@@ -20,10 +27,10 @@ if TYPE_CHECKING:
 
 # The first that there is stands for the model, unless an ablation has chosen.
 VARIANTS: tuple[Variant, ...] = ("full", "lean", "guarded")
-LOG = "evaluations.jsonl"
+LOG = "evaluations.jsonl"  # a line of JSON for each evaluation
 # What is drawn of a model, and what was measured of it beside its card.
 DRAWN = ("ablation.png", "curve.png", "report.html")
-PICTURED = (*DRAWN, *SAMPLES, report.MEASURED, *(f"measured-{name}" for name in DRAWN))
+PICTURED = (*DRAWN, *SAMPLES, MEASURED, *(f"measured-{name}" for name in DRAWN))
 
 
 def variants_in(model: Path) -> list[Variant]:
@@ -59,7 +66,7 @@ def form(
     variants = calibrated(model)
     if variant and variant not in variants:
         raise ValueError(f"{model} is not calibrated as {variant}: leave out --variant")
-    chosen = variant or best_variant(report.read_card(model), variants)
+    chosen = variant or best_variant(read_card(model), variants)
     return chosen, precision or best_precision(model, chosen)
 
 
@@ -68,10 +75,10 @@ def best_precision(model: Path, variant: str) -> Precision:
 
     An object detector's int8 form exists only where its gate, an attack among it, says so.
     """
-    card = report.read_card(model)
+    card = read_card(model)
     if "objects" in card:
         return "int8" if variant in card.get("int8", {}) else "fp32"
-    loss = report.robust_in_int8(model, variant)
+    loss = robust_in_int8(model, variant)
     return "int8" if loss is not None and loss <= 0.01 else "fp32"
 
 
@@ -128,11 +135,11 @@ def deliver(model: Path, target: Path) -> bool:
     """Copy a finished model folder, the newer of each file; whether `target` had the same model."""
     same = _decides(target) == _decides(model)
     if not same:
-        for file in [*calibrations(target), *(target / name for name in ("card.json", *PICTURED))]:
+        for file in [*calibrations(target), *(target / name for name in (CARD, *PICTURED))]:
             file.unlink(missing_ok=True)
-    lines = dict.fromkeys([*_logged(target), *_logged(model)])
-    cards = [report.read_card(target), report.read_card(model)] if same else []
-    if same and _newer(target / "card.json", model / "card.json"):
+    lines = dict.fromkeys([*logged(target), *logged(model)])
+    cards = [read_card(target), read_card(model)] if same else []
+    if same and _newer(target / CARD, model / CARD):
         cards.reverse()
     target.mkdir(parents=True, exist_ok=True)
     for file in contents(model).values():
@@ -142,8 +149,8 @@ def deliver(model: Path, target: Path) -> bool:
         (target / LOG).write_text("".join(f"{line}\n" for line in lines))
     if cards:
         older, newer = cards
-        rows = report.merge(older.get("metrics", []), newer.get("metrics", []))
-        report.write_card(target, older | newer | {"metrics": rows})
+        rows = merge(older.get("metrics", []), newer.get("metrics", []))
+        write_card(target, older | newer | {"metrics": rows})
     return same
 
 
@@ -153,7 +160,8 @@ def _decides(model: Path) -> dict[str, bytes]:
     return {name: (model / name).read_bytes() for name in names if (model / name).is_file()}
 
 
-def _logged(model: Path) -> list[str]:
+def logged(model: Path) -> list[str]:
+    """The lines of JSON in a model folder's log of evaluations."""
     log = model / LOG
     return log.read_text().splitlines() if log.is_file() else []
 
@@ -166,7 +174,7 @@ def is_of(archive: Path, model: Path) -> bool:
     """Whether an archive was packed from the weights in a model folder."""
     try:
         with ZipFile(archive) as packed:
-            digest = json.loads(packed.read("card.json"))["sha256"]["weights.safetensors"]
+            digest = json.loads(packed.read(CARD))["sha256"]["weights.safetensors"]
     except (OSError, BadZipFile, ValueError, KeyError, TypeError):
         return False
     with (model / "weights.safetensors").open("rb") as weights:

@@ -47,20 +47,13 @@ class Adopted(NamedTuple):
     lines: list[str]
 
 
-def adopt(
+def take(
     path: Path, config: ClassifierConfig, *, mean: Colour | None = None, std: Colour | None = None
-) -> Classifier:
+) -> Adopted:
     """The classifier of `config` with the weights of `path`, frozen. A normalizer in the file
     replaces the config's, `mean` and `std` replace either. Raises FileNotFoundError, or ValueError
     that names what does not fit.
     """
-    return take(path, config, mean=mean, std=std).classifier
-
-
-def take(
-    path: Path, config: ClassifierConfig, *, mean: Colour | None = None, std: Colour | None = None
-) -> Adopted:
-    """As `adopt`, with what was taken."""
     weights, lines = tensors(contents(path), path)
     normalization, origin = normalization_of(config, weights, mean, std)
     lines.append(f"normalization{origin}: mean {normalization.mean}, std {normalization.std}")

@@ -131,7 +131,10 @@ def hold_out(images: S, held: Images | None, *, seed: int = 0, least: int = 0) -
     """
     if held is not None:
         if held.classes != images.classes:
-            raise ValueError(f"classes differ: {images.classes} in training, {held.classes} held")
+            raise ValueError(
+                f"classes differ: {images.classes} in training, {held.classes} held out: give both"
+                " the same classes, in the same order"
+            )
         twins = set(held.paths)
         paths = images.paths or ("",) * len(images)
         keep = torch.tensor([path not in twins for path in paths]) & images.unlike(held)

@@ -2,7 +2,6 @@
 torch, which has gradients.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rampart.handlers.engine import sha256
 from rampart.hardening.model.arrays import Floats, Pixels
 from rampart.hardening.model.scaling import SCALINGS, Layout, Scaling
 
@@ -60,7 +60,7 @@ class OnnxFile:
         except Exception as error:  # protobuf's have no common type
             raise ValueError(f"{path} is no ONNX file: {error}") from error
         self.name = path.stem
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = sha256(path)
         self.was_cut = cut_softmax(self.model)
         try:
             self._session = onnxruntime.InferenceSession(

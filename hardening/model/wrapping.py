@@ -15,7 +15,7 @@ class Layout(NamedTuple):
     channels: int = 3
     channels_last: bool = False
 
-    def example(self, x: Tensor) -> Tensor:
+    def of(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) as the network takes it."""
         if self.channels == 1:
             weights = x.new_tensor(GRAY).view(1, 3, 1, 1)
@@ -32,7 +32,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """What the network says of x (N, 3, H, W)."""
-        return self.net(self.layout.example(x))
+        return self.net(self.layout.of(x))
 
 
 def example(size: int) -> Tensor:
@@ -63,7 +63,7 @@ def answer(net: nn.Module, layout: Layout, x: Tensor) -> Any:
     training = net.training
     try:
         with torch.no_grad():
-            return net.eval()(layout.example(x))
+            return net.eval()(layout.of(x))
     finally:
         net.train(training)
 
@@ -89,7 +89,7 @@ def advice(net: nn.Module, layout: Layout, x: Tensor, error: Exception) -> str:
 
 def shape(layout: Layout, x: Tensor) -> str:
     """The input's shape in words."""
-    sizes = (str(size) for size in layout.example(x).shape[1:])
+    sizes = (str(size) for size in layout.of(x).shape[1:])
     return f"(N, {', '.join(sizes)})"
 
 

@@ -18,9 +18,7 @@ SMALLEST = 2.0  # pixels a side of a box that a crop leaves
 def quarters(*sample: Any) -> Any:
     """Turned by a random number of quarters."""
     turn = 90 * int(torch.randint(4, ()))
-    return v2.functional.rotate(sample[0], turn, expand=True), v2.functional.rotate(
-        sample[1], turn, expand=True
-    )
+    return tuple(v2.functional.rotate(part, turn, expand=True) for part in sample)
 
 
 JITTERS: dict[str, Callable[..., Any]] = {

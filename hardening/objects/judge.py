@@ -5,6 +5,7 @@ reaches it as it is.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ class Figures(NamedTuple):
 
 def rounded(value: float) -> float | None:
     """Four digits; None for what has no value, as a class that no picture shows."""
-    return None if value != value else round(value, 4)
+    return None if math.isnan(value) else round(value, 4)
 
 
 def figures(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> Figures:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from rampart.hardening.objects.places import PARTS, coco_files, part_of, voc_home
-from rampart.hardening.train.data import LISTED
+from rampart.hardening.train.data import fault_lines
 from rampart.hardening.train.decoding import open_picture
 from rampart.hardening.train.listing import SUFFIXES
 
@@ -167,10 +167,9 @@ def checked(
         for part, some in layout.parts.items()
     }
     if faults and not skip_bad:
-        more = [f"and {len(faults) - LISTED:,} more"] if len(faults) > LISTED else []
         raise ValueError(
-            f"{len(faults)} boxes or pictures to put right (--skip-bad leaves them out):\n  "
-            + ";\n  ".join([*faults[:LISTED], *more])
+            f"{len(faults)} boxes or pictures to put right (--skip-bad leaves them out):\n"
+            f"  {fault_lines(faults)}"
         )
     return parts, faults
 

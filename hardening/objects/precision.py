@@ -31,7 +31,25 @@ class Precision(NamedTuple):
 
 def precision(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> Precision:
     """Average precision of what was found in each picture."""
-    return scored(dataset(truth, classes), detections(found), range(len(truth)), classes)
+    from faster_coco_eval import COCO, COCOeval_faster  # as classifiers do without
+
+    own, out = annotations(truth), detections(found)
+    if not own:
+        return Precision(float("nan"), float("nan"), (float("nan"),) * classes)
+    if not out:
+        return Precision(0.0, 0.0, (0.0,) * classes)
+    images = [{"id": number, "width": 1, "height": 1} for number, _ in enumerate(truth, 1)]
+    names = [{"id": index, "name": str(index)} for index in range(1, classes + 1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        real = COCO({"images": images, "annotations": own, "categories": names})
+        judge = COCOeval_faster(real, real.loadRes(out), "bbox", print_function=lambda *_: None)
+        judge.run()
+    # (10 IoU, 101 recalls, K, areas, detections); -1 where there is no object of the class
+    values: Floats = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]
+    values = np.where(values < 0, np.nan, values)
+    present = ~np.isnan(values[0]).all(0)
+    at50 = [float(values[0, :, k].mean()) if present[k] else float("nan") for k in range(classes)]
+    return Precision(float(np.nanmean(at50)), float(values[:, :, present].mean()), tuple(at50))
 
 
 def interval(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> tuple[float, float]:
@@ -56,15 +74,21 @@ class Hits(NamedTuple):
 
 
 def hits(truth: Truth, found: Found, classes: int) -> Hits:
-    """Match boxes to objects of their class, the surest first, as `precision` does at IoU 0.5."""
+    """What was found, and which of it `matched`, as `precision` counts it at IoU 0.5."""
+    objects = np.bincount(truth.labels.cpu().numpy(), minlength=classes)
+    scores, labels = found.scores.cpu().numpy(), found.labels.cpu().numpy()
+    return Hits(scores, labels, matched(truth, found), objects)
+
+
+def matched(truth: Truth, found: Found) -> Bools:
+    """Which boxes (M,) are the first for an object of their class, the surest first."""
     overlap = box_iou(found.boxes, truth.boxes) * (found.labels[:, None] == truth.labels)
     overlap, right = overlap.cpu().numpy(), np.zeros(len(found.scores), dtype=bool)
     for row in found.scores.argsort(descending=True, stable=True).tolist():
         if len(truth.boxes) and overlap[row].max() >= IOU:
             overlap[:, overlap[row].argmax()] = 0
             right[row] = True
-    objects = np.bincount(truth.labels.cpu().numpy(), minlength=classes)
-    return Hits(found.scores.cpu().numpy(), found.labels.cpu().numpy(), right, objects)
+    return right
 
 
 def resampled(every: Sequence[Hits], classes: int) -> float:
@@ -82,57 +106,24 @@ def resampled(every: Sequence[Hits], classes: int) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def scored(
-    every: list[list[dict[str, Any]]],
-    boxes: list[list[dict[str, Any]]],
-    rows: Sequence[int],
-    classes: int,
-) -> Precision:
-    """Average precision over the pictures `rows`, some of them perhaps more than once."""
-    from faster_coco_eval import COCO, COCOeval_faster  # as classifiers do without
-
-    images = [{"id": number, "width": 1, "height": 1} for number, _ in enumerate(rows, 1)]
-    own = [item | {"image_id": number} for number, row in enumerate(rows, 1) for item in every[row]]
-    out = [item | {"image_id": number} for number, row in enumerate(rows, 1) for item in boxes[row]]
-    names = [{"id": index, "name": str(index)} for index in range(1, classes + 1)]
-    if not own:
-        return Precision(float("nan"), float("nan"), (float("nan"),) * classes)
-    if not out:
-        return Precision(0.0, 0.0, (0.0,) * classes)
-    own = [item | {"id": number} for number, item in enumerate(own, 1)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO({"images": images, "annotations": own, "categories": names})
-        judge = COCOeval_faster(truth, truth.loadRes(out), "bbox", print_function=lambda *_: None)
-        judge.run()
-    # (10 IoU, 101 recalls, K, areas, detections); -1 where there is no object of the class
-    values: Floats = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]
-    values = np.where(values < 0, np.nan, values)
-    present = ~np.isnan(values[0]).all(0)
-    at50 = [float(values[0, :, k].mean()) if present[k] else float("nan") for k in range(classes)]
-    return Precision(float(np.nanmean(at50)), float(values[:, :, present].mean()), tuple(at50))
-
-
-def dataset(truth: Sequence[Truth], classes: int) -> list[list[dict[str, Any]]]:
-    """The objects of each picture, as COCO has them."""
-    return [
-        [
-            {"category_id": label + 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            for box, label in zip(corner_and_sides(one.boxes), one.labels.tolist(), strict=True)
-        ]
-        for one in truth
+def annotations(truth: Sequence[Truth]) -> list[dict[str, Any]]:
+    """The objects of all pictures, as COCO has them."""
+    every = [
+        {"image_id": number, "category_id": label + 1, "bbox": box, "area": box[2] * box[3]}
+        for number, one in enumerate(truth, 1)
+        for box, label in zip(corner_and_sides(one.boxes), one.labels.tolist(), strict=True)
     ]
+    return [item | {"id": number, "iscrowd": 0} for number, item in enumerate(every, 1)]
 
 
-def detections(found: Sequence[Found]) -> list[list[dict[str, Any]]]:
-    """What was found in each picture, as COCO has it."""
+def detections(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """What was found in all pictures, as COCO has it."""
     return [
-        [
-            {"category_id": label + 1, "bbox": box, "score": score}
-            for box, label, score in zip(
-                corner_and_sides(one.boxes), one.labels.tolist(), one.scores.tolist(), strict=True
-            )
-        ]
-        for one in found
+        {"image_id": number, "category_id": label + 1, "bbox": box, "score": score}
+        for number, one in enumerate(found, 1)
+        for box, label, score in zip(
+            corner_and_sides(one.boxes), one.labels.tolist(), one.scores.tolist(), strict=True
+        )
     ]
 
 
@@ -150,17 +141,8 @@ class Count(NamedTuple):
     false: int
 
 
-def count(truth: Truth, found: Found, *, shown: float = SHOWN) -> Count:
-    """What people see of one picture: boxes that score `shown` or more, the surest first."""
-    sure = found.scores >= shown
-    boxes, labels = found.boxes[sure], found.labels[sure]
-    overlap = box_iou(boxes, truth.boxes) * (labels[:, None] == truth.labels)  # (F, M)
-    kept = 0
-    for row in range(len(boxes)):
-        if not len(truth.boxes):
-            break
-        best = int(overlap[row].argmax())
-        if overlap[row, best] >= IOU:
-            kept += 1
-            overlap[:, best] = 0
-    return Count(len(truth.boxes), kept, len(boxes) - kept)
+def count(truth: Truth, found: Found) -> Count:
+    """What people see of one picture: boxes that score SHOWN or more, the surest first."""
+    sure = found.scores >= SHOWN
+    kept = int(matched(truth, Found(*(part[sure] for part in found))).sum())
+    return Count(len(truth.boxes), kept, int(sure.sum()) - kept)

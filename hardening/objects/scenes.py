@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rampart.handlers.image import Placement, decode, letterbox
 from rampart.hardening.attack.noise import Noise
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import least_held
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.boxes import Truth
@@ -22,8 +22,6 @@ from rampart.hardening.objects.jitter import jitter
 from rampart.hardening.objects.layouts import Scene, checked, read_layout
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import AHEAD, threads
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,7 @@ class Lessons:
         """
         draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=draws)
-        size = min(size, len(order))
-        size -= size % distributed.place()[1]
-        whole = torch.split(order[: len(order) - len(order) % size], size)[skip:]
-        rows = [distributed.mine(index) for index in whole]
-
-        for index, every in self.scenes.read(rows):
+        for index, every in self.scenes.read(distributed.portions(order, size, skip=skip)):
             keys = [hash((seed, epoch, row)) % 2**63 for row in index.tolist()]
             jittered = [
                 jitter(*one, augmentations, key) for one, key in zip(every, keys, strict=True)

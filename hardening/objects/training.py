@@ -17,6 +17,7 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Loss, Threat, n_fgsm, pgd, pgd10, random_start
 from rampart.hardening.model import checkpoint, provenance
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.objects.attack import losses_together
 from rampart.hardening.objects.boxes import Found, Truth
 from rampart.hardening.objects.detector import ObjectDetector, described
 from rampart.hardening.objects.jitter import check_jitters
@@ -25,6 +26,7 @@ from rampart.hardening.objects.scenes import Boxed, Lessons, SceneBatch, Scenes
 from rampart.hardening.train import distributed, loop
 from rampart.hardening.train import state as states
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
+from rampart.hardening.train.provenance import entry
 
 METHODS = ("standard", "nfgsm", "pgd")
 AIMS = ("sum", "alternate", "strongest")
@@ -55,7 +57,7 @@ class ObjectRecipe(NamedTuple):
 
 def total(detector: ObjectDetector, truth: Sequence[Truth]) -> Loss:
     """The sum of all losses of each image."""
-    return lambda x: torch.stack([*detector.image_losses(x, truth).values()]).sum(0)
+    return partial(losses_together, detector, truth=truth)
 
 
 def single(detector: ObjectDetector, truth: Sequence[Truth], name: str) -> Loss:
@@ -236,5 +238,4 @@ def noted(folder: Path, train: Boxed, held: Boxed) -> dict[str, object]:
     prints = provenance.fingerprints(train.image)
     if distributed.first():
         provenance.write(folder, prints)
-    out = provenance.summary(provenance.fingerprints(held.image))
-    return {"images": {"training": provenance.summary(prints), "held_out": out}}
+    return {"images": entry(prints, held.image)}

@@ -13,8 +13,10 @@ from rampart.hardening.report.elements import CHECKS, Drawing, Section, Table
 from rampart.hardening.report.findings import Findings
 
 # What other sections show of a card.
-SHOWN = ["metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside"]
-SHOWN += ["purifier"]
+SHOWN = (
+    "metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside",
+    "purifier",
+)  # fmt: skip
 
 
 def self_checks(checks: Sequence[Check]) -> Iterator[Section]:

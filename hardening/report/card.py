@@ -28,6 +28,7 @@ from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
 from rampart.hardening.model.card import unfit as unfit
 from rampart.hardening.model.card import write_card as write_card
+from rampart.hardening.model.folder import LOG, logged
 
 # The rows that the documents show of a card.
 SUBJECTS = {
@@ -84,14 +85,13 @@ def log_evaluation(folder: Path, entry: Row) -> None:
     """Append to the log of all evaluations, with the time (UTC) and the SHA-256 of the weights."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stamp = {"time": now, "weights": sha256(folder / "weights.safetensors")}
-    with (folder / "evaluations.jsonl").open("a") as stream:
+    with (folder / LOG).open("a") as stream:
         stream.write(json.dumps(stamp | entry) + "\n")
 
 
 def measured_on(folder: Path, data: str) -> str:
     """The day (UTC) of the last evaluation on `data` that the log has; empty without one."""
-    log = folder / "evaluations.jsonl"
-    runs = map(json.loads, log.read_text().splitlines()) if log.is_file() else ()
+    runs = map(json.loads, logged(folder))
     return max((run["time"][:10] for run in runs if run["data"] == data), default="")
 
 

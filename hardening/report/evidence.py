@@ -19,6 +19,7 @@ from rampart.handlers.engine import sha256
 from rampart.hardening.attack import ladder
 from rampart.hardening.judge.checks import Check
 from rampart.hardening.model.card import FILE, Figure, Row, failed_checks, read_card
+from rampart.hardening.model.folder import logged
 from rampart.hardening.report import redteam
 from rampart.hardening.report.appendix import in_short
 from rampart.hardening.report.elements import Table, in_words, title
@@ -152,8 +153,7 @@ def methods(folder: Path, card: Row) -> Iterator[Table]:
     named = {figure.name.partition("@")[0] for figure in map(Figure.of, card["metrics"])}
     known = [(title(a.name), a.meaning) for a in ladder.RUNGS if a.name in named]
     yield Table("Attacks", ("attack", "the share counts"), known)
-    log = folder / "evaluations.jsonl"
-    runs = list(map(json.loads, log.read_text().splitlines())) if log.is_file() else []
+    runs = map(json.loads, logged(folder))
     dates = {run["command"]: f"{run['time'][:10]}, {run['weights'][:12]}" for run in runs}
     commands = dict.fromkeys(row["command"] for row in card["metrics"])
     body = [(dates.get(command, NOT_LOGGED), command) for command in commands]

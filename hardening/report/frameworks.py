@@ -17,11 +17,11 @@ Finding = Callable[[Row], str]  # what a card says, or nothing
 
 
 class Item(NamedTuple):
-    """One entry of a framework, and what the card has for it."""
+    """One entry of a framework, and what the card has for it; None of what no command measures."""
 
     number: str
     name: str
-    found: Finding
+    found: Finding | None = None
 
 
 class Framework(NamedTuple):
@@ -130,11 +130,6 @@ def sets(card: Row) -> str:
     return "\n".join(f"{name}: {p['count']} images, SHA-256 {p['sha256']}" for name, p in parts)
 
 
-def nothing(card: Row) -> str:
-    """What no command of Rampart measures."""
-    return ""
-
-
 FRAMEWORKS = (
     Framework(
         "MITRE ATLAS 5.6.0, techniques",
@@ -144,12 +139,12 @@ FRAMEWORKS = (
             Item("AML.T0043.001", "Black-Box Optimization", black_box),
             Item("AML.T0043.002", "Black-Box Transfer", said("transfer")),
             Item("AML.T0043.003", "Manual Modification", beyond),
-            Item("AML.T0043.004", "Insert Backdoor Trigger", nothing),
-            Item("AML.T0041", "Physical Environment Access", nothing),
-            Item("AML.T0020", "Poison Training Data", nothing),
-            Item("AML.T0018", "Manipulate AI Model", nothing),
-            Item("AML.T0024", "Exfiltration via AI Inference API", nothing),
-            Item("AML.T0029", "Denial of AI Service", nothing),
+            Item("AML.T0043.004", "Insert Backdoor Trigger"),
+            Item("AML.T0041", "Physical Environment Access"),
+            Item("AML.T0020", "Poison Training Data"),
+            Item("AML.T0018", "Manipulate AI Model"),
+            Item("AML.T0024", "Exfiltration via AI Inference API"),
+            Item("AML.T0029", "Denial of AI Service"),
         ),
     ),
     Framework(
@@ -160,24 +155,24 @@ FRAMEWORKS = (
             Item("AML.M0010", "Input Restoration", purified),
             Item("AML.M0008", "Validate AI Model", checked),
             Item("AML.M0014", "Verify AI Artifacts", hashed),
-            Item("AML.M0002", "Passive AI Output Obfuscation", nothing),
-            Item("AML.M0004", "Restrict Number of AI Model Queries", nothing),
-            Item("AML.M0024", "AI Telemetry Logging", nothing),
+            Item("AML.M0002", "Passive AI Output Obfuscation"),
+            Item("AML.M0004", "Restrict Number of AI Model Queries"),
+            Item("AML.M0024", "AI Telemetry Logging"),
         ),
     ),
     Framework(
         "OWASP Machine Learning Security Top Ten, 2023",
         (
             Item("ML01", "Input Manipulation Attack", said("robust", "autoattack")),
-            Item("ML02", "Data Poisoning Attack", nothing),
-            Item("ML03", "Model Inversion Attack", nothing),
-            Item("ML04", "Membership Inference Attack", nothing),
-            Item("ML05", "Model Theft", nothing),
+            Item("ML02", "Data Poisoning Attack"),
+            Item("ML03", "Model Inversion Attack"),
+            Item("ML04", "Membership Inference Attack"),
+            Item("ML05", "Model Theft"),
             Item("ML06", "AI Supply Chain Attacks", hashed),
-            Item("ML07", "Transfer Learning Attack", nothing),
-            Item("ML08", "Model Skewing", nothing),
-            Item("ML09", "Output Integrity Attack", nothing),
-            Item("ML10", "Model Poisoning", nothing),
+            Item("ML07", "Transfer Learning Attack"),
+            Item("ML08", "Model Skewing"),
+            Item("ML09", "Output Integrity Attack"),
+            Item("ML10", "Model Poisoning"),
         ),
     ),
     Framework(
@@ -186,9 +181,9 @@ FRAMEWORKS = (
             Item("evasion", "white-box attacks", said(*WHITE_BOX)),
             Item("evasion", "black-box attacks on scores or labels", black_box),
             Item("evasion", "transferability of attacks", said("transfer")),
-            Item("evasion", "attacks in the real world", nothing),
-            Item("poisoning", "availability, targeted, backdoor", nothing),
-            Item("privacy", "reconstruction, membership, extraction", nothing),
+            Item("evasion", "attacks in the real world"),
+            Item("poisoning", "availability, targeted, backdoor"),
+            Item("privacy", "reconstruction, membership, extraction"),
             Item("mitigation", "adversarial training", hardened),
         ),
     ),
@@ -198,29 +193,29 @@ FRAMEWORKS = (
             Item("15(3)", "accuracy and its metrics", said("clean")),
             Item("15(4)", "resilience to errors, faults, inconsistencies", varied),
             Item("15(5)", "adversarial examples, model evasion", said("robust", "autoattack")),
-            Item("15(5)", "data poisoning", nothing),
-            Item("15(5)", "model poisoning", nothing),
-            Item("15(5)", "confidentiality attacks", nothing),
+            Item("15(5)", "data poisoning"),
+            Item("15(5)", "model poisoning"),
+            Item("15(5)", "confidentiality attacks"),
         ),
     ),
     Framework(
         "Regulation (EU) 2024/1689, Annex IV",
         (
-            Item("1(a)", "intended purpose, provider", nothing),
+            Item("1(a)", "intended purpose, provider"),
             Item("1(c)", "versions of software", versions),
             Item("2(a)", "steps of development", made),
             Item("2(b)", "design: network and training", built),
             Item("2(d)", "data sets", sets),
-            Item("2(e)", "human oversight", nothing),
+            Item("2(e)", "human oversight"),
             Item("2(g)", "validation and testing: accuracy", said("clean")),
             Item("2(g)", "validation and testing: robustness", said("robust", "autoattack")),
             Item("2(h)", "cybersecurity measures", hashed),
             Item("3", "limits of performance: clean images rejected", said("clean_rejection")),
-            Item("5", "risk management", nothing),
-            Item("6", "changes over the lifecycle", nothing),
-            Item("7", "harmonised standards", nothing),
-            Item("8", "declaration of conformity", nothing),
-            Item("9", "post-market monitoring", nothing),
+            Item("5", "risk management"),
+            Item("6", "changes over the lifecycle"),
+            Item("7", "harmonised standards"),
+            Item("8", "declaration of conformity"),
+            Item("9", "post-market monitoring"),
         ),
     ),
 )
@@ -229,4 +224,5 @@ FRAMEWORKS = (
 def rows(framework: Framework, card: Row) -> Iterator[tuple[str, str, str]]:
     """Number, name, and what the card has for each entry."""
     for item in framework.items:
-        yield item.number, item.name, item.found(card) or NOT_MEASURED
+        found = item.found(card) if item.found else ""
+        yield item.number, item.name, found or NOT_MEASURED

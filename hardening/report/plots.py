@@ -14,14 +14,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-from PIL import Image
 
+from rampart.handlers.image import as_png
 from rampart.hardening.model.arrays import Floats, Pixels
 from rampart.hardening.model.card import NO_VARIANT, Subject
-from rampart.hardening.model.pixels import as_file
 from rampart.hardening.model.style import STYLE
 
 WIDTH = 4.4  # inches
+VICTIMS = (
+    "classifier",
+    "undefended",
+    "pipeline",
+    "graph",
+    "max_softmax",
+)  # kinds of subjects
 PERCENT = PercentFormatter(1, decimals=0)
 BINS = 30
 
@@ -77,13 +83,7 @@ CURVES = {
 def title(name: str) -> str:
     """What a legend calls what INKS calls `name`."""
     text, _, variant = name.partition(" ")
-    if text.partition(":")[0] not in (
-        "classifier",
-        "undefended",
-        "pipeline",
-        "graph",
-        "max_softmax",
-    ):
+    if text.partition(":")[0] not in VICTIMS:
         return {"pgd20": "PGD-20", "joint_apgd": "joint attack"}.get(name, name)
     return Subject.parse(text, variant or NO_VARIANT).title
 
@@ -113,7 +113,7 @@ def uri(kind: str, content: bytes) -> str:
 
 def png(image: Pixels) -> str:
     """An image uint8 (H, W, 3) as a data URI."""
-    return uri("png", as_file(Image.fromarray(image)))
+    return uri("png", as_png(image))
 
 
 def svg(draw: Callable[[Axes], None], *, height: float = 3.2, width: float = WIDTH) -> str:

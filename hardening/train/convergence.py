@@ -34,10 +34,8 @@ class Convergence(nn.Module):
         if epoch != int(self.epoch):
             mean = self.so_far[0] / self.so_far[1]
             self.before = torch.stack([mean, self.before[0]])
-            self.so_far, self.epoch = (
-                torch.zeros_like(self.so_far),
-                torch.full_like(self.epoch, epoch),
-            )
+            self.so_far = torch.zeros_like(self.so_far)
+            self.epoch = torch.full_like(self.epoch, epoch)
         self.so_far = self.so_far + torch.stack([self.latest, torch.ones_like(self.latest)])
         self.latest = None
 

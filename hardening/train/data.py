@@ -2,13 +2,11 @@
 
 import hashlib
 import os
-import shutil
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,9 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,11 +24,10 @@ from rampart.hardening.model.images import Held, Images, Source, hold_out, least
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.presence import check_file
 from rampart.hardening.model.provenance import fingerprints
-from rampart.hardening.train import distributed
+from rampart.hardening.train import cifar10, distributed
 from rampart.hardening.train.augmentation import augment
 from rampart.hardening.train.convergence import Convergence
 from rampart.hardening.train.decoding import Decoders, decoded, open_picture, read_picture
-from rampart.hardening.train.fetching import fetching
 from rampart.hardening.train.listing import list_classes
 from rampart.hardening.train.shards import (
     Member,
@@ -223,12 +218,12 @@ def survey(
     """
     if is_sharded(path):
         return survey_shards(path, size=size, stream=stream, skip_bad=skip_bad)
-    if path.is_dir() and not (path / "cifar-10-batches-py").is_dir():
+    if path.is_dir() and not cifar10.lies_in(path):
         return survey_folder(path, size=size, stream=stream, skip_bad=skip_bad)
     if path.suffix == ".npz" and path.is_file():
         images = load_npz(path)
     elif path.is_dir():
-        images = load_cifar10(path, train=train)
+        images = cifar10.load(path, train=train)
     else:
         raise FileNotFoundError(
             f"no data at {path}: pass an .npz file, a folder of class folders, tar shards, or the"
@@ -236,7 +231,10 @@ def survey(
         )
     height, width = images.image.shape[1:3]
     if (height, width) != (size, size):
-        raise ValueError(f"{path} holds {height}x{width} images, but the model takes {size}x{size}")
+        raise ValueError(
+            f"{path} holds {height}x{width} images, but the model takes {size}x{size}: save them at"
+            " that size, or pass a folder of pictures, which are brought to it"
+        )
     return images, Survey(path.name, counted(images), [(width, height)])
 
 
@@ -322,50 +320,16 @@ def check_readable(found: Sequence[Size | str]) -> None:
     bad = [entry for entry in found if isinstance(entry, str)]
     if not bad:
         return
-    more = [f"and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
-    names = ";\n  ".join([*bad[:LISTED], *more])
     raise ValueError(
         f"{len(bad):,} of {len(found):,} pictures cannot be read (train, harden and calibrate leave"
-        f" them out with --skip-bad):\n  {names}"
+        f" them out with --skip-bad):\n  {fault_lines(bad)}"
     )
 
 
-# fmt: off
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)
-# fmt: on
-
-
-def load_cifar10(path: Path, *, train: bool = True) -> Images:
-    """CIFAR-10 (Krizhevsky, 2009) from its official Python batches under `path`."""
-    try:
-        data = torchvision.datasets.CIFAR10(str(path), train=train)
-    except RuntimeError as error:  # files are missing, or have other hashes
-        raise ValueError(
-            f"{path / 'cifar-10-batches-py'} is incomplete: remove it, and fetch it again with"
-            f" `rampart download cifar10 {path}`"
-        ) from error
-    return Images(torch.from_numpy(data.data), torch.tensor(data.targets), CIFAR10_CLASSES)
-
-
-def download_cifar10(path: Path) -> Images:
-    """Fetch CIFAR-10 into `path`: all of it, or nothing. Raises OSError that says how by hand.
-
-    A cifar-10-python.tar.gz that lies there is taken, if it is the official one.
-    """
-    kind = torchvision.datasets.CIFAR10
-    home = path / kind.base_folder
-    with suppress(ValueError):
-        return load_cifar10(path)
-    remedy = f"get {kind.url} by hand, put it into {path}, and run this again. Its MD5 is"
-    with fetching(path, "CIFAR-10", f"{remedy} {kind.tgz_md5}") as scratch:
-        if (packed := path / kind.filename).is_file():
-            shutil.copy(packed, scratch)
-        kind(str(scratch), download=True)
-        shutil.rmtree(home, ignore_errors=True)
-        (scratch / kind.base_folder).rename(home)
-    return load_cifar10(path)
+def fault_lines(faults: Sequence[str]) -> str:
+    """The first LISTED faults, a line each, and how many more there are."""
+    more = [f"and {len(faults) - LISTED:,} more"] if len(faults) > LISTED else []
+    return ";\n  ".join([*faults[:LISTED], *more])
 
 
 def load_npz(path: Path) -> Images:
@@ -389,16 +353,22 @@ def load_npz(path: Path) -> Images:
             f"{path}: a label is {highest}, so there would be that many classes: number classes"
             " from 0 without gaps, or save their names as `classes`"
         )
-    usual = CIFAR10_CLASSES if paths else range(highest + 1)
+    usual = cifar10.CLASSES if paths else range(highest + 1)
     classes = tuple(map(str, arrays.get("classes", usual)))
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
             f"{path}: image must be uint8 (N, H, W, 3), found {image.dtype} {image.shape}"
         )
     if label.shape != image.shape[:1]:
-        raise ValueError(f"{path}: {len(image)} images but labels of shape {label.shape}")
+        raise ValueError(
+            f"{path}: {len(image)} images but labels of shape {label.shape}: save one label for"
+            " each image"
+        )
     if len(label) and not 0 <= label.min() <= label.max() < len(classes):
-        raise ValueError(f"{path}: a label lies outside the {len(classes)} classes")
+        raise ValueError(
+            f"{path}: a label lies outside the {len(classes)} classes: number them from 0, and save"
+            " the names of all as `classes`"
+        )
     return Images(torch.from_numpy(image), torch.from_numpy(label), classes, paths)
 
 
@@ -436,24 +406,6 @@ def folder_of(path: Path, classes: Mapping[str, Sequence[Path]], size: int) -> F
 def threads() -> int:
     """How many threads of this process read pictures."""
     return max(1, len(os.sched_getaffinity(0)) // distributed.beside())
-
-
-def write_digits(folder: Path) -> dict[str, int]:
-    """Write scikit-learn's digits (Alpaydin and Kaynak 1998), 32x32, as train, held, test.npz."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    gray = (bunch.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
-    large = [Image.fromarray(one).resize((32, 32)).convert("RGB") for one in gray]
-    image = np.stack([np.asarray(one) for one in large])
-    order = np.random.default_rng(0).permutation(len(image))
-    parts = dict(zip(("train", "held", "test"), np.split(order, (1097, 1497)), strict=True))
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [str(name) for name in bunch.target_names]
-    for part, rows in parts.items():
-        label = bunch.target[rows]
-        np.savez_compressed(folder / f"{part}.npz", image=image[rows], label=label, classes=names)
-    return {part: len(rows) for part, rows in parts.items()}
 
 
 def spread(images: Source, count: int | None) -> Images:
@@ -502,14 +454,8 @@ def shuffled(
     if isinstance(images, Images):
         # Once, and not at every step.
         order, keys = (index.to(images.label.device) for index in (order, keys))
-    size = min(size, len(order))
-    size -= size % distributed.place()[1]
-    last = len(order) - len(order) % size
-    parts = [
-        [distributed.mine(part) for part in torch.split(index[:last], size)[skip:]]
-        for index in (order, keys)
-    ]
-    for key, (image, label) in zip(parts[1], images.read(parts[0]), strict=True):
+    rows, own_keys = (distributed.portions(index, size, skip=skip) for index in (order, keys))
+    for key, (image, label) in zip(own_keys, images.read(rows), strict=True):
         own = images.send(key) if isinstance(images, Folder) else key
         noise = Noise(own, seed=seed, epoch=epoch)
         yield Batch(augment(to_float(image), noise, augmentations), label, noise)

@@ -89,6 +89,16 @@ def mine(index: Tensor) -> Tensor:
     return index[rank::world]
 
 
+def portions(index: Tensor, size: int, *, skip: int = 0) -> list[Tensor]:
+    """This process's part of each batch of `size` after the first `skip`; what is left at the end
+    and fills no batch is left out.
+    """
+    size = min(size, len(index))
+    size -= size % place()[1]
+    whole = len(index) - len(index) % size
+    return [mine(part) for part in torch.split(index[:whole], size)[skip:]]
+
+
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over all processes, in one exchange."""
     _, world = place()

@@ -15,7 +15,6 @@ SPLIT = re.compile(
     r"(seg|data|images?)?[_-]?(train|test|val|valid|validation|dev|eval|pred)(ing)?"
     r"([_-]?(set|data|images?))?"
 )
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as WebDataset writes its shards
 HIDDEN = ("__MACOSX", "@eaDir")  # what macOS and Synology leave beside files, as `.` names are
 HIDDEN_REASON, LOOSE_REASON = "hidden", "in no class folder"
 
@@ -117,15 +116,3 @@ def walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is one that systems and notebooks leave behind."""
     return name.startswith(".") or name in HIDDEN
-
-
-def spelled_out(address: str) -> Iterator[str]:
-    """`a-{000..002}.tar` as its three addresses."""
-    match = RANGE.search(address)
-    if not match:
-        yield address
-        return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        text = f"{number:0{len(first)}d}"
-        yield from spelled_out(address[: match.start()] + text + address[match.end() :])

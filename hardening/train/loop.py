@@ -132,14 +132,14 @@ def validate(model: nn.Module, images: Images, threat: Threat) -> dict[str, floa
     return {"clean": accuracy(model, images), "pgd10": accuracy(model, images, threat=threat)}
 
 
-class Held(Protocol):
+class Digested(Protocol):
     """What an epoch is judged on."""
 
     def digest(self) -> str:
         """Stands for all of it."""
 
 
-class Lessons(Held, Protocol):
+class Lessons(Digested, Protocol):
     """What a run learns from."""
 
     def __len__(self) -> int: ...
@@ -150,7 +150,7 @@ class Lessons(Held, Protocol):
         """The batches of an epoch after the first `skip`; all follows from `seed` and `epoch`."""
 
 
-H = TypeVar("H", bound=Held)
+D = TypeVar("D", bound=Digested)
 
 
 class Run:
@@ -262,9 +262,9 @@ class Run:
         self,
         images: Images | Folder | Lessons,
         step: Step,
-        evaluate: Callable[[H], dict[str, float]],
+        evaluate: Callable[[D], dict[str, float]],
         *,
-        chosen_on: H,
+        chosen_on: D,
         epochs: int,
         batch_size: int,
         keep: Callable[[], None],
@@ -284,7 +284,7 @@ class Run:
                 self.end_epoch(loss, self.judged(evaluate, chosen_on), keep, best)
                 self.end_here()
 
-    def judged(self, evaluate: Callable[[H], dict[str, float]], images: H) -> dict[str, float]:
+    def judged(self, evaluate: Callable[[D], dict[str, float]], images: D) -> dict[str, float]:
         """The figures of an epoch whose steps are done: Ctrl-C saves those."""
         self.check()
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rampart.hardening.model import provenance
 from rampart.hardening.model.images import Images
@@ -32,12 +33,12 @@ def note(folder: Path, train: Images | Folder, held: Images) -> dict[str, Any]:
         prints = prints_of(train)
         if distributed.first():
             provenance.write(folder, prints)
-    return entry(prints, held)
+    return entry(prints, held.image)
 
 
-def entry(prints: Prints, held: Images) -> dict[str, Any]:
-    """What checkpoints and cards say of training and held-out images."""
-    out = provenance.summary(provenance.fingerprints(held.image))
+def entry(prints: Prints, held: Tensor) -> dict[str, Any]:
+    """What checkpoints and cards say of training images, and of those `held` out, (N, H, W, 3)."""
+    out = provenance.summary(provenance.fingerprints(held))
     return {"training": provenance.summary(prints), "held_out": out}
 
 
@@ -53,4 +54,4 @@ def collect(
     own, more = (provenance.fingerprints(images.image) for images in (held, fitted))
     prints = provenance.union([*parts, more[~np.isin(more, own)]])
     provenance.write(model, prints)
-    return entry(prints, held)
+    return entry(prints, held.image)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from rampart.hardening.train.listing import SPLIT, SUFFIXES, is_hidden, spelled_out
+from rampart.hardening.train.listing import SPLIT, SUFFIXES, is_hidden
 
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as WebDataset writes its shards
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 LABELS = ("cls", "json")  # endings of what holds a label, the first that is there
 NAMES = ("classnames.txt", "classes.txt")  # in the folder of the shards, or the one above
@@ -92,6 +93,18 @@ def shards_of(path: Path) -> list[Path]:
     return sorted(found)
 
 
+def spelled_out(address: str) -> Iterator[str]:
+    """`a-{000..002}.tar` as its three addresses."""
+    match = RANGE.search(address)
+    if not match:
+        yield address
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        text = f"{number:0{len(first)}d}"
+        yield from spelled_out(address[: match.start()] + text + address[match.end() :])
+
+
 def split_in(shard: Path) -> list[str]:
     """The splits that a shard's name speaks of, as train in imagenet-train-0001.tar."""
     words = re.split(r"[^a-z]+", shard.name.lower().removesuffix(".tar"))
@@ -145,7 +158,10 @@ def label_of(shard: Path, key: str, files: Mapping[str, Member]) -> Label:
         raise ValueError(f"{shard}: {key} has no label: add {key}.cls with the number of its class")
     file = files[there[0]]
     if file.size > LONGEST:
-        raise ValueError(f"{file} has {file.size:,} bytes, too many for a label")
+        raise ValueError(
+            f"{file} has {file.size:,} bytes, too many for a label: put only the number of its"
+            " class there"
+        )
     try:
         text = file.read().decode()
         content = json.loads(text) if there[0] == "json" else text
@@ -202,7 +218,10 @@ def numbered(found: Index, classes: Sequence[str]) -> Index:
             out.members.append(member)
             out.labels.append(place)
         else:
-            out.bad.append(f"{member} has the label {label}, none of the {len(classes)} classes")
+            out.bad.append(
+                f"{member} has the label {label}, none of the {len(classes)} classes: correct it,"
+                f" or list its class in {NAMES[0]}"
+            )
     return out
 
 

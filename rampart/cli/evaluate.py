@@ -35,10 +35,8 @@ SAME = "Folder of this run; an unfinished run in it resumes"
 WHOSE = "Folder of the model, such as model_store/NAME"
 REPORT = "Report to write: .html, or .pdf, which needs Chromium or Chrome"
 FOLDERS = "Folders of models, the default model first"
-ALL, FIGURES = (
-    "Document for the table of all models",
-    "Document for the figures of each model that it has a section for",
-)
+ALL = "Document for the table of all models"
+FIGURES = "Document for the figures of each model that it has a section for"
 EVALUATED = "Folder of the model, such as model_store/NAME; or an ONNX file from elsewhere, or a"
 EVALUATED += " folder of ONNX files, to rank them in a table"
 ONNX_RANGE = "ONNX file: range of its pixels; by default, the range with the best accuracy, printed"
@@ -111,9 +109,8 @@ def evaluate(
         from rampart import onnx_study, onnx_table
 
         own = studies.Study(threat.ball(), None, quick, cache=cache, command=command_line())
-        measure = partial(onnx_study.evaluate, gallery=gallery)
-        if subject.model.is_dir():
-            measure = partial(onnx_table.compare)
+        one = partial(onnx_study.evaluate, gallery=gallery)
+        measure = onnx_table.compare if subject.model.is_dir() else one
         few = limit or (100 if quick else None)
         how = partial(measure, described=onnx_study.Described(*subject[2:]), notice=say)
         found = how(subject.model, images.images, own, limit=few, rungs=rung)

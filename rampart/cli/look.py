@@ -82,9 +82,9 @@ def certify(
     """Certify an L2 radius within which the smoothed classifier keeps its label, or abstain."""
     from rampart import looks
 
-    noise = looks.Noise(sigma, samples, alpha)
+    smoothing = looks.Smoothing(sigma, samples, alpha)
     model = rp.Model.load(look.model)
-    say(*looks.certify(model, look.image, noise, label=label, device=device))
+    say(*looks.certify(model, look.image, smoothing, label=label, device=device))
 
 
 @verb("play", "play cat.jpg --model model_store/mine")

@@ -266,9 +266,9 @@ def download(
         for part, count in gtsrb.download(home).items():
             say(f"{home / part}.npz: {count} images of {gtsrb.SIZE}x{gtsrb.SIZE} pixels")
     else:
-        from rampart.hardening.train.data import download_cifar10
+        from rampart.hardening.train import cifar10
 
-        say(f"{len(download_cifar10(home))} training images in {home}: pass it as --data")
+        say(f"{len(cifar10.download(home))} training images in {home}: pass it as --data")
 
 
 @verb("digits digits/")
@@ -276,7 +276,7 @@ def digits(
     folder: Annotated[Path, Argument(help="Where to put them"), inputs.folder_to_write],
 ) -> None:
     """Write scikit-learn's handwritten digits to FOLDER, as a small data set to start with."""
-    from rampart.hardening.train.data import write_digits
+    from rampart.hardening.train.digits import write
 
-    for part, count in write_digits(folder).items():
+    for part, count in write(folder).items():
         say(f"{folder / part}.npz: {count} images of 32x32 pixels")

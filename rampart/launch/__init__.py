@@ -1,1 +1,1 @@
-"""Start TorchServe, watch it, say when it really answers."""
+"""Start a server, TorchServe or our own, watch it, say when it really answers."""

@@ -10,14 +10,19 @@ from pathlib import Path
 from rampart.handlers.http.tokens import read_tokens
 
 
+def trust_in(certificate: Path) -> ssl.SSLContext:
+    """Trust a certificate for what it is, whatever name it gives."""
+    trust = ssl.create_default_context(cafile=str(certificate))
+    trust.check_hostname = False
+    trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
+    return trust
+
+
 def opener(certificate: Path | None) -> urllib.request.OpenerDirector:
-    """What opens addresses. A certificate is trusted for what it is, whatever name it gives."""
+    """What opens addresses, past proxies."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if certificate:
-        trust = ssl.create_default_context(cafile=str(certificate))
-        trust.check_hostname = False
-        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
-        handlers.append(urllib.request.HTTPSHandler(context=trust))
+        handlers.append(urllib.request.HTTPSHandler(context=trust_in(certificate)))
     return urllib.request.build_opener(*handlers)
 
 

@@ -2,13 +2,13 @@
 
 import json
 import secrets
-import ssl
 from collections.abc import Callable
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 from rampart.launch import logs, management
+from rampart.launch.asking import trust_in
 from rampart.launch.endpoint import Endpoint
 
 Connect = Callable[[], HTTPConnection]
@@ -69,11 +69,9 @@ class Client:
             return 0, b""
 
     def _connection(self) -> HTTPConnection:
-        """To the predictions. A certificate is trusted for what it is, whatever name it gives."""
+        """To the predictions."""
         host, port = self.endpoint.local_host, self.endpoint.port
         if not self.endpoint.tls:
             return HTTPConnection(host, port, timeout=60)
-        trust = ssl.create_default_context(cafile=str(self.endpoint.tls[0]))
-        trust.check_hostname = False
-        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its root need not be in the file
+        trust = trust_in(self.endpoint.tls[0])
         return HTTPSConnection(host, port, timeout=60, context=trust)

@@ -96,7 +96,7 @@ class Endpoint:
         if self.java_memory < JAVA_LEAST:
             raise LaunchError(f"Java needs at least {JAVA_LEAST} MB of memory (--java-memory)")
         if self.workers < 1:
-            raise LaunchError("at least one worker is needed")
+            raise LaunchError(f"--workers {self.workers}: at least one worker is needed")
         self._check_ports()
 
     def _check_ports(self) -> None:

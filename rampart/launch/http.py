@@ -208,7 +208,7 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
             f" {TOKENS}, or serve on 127.0.0.1 behind a gateway"
         )
     if front.workers < 1:
-        raise LaunchError("at least one worker is needed")
+        raise LaunchError(f"--workers {front.workers}: at least one worker is needed")
     try:
         if front.tokens:
             read_tokens(front.tokens)

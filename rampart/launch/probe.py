@@ -28,8 +28,8 @@ def probe(
     """Seconds since the last sign of life of `model`, or of each, by name, none above `within`.
 
     `metrics` is the address, http://127.0.0.1:8082/metrics; `tokens` and `certificate` are files of
-    the own server's, where it has them. TorchServe keeps figures of a model that was removed, which
-    so is silent. Raises RuntimeError where one is, or there is none.
+    our own server, where it has them. TorchServe keeps the figures of a model that was removed, so
+    it counts as silent. Raises RuntimeError where one is silent, or where there is none.
     """
     text = _figures(metrics, tokens, certificate)
     now = time.time()

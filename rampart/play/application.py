@@ -154,7 +154,7 @@ class Play:
     async def p_value(self, request: Request) -> Response:
         """What the p-value would be with some detectors: `variant`, and the surprise of each."""
         query = dict(request.query_params)
-        defence = {str(v): d for v, d in self._bench.defences.items()}.get(query.pop("variant", ""))
+        defence = self._bench.defences.get(query.pop("variant", ""))
         if defence is None or not set(query) <= set(defence.calibration.detectors):
             raise refused("name a variant, and detectors of it with their surprise")
         try:

@@ -1,7 +1,6 @@
 """What every defence of a model says of one picture, and of the same picture under attack."""
 
 import base64
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -15,10 +14,11 @@ from rampart.handlers.image import decode
 from rampart.handlers.tasks import CLASSIFY
 from rampart.handlers.verdict import TOP, Calibration, Judge, Policy, surprises
 from rampart.hardening.attack.objectives import Look, View, look_at
+from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.calibrate import threshold
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.detectors import DETECTORS
-from rampart.hardening.model.pipeline import DefendedClassifier, Variant
+from rampart.hardening.model.pipeline import DefendedClassifier
 from rampart.hardening.model.pixels import as_file, to_float
 from rampart.model import Model
 from rampart.play.switches import Chosen, p_value_of
@@ -88,12 +88,11 @@ class Bench:
     ) -> None:
         self.model, self.twin = model, twin
         self.rate, self.name = model.chosen_rate(rate), str(model.card["model"])
-        self.defences: dict[Variant, Defence[DefendedClassifier]] = {
+        self.defences: dict[str, Defence[DefendedClassifier]] = {
             v: Defence(model.pipeline(v), model.calibration(v), self.rate) for v in model.variants
         }
-        names = {"name": self.name, "version": "1.0"}
         self._judges = {
-            v: Judge(model.classes, one.calibration, Policy(self.rate), names)
+            v: Judge(model.classes, one.calibration, Policy(self.rate), model.identity)
             for v, one in self.defences.items()
         }
         # The first pass of a network takes longer than those that follow.
@@ -118,7 +117,7 @@ class Bench:
                 found[UNDEFENDED] = {**top[0], "top": top, "milliseconds": milliseconds}
         return {name: found[name] for name in self.names}
 
-    def _answer(self, variant: Variant, one: Defence[DefendedClassifier], image: Tensor) -> Answer:
+    def _answer(self, variant: str, one: Defence[DefendedClassifier], image: Tensor) -> Answer:
         out, milliseconds = timed(one.pipeline, image)
         every = (out.logits.numpy(), out.raw_logits.numpy(), out.scores.numpy())
         (verdict,) = self._judges[variant].verdicts(*every)
@@ -141,7 +140,7 @@ class Bench:
         if name == UNDEFENDED and self.twin is not None:
             twin = self.twin
             return lambda x: View(twin(x))
-        one = {str(v): defence for v, defence in self.defences.items()}[name]
+        one = self.defences[name]
         return look_at(one.pipeline, one.calibration, self.rate)
 
     def described(self) -> dict[str, Any]:
@@ -196,5 +195,5 @@ def levels(card: Mapping[str, Any]) -> int:
     """The levels of 255 that the model was trained to withstand, or the usual ones."""
     training = card.get("training", {})
     recipe = str(training.get("classifier", training.get("detector", "")))
-    found = re.search(r"norm='Linf', eps=([\d.]+)", recipe)
-    return max(1, round(255 * float(found[1]))) if found else NOTCH
+    threat = Threat.parse(recipe)
+    return max(1, round(255 * threat.eps)) if threat and threat.norm == "Linf" else NOTCH

@@ -11,11 +11,12 @@ from torch import Tensor
 from rampart.handlers.image import View
 from rampart.handlers.scenes import overlaps
 from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.objects.defended import SceneOutputs
 from rampart.play.attack import GAIN, MAX_EPS, MAX_STEPS, Event, Stopped, Watch, refused, whole
 from rampart.play.bench import UNDEFENDED, Answer
 from rampart.play.scene_bench import SceneBench, shown
-from rampart.scene_looks import Pixels, Plan, craft
+from rampart.scene_looks import Plan, craft
 
 SAME = 0.5  # intersection over union from which a box is the one that was there
 ON_NOTHING = "fabricate"  # the aim that needs no object

@@ -9,12 +9,12 @@ from rampart.handlers.engine import SceneOutputs
 from rampart.handlers.image import View
 from rampart.handlers.scenes import SceneJudge, SceneVerdict
 from rampart.handlers.verdict import Policy
-from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.objects.attack import aims_of
 from rampart.hardening.objects.defended import DefendedDetector
 from rampart.hardening.objects.detector import TASK
 from rampart.play.bench import UNDEFENDED, Answer, Defence, levels, png_uri, timed
-from rampart.scene_looks import Pixels, Victim, within
+from rampart.scene_looks import Victim, within
 from rampart.scenes import SceneModel
 
 # What each detector asks, for people.
@@ -42,13 +42,13 @@ class SceneBench:
     ) -> None:
         self.model, self.twin = model, twin
         self.rate, self.name = model.chosen_rate(rate), str(model.card["model"])
-        self.defences: dict[Variant, Defence[DefendedDetector]] = {
+        self.defences: dict[str, Defence[DefendedDetector]] = {
             v: Defence(model.pipeline(v), model.calibration(v), self.rate) for v in model.variants
         }
         self._judges: dict[str, SceneJudge] = {
-            str(v): model.judge(Policy(self.rate), v) for v in self.defences
+            v: model.judge(Policy(self.rate), v) for v in model.variants
         }
-        self._victims = {str(v): Victim(*one[:2]) for v, one in self.defences.items()}
+        self._victims = {v: Victim(*one[:2]) for v, one in self.defences.items()}
         if twin:
             self._judges[UNDEFENDED] = twin.judge()
             table = twin.calibration(twin.best_variant)
@@ -88,9 +88,8 @@ class SceneBench:
             verdict = self.verdict(name, outputs, view)
             found[name] = {"boxes": verdict.boxes, "milliseconds": milliseconds}
             if name != UNDEFENDED:
-                defence = {str(v): one for v, one in self.defences.items()}[name]
                 told = {**verdict.to_dict(), "p_value": verdict.p_value}
-                found[name] |= told | defence.suspicion(outputs.scores)
+                found[name] |= told | self.defences[name].suspicion(outputs.scores)
         return found
 
     def see(self, data: bytes) -> View:
@@ -110,7 +109,7 @@ class SceneBench:
             "classes": self.model.classes,
             "size": self.model.image_size,
             "names": self.names,
-            "variants": {str(v): one.described(QUESTIONS) for v, one in self.defences.items()},
+            "variants": {v: one.described(QUESTIONS) for v, one in self.defences.items()},
             "eps": levels(self.model.card),
             "aims": [{"name": name, "words": words} for name, words in self.aims.items()],
         }

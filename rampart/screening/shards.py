@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rampart.handlers.errors import ImageError
-from rampart.hardening.train.listing import spelled_out
+from rampart.hardening.train.shards import spelled_out
 
 PIECE = 1000  # files of a folder or a list that make a shard
 AT_ONCE = 32  # files that are fetched together

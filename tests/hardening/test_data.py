@@ -17,7 +17,7 @@ from PIL import Image
 
 from rampart.hardening.model.images import SPLITS, Images, batches, split
 from rampart.hardening.model.pixels import to_float, to_uint8
-from rampart.hardening.train import data, decoding
+from rampart.hardening.train import cifar10, data, decoding, digits
 
 
 def save_npz(path: Path, count: int) -> Images:
@@ -44,7 +44,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
-        monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "url", url)
+        monkeypatch.setattr(cifar10.torchvision.datasets.CIFAR10, "url", url)
         yield url
         server.shutdown()
 
@@ -57,7 +57,7 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand_and_leaves_nothing(
     if there:
         home.mkdir()
     with pytest.raises(OSError, match=r"get http.*gz by hand, put it into .*cifar10, and run") as e:
-        data.download_cifar10(home)
+        cifar10.download(home)
     assert "c58f30108f718f92721af3b95e74349a" in str(e.value)
     assert list(tmp_path.rglob("*")) == ([home] if there else [])
 
@@ -65,10 +65,10 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand_and_leaves_nothing(
 def test_without_a_network_a_file_that_was_put_there_by_hand_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:1/c.tar.gz")
+    monkeypatch.setattr(cifar10.torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:1/c.tar.gz")
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
     with pytest.raises(OSError, match=r"cannot be fetched .*refused"):
-        data.download_cifar10(tmp_path)
+        cifar10.download(tmp_path)
     assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"cut"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -180,9 +180,9 @@ def test_official_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.M
     pixels = np.arange(2 * 3072, dtype=np.int64).reshape(2, 3072).astype(np.uint8)
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 7]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.CIFAR10_CLASSES}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": cifar10.CLASSES}))
     # torchvision compares the files with the official digests, which these are not.
-    cifar = data.torchvision.datasets.CIFAR10
+    cifar = cifar10.torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     assert len(data.load(tmp_path)) == 10
@@ -425,7 +425,7 @@ def test_of_a_folder_only_the_chosen_pictures_are_decoded(tmp_path: Path) -> Non
 
 
 def test_digits_are_three_disjoint_files_that_load(tmp_path: Path) -> None:
-    counts = data.write_digits(tmp_path / "digits")
+    counts = digits.write(tmp_path / "digits")
     assert counts == {"train": 1097, "held": 400, "test": 300}
     parts = [data.load(tmp_path / "digits" / f"{name}.npz") for name in counts]
     for part in parts:
@@ -445,7 +445,7 @@ def test_plain_batches_cover_every_image_in_order() -> None:
 def test_the_cifar10_files_hold_the_documented_split(rampart_data: Path) -> None:
     held = data.load(rampart_data / "cifar10-train-lossless.npz")
     assert [len(split(held, name)) for name in SPLITS] == [1500, 1000, 2670]
-    assert held.classes == data.CIFAR10_CLASSES
+    assert held.classes == cifar10.CLASSES
     assert len(set(held.paths)) == 5170
     assert len(data.load(rampart_data / "cifar10-test-lossless.npz")) == 617
 

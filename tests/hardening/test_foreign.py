@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from rampart.hardening.model.classifier import ClassifierConfig
-from rampart.hardening.model.foreign import adopt, take
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.model.foreign import take
 
 State = dict[str, Tensor]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -22,6 +22,10 @@ VALUES = torch.tensor([MEAN, STD])
 def net() -> nn.Module:
     torch.manual_seed(0)
     return get_model("resnet18", weights=None, num_classes=5).eval()
+
+
+def adopt(path: Path, config: ClassifierConfig, **said: Any) -> Classifier:
+    return take(path, config, **said).classifier
 
 
 def prefixed(state: State, prefix: str) -> State:

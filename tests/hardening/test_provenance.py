@@ -91,5 +91,5 @@ def test_training_notes_its_images_beside_the_weights_and_in_them(tmp_path: Path
 def test_what_a_card_says_of_its_images_obeys_the_schema() -> None:
     schema = json.loads((Path(report.__file__).with_name("card.schema.json")).read_text())
     images = {"$defs": schema["$defs"], **schema["properties"]["images"]}
-    entry = provenance.entry(known.fingerprints(TRAIN.image), HELD)
+    entry = provenance.entry(known.fingerprints(TRAIN.image), HELD.image)
     Draft202012Validator(images).validate(entry)

@@ -11,7 +11,7 @@ from rampart.hardening.judge.outside import CORRUPTIONS
 from rampart.hardening.model.card import Row
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pixels import to_uint8
-from rampart.hardening.train.data import CIFAR10_CLASSES
+from rampart.hardening.train import cifar10
 
 
 class Negative(nn.Module):
@@ -31,7 +31,7 @@ class Smooth(nn.Module):
 def measured(
     learned: Learned, purifier: nn.Module, folder: Path, own: nn.Module | None = None
 ) -> list[Row]:
-    images = Images(to_uint8(learned.x), learned.label, CIFAR10_CLASSES)
+    images = Images(to_uint8(learned.x), learned.label, cifar10.CLASSES)
     nets = {"classifier": own or learned.model, "undefended": learned.model}
     found = purification.rows(purifier, nets, {}, images, learned.threat, folder=folder)
     return list(found)
@@ -101,7 +101,7 @@ def test_a_gain_is_beyond_chance_by_mcnemar_shared_among_all_looks(
 
 
 def test_jpeg_and_noise_of_phones_come_through_the_endpoints_decoder(learned: Learned) -> None:
-    images = Images(to_uint8(learned.x), learned.label, CIFAR10_CLASSES)
+    images = Images(to_uint8(learned.x), learned.label, cifar10.CLASSES)
     every = {one.name: one.pixels[0] for one in purification.corrupted(images)}
     assert torch.equal(every["clean"], images.image)
     for name in purification.COMPRESSED:

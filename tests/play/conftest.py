@@ -22,14 +22,14 @@ def twinned(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
 
     from rampart.hardening.model import pipeline as pipelines
     from rampart.hardening.model.classifier import Classifier, ClassifierConfig
-    from rampart.hardening.train.data import CIFAR10_CLASSES
+    from rampart.hardening.train import cifar10
 
     store = tmp_path_factory.mktemp("store")
     folder = Path(shutil.copytree(tiny_folder, store / "tiny"))
     torch.manual_seed(1)
     net = Classifier(ClassifierConfig("resnet10", 10, width=0.125)).eval()
     bare = pipelines.DefendedClassifier(net, None, ("confidence",))
-    pipelines.save(store / "tiny-undefended" / "weights.safetensors", bare, CIFAR10_CLASSES)
+    pipelines.save(store / "tiny-undefended" / "weights.safetensors", bare, cifar10.CLASSES)
     return folder
 
 

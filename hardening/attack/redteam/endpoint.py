@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
-from rampart.hardening.attack.redteam.protocols import JSON, Speech, Wire, png, speech_of
+from rampart.handlers.image import as_png
+from rampart.hardening.attack.redteam.protocols import JSON, Speech, Wire, speech_of
 from rampart.hardening.attack.redteam.said import UNNAMED, Answer, Reading
 from rampart.hardening.model.arrays import Pixels
 
@@ -93,7 +94,7 @@ class Endpoint:
             raise ValueError(f"{self.url}: {error}") from error
 
     def _ask_rampart(self, images: Pixels) -> list[Answer]:
-        instances = [{"b64": base64.b64encode(png(image)).decode()} for image in images]
+        instances = [{"b64": base64.b64encode(as_png(image)).decode()} for image in images]
         body = json.dumps({"instances": instances}).encode()
         status, text = self._send("POST", self.url, body, JSON)
         content: Any = None
@@ -163,7 +164,7 @@ def _is_loopback(host: str, port: int | None) -> bool:
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port)}
     except OSError as error:
-        raise ValueError(f"unknown host {host}: {error}") from error
+        raise ValueError(f"unknown host {host} ({error}): check the URL") from error
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 

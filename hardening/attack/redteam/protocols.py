@@ -10,12 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-from PIL import Image
-
-from rampart.handlers.image import MAX_IMAGES
+from rampart.handlers.image import MAX_IMAGES, as_png
 from rampart.hardening.attack.redteam.said import Said
 from rampart.hardening.model.arrays import Pixels
-from rampart.hardening.model.pixels import as_file
 from rampart.hardening.model.scaling import SCALINGS, Layout, Scaling
 
 Name = Literal["rampart", "v2", "torchserve", "tensorflow", "json"]
@@ -82,11 +79,6 @@ def speech_of(wire: Wire, url: str, size: int, fetch: Fetch) -> Speech | None:
     return TorchServe() if name == "torchserve" else None
 
 
-def png(image: Pixels) -> bytes:
-    """An image (H, W, 3) as a file."""
-    return as_file(Image.fromarray(image))
-
-
 class TorchServe:
     """A picture as the body; label to probability of the first few comes back."""
 
@@ -94,7 +86,7 @@ class TorchServe:
 
     def request(self, images: Pixels) -> tuple[bytes, str]:
         """As Speech has it."""
-        return png(images[0]), PNG
+        return as_png(images[0]), PNG
 
     def read(self, content: Any, count: int) -> list[Said]:
         """As Speech has it."""
@@ -142,7 +134,7 @@ class OpenInference(NamedTuple):
         """As Speech has it."""
         if self.datatype == "BYTES":
             shape = [len(images), *[1] * self.trailing]
-            data: list[Any] = [base64.b64encode(png(image)).decode() for image in images]
+            data: list[Any] = [base64.b64encode(as_png(image)).decode() for image in images]
         else:
             pixels = self.scaling.of(images, self.layout)
             if self.datatype == "UINT8":
@@ -212,7 +204,7 @@ class Mapped:
     def request(self, images: Pixels) -> tuple[bytes, str]:
         """As Speech has it."""
         if self._body is None:
-            return png(images[0]), PNG
+            return as_png(images[0]), PNG
         return json.dumps(self._filled(self._body, images)).encode(), JSON
 
     def _filled(self, part: Any, images: Pixels) -> Any:
@@ -221,7 +213,7 @@ class Mapped:
         if isinstance(part, list):
             return [self._filled(value, images) for value in part]
         if part in ("$b64", "$b64*"):
-            texts = [base64.b64encode(png(image)).decode() for image in images]
+            texts = [base64.b64encode(as_png(image)).decode() for image in images]
             return texts if part.endswith("*") else texts[0]
         if part in ("$pixels", "$pixels*"):
             pixels = self._wire.scaling.of(images, self._wire.layout or "nhwc").round(6).tolist()
