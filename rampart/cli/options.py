@@ -97,7 +97,7 @@ METHOD = (
 )
 METHOD += "a ResNet-18 on CIFAR-10 at 8/255 after 100 epochs (FastAT Benchmark, arXiv 2604.22853): "
 METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here; its first epochs "
-METHOD += "are slow, so use it for long runs); gat (85.1 / 49.2, 1.5; 1.9 here); "
+METHOD += "are slow, so use it for long runs); gat (85.1 / 49.2, 1.5; 1.8 here); "
 METHOD += "pgd (82.4 / 50.5, 3.6; 4.2 here). Not in the benchmark: trades and mart (5 here); "
 METHOD += "rslad, which distils from --teacher. standard: no attacks"
 Method = Annotated[inputs.Method, Option(help=METHOD)]
