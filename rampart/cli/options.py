@@ -112,7 +112,7 @@ LearningRate = Annotated[float, Option("--lr", help="Peak learning rate of the o
 
 ANYWAY = "Pack it even if it fails its self-checks or is no better than chance"
 Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
-WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less if harden proposes it"
+WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or what harden proposes"
 SMOOTH = "Activation of a ResNet, VGG, alexnet or squeezenet1_1: relu, or the smooth silu (Xie et "
 SMOOTH += "al. 2020)"
 
