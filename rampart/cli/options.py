@@ -26,7 +26,7 @@ HELD = "Held-out images; by default, a tenth of --data"
 Held = Annotated[Path | None, Option(help=HELD), inputs.images]
 SKIP_BAD = "Skip unreadable pictures; by default, the command lists them and stops"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
-MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder per class, tar"
+MEASURED = "Images to measure on: CIFAR-10 folder (its test set), one folder per class, tar"
 MEASURED += " shards, or .npz"
 GATED = "Images for the parity gate, which uses 64; by default, crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED), inputs.images]
