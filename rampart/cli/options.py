@@ -24,7 +24,7 @@ DATA = "Training images: CIFAR-10 folder, one folder per class, tar shards, or .
 Data = Annotated[Path, Option(help=DATA), inputs.images]
 HELD = "Held-out images; by default, a tenth of --data"
 Held = Annotated[Path | None, Option(help=HELD), inputs.images]
-SKIP_BAD = "Skip unreadable pictures; by default, the command lists them and stops"
+SKIP_BAD = "Skip unreadable pictures and faulty boxes; by default, the command lists them and stops"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
 MEASURED = "Images to measure on: CIFAR-10 folder (its test set), one folder per class, tar"
 MEASURED += " shards, or .npz"
