@@ -495,7 +495,9 @@ def purifying(model: Path) -> None:
 
     folder(model)
     if "full" not in variants_in(model):
-        raise ValueError(f"{model} has no purifier: pass a model that has one")
+        raise ValueError(
+            f"{model} has no purifier: pass a model that has one, such as model_store/cifar10"
+        )
 
 
 def purified(model: Path, held: Path | None, part: str | None) -> None:

@@ -78,7 +78,8 @@ def test_every_block_of_code_is_run_by_a_test_or_says_why_not(document: Path) ->
 
 def test_make_knows_every_target_that_a_document_tells_you_to_make() -> None:
     text = "\n".join(document.read_text() for document in [*DOCUMENTS, *OTHERS])
-    targets = set(re.findall(r"(?:^ {4}|`|^)make ((?:[\w./-]+)(?: [A-Z]+=[\w-]+)?)", text, re.M))
+    word = r"(?:[A-Z]+=)?[\w./-]+"
+    targets = set(re.findall(rf"(?:^ {{4}}|`|^)make ({word}(?: {word})*)", text, re.M))
     assert {"serve", "serve MODEL=blood-cells", "test", "slow", ".venv/harden"} <= targets
     for target in sorted(targets):
         done = subprocess.run(
@@ -175,3 +176,15 @@ def test_every_documented_command_line_parses(line: str) -> None:
     verb, *arguments = shlex.split(line, comments=True)
     command = typer.main.get_command(cli.app).commands[verb]
     command.make_context(verb, arguments)
+
+
+def test_every_option_that_a_document_names_exists() -> None:
+    group = typer.main.get_command(cli.app)
+    parameters = [p for verb in (group, *group.commands.values()) for p in verb.params]
+    known = {"--help", *(o for p in parameters for o in (*p.opts, *p.secondary_opts))}
+    ours = re.compile(rf"(?:--|(?:rampart|{'|'.join(group.commands)}) )")
+    for document in [*DOCUMENTS, *OTHERS]:
+        for code in re.findall(r"`([^`\n]+)`", document.read_text()):
+            if ours.match(code):
+                named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
+                assert named <= known, f"{document.name}: {code}"

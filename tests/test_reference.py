@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import yaml
 from documents import ROOT
 
 from rampart.handlers.settings import SETTINGS, VARIABLES
@@ -39,3 +40,12 @@ def test_a_card_has_no_entry_without_a_description() -> None:
     assert len(cards) > 4
     for card in cards:
         assert set(json.loads(card.read_text())) <= set(SCHEMA["properties"]), card
+
+
+def test_every_field_of_a_verdict_has_its_line() -> None:
+    answers = (ROOT / "docs/reference/answers.md").read_text()
+    described = yaml.safe_load((ROOT / "deploy/openapi.yaml").read_text())["components"]["schemas"]
+    named = {name.removeprefix("detail.") for name in first_cells(answers)}
+    for kind in ("Verdict", "SceneVerdict"):
+        fields = described[kind]["properties"]
+        assert set(fields) - {"detail"} | set(fields["detail"]["properties"]) <= named, kind

@@ -54,7 +54,7 @@ def attack(
     say(*looks.attack(model, look.image, out, aim, variant))
 
 
-@verb("purify cat.jpg --hide 0 0 8 8", together=inputs.purifying)
+@verb("purify cat.jpg --model model_store/cifar10 --hide 0 0 8 8", together=inputs.purifying)
 def purify(
     look: o.Look,
     out: Annotated[Path, Option(help=BEFORE), inputs.file_to_write] = PURIFIED,

@@ -24,9 +24,9 @@ DATA = "Training images: CIFAR-10 folder, one folder per class, tar shards, or .
 Data = Annotated[Path, Option(help=DATA), inputs.images]
 HELD = "Held-out images; by default, a tenth of --data"
 Held = Annotated[Path | None, Option(help=HELD), inputs.images]
-SKIP_BAD = "Skip unreadable pictures; by default, the command lists them and stops"
+SKIP_BAD = "Skip unreadable pictures and faulty boxes; by default, the command lists them and stops"
 SkipBad = Annotated[bool, Option("--skip-bad", help=SKIP_BAD)]
-MEASURED = "Images to measure on: CIFAR-10 folder (its test half), one folder per class, tar"
+MEASURED = "Images to measure on: CIFAR-10 folder (its test set), one folder per class, tar"
 MEASURED += " shards, or .npz"
 GATED = "Images for the parity gate, which uses 64; by default, crops of a photograph"
 Gated = Annotated[Path | None, Option("--images", help=GATED), inputs.images]
@@ -97,7 +97,7 @@ METHOD = (
 )
 METHOD += "a ResNet-18 on CIFAR-10 at 8/255 after 100 epochs (FastAT Benchmark, arXiv 2604.22853): "
 METHOD += "nfgsm (78.6 / 47.8, 1); fgsm-cs (80.5 / 48.6, 0.94; 1.7 measured here; its first epochs "
-METHOD += "are slow, so use it for long runs); gat (85.1 / 49.2, 1.5; 1.9 here); "
+METHOD += "are slow, so use it for long runs); gat (85.1 / 49.2, 1.5; 1.8 here); "
 METHOD += "pgd (82.4 / 50.5, 3.6; 4.2 here). Not in the benchmark: trades and mart (5 here); "
 METHOD += "rslad, which distils from --teacher. standard: no attacks"
 Method = Annotated[inputs.Method, Option(help=METHOD)]
@@ -112,7 +112,7 @@ LearningRate = Annotated[float, Option("--lr", help="Peak learning rate of the o
 
 ANYWAY = "Pack it even if it fails its self-checks or is no better than chance"
 Anyway = Annotated[bool, Option("--anyway", help=ANYWAY)]
-WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or less if harden proposes it"
+WIDTH = "Factor on the channels of a ResNet or VGG; default 1, or what harden proposes"
 SMOOTH = "Activation of a ResNet, VGG, alexnet or squeezenet1_1: relu, or the smooth silu (Xie et "
 SMOOTH += "al. 2020)"
 

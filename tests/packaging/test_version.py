@@ -28,6 +28,8 @@ def test_the_newest_release_of_the_changelog_is_the_one_to_cite() -> None:
     ("file", "pattern"),
     [
         ("docs/serve.md", r"rampart_endpoint-(\d[\w.]*)-py3"),
+        ("docs/screen.md", r"rampart_endpoint-(\d[\w.]*)-py3"),
+        ("docs/harden.md", r"rampart_endpoint-(\d[\w.]*)-py3"),
         ("deploy/kubernetes/kustomization.yaml", r'newTag: "(.+)"'),
         ("deploy/kserve/runtime.yaml", r"example/rampart:(\S+)"),
         ("deploy/ray/rayservice.yaml", r"example/rampart-ray:(\S+)"),
