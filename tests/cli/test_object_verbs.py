@@ -221,7 +221,7 @@ def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
 
     (tmp_path / "voc" / "Annotations").mkdir(parents=True)
     (tmp_path / "file").write_text("")
-    net, recipe = objects.Network("ssd-vgg11", 100), ObjectRecipe()
+    net, recipe = objects.Network("ssd-alexnet", 100), ObjectRecipe()
     with pytest.raises(ValueError, match=r"3 things|2 things") as error:
         objects.train_from(Source(tmp_path / "voc"), net, recipe, Run(tmp_path / "file", "cpu"))
     text = str(error.value)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clock import Clock
 from inprocess import ask, png
 from PIL import Image
-from test_budget import Clock
 
 from rampart.handlers import explanation as reasons
 from rampart.handlers.budget import MAX_CREDIT, Budget
@@ -178,7 +178,7 @@ def test_explanations_take_no_more_than_idle_time_and_a_tenth_and_leave_others_t
     service: Service, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, picture = Clock(), png(pixels)
-    monkeypatch.setattr(service, "_budget", Budget(clock))
+    monkeypatch.setattr(service, "_budget", Budget(clock.monotonic))
     monkeypatch.setattr(service, "_engine", Slow(service._engine, clock, 0.01))  # type: ignore[arg-type]
     wants = [Incoming({}, [picture], explain=True)] * 3 + [Incoming({}, [picture])]
     began, explained = clock.now, 0
@@ -198,7 +198,7 @@ def test_a_batch_out_of_time_ends_an_explanation(
     service: Service, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(service, "_budget", Budget(clock))
+    monkeypatch.setattr(service, "_budget", Budget(clock.monotonic))
     monkeypatch.setattr(service, "_engine", Slow(service._engine, clock, 0.4))  # type: ignore[arg-type]
     began = clock.now
     status, content = why(service, png(pixels))
