@@ -4,7 +4,7 @@
 
 Expected: ART's PGD leaves at least the mAP50 that ours leave. ART sees the detector through its
 `PyTorchObjectDetector`, which wants torchvision's contract: losses in training, boxes otherwise.
-About ten minutes on one core for the 36 test pictures of BCCD.
+About four minutes on one core for the 36 test pictures of BCCD.
 """
 
 import argparse
