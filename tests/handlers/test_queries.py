@@ -18,7 +18,7 @@ from inprocess import ask, png, post
 from servers import Redis, Server
 
 from rampart.export.archive import archive
-from rampart.handlers.queries import lookup, stores
+from rampart.handlers.queries import lookup
 from rampart.handlers.queries import watch as queries
 from rampart.handlers.queries.stores import open_store
 from rampart.handlers.queries.watch import (
@@ -36,6 +36,7 @@ from rampart.handlers.service import Service
 from rampart.handlers.telemetry import declared
 from rampart.hardening.model.images import Images
 
+pytestmark = pytest.mark.usefixtures("patience")
 feature = pytest.mark.feature
 
 SECRET = bytes(range(32))
@@ -51,20 +52,6 @@ def photos() -> np.ndarray:
 @pytest.fixture
 def noise() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a Redis on a busy machine: what serves waits for a tenth of a second."""
-    monkeypatch.setattr(stores, "TIMEOUT", 30.0)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(stores, "time", clock)
-    monkeypatch.setattr(queries, "time", clock)
-    return clock
 
 
 @pytest.fixture

@@ -15,20 +15,8 @@ from test_private_folder import give_away
 from rampart.handlers.queries import stores
 from rampart.handlers.queries.stores import LmdbStore, RedisStore, Store, StoreError, open_store
 
+pytestmark = pytest.mark.usefixtures("patience")
 Open = Callable[..., Store]
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a Redis on a busy machine: what serves waits for a tenth of a second."""
-    monkeypatch.setattr(stores, "TIMEOUT", 30.0)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(stores, "time", clock)
-    return clock
 
 
 @pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
