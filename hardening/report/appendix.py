@@ -8,14 +8,14 @@ from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge.alarms import in_words
 from rampart.hardening.judge.alarms import table as alarm_table
 from rampart.hardening.judge.checks import Check
-from rampart.hardening.report import plots
+from rampart.hardening.report import plots, redteam
 from rampart.hardening.report.elements import CHECKS, Drawing, Section, Table
 from rampart.hardening.report.findings import Findings
 
 # What other sections show of a card.
 SHOWN = (
     "metrics", "checks", "history", "ablation", "test_ablation", "false_alarms", "outside",
-    "purifier",
+    "purifier", "redteam",
 )  # fmt: skip
 
 
@@ -119,6 +119,14 @@ def purifier(card: dict[str, Any]) -> Iterator[Section]:
     ]
     tables = [Table("What the purifier is for", *purification.table(part["rows"]))]
     yield Section("What the purifier is for", words, tables=tables)
+
+
+def over_http(card: dict[str, Any]) -> Iterator[Section]:
+    """What a red team achieved that saw answers alone."""
+    if tables := [*redteam.tables(card)]:
+        yield Section(
+            tables[0].caption, ["Each attack saw the answers of the endpoint alone."], tables=tables
+        )
 
 
 def recipe(card: dict[str, Any], findings: Findings) -> Section:

@@ -186,12 +186,7 @@ def results(card: Row) -> Iterator[Table]:
         ]  # fmt: skip
         head = ("what was tested", "figure", "threat", "value", "95% interval", "n")
         yield Table(name, head, body)
-    if attacked := card.get("redteam"):
-        yield Table(
-            "Black-box attacks on the running endpoint",
-            ("data", "what was measured", "command"),
-            [(row["data"], redteam.in_words(row), row["command"]) for row in attacked],
-        )
+    yield from redteam.tables(card)
 
 
 def checks(card: Row) -> Iterator[Table]:

@@ -1,6 +1,6 @@
 """What a red team achieved, in a line an attack and as a picture; and the run itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -14,10 +14,11 @@ from rampart.hardening.attack.redteam.run import require
 from rampart.hardening.judge.metrics import wilson
 from rampart.hardening.model.card import Row, cell_text, read_card
 from rampart.hardening.report.card import add_to_card, log_evaluation
+from rampart.hardening.report.elements import Table
 
 __all__ = [
     "ATTACKS", "Endpoint", "by_attack", "curve", "in_words", "into_card", "picture", "read",
-    "redteam", "summary", "told",
+    "redteam", "summary", "tables", "told",
 ]  # fmt: skip
 
 
@@ -72,6 +73,16 @@ def in_words(row: Row) -> str:
         f"{row['attack']}{target}: {cell_text(row['fooled'])} of images fooled, n = {row['n']},"
         f" Linf {row['eps']}, up to {row['queries']:,} queries an image"
     )
+
+
+def tables(card: Row) -> Iterator[Table]:
+    """The table of a card's rows, if it has any."""
+    if attacked := card.get("redteam"):
+        yield Table(
+            "Black-box attacks on the running endpoint",
+            ("data", "what was measured", "command"),
+            [(row["data"], in_words(row), row["command"]) for row in attacked],
+        )
 
 
 READ = {

@@ -147,6 +147,10 @@ MEASURED = {
         ],
         "scaling": {"pictures": 5, "pixels": [256, 32], "psnr": 9.7, "psnr_nearest": 27.5},
     },
+    "redteam": [
+        {"attack": "square", "fooled": share(0.25), "n": 8, "eps": "8/255", "queries": 2000}
+        | {"data": "8 of blobs", "command": "rampart redteam http://host:8080/predictions/blobs"}
+    ],
     "purifier": {
         "data": "8 of blobs",
         "n": 8,
@@ -222,6 +226,7 @@ def test_every_section_is_there_and_can_be_reached(full_page: str) -> None:
         "Features",
         "False alarms",
         "Outside the threat model",
+        "Black-box attacks on the running endpoint",
         "What the purifier is for",
         "Self-checks",
         "The ladder",
@@ -483,6 +488,18 @@ def test_a_later_attack_lowers_the_worst_case_of_a_page_from_the_card(
     assert ", measured on 2026-11-29; threat model" in top
     assert found["self-checks passed"] == "1 of 2"
     assert "12.3%" not in top  # of fewer images
+
+
+def test_what_a_red_team_achieved_is_a_section_of_its_own(
+    of_card: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    html = (of_card[0] / "report.html").read_text()
+    _, found = cells(html)["Black-box attacks on the running endpoint"]
+    (row,) = report.read_card(of_card[0])["redteam"]
+    assert (found[0], found[2]) == (row["data"], row["command"])
+    assert found[1].startswith("square: 25.0% (")
+    assert found[1].endswith("fooled, n = 8, Linf 8/255, up to 2,000 queries an image")
+    assert html.count("fooled") == 1  # and not as a line of the card
 
 
 def test_a_card_without_figures_makes_no_page(tiny_folder: Path) -> None:
