@@ -13,10 +13,10 @@ as `lean` in the same precision; fp32 at least 1.5 times as fast as eager at bat
 `full` at least 1/1.1 of its time. About 6 minutes on 2 cores. Without ranges of `rampart quantize`
 they are taken from crops of a photograph, which serves for timing.
 
-Of an object detector: the `lean` pipeline in PyTorch (eager) and in ONNX Runtime, and both of the
-detector alone, which scores no suspicion. Expected: the graph at least 1.5 times as fast as eager,
-and the defence at most a tenth of its time. All give candidates, of which boxes that overlap are
-not cut yet. About 3 minutes.
+Of an object detector: the `lean` pipeline in PyTorch (eager) and in ONNX Runtime (fp32, int8), and
+the detector alone, which scores no suspicion, in both. Expected: either graph at least 1.5 times as
+fast as eager, and the defence at most a tenth of its time. All give candidates, of which boxes that
+overlap are not cut yet. About 3 minutes.
 """
 
 import argparse
@@ -65,15 +65,19 @@ def graphs(model: Path, folder: Path) -> dict[str, Path]:
     for variant in VARIANTS if whole.purifier is not None else VARIANTS[:-1]:
         pipeline = pipelines.as_variant(whole, variant)
         out[variant] = to_onnx(pipeline, folder / f"{variant}.onnx")
-        kept = ranges_file(model, variant)
-        ranges = kept if kept.is_file() else ranges_file(folder, variant)
-        image = None if kept.is_file() else crops.numpy()
-        int8 = folder / f"{variant}-int8.onnx"
-        out[f"{variant} int8"] = quantize(out[variant], ranges, int8, image)
+        out[f"{variant} int8"] = in_int8(out[variant], model, variant, crops.numpy())
     if whole.purifier is not None:
         x = {"x": torch.zeros(2, *crops.shape[3:], *crops.shape[1:3])}
         out[PURIFIER] = export(whole.purifier, x, ("g",), folder / "purifier.onnx")
     return out
+
+
+def in_int8(graph: Path, model: Path, variant: Variant, images: np.ndarray) -> Path:
+    """A graph in int8, beside it: by the ranges of its model, or of `images` if it has none."""
+    kept, out = ranges_file(model, variant), graph.with_stem(f"{graph.stem}-int8")
+    if kept.is_file():
+        return quantize(graph, kept, out)
+    return quantize(graph, ranges_file(graph.parent, variant), out, images)
 
 
 def runtime(path: Path, images: np.ndarray, *, times: int = 1) -> Run:
@@ -151,13 +155,15 @@ def scene_sides(model: Path, folder: Path) -> dict[str, Run]:
     pipeline, _ = defended.load(model / "weights.safetensors", "lean")
     bare, size = Undefended(pipeline.detector).eval(), pipeline.image_size
     images = sample_crops(size, count=max(SCENE_BATCHES)).numpy()
-    engine = SceneEngine(scenes.to_onnx(pipeline, folder / "lean.onnx"))
+    whole = scenes.to_onnx(pipeline, folder / "lean.onnx")
+    engine, narrow = SceneEngine(whole), SceneEngine(in_int8(whole, model, "lean", images))
     example = {"image": torch.from_numpy(images[:2])}
     graph = export(bare, example, Candidates._fields, folder / "bare.onnx")
     return {
         "eager": eager(pipeline, images),
         "bare, eager": eager(bare, images),
         "ONNX Runtime": lambda batch: engine.run(images[:batch]),
+        "int8": lambda batch: narrow.run(images[:batch]),
         "bare": alone(graph, "image", images),
     }
 
@@ -194,6 +200,7 @@ def scene_claims_of(rates: dict[str, list[float]], batch: int) -> list[dict[str,
     setting, graph = f"batch {batch}", rates["ONNX Runtime"]
     return [
         ratios.claim("detector, graph / eager", setting, graph, rates["eager"], 1.5),
+        ratios.claim("detector, int8 / eager", setting, rates["int8"], rates["eager"], 1.5),
         ratios.claim("detector, graph / bare", setting, graph, rates["bare"], 1 / 1.1),
     ]
 
