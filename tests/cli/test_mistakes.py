@@ -85,6 +85,7 @@ MISTAKES = [
     ("harden --data good.npz --out m.mar --weights page.pth", "page.pth", "weights file itself"),
     ("harden --data good.npz --out m.mar --epochs 0", "nothing to harden", "pass --weights"),
     ("harden --data good.npz --out m.mar --method rslad", "rslad", "`rampart train`"),
+    ("average nope.safetensors other --out c", "nope.safetensors", "rampart train"),
     ("adopt nope.pth --arch resnet18 --classes 9 --out c", "nope.pth", "pass a .pth"),
     ("adopt lfs.pth --arch resnet18 --classes 9 --out c", "lfs.pth", "git lfs pull"),
     ("adopt nothing --arch resnet18 --classes 9 --out c", "nothing", "pass a .pth"),
