@@ -148,7 +148,7 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
     [
         ({"arch": "vgg11"}, "--arch vgg11 is a classifier"),
         ({"method": "mart"}, "choose among standard, nfgsm, pgd"),
-        ({"purifier_epochs": 2}, "have no purifier"),
+        ({"purifier_epochs": 2}, "`rampart purifier` trains an object detector's"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
         ({"activation": "silu"}, "--activation is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),

@@ -100,10 +100,10 @@ def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
     assert not (home / "models").exists()
 
 
-def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
+def test_the_variant_guarded_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     weights = home / "detector.safetensors"
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
-    with pytest.raises(ValueError, match="object detectors have none"):
+    with pytest.raises(ValueError, match="holds no purifier"):
         run("calibrate", tmp_path / "x", *words)
     with pytest.raises(ValueError, match="--guarded is for classifiers"):
         run("calibrate", tmp_path / "x", *words[:4], "--guarded")
