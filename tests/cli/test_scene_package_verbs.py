@@ -131,6 +131,42 @@ def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_purifier_goes_from_its_training_into_the_endpoint(home: Path, tmp_path: Path) -> None:
+    data = ("--data", home / "voc", "--classifier", home / "detector.safetensors")
+    small = ("--eps", 4, "--epochs", 2, "--batch-size", 5, "--lr", 0.003, "--validate-on", 2)
+    said = run("purifier", *data, *small, "--device", "cpu", "--out", tmp_path / "p")
+    assert "augmentation: flip, crop, shrink, light" in said  # the file does not tell
+    assert "purifier: about" in said and "without the purifier: clean" in said
+    file, cells = tmp_path / "p" / "purifier.safetensors", tmp_path / "cells"
+    said = run("calibrate", cells, *data, "--purifier", file)
+    assert "full promises at most 5.0% of clean images flagged" in said
+    card = json.loads((cells / "card.json").read_text())
+    assert set(card["training"]) == {"detector", "purifier"} and len(card["commands"]) == 2
+    said = run("archive", cells, "--variant", "full", "--images", home / "few")
+    assert "0 boxes have no like" in said
+    with zipfile.ZipFile(tmp_path / "cells.mar") as content:
+        content.extractall(tmp_path / "unpacked")
+        picture = content.read("sample.png")
+    service = Service.open(tmp_path / "unpacked", {"false_alarm_rate": 0.05})
+    answer = json.loads(service.answer([Incoming({}, [picture])])[0].body)
+    model = SceneModel.load(cells)
+    (own,) = model.predict([picture], variant="full")
+    assert model.detector.purifier is not None
+    assert [box["index"] for box in answer["boxes"]] == [box["index"] for box in own.boxes]
+    scores = answer["detail"]["scores"]
+    assert list(scores)[-2:] == ["purification", "purified"] and scores["purification"] > 1e-4
+
+    common = (home / "voc", "--part", "validation", "--steps", 1, "--limit", 2)
+    said = run("objects", cells / "weights.safetensors", *common, "--cache", tmp_path / "found")
+    assert "weights.safetensors, behind its purifier, on 2 pictures" in said
+    run("attack", "--model", cells, "--eps", 8, "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "panel.png") as panel:
+        assert panel.width > 6 * 288
+    said = run("quantize", cells, "--data", home / "voc")
+    assert "full: int8 against fp32 on 60 pictures: mAP50" in said
+
+
+@pytest.mark.slow
 def test_quantize_makes_an_int8_form_that_finds_as_much_and_archive_takes_it(
     home: Path, tmp_path: Path
 ) -> None:
