@@ -113,7 +113,7 @@ def trained(
         trainer.run.done = 0
         size = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
         trainer.run.pass_over(images, trainer.step, **size)
-    return trainer.ema, trainer.classifier.requires_grad_(False)
+    return trainer.ema, trainer.net.requires_grad_(False)
 
 
 def recipe_of(options: argparse.Namespace, classifier: Classifier) -> PurifierRecipe:

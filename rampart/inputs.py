@@ -366,6 +366,23 @@ def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
         raise ValueError(f"{named[0]} is for classifiers, but {data} has boxes: leave it out")
 
 
+def cleaning(*, data: Path, classifier: Path, augment: list[str] | None) -> None:
+    """What belongs together in a purifier's training: boxes, and a network that finds objects."""
+    from rampart.hardening.model.files import read_config
+
+    boxes = has_boxes(data)
+    if boxes != (read_config(classifier).get("task") == "detect"):
+        words = (
+            f"an object detector, but {data} has no boxes",
+            f"a classifier, but {data} has boxes",
+        )
+        raise ValueError(
+            f"--classifier {classifier} is {words[boxes]}: pass what it was trained on"
+        )
+    for name in augment or []:
+        among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
+
+
 def task(data: Path, arch: str | None, *, boxes: bool) -> None:
     """Data with boxes and an object detector, or neither."""
     if arch and finds_objects(arch) and not boxes:
@@ -407,7 +424,9 @@ def whole_way(
     if weights:
         checkpoint(weights)
     if purifier_epochs:
-        raise ValueError("--purifier-epochs: object detectors have no purifier, leave it out")
+        raise ValueError(
+            "--purifier-epochs is for classifiers: `rampart purifier` trains an object detector's"
+        )
 
 
 def hardening(weights: Path | None, epochs: int | None, method: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rampart import assembly, objects, scenes, studies
+from rampart import assembly, objects, scenes, studies, training
 from rampart.calibrated import WEIGHTS
 from rampart.handlers.tasks import CLASSIFY
 from rampart.hardening.model.files import read_config
@@ -17,6 +17,10 @@ MODELS: dict[str, type[Model] | type[SceneModel]] = {CLASSIFY: Model, TASK: Scen
 ASSEMBLIES: dict[str, Callable[..., Model | SceneModel]] = {
     CLASSIFY: assembly.assemble,
     TASK: scenes.assemble,
+}
+PURIFIERS: dict[str, Callable[..., Path]] = {
+    CLASSIFY: training.train_purifier_from,
+    TASK: objects.train_purifier_from,
 }
 QUANTIZERS: dict[str, Callable[..., studies.Outcome]] = {
     CLASSIFY: studies.quantize,
@@ -37,6 +41,11 @@ def load(folder: Path) -> Model | SceneModel:
 def assemble(folder: Path, source: Any, weights: Path, *parts: Any, **more: Any) -> Any:
     """Put what training wrote together as a calibrated model, as the task of its weights asks."""
     return ASSEMBLIES[task_of(weights)](folder, source, weights, *parts, **more)
+
+
+def train_purifier(source: Any, weights: Path, *what: Any, **more: Any) -> Path:
+    """Train a purifier in front of the network of a file, as the task of its weights asks."""
+    return PURIFIERS[task_of(weights)](source, weights, *what, **more)
 
 
 def add_guarded(folder: Path, source: Any, *, command: str) -> None:

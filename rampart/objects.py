@@ -3,7 +3,7 @@
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
@@ -39,10 +40,12 @@ from rampart.hardening.objects.detector import (
     on_classifier,
 )
 from rampart.hardening.objects.places import splits_name
+from rampart.hardening.objects.purifier import ScenePurifierTrainer, train_scene_purifier
 from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
 from rampart.hardening.report.card import add_to_card, log_evaluation, read_card
-from rampart.hardening.train.loop import Precision, say
+from rampart.hardening.train.loop import Precision, augmentations_of, say
+from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
 from rampart.scenes import SceneModel, assemble, drawn
@@ -75,14 +78,14 @@ class Place(NamedTuple):
     evaluate_on: int = 0  # validation pictures that are attacked
 
 
-def read(source: Source) -> Divided:
-    """The pictures of a source by what they are for; prints what there is."""
+def read(source: Source, classes: Sequence[str] | None = None) -> Divided:
+    """The pictures of a source by what they are for, of these classes; prints what there is."""
     if source.held:
         raise ValueError(
             f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
             " itself, into its parts train, val and test, or by a hash of their names"
         )
-    data = divided(source.data, skip_bad=source.skip_bad)
+    data = divided(source.data, classes=classes, skip_bad=source.skip_bad)
     for name, part in data.parts().items():
         say(f"{source.data.name}, {name}: {part.line()}")
     if data.left_out:
@@ -146,7 +149,9 @@ def train_from(
         after=checkpoint.digest(detector) if init else "",
     )
     validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
-    trial = timed(detector, recipe, data.train, validation.to(where))
+    with torch.random.fork_rng():
+        trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
+        trial = timed(trainer, trainer.ema, data.train, validation.to(where))
     shown = recipe.passes * len(data.train)
     say(trial.in_words("object detector", shown, len(validation), recipe))
     past = files.read_config(init).get("commands", []) if init else []
@@ -157,6 +162,41 @@ def train_from(
         (data.train, validation),
         commands=[*past, run.command],
     )
+
+
+def train_purifier_from(
+    source: Source,
+    weights: Path,
+    recipe: PurifierRecipe,
+    run: Run,
+    *,
+    augment: tuple[str, ...] | None = None,
+) -> Path:
+    """Train a purifier in front of the frozen object detector of a file; returns the purifier's.
+
+    Without `augment` pictures are augmented as those of the detector were, where its file tells.
+    Raises ValueError that lists what is wrong, before anything is trained.
+    """
+    where, faults, config = run.join(), Faults(), BlockPurifierConfig()
+    detector = load(weights).to(where)
+    data = faults.of(partial(read, source, detector.config.classes))
+    need = preflight.WRITTEN * preflight.size_of(of_config(config))
+    faults.of(partial(preflight.check_place, run.out, need, "--out"))
+    faults.tell()
+    assert data
+    if augment is None:
+        past = augmentations_of(str(files.read_config(weights).get("training", "")))
+        augment = ObjectRecipe().augment if past is None else past
+    recipe = recipe._replace(precision=arithmetic(run, where, detector), augment=augment)
+    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    with torch.random.fork_rng():
+        trainer = ScenePurifierTrainer(copy.deepcopy(detector), config, recipe, Path())
+        both = detector.behind(trainer.ema)
+        trial = timed(trainer, both, data.train, validation.to(where))
+    say(f"augmentation: {', '.join(augment) or 'none'}")
+    say(trial.in_words("purifier", len(data.train), len(validation), recipe))
+    learn = partial(train_scene_purifier, commands=[run.command])
+    return learn(detector, config, recipe, run.out, (data.train, validation))
 
 
 def harden(
@@ -228,7 +268,6 @@ def quantize(
     held = drawn(boxed.image, model.classes)
     gate = partial(
         agree,
-        detector=model.detector,
         boxed=boxed,
         unranked=split(held, "validation"),
         threat=model.threat,
@@ -236,7 +275,8 @@ def quantize(
     )
     data = f"{source.name}, validation"
     for variant in model.variants:
-        found = make_form(folder, variant, precision, held, gate, source=data, limit=limit)
+        own = partial(gate, detector=model.pipeline(variant).detector)
+        found = make_form(folder, variant, precision, held, own, source=data, limit=limit)
         lines.append(f"{variant}: {found}")
         keep_form(model, Form(variant, precision), found, data, study)
     return Outcome(model.card, lines)
@@ -264,21 +304,20 @@ def insist_found(weights: Path, *, anyway: bool) -> None:
 
 
 def timed(
-    detector: ObjectDetector, recipe: ObjectRecipe, scenes: Scenes, validation: Boxed
+    trainer: ObjectTrainer | PurifierTrainer, net: ObjectDetector, scenes: Scenes, validation: Boxed
 ) -> preflight.Trial:
-    """What a step takes, and a validation; the detector stays as it is."""
-    with torch.random.fork_rng():
-        trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
-        lessons = Lessons(scenes, detector.config.size, 1, trainer.device)
-        order = {"seed": recipe.seed, "epoch": 0, "skip": 0}
-        batch = next(lessons.shuffled(recipe.batch_size, augmentations=recipe.augment, **order))
-        for _ in range(2):  # the first one prepares much
-            start = time.monotonic()
-            float(trainer.step(batch, 0.5))
-            step = time.monotonic() - start
+    """What a step takes, and a validation of `net`. The trainer is then to be thrown away."""
+    recipe = trainer.recipe
+    lessons = Lessons(scenes, net.config.size, 1, trainer.device)
+    order = {"seed": recipe.seed, "epoch": 0, "skip": 0}
+    batch = next(lessons.shuffled(recipe.batch_size, augmentations=recipe.augment, **order))
+    for _ in range(2):  # the first one prepares much
         start = time.monotonic()
-        validate(trainer.ema, validation.spread(1), recipe.threat)
-        look = time.monotonic() - start
+        float(trainer.step(batch, 0.5))
+        step = time.monotonic() - start
+    start = time.monotonic()
+    validate(net, validation.spread(1), recipe.threat)
+    look = time.monotonic() - start
     return preflight.Trial(step, look, preflight.peak(trainer.device))
 
 
@@ -305,15 +344,16 @@ def evaluate(
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
 
-    The graph that its model folder `home` ships gets rows of its own. Each row is told to `notice`
-    as it is known.
+    Of its model folder `home` it is the best variant, behind a purifier where that has one; the
+    graph that is shipped there gets rows of its own. Each row is told to `notice` as it is known.
     """
-    detector = load(files[0])
+    model = SceneModel.load(home) if home else None
+    detector = model.pipeline().detector if model else load(files[0])
     other = load(files[1]) if files[1] else None
     boxed = pictures(source, part, detector, limit)
     names = boxed.classes
-    notice(f"{files[0].name} on {len(boxed)} pictures ({part}), {threat}, {budget}")
-    model = SceneModel.load(home) if home else None
+    behind = "" if detector.purifier is None else ", behind its purifier,"
+    notice(f"{files[0].name}{behind} on {len(boxed)} pictures ({part}), {threat}, {budget}")
     notice(judging.table({}, names)[0])
     judgement = judging.judge(
         detector,

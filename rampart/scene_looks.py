@@ -78,6 +78,12 @@ def attack(
         lines.append(f"{file}: {in_words(verdict)}")
         title = name if name in ("clean", "also") else f"{name}, {plan.threat}"
         panels.append((title, drawn(view.pixels, verdict), in_words(verdict)))
+        if name == UNFLAGGED and victim.pipeline.detector.purifier is not None:
+            purified = victim.pipeline.detector.purified(
+                to_float(torch.from_numpy(view.pixels)[None])
+            )
+            pixels = to_uint8(purified)[0].numpy()
+            panels.append(("the same, purified", drawn(pixels, verdict), "what the detector sees"))
     return [*lines, str(verdicts.picture(panels, out / "panel.png"))]
 
 

@@ -1,6 +1,5 @@
 """A defended object detector as one object: `rampart.Model`, for boxes in place of classes."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.files import SAMPLE, read_config
 from rampart.hardening.model.images import Images, split
-from rampart.hardening.model.pipeline import Variant
+from rampart.hardening.model.pipeline import Variant, load_purifier
 from rampart.hardening.objects import defended
-from rampart.hardening.objects.defended import DefendedDetector
+from rampart.hardening.objects.defended import DefendedDetector, as_variant, variants_of
 from rampart.hardening.objects.detector import TASK, ObjectDetector, load
 from rampart.hardening.objects.guard import Guard
 from rampart.hardening.objects.scenes import divided
 from rampart.hardening.report import card as report
+from rampart.preflight import check_purifier
 from rampart.provenance import PYTHON
 from rampart.sources import Source
 
@@ -85,8 +85,8 @@ class SceneModel(Calibrated):
         detector = detector.cpu().eval().requires_grad_(False)
         source = drawn(held, detector.config.classes)
         tables = {
-            Form(variant): ranks.calibrate(DefendedDetector(detector, names), source, variant)
-            for variant, names in defended.VARIANTS.items()
+            Form(variant): ranks.calibrate(as_variant(detector, variant, names), source, variant)
+            for variant, names in variants_of(detector).items()
         }
         content: dict[str, Any] = {"model": name, "data": data, "task": TASK}
         content |= {"training": {"detector": "not recorded"}, "history": [], "commands": [PYTHON]}
@@ -103,9 +103,8 @@ class SceneModel(Calibrated):
 
     def pipeline(self, variant: Variant | None = None) -> DefendedDetector:
         """The module of a variant, frozen: a copy, so that it may go to another device."""
-        names = self.calibrations[Form(self.chosen_variant(variant))].detectors
-        pipeline = DefendedDetector(copy.deepcopy(self.detector), names)
-        return pipeline.eval().requires_grad_(False)
+        chosen = self.chosen_variant(variant)
+        return as_variant(self.detector, chosen, self.calibrations[Form(chosen)].detectors)
 
     def predict(
         self, images: Pictures, *, policy: Policy | None = None, variant: Variant | None = None
@@ -202,19 +201,24 @@ def assemble(
 ) -> SceneModel:
     """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
 
-    Raises ValueError for a purifier or `guarded`, which are for classifiers, and too few pictures.
+    With a `purifier` the variant full serves the boxes of the purified view. Raises ValueError for
+    `guarded`, which is for classifiers, for a file without a purifier, and for too few pictures.
     """
     inputs.unguarded(guarded=guarded)
-    if purifier:
-        raise ValueError(f"--purifier {purifier}: object detectors have none, leave it out")
-    config = read_config(weights)
+    parts = {"detector": weights} | ({"purifier": purifier} if purifier else {})
     detector = load(weights)
+    if purifier:
+        generator = load_purifier(purifier)
+        check_purifier(generator, detector.config.size)
+        detector = detector.behind(generator)
     data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
     held = data.validation
+    contents = {part: read_config(file) for part, file in parts.items()}
+    lines = [line for content in contents.values() for line in content.get("commands", [])]
     past = {
-        "training": {"detector": str(config.get("training", "not recorded"))},
-        "history": config.get("history", []),
-        "commands": list(dict.fromkeys([*config.get("commands", []), command])),  # one of `harden`
+        "training": {p: str(c.get("training", "not recorded")) for p, c in contents.items()},
+        "history": contents["detector"].get("history", []),
+        "commands": list(dict.fromkeys([*lines, command])),  # one of `harden`
     }
     model = SceneModel.calibrate(
         detector,

@@ -44,6 +44,7 @@ TRAINING = {
     "test_models.py",
     "test_object_attack.py",
     "test_object_detectors.py",
+    "test_object_purifier.py",
     "test_object_training.py",
     "test_onnx_study.py",
     "test_onnx_table.py",

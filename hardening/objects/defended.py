@@ -1,27 +1,24 @@
 """An object detector with the scores that tell attacks: one function of pixels, as of classifiers.
 
-Its variants are `lean`, of one pass, and `full`, which looks at a smoothed view as well.
+Its variants are `lean`, of one pass, and `full`, which looks at a smoothed view as well. A purifier
+is a part of `full` alone: its boxes are those of the purified view.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rampart.hardening.model import checkpoint
+from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.detectors import median3x3
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects import suspicions
 from rampart.hardening.objects.boxes import Dense, strongest
-from rampart.hardening.objects.detector import (
-    TASK,
-    TOP,
-    ObjectConfig,
-    ObjectDetector,
-    described,
-)
+from rampart.hardening.objects.detector import TOP, ObjectDetector, described
+from rampart.hardening.objects.detector import load as load_detector
 from rampart.hardening.objects.suspicions import Sight, Suspicions
 
 VARIANTS: dict[Variant, tuple[str, ...]] = {"full": suspicions.FULL, "lean": suspicions.LEAN}
@@ -55,15 +52,19 @@ class DefendedDetector(nn.Module):
 
     def defend(self, x: Tensor) -> SceneOutputs:
         """The float entry, for attacks: x (N, 3, S, S) in [0, 1]."""
-        n = x.shape[0]
-        views = torch.cat([x, median3x3(x)]) if self.detectors.smooths else x
-        every = self.detector.dense(views)
-        # Slices keep the exported batch dynamic; chunk() would freeze it.
-        dense = Dense(every.boxes[:n], every.logits[:n]) if self.detectors.smooths else every
-        sight = Sight(dense, strongest(dense, TOP))
+        n, purified = x.shape[0], self.detector.purified(x)
+        views = [purified]
+        views += [x] if self.detectors.purifies else []
+        views += [median3x3(x)] if self.detectors.smooths else []
+        every = self.detector.raw(torch.cat(views) if len(views) > 1 else purified)
+        # Slices keep the exported batch dynamic; chunk() would freeze it. One view needs none.
+        rows = [slice(i * n, (i + 1) * n) for i in range(len(views))] if len(views) > 1 else []
+        each = [Dense(every.boxes[row], every.logits[row]) for row in rows] or [every]
+        sight = Sight(each[0], strongest(each[0], TOP))
+        if self.detectors.purifies:
+            sight = sight._replace(raw=strongest(each[1], TOP), change=purified - x)
         if self.detectors.smooths:
-            smoothed = Dense(every.boxes[n:], every.logits[n:])
-            sight = sight._replace(smoothed=strongest(smoothed, TOP))
+            sight = sight._replace(smoothed=strongest(each[-1], TOP))
         return SceneOutputs(*sight.candidates, self.detectors(sight))
 
     def forward(self, image: Tensor) -> SceneOutputs:
@@ -71,19 +72,31 @@ class DefendedDetector(nn.Module):
         return self.defend(to_float(image))
 
 
+def variants_of(detector: ObjectDetector) -> dict[Variant, tuple[str, ...]]:
+    """The scores of each variant: with a purifier, `full` has those that compare its view too."""
+    more = () if detector.purifier is None else suspicions.PURIFIED
+    return VARIANTS | {"full": (*VARIANTS["full"], *more)}
+
+
+def as_variant(
+    detector: ObjectDetector, variant: Variant, names: tuple[str, ...]
+) -> DefendedDetector:
+    """A frozen copy of what makes a variant, with the scores of these names."""
+    own = copy.deepcopy(detector) if variant == "full" else detector.behind(None)
+    return DefendedDetector(own, names).eval().requires_grad_(False)
+
+
 def save(path: Path, detector: ObjectDetector) -> None:
-    """Write all it takes to rebuild either variant: a file of weights with the variants' parts."""
-    named: dict[str, Any] = {"variants": {name: list(parts) for name, parts in VARIANTS.items()}}
+    """Write all it takes to rebuild every variant: a file of weights with the variants' parts."""
+    variants = variants_of(detector).items()
+    named: dict[str, Any] = {"variants": {name: list(parts) for name, parts in variants}}
     checkpoint.save(path, detector, described(detector) | named)
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedDetector, tuple[str, ...]]:
     """The frozen pipeline of `path`, and its classes. ValueError for what is no object detector."""
-    config, state = checkpoint.read(path)
-    if config.get("task") != TASK:
-        raise ValueError(f"{path} holds no object detector: pass a folder of one")
-    detector = ObjectDetector(ObjectConfig.from_json(config["object_detector"]))
-    detector.load_state_dict(state)
-    names = tuple(config.get("variants", {}).get(variant, VARIANTS[variant]))
+    detector = load_detector(path, purified=variant == "full")
+    written = files.read_config(path).get("variants", {})
+    names = tuple(written.get(variant, variants_of(detector)[variant]))
     pipeline = DefendedDetector(detector, names).eval().requires_grad_(False)
     return pipeline, detector.config.classes

@@ -1,5 +1,6 @@
 """Object detectors by name, with normalization inside, and their files of weights."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,9 @@ from rampart.hardening.model.classifier import (
     ClassifierConfig,
 )
 from rampart.hardening.model.pipeline import classifier_config
+from rampart.hardening.model.purifier import Purifier
+from rampart.hardening.model.purifier import build as build_purifier
+from rampart.hardening.model.purifier import described as described_purifier
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects.boxes import Candidates, Dense, Found, Truth, strongest, suppressed
 from rampart.hardening.objects.own import Network, normalization, own_network
@@ -65,9 +69,12 @@ class ObjectConfig(NamedTuple):
 
 
 class ObjectDetector(nn.Module):
-    """Pixels in [0, 1] to objects. Raises ValueError for what cannot be built."""
+    """Pixels in [0, 1] to objects, through a purifier, if any.
 
-    def __init__(self, config: ObjectConfig) -> None:
+    Raises ValueError for what cannot be built.
+    """
+
+    def __init__(self, config: ObjectConfig, purifier: Purifier | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
@@ -75,10 +82,25 @@ class ObjectDetector(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.net = cast(Network, build(config))
+        self.purifier = purifier
+
+    def behind(self, purifier: Purifier | None) -> "ObjectDetector":
+        """A copy behind a purifier, which is not copied, or behind none."""
+        own = copy.deepcopy(self)
+        own.purifier = purifier
+        return own
+
+    def purified(self, x: Tensor) -> Tensor:
+        """x (N, 3, S, S) as the network sees it."""
+        return x if self.purifier is None else self.purifier(x)
+
+    def raw(self, x: Tensor) -> Dense:
+        """What every anchor or proposal says of x (N, 3, S, S) without the purifier."""
+        return self.net.dense((x - self.mean) / self.std)
 
     def dense(self, x: Tensor) -> Dense:
         """What every anchor or proposal says of x (N, 3, S, S), with gradients."""
-        return self.net.dense((x - self.mean) / self.std)
+        return self.raw(self.purified(x))
 
     def candidates(self, x: Tensor) -> Candidates:
         """The strongest boxes of x (N, 3, S, S), of fixed size: what is exported."""
@@ -89,7 +111,7 @@ class ObjectDetector(nn.Module):
 
         `classification` and `localization`; Faster R-CNN has `objectness` and `proposals` too.
         """
-        each = self.net.losses((x - self.mean) / self.std, truth)
+        each = self.net.losses((self.purified(x) - self.mean) / self.std, truth)
         return {name: torch.stack([losses[name] for losses in each]) for name in each[0]}
 
     def losses(self, x: Tensor, truth: Sequence[Truth]) -> dict[str, Tensor]:
@@ -207,18 +229,26 @@ def save(path: Path, detector: ObjectDetector, content: dict[str, Any] | None = 
 
 
 def described(detector: ObjectDetector) -> dict[str, Any]:
-    """What a file of weights says of its network."""
-    return {"task": TASK, "object_detector": detector.config.as_json()}
+    """What a file of weights says of its network, and of the purifier in front of it."""
+    content = {"task": TASK, "object_detector": detector.config.as_json()}
+    if detector.purifier is not None:
+        content["purifier"] = described_purifier(detector.purifier)
+    return content
 
 
-def load(path: Path) -> ObjectDetector:
-    """The frozen object detector of a file. Raises FileNotFoundError or ValueError."""
+def load(path: Path, *, purified: bool = False) -> ObjectDetector:
+    """The frozen object detector of a file; if `purified`, behind the file's purifier, if any.
+
+    Raises FileNotFoundError or ValueError.
+    """
     config, state = checkpoint.read(path)
     if config.get("task") != TASK:
         raise ValueError(
             f"{path} holds no object detector, but a classifier: pass a file of `rampart train` on"
             " pictures with boxes"
         )
-    detector = ObjectDetector(ObjectConfig.from_json(config["object_detector"]))
-    detector.load_state_dict(state)
+    purifier = build_purifier(config["purifier"]) if purified and "purifier" in config else None
+    detector = ObjectDetector(ObjectConfig.from_json(config["object_detector"]), purifier)
+    own = {key: t for key, t in state.items() if purified or not key.startswith("purifier.")}
+    detector.load_state_dict(own)
     return detector.eval().requires_grad_(False)

@@ -35,7 +35,8 @@ TOGETHER = 8  # pictures that are attacked together
 CLEAN, WORST, SERVED = "clean", "worst case", "as served"
 ACCEPTED = f"{WORST}, accepted"
 # The code that what attacks found depends on.
-SOURCE = ("attack/pgd", "attack/noise", "objects/attack", "objects/detector", "objects/boxes")
+ATTACKS = ("attack/pgd", "attack/noise", "objects/attack")
+SOURCE = (*ATTACKS, "model/purifier", "objects/detector", "objects/boxes")
 GUARD_SOURCE = ("objects/guard", "objects/defended", "objects/suspicions", "model/calibrate")
 STICKER_SOURCE = ("attack/patch",)
 

@@ -1,8 +1,9 @@
 """Scores of suspicion from what an object detector says of a whole picture; higher is more
 suspicious. They compare anchors before any suppression, so they have one size and gradients.
 
-Sources: energy, Liu et al. 2020; squeezed views, Xu et al. 2018 (section 3); aims of attacks on
-object detectors, Chow et al. 2020 ("TOG": vanish, fabricate, mislabel).
+Sources: energy, Liu et al. 2020; squeezed views, Xu et al. 2018 (section 3); reconstruction, Meng
+and Chen 2017; aims of attacks on object detectors, Chow et al. 2020 ("TOG": vanish, fabricate,
+mislabel).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rampart.hardening.model.detectors import rms
 from rampart.hardening.objects.boxes import Candidates, Dense
 
 TINY = 1e-6
@@ -19,9 +21,11 @@ TINY = 1e-6
 class Sight(NamedTuple):
     """A batch as the detectors of attacks see it."""
 
-    dense: Dense  # of each picture
+    dense: Dense  # of each picture; behind a purifier, of what that makes of it
     candidates: Candidates
     smoothed: Candidates | None = None  # of its median
+    raw: Candidates | None = None  # of it as sent, where there is a purifier
+    change: Tensor | None = None  # (N, 3, S, S) that the purifier makes
 
 
 def emptiness(sight: Sight) -> Tensor:
@@ -52,7 +56,26 @@ def disagreement(sight: Sight) -> Tensor:
     their sum. They are sorted, so it does not matter which anchor gave them.
     """
     assert sight.smoothed is not None
-    before, after = sight.candidates.scores, sight.smoothed.scores  # (N, C)
+    return apart(sight.raw or sight.candidates, sight.smoothed)
+
+
+def purification(sight: Sight) -> Tensor:
+    """How much the purifier changes the picture (N,), root mean square."""
+    assert sight.change is not None
+    return rms(sight.change)
+
+
+def purified(sight: Sight) -> Tensor:
+    """How much the purifier changes the strongest scores of each class (N,), as a share of their
+    sum.
+    """
+    assert sight.raw is not None
+    return apart(sight.raw, sight.candidates)
+
+
+def apart(one: Candidates, other: Candidates) -> Tensor:
+    """How much the sorted scores of two views differ (N,), as a share of their sum."""
+    before, after = one.scores, other.scores  # (N, C)
     return (before - after).abs().sum(1) / ((before + after).sum(1) + TINY)
 
 
@@ -61,10 +84,13 @@ SUSPICIONS: dict[str, Callable[[Sight], Tensor]] = {
     "crowd": crowd,
     "doubt": doubt,
     "disagreement": disagreement,
+    "purification": purification,
+    "purified": purified,
 }
 SMOOTHED = frozenset({"disagreement"})  # need a second pass
 LEAN = ("emptiness", "crowd", "doubt")
 FULL = (*LEAN, "disagreement")
+PURIFIED = ("purification", "purified")  # need a purifier: `full` has them where there is one
 
 
 class Suspicions:
@@ -74,6 +100,7 @@ class Suspicions:
         if unknown := sorted(set(names) - set(SUSPICIONS)):
             raise ValueError(f"unknown detectors {unknown}: choose among {', '.join(SUSPICIONS)}")
         self.names, self.smooths = names, bool(SMOOTHED & {*names})
+        self.purifies = bool({*PURIFIED} & {*names})
 
     def __call__(self, sight: Sight) -> Tensor:
         """Scores (N, D)."""

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from rampart.hardening.train import distributed, loop
 from rampart.hardening.train import state as states
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
 from rampart.hardening.train.provenance import entry
+from rampart.hardening.train.purifier import PurifierTrainer
 
 METHODS = ("standard", "nfgsm", "pgd")
 AIMS = ("sum", "alternate", "strongest")
@@ -209,28 +210,41 @@ def train_objects(
     file of the epoch with the best validation mAP50: under PGD-10, or clean for the control.
     """
     trainer = ObjectTrainer(detector, recipe, folder)
-    run, file = trainer.run, folder / "objects.safetensors"
-    if file.exists() and states.read(folder) is None:
+    train, file = scenes[0], folder / "objects.safetensors"
+    lessons = Lessons(train, detector.config.size, recipe.passes, trainer.device)
+    best = "clean" if recipe.method == "standard" else "pgd10"
+    learn = partial(fit, best=best, commands=commands)
+    learn(trainer, trainer.ema, (lessons, scenes[1]), file, described(trainer.ema))
+    return file
+
+
+def fit(
+    trainer: ObjectTrainer | PurifierTrainer,
+    net: ObjectDetector,
+    scenes: tuple[Lessons, Boxed],
+    file: Path,
+    content: dict[str, Any],
+    *,
+    commands: Sequence[str],
+    best: str = "pgd10",
+) -> None:
+    """Run all epochs; `file` gets the averaged weights of the one where `net` has the `best`."""
+    recipe, run, lessons = trainer.recipe, trainer.run, scenes[0]
+    if file.exists() and states.read(file.parent) is None:
         raise ValueError(f"{file} exists, but no state to resume from: choose another --out")
-    size = detector.config.size
-    train, validation = scenes[0], scenes[1].to(trainer.device)
-    origin = noted(folder, train.boxed(size), validation) | {"training": repr(recipe)}
+    validation = scenes[1].to(trainer.device)
+    origin = noted(file.parent, lessons.scenes.boxed(lessons.size), validation)
+    origin["training"] = repr(recipe)
 
     def keep() -> None:
         past = {"history": [run.history], "commands": list(commands)}
-        checkpoint.save(file, trainer.ema, described(trainer.ema) | origin | past)
+        checkpoint.save(file, trainer.ema, content | origin | past)
 
-    run.fit(
-        Lessons(train, size, recipe.passes, trainer.device),
-        trainer.step,
-        lambda few: validate(trainer.ema, few, recipe.threat),
-        chosen_on=validation,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        keep=keep,
-        best="clean" if recipe.method == "standard" else "pgd10",
-    )
-    return file
+    def evaluate(few: Boxed) -> dict[str, float]:
+        return validate(net, few, recipe.threat)
+
+    size = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
+    run.fit(lessons, trainer.step, evaluate, chosen_on=validation, keep=keep, best=best, **size)
 
 
 def noted(folder: Path, train: Boxed, held: Boxed) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Training of a purifier, against a critic and the frozen classifier behind it. As APE-GAN (Shen et
+"""Training of a purifier, against a critic and the frozen network behind it. As APE-GAN (Shen et
 al. 2017) towards the clean image, with AToP's task loss (Lin et al. 2024, section 3.3) on
 perturbations crafted through generator and classifier together, or through the classifier alone.
 Each perturbed batch serves several steps (as Shafahi et al. 2019, algorithm 1): they cost less.
@@ -8,21 +8,21 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from rampart.hardening.attack.pgd import Threat, cross_entropy, pgd, random_start
+from rampart.hardening.attack.pgd import Loss, Threat, cross_entropy, pgd, random_start
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.purifier import described, of_config
 from rampart.hardening.train import distributed, loop
 from rampart.hardening.train.augmentation import check_augmentations
-from rampart.hardening.train.data import Batch, Folder
+from rampart.hardening.train.data import Folder
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
 
 # What a recipe says in front of a classifier that nobody defended: attacks that know the purifier
@@ -70,36 +70,52 @@ class PurifierRecipe(NamedTuple):
 
 
 class PurifierTrainer:
-    """Trains generator and critic in turns; the classifier stays frozen."""
+    """Trains generator and critic in turns; the network behind, a classifier, stays frozen."""
 
-    def __init__(
-        self, classifier: Classifier, config: Any, recipe: PurifierRecipe, folder: Path
-    ) -> None:
+    figure: ClassVar[str] = "validation accuracy"
+
+    def __init__(self, net: nn.Module, config: Any, recipe: PurifierRecipe, folder: Path) -> None:
         loop.one_part(recipe.batch_size)
-        check_augmentations(recipe.augment)
+        self.check_augmentations(recipe.augment)
         torch.manual_seed(recipe.seed)
-        self.classifier, self.recipe = classifier.eval().requires_grad_(False), recipe
-        self.device = classifier.mean.device
+        self.net, self.recipe = net.eval().requires_grad_(False), recipe
+        self.device = net.get_buffer("mean").device
         self.model, self.critic = of_config(config).to(self.device), Critic().to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=recipe.lr)
         names = ("model", "critic", "ema", "optimizer", "critic_optimizer")
         parts: dict[str, Part] = {name: getattr(self, name) for name in names}
-        # A purifier belongs to one classifier: a run must not go on with another.
-        settings = repr((config, recipe, checkpoint.digest(classifier)))
-        self.run = Run(folder, settings, parts, seed=recipe.seed, augmentations=recipe.augment)
+        # A purifier belongs to one network: a run must not go on with another.
+        settings = repr((config, recipe, checkpoint.digest(net)))
+        self.run = Run(
+            folder,
+            settings,
+            parts,
+            seed=recipe.seed,
+            augmentations=recipe.augment,
+            figure=self.figure,
+        )
 
-    def craft(self, batch: Batch) -> Tensor:
+    @staticmethod
+    def check_augmentations(names: Sequence[str]) -> None:
+        """Raise ValueError for what is not done to such images."""
+        check_augmentations(names)
+
+    def loss(self, batch: Any) -> Loss:
+        """What the network loses (N,) by pixels in place of a batch's images."""
+        return cross_entropy(self.net, batch.label)
+
+    def craft(self, batch: Any) -> Tensor:
         """Perturb all but a few images against the purified prediction, gradients through both
-        networks; where the recipe is static, against the classifier's own.
+        networks; where the recipe is static, against the network's own.
         """
-        recipe = self.recipe
-        attacked = self.classifier if recipe.static else nn.Sequential(self.model, self.classifier)
+        recipe, loss = self.recipe, self.loss(batch)
+        climbed = loss if recipe.static else lambda x: loss(self.model(x))
         size = recipe.threat.eps * (1.5 if recipe.static else 1.25) / recipe.steps
         start = random_start(batch.x, recipe.threat, batch.noise)
         attack = partial(pgd, steps=recipe.steps, step_size=size, start=start, keep_best=False)
-        x = attack(cross_entropy(attacked, batch.label), batch.x, recipe.threat)
+        x = attack(climbed, batch.x, recipe.threat)
         untouched = torch.arange(len(x), device=x.device) % UNTOUCHED == 0
         return torch.where(untouched.view(-1, 1, 1, 1), batch.x, x)
 
@@ -113,7 +129,7 @@ class PurifierTrainer:
         distributed.average(p.grad for p in self.critic.parameters() if p.grad is not None)
         self.critic_optimizer.step()
 
-    def step(self, batch: Batch, progress: float) -> Tensor:
+    def step(self, batch: Any, progress: float) -> Tensor:
         """Attack one batch and learn from it `replays` times; returns the task loss before."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * loop.one_cycle(progress)
@@ -123,7 +139,7 @@ class PurifierTrainer:
         task, *_ = [self.descend(batch, attacked) for _ in range(self.recipe.replays)]
         return task
 
-    def descend(self, batch: Batch, attacked: Tensor) -> Tensor:
+    def descend(self, batch: Any, attacked: Tensor) -> Tensor:
         """One step of the critic and of the generator; returns the task loss."""
         recipe, x = self.recipe, batch.x
         with autocast(self.device, recipe.precision):
@@ -131,7 +147,7 @@ class PurifierTrainer:
         self.critic_step(x, purified.detach())
         # A context of its own: autocast caches weights, and the critic's have just moved.
         with autocast(self.device, recipe.precision):
-            task = F.cross_entropy(self.classifier(purified).float(), batch.label)
+            task = self.loss(batch)(purified).mean()
             loss = (
                 recipe.reconstruction * F.l1_loss(purified, x)
                 - recipe.adversarial * self.critic(purified).mean()

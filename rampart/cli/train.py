@@ -35,7 +35,7 @@ PASSES = "For pictures with boxes: how often an epoch shows each picture; defaul
 REPLAYS = "Steps with each attacked batch; default 1, or 4 with --static, whose attacks stay strong"
 ALONE = "Attack the classifier alone, for an undefended one that you cannot retrain. An attack "
 ALONE += "that knows such a purifier beats it"
-SAME = "As in `train`; by default, the classifier's augmentation"
+SAME = "As in `train`; by default, as the frozen network was trained"
 TEACHER = "Robust network for rslad to distil from, written by an earlier run"
 RECTIFY = "Also train a second head for rectified rejection"
 COMPILE = "Use torch.compile: starts a minute or more later, then runs faster steps"
@@ -44,7 +44,7 @@ INIT += "object detector can start from a classifier, such as one of model_store
 NORM = "Mean of the training pixels in [0, 1]; default the file's own, else CIFAR-10's up to 64 "
 NORM += "pixels, else ImageNet's"
 KEEP = "Passes over the training images; 0 keeps --weights unchanged"
-FROZEN = "classifier.safetensors from `rampart train`"
+FROZEN = "classifier.safetensors, or objects.safetensors if --data has boxes, from `rampart train`"
 STATE = "State dict: .pth, .pt or .safetensors"
 ADOPTED = "The classifier.safetensors to write"
 STAGES = "Folder for intermediate results"
@@ -210,7 +210,11 @@ def train(
     say(f"best classifier: {best}")
 
 
-@verb("purifier --data cifar10/ --classifier runs/c/classifier.safetensors --out runs/p")
+@verb(
+    "purifier --data cifar10/ --classifier runs/c/classifier.safetensors --out runs/p",
+    "purifier --data bccd/ --classifier runs/cells/objects.safetensors --eps 4 --out runs/p",
+    together=inputs.cleaning,
+)
 def purifier(
     *,
     source: o.Source,
@@ -221,18 +225,22 @@ def purifier(
     lr: o.LearningRate = 1e-3,
     replays: Annotated[int | None, Option(min=1, help=REPLAYS)] = None,
     static: Annotated[bool, Option("--static", help=ALONE)] = False,
-    augment: Annotated[list[str] | None, Option(help=SAME), inputs.augmentation] = None,
+    augment: Annotated[list[str] | None, Option(help=SAME), inputs.any_augmentation] = None,
     arch: o.Own = None,
 ) -> None:
-    """Train the GAN purifier for a frozen classifier. Resumes like `train`, also under torchrun."""
+    """Train the GAN purifier for a frozen classifier, or object detector if the data have boxes.
+
+    Resumes like `train`, also under torchrun.
+    """
     from rampart.hardening.train.loop import say
     from rampart.hardening.train.purifier import STATIC, PurifierRecipe
-    from rampart.training import train_purifier_from
+    from rampart.models import train_purifier
 
-    recipe = PurifierRecipe(threat.ball(), epochs, run.batch_size or 128, lr, seed=run.seed)
+    batch = run.batch_size or (16 if has_boxes(source.data) else 128)
+    recipe = PurifierRecipe(threat.ball(), epochs, batch, lr, seed=run.seed)
     recipe = recipe._replace(**(STATIC if static else {}) | given(replays=replays))
     how = chosen(augment)
-    best = train_purifier_from(source.open(), classifier, recipe, run.place(), augment=how)
+    best = train_purifier(source.open(), classifier, recipe, run.place(), augment=how)
     say(f"best purifier: {best}")
 
 

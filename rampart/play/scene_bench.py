@@ -23,6 +23,8 @@ QUESTIONS = {
     "crowd": "Does too much look like an object?",
     "doubt": "Are the objects of no clear class?",
     "disagreement": "Does smoothing change what is found?",
+    "purification": "Does the purifier change the picture much?",
+    "purified": "Does the purifier change what is found?",
 }
 # What each aim is, for people; the losses of a detector stand under their own names.
 AIMS = {

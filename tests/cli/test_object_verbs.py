@@ -148,7 +148,7 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
     [
         ({"arch": "vgg11"}, "--arch vgg11 is a classifier"),
         ({"method": "mart"}, "choose among standard, nfgsm, pgd"),
-        ({"purifier_epochs": 2}, "have no purifier"),
+        ({"purifier_epochs": 2}, "`rampart purifier` trains an object detector's"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
         ({"activation": "silu"}, "--activation is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),
@@ -199,6 +199,38 @@ def test_options_of_the_other_task_are_told(
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(ValueError, match=word):
         learning(tmp_path, **changed)
+
+
+@pytest.mark.parametrize(
+    ("data", "classifier", "augment", "word"),
+    [
+        ("voc", "c", None, r"c\.safetensors is a classifier, but .*voc has boxes"),
+        ("empty", "o", None, r"o\.safetensors is an object detector, but .*empty has no boxes"),
+        ("voc", "o", ["warp"], "choose among flip, turn, crop, shrink, light"),
+        ("empty", "c", ["turn"], "choose among flip, crop, warp"),
+        ("empty", "c", ["cutmix"], "choose among flip, crop, warp"),
+    ],
+)
+def test_a_purifier_is_trained_on_what_the_network_behind_it_was(
+    tmp_path: Path, data: str, classifier: str, augment: list[str] | None, word: str
+) -> None:
+    from found import untrained
+
+    from rampart.hardening.objects.detector import save
+
+    write_voc(tmp_path / "voc", 2)
+    (tmp_path / "empty").mkdir()
+    scene_classifier(tmp_path)
+    save(tmp_path / "o.safetensors", untrained())
+    for fitting in (("voc", "o"), ("empty", "c")):
+        inputs.cleaning(
+            data=tmp_path / fitting[0],
+            classifier=tmp_path / f"{fitting[1]}.safetensors",
+            augment=["flip", "none"],
+        )
+    weights = tmp_path / f"{classifier}.safetensors"
+    with pytest.raises(ValueError, match=word):
+        inputs.cleaning(data=tmp_path / data, classifier=weights, augment=augment)
 
 
 def test_what_an_object_detector_is_trained_with_goes_together(tmp_path: Path) -> None:

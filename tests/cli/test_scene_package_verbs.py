@@ -100,10 +100,10 @@ def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
     assert not (home / "models").exists()
 
 
-def test_a_purifier_is_of_classifiers(home: Path, tmp_path: Path) -> None:
+def test_the_variant_guarded_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     weights = home / "detector.safetensors"
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
-    with pytest.raises(ValueError, match="object detectors have none"):
+    with pytest.raises(ValueError, match="holds no purifier"):
         run("calibrate", tmp_path / "x", *words)
     with pytest.raises(ValueError, match="--guarded is for classifiers"):
         run("calibrate", tmp_path / "x", *words[:4], "--guarded")
@@ -128,6 +128,42 @@ def test_attack_draws_what_each_aim_makes_of_the_boxes(home: Path, tmp_path: Pat
         assert 4 <= change.max() <= 8 and f"{name}.png: " in said
     with pytest.raises(ValueError, match="--twin and --as-samples are for classifiers"):
         run("attack", "--model", home / "cells", "--twin", home / "cells", "--out", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_purifier_goes_from_its_training_into_the_endpoint(home: Path, tmp_path: Path) -> None:
+    data = ("--data", home / "voc", "--classifier", home / "detector.safetensors")
+    small = ("--eps", 4, "--epochs", 2, "--batch-size", 5, "--lr", 0.003, "--validate-on", 2)
+    said = run("purifier", *data, *small, "--device", "cpu", "--out", tmp_path / "p")
+    assert "augmentation: flip, crop, shrink, light" in said  # the file does not tell
+    assert "purifier: about" in said and "without the purifier: clean" in said
+    file, cells = tmp_path / "p" / "purifier.safetensors", tmp_path / "cells"
+    said = run("calibrate", cells, *data, "--purifier", file)
+    assert "full promises at most 5.0% of clean images flagged" in said
+    card = json.loads((cells / "card.json").read_text())
+    assert set(card["training"]) == {"detector", "purifier"} and len(card["commands"]) == 2
+    said = run("archive", cells, "--variant", "full", "--images", home / "few")
+    assert "0 boxes have no like" in said
+    with zipfile.ZipFile(tmp_path / "cells.mar") as content:
+        content.extractall(tmp_path / "unpacked")
+        picture = content.read("sample.png")
+    service = Service.open(tmp_path / "unpacked", {"false_alarm_rate": 0.05})
+    answer = json.loads(service.answer([Incoming({}, [picture])])[0].body)
+    model = SceneModel.load(cells)
+    (own,) = model.predict([picture], variant="full")
+    assert model.detector.purifier is not None
+    assert [box["index"] for box in answer["boxes"]] == [box["index"] for box in own.boxes]
+    scores = answer["detail"]["scores"]
+    assert list(scores)[-2:] == ["purification", "purified"] and scores["purification"] > 1e-4
+
+    common = (home / "voc", "--part", "validation", "--steps", 1, "--limit", 2)
+    said = run("objects", cells / "weights.safetensors", *common, "--cache", tmp_path / "found")
+    assert "weights.safetensors, behind its purifier, on 2 pictures" in said
+    run("attack", "--model", cells, "--eps", 8, "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "panel.png") as panel:
+        assert panel.width > 6 * 288
+    said = run("quantize", cells, "--data", home / "voc")
+    assert "full: int8 against fp32 on 60 pictures: mAP50" in said
 
 
 @pytest.mark.slow
