@@ -73,6 +73,7 @@ class Place(NamedTuple):
     command: str = PYTHON
     sample: bool = True  # whether a held-out picture goes into the archive
     evaluate_on: int = 0  # validation pictures that are attacked
+    guarded: bool = False  # whether the variant guarded is made too
 
 
 def read(source: Source) -> Divided:
@@ -179,6 +180,9 @@ def harden(
     data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
     faults.of(partial(check_request, out, "1.0", None, "fp32"))
     faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
+    if data and place.guarded:
+        classes = data.train.classes
+        faults.of(lambda: preflight.check_guardable(begin(net, classes, init)))
     faults.tell()
     assert data
     what: dict[str, object] = {"train": data.train.digest(), "held": data.validation.digest()}
@@ -188,7 +192,8 @@ def harden(
         train_from(source, net, recipe, run, init=init)
 
     def calibrate(folder: Path) -> None:
-        assemble(folder / out.stem, source, weights, command=place.command)
+        make = partial(assemble, command=place.command, guarded=place.guarded)
+        make(folder / out.stem, source, weights)
 
     def attack(folder: Path) -> None:
         home = Path(shutil.copytree(model, folder / model.name, dirs_exist_ok=True))
@@ -201,7 +206,8 @@ def harden(
         made = what | {"net": net, "recipe": recipe, "init": init, "dtype": place.dtype}
         weights = job.once("train", made, train) / WEIGHTS
         insist_found(weights, anyway=anyway)
-        model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
+        ranked = what | {"weights": weights} | ({"guarded": True} if place.guarded else {})
+        model = job.once("calibrate", ranked, calibrate) / out.stem
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem

@@ -1,6 +1,7 @@
 """An object detector with the scores that tell attacks: one function of pixels, as of classifiers.
 
-Its variants are `lean`, of one pass, and `full`, which looks at a smoothed view as well.
+Its variants are `lean`, of one pass, `full`, which looks at a smoothed view as well, and `guarded`,
+which looks again after a small step towards objects.
 """
 
 from pathlib import Path
@@ -22,9 +23,15 @@ from rampart.hardening.objects.detector import (
     ObjectDetector,
     described,
 )
+from rampart.hardening.objects.step import step_towards
 from rampart.hardening.objects.suspicions import Sight, Suspicions
 
-VARIANTS: dict[Variant, tuple[str, ...]] = {"full": suspicions.FULL, "lean": suspicions.LEAN}
+VARIANTS: dict[Variant, tuple[str, ...]] = {
+    "full": suspicions.FULL,
+    "lean": suspicions.LEAN,
+    "guarded": suspicions.GUARDED,
+}
+RADIUS = 2 / 255  # of the step of `guarded`, where a file of weights names none
 
 
 class SceneOutputs(NamedTuple):
@@ -39,9 +46,11 @@ class SceneOutputs(NamedTuple):
 class DefendedDetector(nn.Module):
     """Object detector and detectors of attacks as one module without branches or randomness."""
 
-    def __init__(self, detector: ObjectDetector, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, detector: ObjectDetector, names: tuple[str, ...], *, radius: float = RADIUS
+    ) -> None:
         super().__init__()
-        self.detector, self.detectors = detector, Suspicions(names)
+        self.detector, self.detectors, self.radius = detector, Suspicions(names), radius
 
     @property
     def image_size(self) -> int:
@@ -64,6 +73,9 @@ class DefendedDetector(nn.Module):
         if self.detectors.smooths:
             smoothed = Dense(every.boxes[n:], every.logits[n:])
             sight = sight._replace(smoothed=strongest(smoothed, TOP))
+        if self.detectors.probes:
+            near = step_towards(self.detector, x, self.radius)
+            sight = sight._replace(probed=strongest(self.detector.dense(near), TOP))
         return SceneOutputs(*sight.candidates, self.detectors(sight))
 
     def forward(self, image: Tensor) -> SceneOutputs:
@@ -71,9 +83,10 @@ class DefendedDetector(nn.Module):
         return self.defend(to_float(image))
 
 
-def save(path: Path, detector: ObjectDetector) -> None:
-    """Write all it takes to rebuild either variant: a file of weights with the variants' parts."""
+def save(path: Path, detector: ObjectDetector, *, radius: float = RADIUS) -> None:
+    """Write all it takes to rebuild any variant: a file of weights with the variants' parts."""
     named: dict[str, Any] = {"variants": {name: list(parts) for name, parts in VARIANTS.items()}}
+    named |= {"radius": radius}
     checkpoint.save(path, detector, described(detector) | named)
 
 
@@ -85,5 +98,5 @@ def load(path: Path, variant: Variant = "full") -> tuple[DefendedDetector, tuple
     detector = ObjectDetector(ObjectConfig.from_json(config["object_detector"]))
     detector.load_state_dict(state)
     names = tuple(config.get("variants", {}).get(variant, VARIANTS[variant]))
-    pipeline = DefendedDetector(detector, names).eval().requires_grad_(False)
-    return pipeline, detector.config.classes
+    pipeline = DefendedDetector(detector, names, radius=config.get("radius", RADIUS))
+    return pipeline.eval().requires_grad_(False), detector.config.classes

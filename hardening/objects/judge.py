@@ -36,7 +36,8 @@ CLEAN, WORST, SERVED = "clean", "worst case", "as served"
 ACCEPTED = f"{WORST}, accepted"
 # The code that what attacks found depends on.
 SOURCE = ("attack/pgd", "attack/noise", "objects/attack", "objects/detector", "objects/boxes")
-GUARD_SOURCE = ("objects/guard", "objects/defended", "objects/suspicions", "model/calibrate")
+GUARDS = ("guard", "defended", "step", "suspicions")
+GUARD_SOURCE = (*(f"objects/{name}" for name in GUARDS), "model/calibrate")
 STICKER_SOURCE = ("attack/patch",)
 
 

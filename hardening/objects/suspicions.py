@@ -22,6 +22,7 @@ class Sight(NamedTuple):
     dense: Dense  # of each picture
     candidates: Candidates
     smoothed: Candidates | None = None  # of its median
+    probed: Candidates | None = None  # after a small step towards objects
 
 
 def emptiness(sight: Sight) -> Tensor:
@@ -56,15 +57,27 @@ def disagreement(sight: Sight) -> Tensor:
     return (before - after).abs().sum(1) / ((before + after).sum(1) + TINY)
 
 
+def consistency(sight: Sight) -> Tensor:
+    """How much the strongest scores rise by a small step towards objects (N,), as a share of their
+    sum: where an attack made some vanish they come back, and where it made some, more appear.
+    """
+    assert sight.probed is not None
+    before, after = sight.candidates.scores, sight.probed.scores  # (N, C)
+    return (after - before).sum(1) / (before.sum(1) + TINY)
+
+
 SUSPICIONS: dict[str, Callable[[Sight], Tensor]] = {
     "emptiness": emptiness,
     "crowd": crowd,
     "doubt": doubt,
     "disagreement": disagreement,
+    "consistency": consistency,
 }
 SMOOTHED = frozenset({"disagreement"})  # need a second pass
+PROBED = frozenset({"consistency"})  # need a gradient and another pass
 LEAN = ("emptiness", "crowd", "doubt")
 FULL = (*LEAN, "disagreement")
+GUARDED = (*LEAN, "consistency")
 
 
 class Suspicions:
@@ -74,6 +87,7 @@ class Suspicions:
         if unknown := sorted(set(names) - set(SUSPICIONS)):
             raise ValueError(f"unknown detectors {unknown}: choose among {', '.join(SUSPICIONS)}")
         self.names, self.smooths = names, bool(SMOOTHED & {*names})
+        self.probes = bool(PROBED & {*names})
 
     def __call__(self, sight: Sight) -> Tensor:
         """Scores (N, D)."""
