@@ -24,9 +24,9 @@ from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.classifier import RESNETS, VGGS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
-from rampart.hardening.model.folder import contents
+from rampart.hardening.model.folder import contents, variants_in
 from rampart.hardening.model.images import split
-from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget
@@ -307,12 +307,13 @@ def evaluate(
     limit: int | None = None,
     cache: Path | None = None,
     home: Path | None = None,
+    variant: Variant | None = None,
     notice: Callable[[str], None] = say,
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
 
-    The graph that its model folder `home` ships gets rows of its own. Each row is told to `notice`
-    as it is known.
+    A `variant` of its model folder `home` flags, by default the best, and the graph that is shipped
+    of that gets rows of its own. Each row is told to `notice` as it is known.
     """
     detector = load(files[0])
     other = load(files[1]) if files[1] else None
@@ -327,8 +328,8 @@ def evaluate(
         threat,
         budget,
         source=other,
-        guard=model.guard() if model else None,
-        served=served_from(model) if model else None,
+        guard=model.guard(variant) if model else None,
+        served=served_from(model, variant) if model else None,
         cache=cache,
         notice=lambda name, row: notice(judging.line(name, row)),
     )
@@ -340,10 +341,10 @@ def evaluate(
     return judgement
 
 
-def served_from(model: SceneModel) -> judging.Finding | None:
+def served_from(model: SceneModel, variant: Variant | None) -> judging.Finding | None:
     """What the graph finds that a model folder ships to be served; None where it ships none."""
     assert model.folder
-    graph = shipped.find(model.folder, *model.form())
+    graph = shipped.find(model.folder, *model.form(variant))
     if graph is None:
         return None
     return partial(found_by, SceneEngine(graph.file), overlap=model.detector.net.iou)
@@ -355,17 +356,22 @@ def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Preci
     return "fp32" if narrow else run.arithmetic(where)
 
 
-def home_of(weights: Path, *, into_card: bool = False) -> Path | None:
+def home_of(
+    weights: Path, *, into_card: bool = False, variant: Variant | None = None
+) -> Path | None:
     """The folder of the model that a file of weights is of, if it is of one.
 
-    Raises ValueError where its card is wanted and there is none.
+    Raises ValueError where its card or a variant of it is wanted and there is none.
     """
     home = weights.parent
     if weights.name == MODEL_WEIGHTS and (home / CARD).is_file():
+        if variant and variant not in variants_in(home):
+            raise ValueError(f"{home} is not calibrated as {variant}: leave out --variant")
         return home
-    if into_card:
+    if into_card or variant:
+        option = "--into-card" if into_card else f"--variant {variant}"
         raise ValueError(
-            f"--into-card: {weights} is not in a model folder: pass the {MODEL_WEIGHTS} of a folder"
+            f"{option}: {weights} is not in a model folder: pass the {MODEL_WEIGHTS} of a folder"
             " that `rampart calibrate` made"
         )
     return None
@@ -381,14 +387,16 @@ def keep(
     log_evaluation(home, {"data": setting["data"], "n": count, "command": setting["command"]})
     if not into_card:
         return
-    old = read_card(home).get("attacks", {})
+    # Of a variant that was asked for by name: those of what is served stand beside them.
+    entry = f"attacks, {setting['variant']}" if "variant" in setting else "attacks"
+    old = read_card(home).get(entry, {})
     same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
     if same and old["n"] > count:
         say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
         return
     figures = as_json(home / MODEL_WEIGHTS, judgement)
     del figures["task"]  # the card says it
-    add_to_card(home, {"attacks": figures | {"n": count} | dict(setting)})
+    add_to_card(home, {entry: figures | {"n": count} | dict(setting)})
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:
