@@ -23,6 +23,7 @@ QUESTIONS = {
     "crowd": "Does too much look like an object?",
     "doubt": "Are the objects of no clear class?",
     "disagreement": "Does smoothing change what is found?",
+    "consistency": "Does a small step bring up more objects?",
 }
 # What each aim is, for people; the losses of a detector stand under their own names.
 AIMS = {
