@@ -4,6 +4,7 @@ The exporter cannot trace autograd, so this does: what the backward pass calls b
 graph, its convolutions as the ordinary ones that they are.
 """
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -84,20 +85,33 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
 
 def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
     """All operators that `module` calls on `example`, in both directions, for any batch."""
+    try:
+        traced, fixed = attempt(module, example)
+    except RuntimeError:
+        fixed = True
+    if fixed:
+        # What grows with the batch, as a transformer's class token or a detector's anchors, wants
+        # Python's operators, and attention wants to be plain products and a softmax.
+        with enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
+            traced, _ = attempt(module, example, constants=True)
+    return traced
+
+
+def attempt(
+    module: nn.Module, example: Tensor, *, constants: bool = False
+) -> tuple[fx.GraphModule, bool]:
+    """The operators, and whether they have become those of the example's batch alone; where asked,
+    `constants` of the module may take the shape of the batch.
+    """
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (example.dim() - 1)
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     image = fake.from_tensor(example, symbolic_context=context)
     table: Any = core_aten_decompositions()
     tracer = make_fx(module, decomposition_table=table, _allow_non_fake_inputs=True)
-    try:
+    with fake if constants else contextlib.nullcontext():
         traced: fx.GraphModule = tracer(image)
-    except RuntimeError:
-        # Of a transformer: what grows with the batch, as its class token, wants Python's operators,
-        # and attention wants to be plain products and a softmax.
-        with enable_python_dispatcher(), fake, sdpa_kernel(SDPBackend.MATH):
-            traced = tracer(image)
-    return traced
+    return traced, bool(fake.shape_env and fake.shape_env.replacements)
 
 
 def shape(node: fx.Node) -> list[int]:
@@ -202,6 +216,23 @@ def pooling(node: fx.Node, graph_module: fx.GraphModule) -> None:
     graph_module.graph.erase_node(node)
 
 
+def upsampling(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """The gradient of nearest upsampling by whole factors, as in a pyramid of features: the sum
+    over what each pixel became. Others stay as they are.
+    """
+    arguments: Any = node.args
+    slope, _, size, *_ = arguments
+    large, small = shape(slope)[1:], [int(side) for side in size[2:]]
+    factors = [side // part for side, part in zip(large, small, strict=True)]
+    if [part * factor for part, factor in zip(small, factors, strict=True)] != large:
+        return
+    call = graph_module.graph.call_function
+    mean = call(aten.avg_pool2d.default, (slope, factors, factors))
+    value = call(aten.mul.Tensor, (mean, float(factors[0] * factors[1])))
+    node.replace_all_uses_with(value, propagate_meta=True)
+    graph_module.graph.erase_node(node)
+
+
 def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """A view, of values that may lie otherwise in memory than when they were traced."""
     node.target = aten.reshape.default
@@ -227,6 +258,7 @@ def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
 REWRITES: dict[Any, Callable[[fx.Node, fx.GraphModule], None]] = {
     aten.convolution_backward.default: convolution,
     aten.max_pool2d_with_indices_backward.default: pooling,
+    aten.upsample_nearest2d_backward.default: upsampling,
     aten.view.default: view,
     aten.where.self: mask,
 }

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rampart.export.gradients import unrolled
 from rampart.export.parity import near_threshold
 from rampart.export.shipped import BATCHES, SceneParity
 from rampart.export.to_onnx import cast_first, export
@@ -55,7 +56,8 @@ def to_onnx(pipeline: DefendedDetector, path: Path) -> Path:
     """Write `pipeline` for any batch of uint8 (N, S, S, 3); RuntimeError if the batch is fixed."""
     side = pipeline.image_size
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    export(pipeline, {"image": example}, SceneOutputs._fields, path)
+    module = unrolled(pipeline, example) if pipeline.detectors.probes else pipeline
+    export(module, {"image": example}, SceneOutputs._fields, path)
     cast_first(path)
     return path
 

@@ -21,7 +21,7 @@ from rampart.hardening.model.files import (
 BATCHES = (1, 2, 32)  # at which the parity gate compares
 PACKAGE = Path(rampart.__file__).parent
 # The code that defines a graph, by task.
-OBJECTS = "boxes", "defended", "detector", "single_stage", "suspicions", "two_stage"
+OBJECTS = "boxes", "defended", "detector", "single_stage", "step", "suspicions", "two_stage"
 CLASSIFIERS = (
     "hardening/model/classifier.py",
     "hardening/model/purifier.py",

@@ -87,6 +87,16 @@ def assemble(
     return model
 
 
+def add_guarded(folder: Path, source: Source, *, command: str) -> None:
+    """Calibrate a finished classifier as the variant guarded too; its other files stay."""
+    model = Model.load(folder)
+    train, held = source.read(model.image_size)
+    model.check_classes(held)
+    model.calibrated_on = f"{source.name}, calibration split"
+    model.rank("guarded", Held(held, train if len(train) else None))
+    model.add_to_card({"commands": [*model.card.get("commands", []), command]})
+
+
 def prove_parts(folder: Path, source: Source, net: Classifier, purifier: Purifier | None) -> None:
     """Try all that a model folder and its archive ask of their parts.
 

@@ -117,20 +117,11 @@ def folder(model: Path) -> None:
     read_config(model / "weights.safetensors")
 
 
-def unguarded(*, guarded: bool) -> None:
-    """What there is of classifiers alone is not asked of an object detector."""
-    if guarded:
-        raise ValueError("--guarded is for classifiers: leave it out for an object detector")
-
-
 def guardable(model: Path) -> None:
-    """A folder of a classifier that has not the variant guarded yet."""
-    from rampart.hardening.model.files import read_contents
+    """A model folder that has not the variant guarded yet."""
     from rampart.hardening.model.folder import variants_in
 
     folder(model)
-    if read_contents(model / "weights.safetensors").task != "classify":
-        unguarded(guarded=True)
     if "guarded" in variants_in(model):
         raise ValueError(f"{model} has the variant guarded already: leave out --guarded")
 

@@ -8,7 +8,6 @@ from rampart import assembly, objects, scenes, studies, training
 from rampart.calibrated import WEIGHTS
 from rampart.handlers.tasks import CLASSIFY
 from rampart.hardening.model.files import read_config
-from rampart.hardening.model.images import Held
 from rampart.hardening.objects.detector import TASK
 from rampart.model import Model
 from rampart.scenes import SceneModel
@@ -21,6 +20,10 @@ ASSEMBLIES: dict[str, Callable[..., Model | SceneModel]] = {
 PURIFIERS: dict[str, Callable[..., Path]] = {
     CLASSIFY: training.train_purifier_from,
     TASK: objects.train_purifier_from,
+}
+GUARDS: dict[str, Callable[..., None]] = {
+    CLASSIFY: assembly.add_guarded,
+    TASK: scenes.add_guarded,
 }
 QUANTIZERS: dict[str, Callable[..., studies.Outcome]] = {
     CLASSIFY: studies.quantize,
@@ -49,13 +52,8 @@ def train_purifier(source: Any, weights: Path, *what: Any, **more: Any) -> Path:
 
 
 def add_guarded(folder: Path, source: Any, *, command: str) -> None:
-    """Calibrate a finished classifier as the variant guarded too; its other files stay."""
-    model = Model.load(folder)
-    train, held = source.read(model.image_size)
-    model.check_classes(held)
-    model.calibrated_on = f"{source.name}, calibration split"
-    model.rank("guarded", Held(held, train if len(train) else None))
-    model.add_to_card({"commands": [*model.card.get("commands", []), command]})
+    """Calibrate a finished model as the variant guarded too; its other files stay."""
+    GUARDS[task_of(folder / WEIGHTS)](folder, source, command=command)
 
 
 def quantize(folder: Path, *what: Any, **more: Any) -> studies.Outcome:

@@ -24,9 +24,9 @@ from rampart.hardening.model import checkpoint, files
 from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.classifier import RESNETS, VGGS, ClassifierConfig
 from rampart.hardening.model.faults import Faults
-from rampart.hardening.model.folder import contents
+from rampart.hardening.model.folder import contents, variants_in
 from rampart.hardening.model.images import split
-from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
@@ -76,6 +76,7 @@ class Place(NamedTuple):
     command: str = PYTHON
     sample: bool = True  # whether a held-out picture goes into the archive
     evaluate_on: int = 0  # validation pictures that are attacked
+    guarded: bool = False  # whether the variant guarded is made too
 
 
 def read(source: Source, classes: Sequence[str] | None = None) -> Divided:
@@ -219,6 +220,9 @@ def harden(
     data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
     faults.of(partial(check_request, out, "1.0", None, "fp32"))
     faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
+    if data and place.guarded:
+        classes = data.train.classes
+        faults.of(lambda: preflight.check_guardable(begin(net, classes, init)))
     faults.tell()
     assert data
     what: dict[str, object] = {"train": data.train.digest(), "held": data.validation.digest()}
@@ -228,7 +232,8 @@ def harden(
         train_from(source, net, recipe, run, init=init)
 
     def calibrate(folder: Path) -> None:
-        assemble(folder / out.stem, source, weights, command=place.command)
+        make = partial(assemble, command=place.command, guarded=place.guarded)
+        make(folder / out.stem, source, weights)
 
     def attack(folder: Path) -> None:
         home = Path(shutil.copytree(model, folder / model.name, dirs_exist_ok=True))
@@ -241,7 +246,8 @@ def harden(
         made = what | {"net": net, "recipe": recipe, "init": init, "dtype": place.dtype}
         weights = job.once("train", made, train) / WEIGHTS
         insist_found(weights, anyway=anyway)
-        model = job.once("calibrate", what | {"weights": weights}, calibrate) / out.stem
+        ranked = what | {"weights": weights} | ({"guarded": True} if place.guarded else {})
+        model = job.once("calibrate", ranked, calibrate) / out.stem
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem
@@ -340,15 +346,17 @@ def evaluate(
     limit: int | None = None,
     cache: Path | None = None,
     home: Path | None = None,
+    variant: Variant | None = None,
     notice: Callable[[str], None] = say,
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
 
-    Of its model folder `home` it is the best variant, behind a purifier where that has one; the
-    graph that is shipped there gets rows of its own. Each row is told to `notice` as it is known.
+    A `variant` of its model folder `home`, by default the best, is what is attacked: behind a
+    purifier where that has one, and flagging. The graph that is shipped of that gets rows of its
+    own. Each row is told to `notice` as it is known.
     """
     model = SceneModel.load(home) if home else None
-    detector = model.pipeline().detector if model else load(files[0])
+    detector = model.pipeline(variant).detector if model else load(files[0])
     other = load(files[1]) if files[1] else None
     boxed = pictures(source, part, detector, limit)
     names = boxed.classes
@@ -361,8 +369,8 @@ def evaluate(
         threat,
         budget,
         source=other,
-        guard=model.guard() if model else None,
-        served=served_from(model) if model else None,
+        guard=model.guard(variant) if model else None,
+        served=served_from(model, variant) if model else None,
         cache=cache,
         notice=lambda name, row: notice(judging.line(name, row)),
     )
@@ -374,10 +382,10 @@ def evaluate(
     return judgement
 
 
-def served_from(model: SceneModel) -> judging.Finding | None:
+def served_from(model: SceneModel, variant: Variant | None) -> judging.Finding | None:
     """What the graph finds that a model folder ships to be served; None where it ships none."""
     assert model.folder
-    graph = shipped.find(model.folder, *model.form())
+    graph = shipped.find(model.folder, *model.form(variant))
     if graph is None:
         return None
     return partial(found_by, SceneEngine(graph.file), overlap=model.detector.net.iou)
@@ -389,17 +397,22 @@ def arithmetic(run: Run, where: torch.device, detector: ObjectDetector) -> Preci
     return "fp32" if narrow else run.arithmetic(where)
 
 
-def home_of(weights: Path, *, into_card: bool = False) -> Path | None:
+def home_of(
+    weights: Path, *, into_card: bool = False, variant: Variant | None = None
+) -> Path | None:
     """The folder of the model that a file of weights is of, if it is of one.
 
-    Raises ValueError where its card is wanted and there is none.
+    Raises ValueError where its card or a variant of it is wanted and there is none.
     """
     home = weights.parent
     if weights.name == MODEL_WEIGHTS and (home / CARD).is_file():
+        if variant and variant not in variants_in(home):
+            raise ValueError(f"{home} is not calibrated as {variant}: leave out --variant")
         return home
-    if into_card:
+    if into_card or variant:
+        option = "--into-card" if into_card else f"--variant {variant}"
         raise ValueError(
-            f"--into-card: {weights} is not in a model folder: pass the {MODEL_WEIGHTS} of a folder"
+            f"{option}: {weights} is not in a model folder: pass the {MODEL_WEIGHTS} of a folder"
             " that `rampart calibrate` made"
         )
     return None
@@ -415,14 +428,16 @@ def keep(
     log_evaluation(home, {"data": setting["data"], "n": count, "command": setting["command"]})
     if not into_card:
         return
-    old = read_card(home).get("attacks", {})
+    # Of a variant that was asked for by name: those of what is served stand beside them.
+    entry = f"attacks, {setting['variant']}" if "variant" in setting else "attacks"
+    old = read_card(home).get(entry, {})
     same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
     if same and old["n"] > count:
         say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
         return
     figures = as_json(home / MODEL_WEIGHTS, judgement)
     del figures["task"]  # the card says it
-    add_to_card(home, {"attacks": figures | {"n": count} | dict(setting)})
+    add_to_card(home, {entry: figures | {"n": count} | dict(setting)})
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:

@@ -24,6 +24,8 @@ from rampart.hardening.model.detectors import FULL, Consistency
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.normalization import Normalization
 from rampart.hardening.model.purifier import BlockPurifierConfig, Purifier
+from rampart.hardening.objects.defended import DefendedDetector
+from rampart.hardening.objects.detector import ObjectDetector
 from rampart.hardening.objects.training import ObjectRecipe
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import Batch
@@ -242,14 +244,19 @@ def check_purifier(purifier: Purifier, size: int) -> None:
         )
 
 
-def check_guardable(net: Classifier) -> None:
+def check_guardable(network: Classifier | ObjectDetector) -> None:
     """Raise ValueError where the gradient of a network cannot become a part of its graph, as the
     variant guarded wants.
     """
-    net, size = copy.deepcopy(net).cpu(), net.config.image_size
-    pipeline = pipelines.DefendedClassifier(net, None, (Consistency.name,)).eval()
+    net, looks = copy.deepcopy(network).cpu(), (Consistency.name,)
+    if isinstance(net, Classifier):
+        pipeline: nn.Module = pipelines.DefendedClassifier(net, None, looks)
+        size = net.config.image_size
+    else:
+        pipeline, size = DefendedDetector(net, looks), net.config.size
+    pipeline = pipeline.eval().requires_grad_(False)
     try:
-        unrolled(pipeline.requires_grad_(False), torch.zeros(2, size, size, 3, dtype=torch.uint8))
+        unrolled(pipeline, torch.zeros(2, size, size, 3, dtype=torch.uint8))
     except Exception as error:  # PyTorch's own, of any kind
         raise ValueError(
             f"{net.config.arch} cannot have the variant guarded (leave out --guarded):"

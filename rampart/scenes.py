@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from rampart import inputs
 from rampart.calibrated import WEIGHTS, Calibrated, Form, tables_in, write_small
 from rampart.handlers.engine import SceneOutputs
 from rampart.handlers.errors import ImageError
@@ -27,9 +26,9 @@ from rampart.hardening.objects import defended
 from rampart.hardening.objects.defended import DefendedDetector, as_variant, variants_of
 from rampart.hardening.objects.detector import TASK, ObjectDetector, load
 from rampart.hardening.objects.guard import Guard
-from rampart.hardening.objects.scenes import divided
+from rampart.hardening.objects.scenes import Scenes, divided
 from rampart.hardening.report import card as report
-from rampart.preflight import check_purifier
+from rampart.preflight import check_guardable, check_purifier
 from rampart.provenance import PYTHON
 from rampart.sources import Source
 
@@ -48,14 +47,18 @@ class SceneModel(Calibrated):
         *,
         card: Mapping[str, Any],
         folder: Path | None = None,
+        radius: float | None = None,
     ) -> None:
         super().__init__(calibrations, card=card, folder=folder)
         self.detector, self.classes = detector, detector.config.classes
         self.image_size = detector.config.size
+        # By default half as far as the attacks go that it was trained against, as of classifiers.
+        known = self.threat.eps / 2 if self.threat.norm == "Linf" else defended.RADIUS
+        self.radius = known if radius is None else radius
 
     def write_weights(self, file: Path) -> None:
         """Write the object detector."""
-        defended.save(file, self.detector)
+        defended.save(file, self.detector, radius=self.radius)
 
     @classmethod
     def load(cls, folder: Path | str) -> "SceneModel":
@@ -63,7 +66,8 @@ class SceneModel(Calibrated):
         home = Path(folder)
         pipeline, _ = defended.load(home / WEIGHTS)
         card = report.read_card(home)
-        return cls(pipeline.detector, tables_in(home), card=card, folder=home)
+        tables, radius = tables_in(home), pipeline.radius
+        return cls(pipeline.detector, tables, card=card, folder=home, radius=radius)
 
     @classmethod
     def calibrate(
@@ -75,36 +79,52 @@ class SceneModel(Calibrated):
         data: str = "pictures in memory",
         min_confidence: float = MIN_CONFIDENCE,
         calibrated_on: str = "",
+        guarded: bool = False,
         card: Mapping[str, Any] | None = None,
     ) -> "SceneModel":
         """Rank held-out pictures uint8 (N, S, S, 3), letterboxed: 40 or more, 200 for 1% alarms.
 
         Prints what is promised, and how it fares on those of them that rank nothing. Raises
-        ValueError for too few.
+        ValueError for too few, and with `guarded`, which adds that variant, for a network whose
+        gradient has no ONNX form.
         """
         detector = detector.cpu().eval().requires_grad_(False)
+        if guarded:
+            check_guardable(detector)
         source = drawn(held, detector.config.classes)
-        tables = {
-            Form(variant): ranks.calibrate(as_variant(detector, variant, names), source, variant)
-            for variant, names in variants_of(detector).items()
-        }
         content: dict[str, Any] = {"model": name, "data": data, "task": TASK}
         content |= {"training": {"detector": "not recorded"}, "history": [], "commands": [PYTHON]}
         content |= {"objects": detector.config.as_json(), "min_confidence": min_confidence}
         content |= {"max_overlap": detector.net.iou}
-        content |= {"calibration_images": next(iter(tables.values())).images}
-        model = cls(detector, tables, card=content | dict(card or {}))
+        content |= {"calibration_images": len(split(source, "calibration"))}
+        model = cls(detector, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
-        for form, table in tables.items():
-            unranked = split(source, "validation")
-            found = ranks.kept(model.pipeline(form.variant), table, unranked, model.rate)
-            model.hold_to_promise(form, found)
+        for variant in (v for v in defended.VARIANTS if guarded or v != "guarded"):
+            model.rank(variant, source)
         return model
+
+    def rank(self, variant: Variant, held: Images) -> None:
+        """Calibrate one variant on held-out pictures in an order of chance, and check its promise
+        on those of them that rank nothing.
+
+        Raises ValueError for too few.
+        """
+        pipeline = self.as_variant(variant, variants_of(self.detector)[variant])
+        table = ranks.calibrate(pipeline, held, variant)
+        self.calibrations[Form(variant)] = table
+        if self.folder is not None:
+            ranks.write(self.folder, table, self.calibrated_on)
+        found = ranks.kept(pipeline, table, split(held, "validation"), self.rate)
+        self.hold_to_promise(Form(variant), found)
 
     def pipeline(self, variant: Variant | None = None) -> DefendedDetector:
         """The module of a variant, frozen: a copy, so that it may go to another device."""
         chosen = self.chosen_variant(variant)
-        return as_variant(self.detector, chosen, self.calibrations[Form(chosen)].detectors)
+        return self.as_variant(chosen, self.calibrations[Form(chosen)].detectors)
+
+    def as_variant(self, variant: Variant, names: tuple[str, ...]) -> DefendedDetector:
+        """The module of a variant with the scores of these names, frozen: a copy."""
+        return as_variant(self.detector, variant, names, self.radius)
 
     def predict(
         self, images: Pictures, *, policy: Policy | None = None, variant: Variant | None = None
@@ -201,10 +221,10 @@ def assemble(
 ) -> SceneModel:
     """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
 
-    With a `purifier` the variant full serves the boxes of the purified view. Raises ValueError for
-    `guarded`, which is for classifiers, for a file without a purifier, and for too few pictures.
+    With a `purifier` the variant full serves the boxes of the purified view; `guarded` adds that
+    variant. Raises ValueError for a file without a purifier, for too few pictures, and for a
+    network that cannot be `guarded`: its gradient has no ONNX form.
     """
-    inputs.unguarded(guarded=guarded)
     parts = {"detector": weights} | ({"purifier": purifier} if purifier else {})
     detector = load(weights)
     if purifier:
@@ -225,12 +245,32 @@ def assemble(
         held.boxed(detector.config.size).image,
         name=folder.name,
         data=data_name or source.data.name,
-        calibrated_on=f"{source.data.name}, {len(held)} validation pictures, calibration split",
+        calibrated_on=ranked_on(source, held),
+        guarded=guarded,
         card=past,
     )
     model.save(folder)
     write_sample(held.picture(0)[0], folder / SAMPLE)
     return model
+
+
+def add_guarded(folder: Path, source: Source, *, command: str) -> None:
+    """Calibrate a finished object detector as the variant guarded too; its other files stay.
+
+    Raises ValueError for a network whose gradient has no ONNX form, and for too few pictures.
+    """
+    model = SceneModel.load(folder)
+    check_guardable(model.detector)
+    data = divided(source.data, classes=model.classes, skip_bad=source.skip_bad)
+    held = data.validation
+    model.calibrated_on = ranked_on(source, held)
+    model.rank("guarded", drawn(held.boxed(model.image_size).image, model.classes))
+    model.add_to_card({"commands": [*model.card.get("commands", []), command]})
+
+
+def ranked_on(source: Source, held: Scenes) -> str:
+    """What calibrations say of the pictures that ranked."""
+    return f"{source.data.name}, {len(held)} validation pictures, calibration split"
 
 
 def write_sample(pixels: NDArray[np.uint8], file: Path) -> None:

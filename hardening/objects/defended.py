@@ -1,7 +1,8 @@
 """An object detector with the scores that tell attacks: one function of pixels, as of classifiers.
 
-Its variants are `lean`, of one pass, and `full`, which looks at a smoothed view as well. A purifier
-is a part of `full` alone: its boxes are those of the purified view.
+Its variants are `lean`, of one pass, `full`, which looks at a smoothed view as well, and `guarded`,
+which looks again after a small step towards objects. A purifier is a part of `full` alone: its
+boxes are those of the purified view.
 """
 
 import copy
@@ -19,9 +20,15 @@ from rampart.hardening.objects import suspicions
 from rampart.hardening.objects.boxes import Dense, strongest
 from rampart.hardening.objects.detector import TOP, ObjectDetector, described
 from rampart.hardening.objects.detector import load as load_detector
+from rampart.hardening.objects.step import step_towards
 from rampart.hardening.objects.suspicions import Sight, Suspicions
 
-VARIANTS: dict[Variant, tuple[str, ...]] = {"full": suspicions.FULL, "lean": suspicions.LEAN}
+VARIANTS: dict[Variant, tuple[str, ...]] = {
+    "full": suspicions.FULL,
+    "lean": suspicions.LEAN,
+    "guarded": suspicions.GUARDED,
+}
+RADIUS = 2 / 255  # of the step of `guarded`, where a file of weights names none
 
 
 class SceneOutputs(NamedTuple):
@@ -36,9 +43,11 @@ class SceneOutputs(NamedTuple):
 class DefendedDetector(nn.Module):
     """Object detector and detectors of attacks as one module without branches or randomness."""
 
-    def __init__(self, detector: ObjectDetector, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, detector: ObjectDetector, names: tuple[str, ...], *, radius: float = RADIUS
+    ) -> None:
         super().__init__()
-        self.detector, self.detectors = detector, Suspicions(names)
+        self.detector, self.detectors, self.radius = detector, Suspicions(names), radius
 
     @property
     def image_size(self) -> int:
@@ -65,6 +74,9 @@ class DefendedDetector(nn.Module):
             sight = sight._replace(raw=strongest(each[1], TOP), change=purified - x)
         if self.detectors.smooths:
             sight = sight._replace(smoothed=strongest(each[-1], TOP))
+        if self.detectors.probes:
+            near = step_towards(self.detector, x, self.radius)
+            sight = sight._replace(probed=strongest(self.detector.dense(near), TOP))
         return SceneOutputs(*sight.candidates, self.detectors(sight))
 
     def forward(self, image: Tensor) -> SceneOutputs:
@@ -79,24 +91,25 @@ def variants_of(detector: ObjectDetector) -> dict[Variant, tuple[str, ...]]:
 
 
 def as_variant(
-    detector: ObjectDetector, variant: Variant, names: tuple[str, ...]
+    detector: ObjectDetector, variant: Variant, names: tuple[str, ...], radius: float
 ) -> DefendedDetector:
     """A frozen copy of what makes a variant, with the scores of these names."""
     own = copy.deepcopy(detector) if variant == "full" else detector.behind(None)
-    return DefendedDetector(own, names).eval().requires_grad_(False)
+    return DefendedDetector(own, names, radius=radius).eval().requires_grad_(False)
 
 
-def save(path: Path, detector: ObjectDetector) -> None:
+def save(path: Path, detector: ObjectDetector, *, radius: float = RADIUS) -> None:
     """Write all it takes to rebuild every variant: a file of weights with the variants' parts."""
     variants = variants_of(detector).items()
     named: dict[str, Any] = {"variants": {name: list(parts) for name, parts in variants}}
+    named |= {"radius": radius}
     checkpoint.save(path, detector, described(detector) | named)
 
 
 def load(path: Path, variant: Variant = "full") -> tuple[DefendedDetector, tuple[str, ...]]:
     """The frozen pipeline of `path`, and its classes. ValueError for what is no object detector."""
     detector = load_detector(path, purified=variant == "full")
-    written = files.read_config(path).get("variants", {})
-    names = tuple(written.get(variant, variants_of(detector)[variant]))
-    pipeline = DefendedDetector(detector, names).eval().requires_grad_(False)
-    return pipeline, detector.config.classes
+    content = files.read_config(path)
+    names = tuple(content.get("variants", {}).get(variant, variants_of(detector)[variant]))
+    pipeline = DefendedDetector(detector, names, radius=content.get("radius", RADIUS))
+    return pipeline.eval().requires_grad_(False), detector.config.classes

@@ -23,7 +23,8 @@ class Guard(NamedTuple):
         table = self.calibration
         parts = (table.knots, table.surprise, table.combined)
         every = b"".join(part.tobytes() for part in parts)
-        return hashlib.sha256(f"{table.detectors} {self.rate}".encode() + every).hexdigest()[:16]
+        named = f"{table.detectors} {self.rate} {self.pipeline.radius}"
+        return hashlib.sha256(named.encode() + every).hexdigest()[:16]
 
     def margin(self, x: Tensor) -> Tensor:
         """How far (N,) each of x (N, 3, S, S) is above the threshold: differentiable."""

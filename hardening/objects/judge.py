@@ -37,7 +37,8 @@ ACCEPTED = f"{WORST}, accepted"
 # The code that what attacks found depends on.
 ATTACKS = ("attack/pgd", "attack/noise", "objects/attack")
 SOURCE = (*ATTACKS, "model/purifier", "objects/detector", "objects/boxes")
-GUARD_SOURCE = ("objects/guard", "objects/defended", "objects/suspicions", "model/calibrate")
+GUARDS = ("guard", "defended", "step", "suspicions")
+GUARD_SOURCE = (*(f"objects/{name}" for name in GUARDS), "model/calibrate")
 STICKER_SOURCE = ("attack/patch",)
 
 

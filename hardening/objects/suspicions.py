@@ -26,6 +26,7 @@ class Sight(NamedTuple):
     smoothed: Candidates | None = None  # of its median
     raw: Candidates | None = None  # of it as sent, where there is a purifier
     change: Tensor | None = None  # (N, 3, S, S) that the purifier makes
+    probed: Candidates | None = None  # after a small step towards objects
 
 
 def emptiness(sight: Sight) -> Tensor:
@@ -79,6 +80,15 @@ def apart(one: Candidates, other: Candidates) -> Tensor:
     return (before - after).abs().sum(1) / ((before + after).sum(1) + TINY)
 
 
+def consistency(sight: Sight) -> Tensor:
+    """How much the strongest scores rise by a small step towards objects (N,), as a share of their
+    sum: where an attack made some vanish they come back, and where it made some, more appear.
+    """
+    assert sight.probed is not None
+    before, after = sight.candidates.scores, sight.probed.scores  # (N, C)
+    return (after - before).sum(1) / (before.sum(1) + TINY)
+
+
 SUSPICIONS: dict[str, Callable[[Sight], Tensor]] = {
     "emptiness": emptiness,
     "crowd": crowd,
@@ -86,11 +96,14 @@ SUSPICIONS: dict[str, Callable[[Sight], Tensor]] = {
     "disagreement": disagreement,
     "purification": purification,
     "purified": purified,
+    "consistency": consistency,
 }
 SMOOTHED = frozenset({"disagreement"})  # need a second pass
+PROBED = frozenset({"consistency"})  # need a gradient and another pass
 LEAN = ("emptiness", "crowd", "doubt")
 FULL = (*LEAN, "disagreement")
 PURIFIED = ("purification", "purified")  # need a purifier: `full` has them where there is one
+GUARDED = (*LEAN, "consistency")
 
 
 class Suspicions:
@@ -101,6 +114,7 @@ class Suspicions:
             raise ValueError(f"unknown detectors {unknown}: choose among {', '.join(SUSPICIONS)}")
         self.names, self.smooths = names, bool(SMOOTHED & {*names})
         self.purifies = bool({*PURIFIED} & {*names})
+        self.probes = bool(PROBED & {*names})
 
     def __call__(self, sight: Sight) -> Tensor:
         """Scores (N, D)."""

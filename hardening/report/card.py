@@ -119,7 +119,8 @@ def table(rows: Iterable[Row]) -> str:
 def markdown(card: Row) -> str:
     """The card's main figures, the lowest of each, as one Markdown table for each data set."""
     if "objects" in card:
-        return objects_markdown(card["attacks"])
+        every = [attacks for name, attacks in card.items() if name.startswith("attacks")]
+        return "\n\n".join(map(objects_markdown, every))
     tables: dict[str, Lowest] = {}
     for figure in main_figures(card):
         title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"
@@ -150,6 +151,7 @@ def objects_markdown(attacks: Row) -> str:
         for name, row in attacks["rows"].items()
     ]
     said = f"{attacks['data']} (n = {attacks['n']}), {attacks['threat_model']}, {attacks['budget']}"
+    said += f", flagged as {attacks['variant']}" if "variant" in attacks else ""
     return f"{said}:\n\n{piped(head, body)}"
 
 

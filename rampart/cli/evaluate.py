@@ -139,6 +139,7 @@ def objects(
     steps: Annotated[int, Option(min=1, help="Steps of each attack")] = 20,
     queries: Annotated[int, Option(min=0, help=SEARCH)] = 0,
     patches: Annotated[bool, Option("--patches", help=PATCHES)] = False,
+    variant: o.Variant = None,
     crafted_on: Annotated[Path | None, Option(help=CRAFTED), inputs.checkpoint] = None,
     out: Annotated[Path | None, Option(help=JSON), inputs.file_to_write] = None,
     skip_bad: o.SkipBad = False,
@@ -155,7 +156,7 @@ def objects(
     from rampart.hardening.objects.attack import Budget
     from rampart.sources import Source
 
-    home = library.home_of(weights, into_card=into_card)
+    home = library.home_of(weights, into_card=into_card, variant=variant)
     budget = Budget(steps, queries, patches)
     found = library.evaluate(
         (weights, crafted_on),
@@ -166,13 +167,14 @@ def objects(
         limit=limit,
         cache=cache,
         home=home,
+        variant=variant,
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
     if home:
         data, ball = f"{pictures.name}, {part}", threat.ball()
         setting = {"data": data, "threat_model": str(ball), "budget": str(budget)}
-        setting |= {"command": command_line()}
+        setting |= {"command": command_line()} | ({"variant": variant} if variant else {})
         library.keep(home, found, setting, into_card=into_card)
 
 

@@ -126,10 +126,9 @@ def harden(
         from rampart import objects
         from rampart.hardening.objects.training import ObjectRecipe
 
-        inputs.unguarded(guarded=guarded)
         new = objects.Network(**given(arch=arch, size=image_size, width=network.width))
         own = given(epochs=epochs, lr=lr, batch_size=batch_size, augment=chosen(augment))
-        place = objects.Place(runs, device, dtype, command_line(), sample, evaluate_on)
+        place = objects.Place(runs, device, dtype, command_line(), sample, evaluate_on, guarded)
         recipe = ObjectRecipe(method, threat.ball(), **own)
         begun = objects.harden(source.open(), out, new, recipe, place, init=weights, anyway=anyway)
         say(*begun, f"{out}: serve it with `rampart serve --archive {out}`")

@@ -25,6 +25,7 @@ QUESTIONS = {
     "disagreement": "Does smoothing change what is found?",
     "purification": "Does the purifier change the picture much?",
     "purified": "Does the purifier change what is found?",
+    "consistency": "Does a small step bring up more objects?",
 }
 # What each aim is, for people; the losses of a detector stand under their own names.
 AIMS = {

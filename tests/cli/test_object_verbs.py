@@ -14,6 +14,7 @@ from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.objects.jitter import JITTERS
 from rampart.hardening.objects.training import AIMS, METHODS
+from rampart.hardening.report.card import markdown
 
 TINY = ("--image-size", 128, "--width", 0.125, "--arch", "ssd-resnet10", "--device", "cpu")
 
@@ -97,6 +98,11 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
     again = run(*asked, "--anyway")
     assert "[3/4] evaluate: done before" in again and "[4/4] archive: done before" in again
     assert len((tmp_path / "cells" / "evaluations.jsonl").read_text().splitlines()) == 1
+    run(*asked[:-1], 0, "--anyway", "--guarded")
+    promise = json.loads((tmp_path / "cells" / "card.json").read_text())["promise"]
+    assert set(promise) == {"full, fp32", "lean, fp32", "guarded, fp32"}
+    with pytest.raises(ValueError, match="fasterrcnn cannot have the variant guarded"):
+        run(*asked, "--guarded", "--arch", "fasterrcnn")
 
 
 def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_figures(
@@ -124,6 +130,12 @@ def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {line["weights"] for line in log()} == {digest}
     assert log()[1]["command"] == attacks["command"]
+    run("objects", *common, "--limit", 1, "--into-card", "--variant", "lean")
+    both = json.loads((home / "card.json").read_text())
+    assert both["attacks"] == attacks and both["attacks, lean"]["n"] == 1
+    assert markdown(both).count("(n = ") == 2 and ", flagged as lean:" in markdown(both)
+    with pytest.raises(ValueError, match="not calibrated as guarded: leave out --variant"):
+        run("objects", *common, "--variant", "guarded")
 
 
 def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(

@@ -14,6 +14,7 @@ from PIL import Image
 from rampart.handlers.image import as_png
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
+from rampart.hardening.objects import defended
 from rampart.hardening.objects.detector import ObjectDetector, save
 from rampart.models import load
 from rampart.scenes import SceneModel
@@ -105,12 +106,42 @@ def test_the_variant_guarded_is_of_classifiers(home: Path, tmp_path: Path) -> No
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
     with pytest.raises(ValueError, match="holds no purifier"):
         run("calibrate", tmp_path / "x", *words)
-    with pytest.raises(ValueError, match="--guarded is for classifiers"):
-        run("calibrate", tmp_path / "x", *words[:4], "--guarded")
-    with pytest.raises(ValueError, match="--guarded is for classifiers"):
-        run("calibrate", home / "cells", *words[:2], "--guarded")
-    with pytest.raises(ValueError, match="--guarded is for classifiers"):
-        run("harden", "--data", home / "voc", "--out", tmp_path / "x.mar", "--guarded", "--yes")
+
+
+def test_a_finished_detector_gets_the_variant_guarded_and_serves_it(
+    home: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(home / "cells", tmp_path / "cells"))
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    said = run("calibrate", model, "--data", home / "voc", "--guarded")
+    after = {file.name: file.read_bytes() for file in model.iterdir()}
+    assert set(after) - set(before) == {"calibration-guarded.json"}
+    assert {name for name in before if after[name] != before[name]} == {"card.json"}
+    assert "guarded promises" in said and str(model / "calibration-guarded.json") in said
+    loaded = SceneModel.load(model)
+    assert loaded.variants == ["full", "lean", "guarded"] and loaded.best_variant == "full"
+    assert loaded.radius == 4 / 255  # no training is on record: half of the usual 8/255
+    with pytest.raises(ValueError, match="has the variant guarded already"):
+        run("calibrate", model, "--data", home / "voc", "--guarded")
+    run("archive", model, "--variant", "guarded", "--images", home / "few")
+    with zipfile.ZipFile(tmp_path / "cells.mar") as content:
+        content.extractall(tmp_path / "unpacked")
+        picture = content.read("sample.png")
+    service = Service.open(tmp_path / "unpacked", {"false_alarm_rate": 0.05})
+    answer = json.loads(service.answer([Incoming({}, [picture])])[0].body)
+    assert list(answer["detail"]["scores"]) == ["emptiness", "crowd", "doubt", "consistency"]
+
+
+def test_the_step_goes_half_as_far_as_the_attacks_of_training(
+    learned_objects: ObjectDetector, tmp_path: Path
+) -> None:
+    trained = {"training": {"detector": "method='nfgsm', threat=Threat(norm='Linf', eps=0.04)"}}
+    model = SceneModel(learned_objects, {}, card=trained)
+    assert model.radius == 0.02
+    model.write_weights(tmp_path / "weights.safetensors")
+    assert defended.load(tmp_path / "weights.safetensors", "guarded")[0].radius == 0.02
+    save(tmp_path / "older.safetensors", learned_objects)
+    assert defended.load(tmp_path / "older.safetensors", "guarded")[0].radius == defended.RADIUS
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx
 import pytest
 import torch
 from drawn import boxed
+from torch import nn
 
 from rampart.export import scenes as gate
 from rampart.export.archive import archive
@@ -21,6 +23,7 @@ from rampart.export.to_tensorrt import unsupported
 from rampart.handlers.engine import Engine, EngineError, SceneEngine, SceneOutputs
 from rampart.hardening.model import registry
 from rampart.hardening.model.classifier import ClassifierConfig
+from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.defended import VARIANTS, DefendedDetector
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, of_factory
@@ -100,6 +103,54 @@ def test_the_graph_of_a_retinanet_of_yours_says_what_the_network_says(tmp_path: 
             torch.testing.assert_close(torch.from_numpy(mine), other, rtol=1e-3, atol=1e-3)
 
 
+def small(arch: str) -> ObjectDetector:
+    """An untrained network on a pyramid of three maps, or a MobileNetV3."""
+    torch.manual_seed(0)
+    below = None if arch == "ssdlite" else ClassifierConfig("resnet10", 2, 0.125, 128)
+    detector = ObjectDetector(ObjectConfig(arch, ("disc", "square"), 128, below))
+    for part, weight in detector.named_parameters():
+        if "head" in part or "predictor" in part:
+            nn.init.normal_(weight, std=0.05)
+    for layer in detector.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    detector.train().dense(torch.rand(2, 3, 128, 128))  # or all values of a MobileNetV3 fade
+    return detector.eval()
+
+
+# Max-pooling and nearest upsampling; each class alone; depthwise layers and hard swish.
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(small, "ssd"),
+        pytest.param(partial(own, "retinanet"), marks=pytest.mark.slow),
+        pytest.param(partial(small, "ssdlite"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_graph_of_guarded_takes_the_step_that_torch_takes_at_any_batch(
+    make: Callable[[], ObjectDetector], tmp_path: Path
+) -> None:
+    pipeline = DefendedDetector(make(), VARIANTS["guarded"]).eval().requires_grad_(False)
+    graph = gate.to_onnx(pipeline, tmp_path / "graph.onnx")
+    engine = SceneEngine(graph, threads=1)
+    for batch in (1, 3):
+        noise = torch.randint(0, 256, (batch, 128, 128, 3), dtype=torch.uint8)
+        out, mine = engine.run(noise.numpy()), pipeline(noise)
+        assert (mine.scores[:, 3] > 1e-3).all()
+        torch.testing.assert_close(torch.from_numpy(out.scores), mine.scores, rtol=1e-3, atol=1e-5)
+        assert np.abs(out.confidences - mine.confidences.numpy()).max() < 1e-4
+    # `quantize` finds the network by the names of its weights.
+    names = [value.name for value in onnx.load(graph).graph.initializer]
+    assert any(name.startswith("detector.net.backbone.") for name in names)
+
+
+def test_a_faster_rcnn_is_told_at_once_that_its_gradient_has_no_graph(image: torch.Tensor) -> None:
+    told = r"fasterrcnn cannot have the variant guarded \(leave out --guarded\).*roi_align_backward"
+    with pytest.raises(ValueError, match=told) as error:
+        SceneModel.calibrate(small("fasterrcnn"), image, guarded=True)
+    assert "\n" not in str(error.value)
+
+
 def test_the_gate_stops_a_graph_with_other_weights(
     engine: SceneEngine, scene_folder: Path, image: torch.Tensor
 ) -> None:
@@ -160,9 +211,12 @@ def test_a_box_too_many_has_no_like_whoever_found_it() -> None:
     assert together([answer(0.9, 0.051)], [answer(0.9)]).unmatched == 0
 
 
-def test_every_score_has_a_gradient_that_attacks_can_follow(scenes: SceneModel) -> None:
+@pytest.mark.parametrize("variant", ["full", "guarded"])
+def test_every_score_has_a_gradient_that_attacks_can_follow(
+    variant: Variant, scenes: SceneModel
+) -> None:
     x = to_float(boxed(3, seed=3).image)[1:].requires_grad_()
-    scores = scenes.pipeline("full").defend(x).scores
+    scores = scenes.with_detectors(VARIANTS[variant]).defend(x).scores
     assert scores.shape == (2, 4) and scores.isfinite().all()
     for score in scores.T:
         (slope,) = torch.autograd.grad(score.sum(), x, retain_graph=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches
@@ -27,6 +28,7 @@ from rampart.hardening.objects.judge import (
     table,
     worst,
 )
+from rampart.hardening.objects.step import step_towards
 from rampart.scenes import SceneModel
 
 THREAT = Threat(eps=16 / 255)
@@ -94,8 +96,13 @@ def test_the_graph_that_is_served_gets_rows_of_its_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def guard(learned_objects: ObjectDetector) -> Guard:
-    return SceneModel.calibrate(learned_objects, boxed(80, seed=4).image).guard("lean")
+def model(learned_objects: ObjectDetector) -> SceneModel:
+    return SceneModel.calibrate(learned_objects, boxed(80, seed=4).image, guarded=True)
+
+
+@pytest.fixture(scope="module")
+def guard(model: SceneModel) -> Guard:
+    return model.guard("lean")
 
 
 def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
@@ -110,13 +117,31 @@ def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
     assert "flagged" in rows["clean"].as_json(CLASSES)
 
 
-def test_what_the_guard_sees_is_what_is_served(
-    learned_objects: ObjectDetector, guard: Guard
-) -> None:
-    model = SceneModel.calibrate(learned_objects, boxed(80, seed=4).image)
+def test_the_step_raises_what_is_expected_and_leads_no_gradient_astray() -> None:
+    net, x = untrained(), to_float(SCENES.image[:3]).requires_grad_()
+    near = step_towards(net, x, 2 / 255)
+    assert (near - x).abs().max() <= 2 / 255 + 1e-6 and near.min() >= 0 and near.max() <= 1
+    before, after = (net.dense(one).logits.softmax(2)[:, :, 1:].sum((1, 2)) for one in (x, near))
+    assert (after > before).all()
+    # Where it left [0, 1] too, as in white pixels, a change of the picture is one of what it shows.
+    (slope,) = torch.autograd.grad(near.sum(), x)
+    assert torch.equal(slope, torch.ones_like(x))
+
+
+def test_the_answer_to_another_guard_is_attacked_anew(model: SceneModel) -> None:
+    guard = model.guard("guarded")
+    further = model.with_detectors(guard.calibration.detectors)
+    further.radius = 2 * guard.pipeline.radius
+    assert guard.digest() != guard._replace(pipeline=further).digest()
+    assert guard.digest() != model.guard("lean").digest()
+
+
+@pytest.mark.parametrize("variant", ["lean", "guarded"])
+def test_what_the_guard_sees_is_what_is_served(variant: Variant, model: SceneModel) -> None:
+    guard = model.guard(variant)
     some = boxed(30, seed=5).image
     some[::2] = torch.randint(0, 256, some[::2].shape, dtype=torch.uint8)  # noise
-    decisions = [one.decision for one in model.predict(list(some.numpy()), variant="lean")]
+    decisions = [one.decision for one in model.predict(list(some.numpy()), variant=variant)]
     flags = guard.flags(some)
     assert flags.tolist() == [decision == "flag" for decision in decisions]
     assert flags.any() and not flags.all()

@@ -14,10 +14,11 @@ from rampart.handlers.errors import ImageError
 from rampart.handlers.image import View
 from rampart.handlers.verdict import Policy
 from rampart.hardening.objects.detector import ObjectConfig
+from rampart.hardening.objects.suspicions import SUSPICIONS
 from rampart.play.attack import Event, Stopped
 from rampart.play.bench import UNDEFENDED
 from rampart.play.scene_attack import SceneOrder, attack, damage, result
-from rampart.play.scene_bench import SceneBench
+from rampart.play.scene_bench import QUESTIONS, SceneBench
 from rampart.play.server import bench_of
 from rampart.scenes import SceneModel, twin_of
 
@@ -52,6 +53,10 @@ def pixels(uri: str) -> np.ndarray:
 def run(bench: SceneBench, view: View, order: SceneOrder) -> tuple[Event, list[Event]]:
     steps: list[Event] = []
     return attack(bench, view, order, steps.append, threading.Event()), steps
+
+
+def test_each_score_of_an_object_detector_has_a_question_of_its_own() -> None:
+    assert set(QUESTIONS) == set(SUSPICIONS)
 
 
 def test_every_variant_answers_as_the_endpoint_does(
