@@ -143,7 +143,7 @@ def objects_markdown(attacks: Row) -> str:
             name,
             percent(row["map50"], row["interval"]),
             f"{row['ap']:.1%}",
-            *(f"{row['classes'][one]:.1%}" for one in classes),
+            *(told(row["classes"][one]) for one in classes),
             f"{row['objects_kept']:.1%}",
             f"{row['false_boxes']:.2f}",
             *([f"{row['flagged']:.1%}" if "flagged" in row else ""] if guarded else []),
@@ -153,6 +153,11 @@ def objects_markdown(attacks: Row) -> str:
     said = f"{attacks['data']} (n = {attacks['n']}), {attacks['threat_model']}, {attacks['budget']}"
     said += f", flagged as {attacks['variant']}" if "variant" in attacks else ""
     return f"{said}:\n\n{piped(head, body)}"
+
+
+def told(share: float | None) -> str:
+    """A share in percent; of a class that no picture shows there is none."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def worst_cases(lowest: Lowest) -> Lowest:

@@ -118,7 +118,9 @@ def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
 
 
 def test_the_step_raises_what_is_expected_and_leads_no_gradient_astray() -> None:
-    net, x = untrained(), to_float(SCENES.image[:3]).requires_grad_()
+    net, x = untrained(), to_float(SCENES.image[:3])
+    x[:, :, :40] = 1
+    x.requires_grad_()
     near = step_towards(net, x, 2 / 255)
     assert (near - x).abs().max() <= 2 / 255 + 1e-6 and near.min() >= 0 and near.max() <= 1
     before, after = (net.dense(one).logits.softmax(2)[:, :, 1:].sum((1, 2)) for one in (x, near))
