@@ -1,6 +1,5 @@
 """What `benchmarks/soak.py` finds, in made-up runs and in a short real one."""
 
-import math
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import soak
 from load import Load, Slip
 from outages import OUTAGES
-from rampart.handlers.quarantine import FILES
 from soak import Outcome, Soak, growth, lost_images, near_told, report
+
+from rampart.handlers.quarantine import FILES
 
 BEGAN = 1000.0
 KILL = OUTAGES["kill"]
