@@ -23,8 +23,12 @@ import requests
 from fuzz import processes
 from server import Redis, pngs
 
+from rampart.handlers import quarantine
+from rampart.handlers.queries import watch
+
 MEGABYTES = 64  # of the small disk
 GONE = 10.0  # seconds for which the disk is full, or Redis away
+REST = max(quarantine.RETRY, watch.RETRY) + 1  # seconds, a worker leaves alone what has failed
 DRAIN = 15.0  # seconds that docs/serve.md leaves TorchServe's old version to answer
 VERSIONS = ("1.0", "2.0")
 SAMPLE = pngs(np.full((1, 32, 32, 3), 90, np.uint8))[0]
@@ -180,7 +184,8 @@ def fill_disk(site: Site) -> Whole:
     time.sleep(GONE)
     before = site.quarantined()
     site.disk.empty()
-    return lambda: not before or bool(site.quarantined() - before)
+    rested = time.monotonic() + REST
+    return lambda: time.monotonic() > rested and bool(site.quarantined() - before)
 
 
 def stop_redis(site: Site) -> Whole:
@@ -189,7 +194,8 @@ def stop_redis(site: Site) -> Whole:
     site.redis.stop()
     time.sleep(GONE)
     site.redis.start()
-    return lambda: True  # alerts, which each outage waits for, begin again
+    rested = time.monotonic() + REST
+    return lambda: time.monotonic() > rested
 
 
 def swap_version(site: Site) -> Whole:
@@ -200,8 +206,10 @@ def swap_version(site: Site) -> Whole:
     if site.front == "http":
         beside.replace(site.served)
     else:
-        known = f"?url={beside.name}&model_name={name}&initial_workers={site.workers}"
-        site.manage("POST", f"{known}&synchronous=true")
+        known, count = f"?url={beside.name}&model_name={name}", site.workers
+        site.manage("POST", f"{known}&initial_workers=1&synchronous=true")
+        scale = f"?min_worker={count}&max_worker={count}&synchronous=true"
+        site.manage("PUT", f"/{name}/{new}{scale}")  # an archive's own figure wins until then
         site.manage("PUT", f"/{name}/{new}/set-default")
         time.sleep(DRAIN)
         site.manage("DELETE", f"/{name}/{old}")

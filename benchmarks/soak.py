@@ -131,7 +131,7 @@ class Soak:
         began = time.monotonic()
         whole = outage.act(self.site)
         ended = time.monotonic()
-        while missing := self._missing(whole, before):
+        while missing := self._missing(whole, before, ended):
             if time.monotonic() - ended > outage.limit:
                 break
             time.sleep(0.2)
@@ -145,15 +145,17 @@ class Soak:
             self._look(f"at {name}")
         self._known = set(processes())
 
-    def _missing(self, whole: Whole, before: Record) -> str:
-        """What is not right yet, if anything."""
+    def _missing(self, whole: Whole, before: Record, ended: float) -> str:
+        """What is not right since an outage `ended`, if anything."""
         numbers = random.sample(range(len(self.load.bodies)), 5)
         try:
             if not whole():
                 return "what it changed"
             if len(processes()) != self.site.workers:
                 return "the number of workers"
-            if self.site.alerts() <= before.alerts:
+            if not any(known and when > ended for when, known in self.load.near[-1:]):
+                return "the answer to the last near query"
+            if self.site.alerts() < before.alerts:
                 return "the count of alerts"
             verdicts = [(number, self.load.ask(self.load.bodies[number])) for number in numbers]
         except (OSError, psutil.Error) as error:  # of requests too
