@@ -28,7 +28,7 @@ def quiet() -> Iterator[Soak]:
     load.expected = [{"label": "cat", "decision": "accept", "confidence": 0.9}] * 2
     load.near = [(BEGAN + second, True) for second in range(60)]
     run = Soak.__new__(Soak)
-    run.load, run.died = load, []
+    run.load, run.ended = load, []
     run.sizes = [300.0] * 30
     run.outcomes = [Outcome("kill", BEGAN + 10, BEGAN + 10, 4.0, [])]
     load.threads = [None] * 3  # type: ignore[list-item]
@@ -109,7 +109,7 @@ def test_a_worker_that_ended_by_itself_and_memory_that_grows_are_told(quiet: Soa
     assert growth(quiet.sizes) == 51 and not held(quiet)
     quiet.sizes = [300.0]
     assert held(quiet)
-    quiet.died = ["1 workers ended between outages"]
+    quiet.ended = ["1 workers ended between outages"]
     assert not held(quiet)
 
 
