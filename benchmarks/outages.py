@@ -241,6 +241,6 @@ OUTAGES = {
     "kill": Outage(kill_worker, window=5, limit=30, renews=True),
     "disk": Outage(fill_disk, window=0, limit=20, renews=False),
     "redis": Outage(stop_redis, window=0, limit=20, renews=False),
-    "swap": Outage(swap_version, window=0, limit=90, renews=True),
-    "certificates": Outage(rotate_certificates, window=0, limit=90, renews=True),
+    "swap": Outage(swap_version, window=0, limit=120, renews=True),
+    "certificates": Outage(rotate_certificates, window=0, limit=120, renews=True),
 }

@@ -14,7 +14,7 @@ own; what is missing is left out, and said.
 
 Asked for: no wrong answer at any time. No request cut and no answer of 500 or above, but for 5 s
 from a kill, and then one of each client at most: what was in flight. Once an outage is over, all is
-right again within 20 s (disk, Redis), 30 s (kill) or 90 s (swap, certificate), and what was
+right again within 20 s (disk, Redis), 30 s (kill) or 120 s (swap, certificate), and what was
 recorded before is still there: quarantined images, the count of alerts, and queries, which near
 ones still find. Disk and Redis are left alone for 6 s first, as workers do with what has failed. No
 worker ends by itself. Nine in ten near queries are told outside of outages. Memory is flat: from
