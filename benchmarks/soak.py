@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,16 +132,11 @@ class Soak:
         began = time.monotonic()
         whole = outage.act(self.site)
         ended = time.monotonic()
-        while missing := self._missing(whole, before, ended):
-            if time.monotonic() - ended > outage.limit:
-                break
-            time.sleep(0.2)
-        back = math.inf if missing else time.monotonic() - ended
+        back, late = recovery(lambda: self._missing(whole, before, ended), outage.limit)
         gone = ["no answer"]
         with contextlib.suppress(requests.RequestException):
             gone = before.gone(self.site, self.load, self.noise)
-        late = [f"after {outage.limit:.0f} s not right: {missing}"] if missing else []
-        self.outcomes.append(Outcome(name, began, ended, back, [*late, *gone]))
+        self.outcomes.append(Outcome(name, began, ended, back, late + gone))
         if not outage.renews:
             self._look(f"at {name}")
         self._known = set(processes())
@@ -167,6 +162,19 @@ class Soak:
         if gone := self._known - set(processes()):
             self.ended.append(f"{len(gone)} workers ended {when}")
             self._known -= gone
+
+
+def recovery(missing: Callable[[], str], limit: float) -> tuple[float, list[str]]:
+    """Seconds until nothing is `missing`; infinity, and what was, beyond `limit` seconds."""
+    began = time.monotonic()
+    while what := missing():
+        if time.monotonic() - began > limit:
+            break
+        time.sleep(0.2)
+    back = time.monotonic() - began
+    if what or back > limit:
+        return math.inf, [f"not right within {limit:g} s: {what or f'only after {back:.1f} s'}"]
+    return back, []
 
 
 def megabytes() -> float:

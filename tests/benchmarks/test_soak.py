@@ -1,8 +1,10 @@
 """What `benchmarks/soak.py` finds, in made-up runs and in a short real one."""
 
+import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import soak
 from load import Load, Slip
 from outages import OUTAGES
-from soak import Outcome, Soak, growth, lost_images, near_told, report
+from soak import Outcome, Soak, growth, lost_images, near_told, recovery, report
 
 from rampart.handlers.quarantine import FILES
 
@@ -95,6 +97,25 @@ def test_no_request_may_be_lost_where_no_worker_was_killed(quiet: Soak) -> None:
     assert held(quiet)
     quiet.load.slips = [Slip(BEGAN + 11, True, "cut")]
     assert not held(quiet)
+
+
+def test_a_recovery_that_is_late_or_never_comes_is_told_with_what_is_missing() -> None:
+    begin = time.monotonic()
+
+    def missing() -> str:
+        return "" if time.monotonic() - begin > 0.5 else "the count of alerts"
+
+    back, late = recovery(missing, 5)
+    assert 0.4 < back < 5 and not late
+    assert recovery(lambda: "workers", 0.3) == (math.inf, ["not right within 0.3 s: workers"])
+    slow = iter(["the count of alerts", ""])  # right, but only once the time was over
+
+    def late_answer() -> str:
+        time.sleep(0.4)
+        return next(slow)
+
+    back, late = recovery(late_answer, 0.7)
+    assert math.isinf(back) and late[0].startswith("not right within 0.7 s: only after")
 
 
 def test_what_an_outage_left_wrong_is_told(quiet: Soak) -> None:
