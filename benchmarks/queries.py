@@ -14,8 +14,6 @@ Needs `redis-server`, a package of every Linux distribution.
 
 import argparse
 import contextlib
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ import numpy as np
 import ratios
 from endpoint import CONCURRENCY, DONE, load_with_wrk
 from PIL import Image
-from server import endpoint, free_ports, pack, pngs
+from server import Redis, endpoint, pack, pngs
 from skimage.data import data_dir
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -58,21 +56,11 @@ def fresh(kind: str) -> Iterator[str]:
         if kind == "lmdb":
             yield folder
             return
-        port = str(free_ports())
-        command = ["redis-server", "--port", port, "--bind", "127.0.0.1", "--save", ""]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+        redis = Redis(Path(folder))
         try:
-            while True:
-                with (
-                    contextlib.suppress(OSError),
-                    socket.create_connection(("127.0.0.1", int(port))),
-                ):
-                    break
-                time.sleep(0.05)
-            yield f"redis://127.0.0.1:{port}/0"
+            yield redis.address
         finally:
-            process.terminate()
-            process.wait()
+            redis.stop()
 
 
 def attacks(options: argparse.Namespace) -> list[str]:

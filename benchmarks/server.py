@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,12 @@ def pack(model: Path, out: Path, *options: str) -> Path:
 
 
 @contextlib.contextmanager
-def endpoint(archive: Path, *options: str, port: int = 0, log: Path | None = None) -> Iterator[str]:
+def endpoint(
+    archive: Path, *options: str, port: int = 0, log: Path | None = None, **environment: str
+) -> Iterator[str]:
     """Serve `archive` with `rampart serve`; yields the URL of its predictions once it is ready.
 
-    What it says of mistakes goes to `log`, or where ours goes.
+    What it says of mistakes goes to `log`, or where ours goes. `environment` is added to ours.
     """
     port = port or free_ports()
     command = [sys.executable, "-m", "rampart", "serve", "--archive", str(archive)]
@@ -47,16 +50,52 @@ def endpoint(archive: Path, *options: str, port: int = 0, log: Path | None = Non
     with (
         Path(log or os.devnull).open("w") as said,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said if log else None, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=said if log else None,
+            text=True,
+            env=os.environ | environment,
         ) as process,
     ):
         try:
             assert process.stdout is not None
             if not any("Rampart is ready" in line for line in process.stdout):
                 raise RuntimeError(f"no endpoint for {archive}: see the message above")
-            yield f"http://127.0.0.1:{port}/predictions/{archive.stem}"
+            scheme = "https" if "--certificate" in options else "http"
+            yield f"{scheme}://127.0.0.1:{port}/predictions/{archive.stem}"
         finally:
             process.terminate()
+
+
+class Redis:
+    """A real Redis on loopback, its files in `folder`, running until `stop`."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._port = free_ports()
+        self._command = ["redis-server", "--port", str(self._port), "--bind", "127.0.0.1"]
+        self._command += ["--save", "", "--dir", str(folder), *options]
+        self.address = f"redis://127.0.0.1:{self._port}/0"
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin anew with what its files hold."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self._port)) as connection,
+            ):
+                connection.sendall(b"PING\r\n")
+                if connection.recv(100).startswith(b"+PONG"):
+                    return
+            if self._process.poll() is not None:
+                raise RuntimeError("redis-server ended: see the message above")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it as its own administrator would."""
+        self._process.terminate()
+        self._process.wait()
 
 
 @contextlib.contextmanager

@@ -55,19 +55,19 @@ Context = Any  # grpc.aio.ServicerContext
 
 
 def listen(
-    models: Models, address: str, admission: Admission | None, tls: tuple[Path, Path] | None
+    models: Models, address: str, admission: Admission | None, certificate: Path | None
 ) -> Any:
     """A grpc.aio.Server on `address`, not yet started; with `admission` for those it lets in.
 
-    Raises OSError.
+    A file with a certificate chain and its key, PEM, has it speak TLS. Raises OSError.
     """
     interceptors = [Gate(admission)] if admission else []
     server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
     server.add_generic_rpc_handlers((Servicer(models, admission).handlers(),))
     try:
-        if tls:
-            chain, key = (path.read_bytes() for path in tls)
-            server.add_secure_port(address, grpc.ssl_server_credentials([(key, chain)]))
+        if certificate:
+            pair = certificate.read_bytes()
+            server.add_secure_port(address, grpc.ssl_server_credentials([(pair, pair)]))
         else:
             server.add_insecure_port(address)
     except RuntimeError as error:

@@ -25,7 +25,7 @@ class Archives:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._paths = [Path(archive) for archive in job.archives]
-        self._seen = [_stamp(path) for path in self._paths]
+        self._seen = [stamp_of(path) for path in self._paths]
         self._served = list(self._seen)
         for index, path in enumerate(self._paths):
             try:
@@ -38,7 +38,7 @@ class Archives:
 
         One that does not answer is told and left. Returns early where the server `ends`.
         """
-        before, self._seen = self._seen, [_stamp(path) for path in self._paths]
+        before, self._seen = self._seen, [stamp_of(path) for path in self._paths]
         taken = False
         for index, stamp in enumerate(self._seen):
             still = stamp is not None and stamp == before[index]
@@ -86,7 +86,8 @@ def _uncopied(path: Path, job: Job, error: OSError) -> str:
     )
 
 
-def _stamp(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
+    """What tells a file from one that replaces it; None where there is none."""
     try:
         status = path.stat()
     except OSError:

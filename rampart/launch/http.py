@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import socket
-import ssl
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from rampart.handlers.http.tokens import read_tokens
 from rampart.launch.addresses import is_loopback
 from rampart.launch.archives import Archives
 from rampart.launch.asking import authorization, status
+from rampart.launch.certificate import Certificate
 from rampart.launch.connection import Connection
 from rampart.launch.endpoint import LaunchError, read_model
 from rampart.launch.job import Job
@@ -77,7 +77,7 @@ def serve(front: Front) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread.
 
     Prints `Rampart is ready` when a real prediction has come back, with lines to try it. An archive
-    that is replaced is served by new workers; the old ones finish what they have begun.
+    or a certificate that is replaced brings new workers; the old ones finish what they have begun.
     """
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
         return _serve(replace(front, tokens=front.tokens or _given_tokens(Path(folder))), folder)
@@ -97,6 +97,7 @@ def _serve(front: Front, folder: str) -> int:
     try:
         models = [read_model(archive) for archive in front.archives]
         _check(front, models)
+        certificate = Certificate(front.tls, Path(folder)) if front.tls else None
         if front.grpc_port:
             listen(front.host, front.grpc_port).close()  # each worker opens its own
         listener = listen(front.host, front.port)
@@ -111,7 +112,7 @@ def _serve(front: Front, folder: str) -> int:
             tokens=str(front.tokens.resolve()) if front.tokens else None,
             delay=front.delay,
             grpc=_address(front.host, front.grpc_port) if front.grpc_port else None,
-            tls=(str(front.tls[0].resolve()), str(front.tls[1].resolve())) if front.tls else None,
+            certificate=str(certificate.copy) if certificate else None,
         )
         os.environ.update(job.environment() | _settings(front))
         samples = {
@@ -123,7 +124,7 @@ def _serve(front: Front, folder: str) -> int:
         except LaunchError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
-        return _supervise(front, samples, archives, listener)
+        return _supervise(front, samples, archives, certificate, listener)
 
 
 class Workers(Multiprocess):
@@ -138,11 +139,15 @@ class Workers(Multiprocess):
 
 
 def _supervise(
-    front: Front, samples: dict[str, list[Sample]], archives: Archives, listener: socket.socket
+    front: Front,
+    samples: dict[str, list[Sample]],
+    archives: Archives,
+    certificate: Certificate | None,
+    listener: socket.socket,
 ) -> int:
     """Run workers until the end; returns the exit code."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as under nohup
-    supervisor = Workers(_config(front), [listener])
+    supervisor = Workers(_config(front, certificate), [listener])
 
     def end(*_: object) -> None:
         supervisor.signal_queue.append(signal.SIGTERM)
@@ -151,7 +156,7 @@ def _supervise(
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else end)
     ready = threading.Event()
     announce = threading.Thread(target=_announce, args=(front, samples, supervisor, ready))
-    watch = threading.Thread(target=_watch, args=(archives, supervisor, ready))
+    watch = threading.Thread(target=_watch, args=(archives, certificate, supervisor, ready))
     for thread in (announce, watch):
         thread.daemon = True
         thread.start()
@@ -172,8 +177,7 @@ def _settings(front: Front) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value}
 
 
-def _config(front: Front) -> uvicorn.Config:
-    chain, key = front.tls or (None, None)
+def _config(front: Front, certificate: Certificate | None) -> uvicorn.Config:
     return uvicorn.Config(
         "rampart.launch.worker:open_application",
         factory=True,
@@ -190,8 +194,7 @@ def _config(front: Front) -> uvicorn.Config:
         timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=GRACE,
         timeout_worker_healthcheck=HUNG,
-        ssl_certfile=chain,
-        ssl_keyfile=key,
+        ssl_certfile=certificate.copy if certificate else None,
     )
 
 
@@ -212,9 +215,6 @@ def _check(front: Front, models: list[tuple[str, str]]) -> None:
     try:
         if front.tokens:
             read_tokens(front.tokens)
-        if front.tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*front.tls, password="")  # or it would ask for one
     except (OSError, ValueError) as error:
         raise LaunchError(str(error)) from error
 
@@ -263,9 +263,19 @@ def _predict(front: Front, name: str) -> int:
     return status(f"{front.url}/predictions/{name}", ANY.file.read_bytes(), headers, chain)
 
 
-def _watch(archives: Archives, supervisor: Multiprocess, ready: threading.Event) -> None:
-    """Have workers replaced one after the other when an archive is, and answers."""
+def _watch(
+    archives: Archives,
+    certificate: Certificate | None,
+    supervisor: Multiprocess,
+    ready: threading.Event,
+) -> None:
+    """Have workers replaced one after the other when what they have opened is, and is good."""
     while not supervisor.should_exit.wait(1.0):
-        if ready.is_set() and archives.renew(supervisor.should_exit):
-            print("An archive has changed: new workers take over", flush=True)
+        if not ready.is_set():
+            continue
+        changed = ["An archive"] if archives.renew(supervisor.should_exit) else []
+        changed += ["The certificate"] if certificate and certificate.renew() else []
+        for what in changed:
+            print(f"{what} has changed: new workers take over", flush=True)
+        if changed:
             supervisor.signal_queue.append(signal.SIGHUP)

@@ -18,7 +18,7 @@ class Job:
     tokens: str | None = None  # a file
     delay: float = 0.0  # seconds that a batch waits for company
     grpc: str | None = None  # an address
-    tls: tuple[str, str] | None = None  # files of gRPC's certificate chain and key
+    certificate: str | None = None  # a file of a chain and its key, for gRPC
 
     def environment(self) -> dict[str, str]:
         """How a worker is told."""

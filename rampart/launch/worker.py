@@ -94,9 +94,8 @@ async def _serve_grpc(job: Job, lanes: Models, admission: Admission | None) -> A
         return None
     from rampart.handlers.http.inference import listen  # grpc takes time and memory
 
-    chain, key = job.tls or (None, None)
-    tls = (Path(chain), Path(key)) if chain and key else None
-    server = listen(lanes, job.grpc, admission, tls)
+    certificate = Path(job.certificate) if job.certificate else None
+    server = listen(lanes, job.grpc, admission, certificate)
     await server.start()
     return server
 
