@@ -216,7 +216,7 @@ def test_every_score_has_a_gradient_that_attacks_can_follow(
     variant: Variant, scenes: SceneModel
 ) -> None:
     x = to_float(boxed(3, seed=3).image)[1:].requires_grad_()
-    scores = scenes.with_detectors(VARIANTS[variant]).defend(x).scores
+    scores = scenes.as_variant(variant, VARIANTS[variant]).defend(x).scores
     assert scores.shape == (2, 4) and scores.isfinite().all()
     for score in scores.T:
         (slope,) = torch.autograd.grad(score.sum(), x, retain_graph=True)

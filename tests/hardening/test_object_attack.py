@@ -132,7 +132,7 @@ def test_the_step_raises_what_is_expected_and_leads_no_gradient_astray() -> None
 
 def test_the_answer_to_another_guard_is_attacked_anew(model: SceneModel) -> None:
     guard = model.guard("guarded")
-    further = model.with_detectors(guard.calibration.detectors)
+    further = model.pipeline("guarded")
     further.radius = 2 * guard.pipeline.radius
     assert guard.digest() != guard._replace(pipeline=further).digest()
     assert guard.digest() != model.guard("lean").digest()

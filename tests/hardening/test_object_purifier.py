@@ -17,7 +17,7 @@ from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.purifier import BlockPurifier, BlockPurifierConfig
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.attack import Budget, losses_together
-from rampart.hardening.objects.defended import as_variant, variants_of
+from rampart.hardening.objects.defended import RADIUS, VARIANTS, as_variant, variants_of
 from rampart.hardening.objects.detector import ObjectDetector, load
 from rampart.hardening.objects.judge import judge
 from rampart.hardening.objects.purifier import ScenePurifierTrainer, train_scene_purifier
@@ -41,7 +41,7 @@ def darkening(by: float = 0.1) -> BlockPurifier:
 
 
 def full(detector: ObjectDetector) -> defended.DefendedDetector:
-    return as_variant(detector, "full", variants_of(detector)["full"])
+    return as_variant(detector, "full", variants_of(detector)["full"], RADIUS)
 
 
 def test_all_that_attacks_climb_goes_through_the_purifier() -> None:
@@ -128,7 +128,7 @@ def test_a_file_without_a_purifier_is_what_it_was(
     defended.save(file, learned_objects)
     config, state = checkpoint.read(file)
     assert "purifier" not in config and all(name.startswith("net.") for name in state)
-    assert config["variants"] == {"full": list(FULL), "lean": list(LEAN)}
+    assert config["variants"] == {name: list(parts) for name, parts in VARIANTS.items()}
     pipeline, _ = defended.load(file)
     assert pipeline.detectors.names == FULL and pipeline.defend(X).scores.shape == (4, 4)
 
