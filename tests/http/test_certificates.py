@@ -61,16 +61,18 @@ def test_a_replaced_certificate_is_shown_without_a_failed_request_and_half_of_on
             statuses.append(ask())
 
     thread = threading.Thread(target=client)
+    (worker,) = workers(server)
     thread.start()
     try:
         new[0].replace(pair[0])
-        wait(lambda: old not in serials(port), seconds=60)
+        # Until it has ended, it takes connections beside the new one.
+        wait(lambda: worker not in workers(server), seconds=60)
     finally:
         stop.set()
         thread.join()
     assert set(statuses) == {200} and len(statuses) > 10
-    wait(lambda: old not in serials(*ports))  # the old worker ends what it has begun
-    assert serials(port)[0] in pair[0].read_text()
+    shown = serials(*ports)
+    assert shown[0] == shown[1] and shown[0] in pair[0].read_text()
     trust = grpc.ssl_channel_credentials(pair[0].read_bytes())
     with grpc.secure_channel(f"127.0.0.1:{ports[1]}", trust) as channel:
         grpc.channel_ready_future(channel).result(timeout=20)
