@@ -216,23 +216,6 @@ def pooling(node: fx.Node, graph_module: fx.GraphModule) -> None:
     graph_module.graph.erase_node(node)
 
 
-def upsampling(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """The gradient of nearest upsampling by whole factors, as in a pyramid of features: the sum
-    over what each pixel became. Others stay as they are.
-    """
-    arguments: Any = node.args
-    slope, _, size, *_ = arguments
-    large, small = shape(slope)[1:], [int(side) for side in size[2:]]
-    factors = [side // part for side, part in zip(large, small, strict=True)]
-    if [part * factor for part, factor in zip(small, factors, strict=True)] != large:
-        return
-    call = graph_module.graph.call_function
-    mean = call(aten.avg_pool2d.default, (slope, factors, factors))
-    value = call(aten.mul.Tensor, (mean, float(factors[0] * factors[1])))
-    node.replace_all_uses_with(value, propagate_meta=True)
-    graph_module.graph.erase_node(node)
-
-
 def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """A view, of values that may lie otherwise in memory than when they were traced."""
     node.target = aten.reshape.default
@@ -258,7 +241,6 @@ def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
 REWRITES: dict[Any, Callable[[fx.Node, fx.GraphModule], None]] = {
     aten.convolution_backward.default: convolution,
     aten.max_pool2d_with_indices_backward.default: pooling,
-    aten.upsample_nearest2d_backward.default: upsampling,
     aten.view.default: view,
     aten.where.self: mask,
 }

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -125,12 +126,15 @@ class Server:
         return java
 
     def read(self, until: str = "Rampart is ready") -> list[str]:
-        """Lines up to the one that begins with `until`, or to the end."""
+        """Lines up to the one that begins with `until`, or to the end; waits 5 minutes."""
         assert self.process.stdout is not None
+        timer = threading.Timer(300, self.process.kill)
+        timer.start()
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
             if line.startswith(until):
                 break
+        timer.cancel()
         return self.lines
 
     def family(self) -> list[psutil.Process]:
