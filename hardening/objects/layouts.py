@@ -103,22 +103,35 @@ def voc_box(item: ElementTree.Element) -> Box:
     return left - 1, top - 1, right, bottom
 
 
-def read_coco(path: Path, files: dict[str, Path]) -> Layout:
-    """COCO: one file for each part, pictures by name in any folder beside; crowds are left out."""
-    classes: tuple[str, ...] = ()
-    parts, found = {}, pictures_by_name(path)
-    for part, file in files.items():
+def read_coco(path: Path, files: dict[str, list[Path]]) -> Layout:
+    """COCO: one file for each part, pictures by name in any folder beside; crowds are left out.
+
+    Classes are those of all parts, first of the one that trains, in the order of their numbers.
+    """
+    classes: dict[str, None] = {}
+    parts: dict[str, list[Annotation]] = {}
+    found = pictures_by_name(path)
+    for part, some in sorted(files.items(), key=lambda item: item[0] != "train"):
+        if len(some) > 1:
+            raise ValueError(
+                f"{path} has {len(some)} files for its part {part}"
+                f" ({', '.join(file.name for file in some)}): keep the one with the boxes there"
+            )
+        file = some[0]
         try:
             content = json.loads(file.read_text())
             named = {item["id"]: item["name"] for item in content["categories"]}
-            parts[part] = list(coco_annotations(file, content, named, found))
+            drafts = list(coco_annotations(file, content, named))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is not a COCO file with boxes ({error}): it needs images, annotations and"
                 " categories"
             ) from error
-        classes = classes or tuple(named[index] for index in sorted(named))
-    return Layout(classes, parts)
+        classes |= dict.fromkeys(named[index] for index in sorted(named))
+        parts[part] = [
+            one._replace(picture=coco_picture((path, file), one.picture, found)) for one in drafts
+        ]
+    return Layout(tuple(classes), parts)
 
 
 def pictures_by_name(path: Path) -> dict[str, list[Path]]:
@@ -131,9 +144,9 @@ def pictures_by_name(path: Path) -> dict[str, list[Path]]:
 
 
 def coco_annotations(
-    file: Path, content: dict[str, Any], named: dict[int, str], found: dict[str, list[Path]]
+    file: Path, content: dict[str, Any], named: dict[int, str]
 ) -> Iterator[Annotation]:
-    """The pictures that one of COCO's files tells of."""
+    """The pictures that one of COCO's files tells of, by their names there."""
     objects: dict[int, list[dict[str, Any]]] = {}
     for item in content["annotations"]:
         if not item.get("iscrowd"):
@@ -144,12 +157,31 @@ def coco_annotations(
         boxes = [(x, y, x + width, y + height) for x, y, width, height in corners]
         names = [named.get(item["category_id"], f"category {item['category_id']}") for item in own]
         name = image["file_name"]
-        same = found.get(Path(name).name, [])
-        near = [entry for entry in same if part_of(entry.parent.name) == part_of(file.stem)]
-        picture = next(iter(near or same), file.parent / name)
-        yield Annotation(
-            f"{file}: {name}", picture, boxes, names, (image["width"], image["height"])
+        size = (image["width"], image["height"])
+        yield Annotation(f"{file}: {name}", Path(name), boxes, names, size)
+
+
+def coco_picture(places: tuple[Path, Path], name: Path, found: dict[str, list[Path]]) -> Path:
+    """The picture that the second of two `places`, a data set and a file of it, calls `name`.
+
+    Folders of the name count, then one that speaks of the part. Raises ValueError where several
+    are left.
+    """
+    path, file = places
+    same = found.get(name.name, [])
+    for choice in (path / name, file.parent / name):
+        if choice.is_file():
+            return choice
+    ends = name.parts
+    some = [entry for entry in same if entry.parts[-len(ends) :] == ends] or same
+    part = part_of(file.stem)
+    near = [entry for entry in some if part_of(str(entry.parent.relative_to(path))) == part]
+    some = near or some
+    if len(some) > 1:
+        raise ValueError(
+            f"{file}: {name} may be {some[0]} or {some[1]}: say in file_name which folder it is in"
         )
+    return some[0] if some else file.parent / name
 
 
 def checked(

@@ -18,14 +18,19 @@ def voc_home(path: Path) -> Path | None:
     return next((home for home in homes if (home / "Annotations").is_dir()), None)
 
 
-def coco_files(path: Path) -> dict[str, Path]:
-    """COCO's files of boxes at `path` by the part of the data that they tell of."""
+def coco_files(path: Path) -> dict[str, list[Path]]:
+    """COCO's files of boxes at `path` by the part of the data that they tell of: instances_*.json
+    where there are such, for COCO has captions and keypoints of people beside them.
+    """
     files = sorted((*path.glob("*.json"), *path.glob("annotations/*.json")))
     files = [file for file in files if tells_boxes(file)]
+    files = [file for file in files if "instances" in file.stem] or files
     if len(files) == 1:
-        return {"": files[0]}
-    named = {part_of(file.stem): file for file in files}
-    return {part: file for part, file in named.items() if part}
+        return {"": files}
+    named = {
+        part: [file for file in files if part_of(file.stem) == part] for part in PARTS.values()
+    }
+    return {part: some for part, some in named.items() if some}
 
 
 def part_of(name: str) -> str:

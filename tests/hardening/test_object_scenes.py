@@ -1,6 +1,7 @@
 """Pictures with boxes: layouts, what is wrong with boxes, parts, batches and augmentation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,60 @@ def test_no_layout_is_told_with_what_was_expected(tmp_path: Path) -> None:
         divided(tmp_path)
     with pytest.raises(FileNotFoundError, match="layout of VOC or COCO"):
         divided(tmp_path / "none")
+
+
+def test_a_picture_of_coco_is_the_one_in_the_folder_that_its_name_or_its_part_says(
+    tmp_path: Path,
+) -> None:
+    home = write_coco(tmp_path, 4)
+    file = home / "annotations/instances_train.json"
+    for folder in ("images/test/left", "images/train/right", "images/train/left"):
+        shutil.copytree(home / "train", home / folder)
+    shutil.rmtree(home / "train")
+
+    def named(how: str) -> None:
+        content = json.loads(file.read_text())
+        for number, image in enumerate(content["images"]):
+            image["file_name"] = how.format(number)
+        file.write_text(json.dumps(content))
+
+    def folders() -> set[Path]:
+        return {s.picture.parent for part in divided(home).parts().values() for s in part.scenes}
+
+    named("left/s{:03}.png")
+    assert folders() == {home / "images/train/left"}
+    named("images/test/left/s{:03}.png")
+    assert folders() == {home / "images/test/left"}
+    named("s{:03}.png")
+    told = r"instances_train.json: s000.png may be .*left.* or .*right.*: say in file_name"
+    with pytest.raises(ValueError, match=told):
+        divided(home)
+    shutil.rmtree(home / "images/train/right")
+    assert folders() == {home / "images/train/left"}
+
+
+def test_beside_boxes_coco_may_have_captions_and_keypoints_and_classes_that_one_part_lacks(
+    tmp_path: Path,
+) -> None:
+    for part in ("train", "test"):
+        home = write_coco(tmp_path, 4, part=part)
+    other = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    for name in ("captions_train", "person_keypoints_train", "person_keypoints_test"):
+        (home / f"annotations/{name}.json").write_text(json.dumps(other))
+    file = home / "annotations/instances_test.json"
+    content = json.loads(file.read_text())
+    content["categories"] = [{"id": 9, "name": "star"}, {"id": 7, "name": CLASSES[0]}]
+    content["annotations"] = []
+    file.write_text(json.dumps(content))
+    data = divided(home)
+    assert data.train.classes == (*CLASSES, "star")
+    assert data.test is not None and data.test.classes == data.train.classes
+    (home / "annotations/instances_train.json").rename(home / "annotations/boxes_train.json")
+    file.unlink()
+    with pytest.raises(
+        ValueError, match=r"has 3 files for its part train \(boxes_train.json, capt"
+    ):
+        divided(home)
 
 
 def test_crowds_of_coco_are_no_objects(tmp_path: Path) -> None:
