@@ -1,6 +1,6 @@
-"""One HTTP connection, which may not be slow, nor send a head without end.
+"""One HTTP connection, which may not be slow, nor send heads without end.
 
-uvicorn bounds neither the time nor the size of a request's head.
+uvicorn bounds neither the time nor the size of a request's head, nor how many requests wait.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from rampart.launch.share import Share
 
 HEAD_SECONDS = 10.0  # in which a head must be complete
 HEAD_BYTES = 64 << 10
+MAX_WAITING = 100  # requests of a connection that wait for the answer to the one before
 DRAIN = 2.0  # seconds for which a worker that ends still takes a connection's next request
 TAKE_SECONDS = 20.0  # for which an answer may wait for its client to read
 LINGER = 2.0  # seconds for which a client that still sends may read its answer
@@ -39,7 +40,8 @@ class Closing:
     def write(self, data: bytes) -> None:
         """Send, once the body of an answer's head is there."""
         cycle = self._connection.cycle
-        if cycle and cycle.response_started and cycle is not self._answered:
+        begins = cycle and cycle.response_started and cycle is not self._answered
+        if begins and cycle.scope["method"] != "HEAD":  # which has no body
             self._answered, self._head = cycle, data
         else:
             self._transport.write(self._head + data)
@@ -67,7 +69,8 @@ class Connection(HttpToolsProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
-    _head = 0  # bytes of the head that is under way
+    _pending = 0  # bytes since a head ended or a body grew: of a head, or of a body's frame
+    _begun = False  # whether a head is under way
     _seen = -1  # the look at which this one was counted last
     ends: ClassVar[bool] = False  # the worker, and each connection after its next answer
     looks: ClassVar[int] = 0
@@ -85,7 +88,7 @@ class Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._end_deadline()
-        self._head = 0
+        self._pending = 0
         self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _end_deadline(self) -> None:
@@ -119,28 +122,61 @@ class Connection(HttpToolsProtocol):
         self._deadline = self.loop.call_later(LINGER, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Close where the head is too long."""
+        """Close where a head is too long, or what stands between the parts of a body."""
         if self.transport.lingers:  # type: ignore[attr-defined]
             return
         if not self._deadline and (not self.cycle or self.cycle.response_complete):
             self._await_head()  # the next request begins
-        start = data[:HEAD_BYTES]
-        self._head += len(start)
-        super().data_received(start)
-        if self._deadline and self._head > HEAD_BYTES:
-            self.transport.abort()
-        elif len(data) > HEAD_BYTES and not self.transport.is_closing():
-            super().data_received(data[HEAD_BYTES:])
+        for begin in range(0, len(data), HEAD_BYTES):
+            part = data[begin : begin + HEAD_BYTES]
+            self._pending += len(part)
+            super().data_received(part)
+            if self._pending > HEAD_BYTES:
+                self.transport.abort()
+            if self.transport.is_closing():
+                return
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """A head that is under way has a deadline, unless we do not read."""
+        if self._begun and not self._deadline and not self.pipeline:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        """A head begins, perhaps while another request is at work."""
+        super().on_message_begin()
+        self._begun = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One line of a head. Those after a body, of which there is no end, are left out."""
+        if self._begun:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body, which has limits of its own."""
+        self._pending = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        """The head is here."""
+        """The head is here. Raises ConnectionError, which ends the parser, where too many wait."""
+        self._begun, self._pending = False, 0
         self._end_deadline()
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_WAITING:
+            self.transport.abort()
+            raise ConnectionError("too many requests wait")
         if self._seen != self.looks:
             self._seen = self.looks
             type(self).asked += 1
         if self.ends or self._leaves():
             self.cycle.keep_alive = False
+
+    def on_response_complete(self) -> None:
+        """The next request begins. While others wait we read no more."""
+        super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()
+        self._hurry()
 
     def _leaves(self) -> bool:
         if not self.surplus or self.pipeline:
@@ -160,7 +196,7 @@ class Connection(HttpToolsProtocol):
         type(self).ends = True
         if self.cycle and not self.cycle.response_complete:
             super().shutdown()
-        elif not self._head or not self._deadline:
+        elif not self._pending or not self._deadline:
             self._drain()
 
     def _drain(self) -> None:
