@@ -21,12 +21,12 @@ from rampart.handlers.http.admission import Admission
 from rampart.handlers.http.application import application
 from rampart.handlers.http.exposition import Exposition
 from rampart.handlers.http.lane import ANSWER_SECONDS, CAPACITY, Lane
-from rampart.handlers.http.tokens import Tokens
+from rampart.handlers.http.tokens import Tokens, read_tokens
 from rampart.handlers.telemetry import Labels, Metrics, declared
 from rampart.handlers.types import Incoming
 from rampart.launch.opening import open_archive, openapi
 
-ARCHIVE, TOKENS = "RAMPART_ARCHIVE", "RAMPART_TOKENS"  # of the environment, where no argument is
+ARCHIVE, TOKENS = "RAMPART_ARCHIVE", "RAMPART_TOKENS"  # of the environment
 
 
 # No `serve.batch`: what has come while the graph runs is the next batch, and a lone request waits
@@ -44,6 +44,8 @@ class Rampart:
         self._metrics = metrics = Metrics()
         service, self._name, self._version = open_archive(Path(archive), metrics)
         self._lane = Lane(service, metrics)
+        if tokens:
+            read_tokens(Path(tokens))  # or a mistake would show in the log alone
         self._tokens = Tokens(Path(tokens)) if tokens else None
         # Ray shows no gauge that was not set within its last intervals.
         HandOver(metrics, Sinks(), self._name, forgets=True).start()
@@ -96,11 +98,20 @@ class Sink:
 
 
 def app(arguments: Mapping[str, str]) -> serve.Application:
-    """The application of one archive, by the arguments `archive` and, where wanted, `tokens`."""
+    """The application of one archive, by the arguments `archive` and, where wanted, `tokens`.
+
+    Raises ValueError for other arguments, and for tokens that it could not hand on in secret.
+    """
     if unknown := set(arguments) - {"archive", "tokens"}:
         raise ValueError(f"unknown argument {min(unknown)}: use archive and tokens")
     archive = arguments.get("archive") or os.environ.get(ARCHIVE)
     if not archive:
         raise ValueError(f"no archive: pass archive=FILE, or set {ARCHIVE}")
+    tokens = arguments.get("tokens")
+    if not tokens and os.environ.get(TOKENS):
+        raise ValueError(
+            f"{TOKENS} is set, but Ray would show the tokens to who sees its applications: write"
+            " its lines to a file on each node, and pass tokens=FILE"
+        )
     deployment: Any = Rampart  # which the decorators have made of it
-    return deployment.bind(archive, arguments.get("tokens") or os.environ.get(TOKENS))
+    return deployment.bind(archive, tokens)

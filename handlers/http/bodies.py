@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from rampart.handlers.errors import BUSY, ImageError
@@ -16,6 +17,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 MAX_BUFFERED = 64 << 20  # bytes of all that are on their way
 MAX_PARTS = 64  # of a form
 BODY_SECONDS = 30.0  # in which all of one must come
+PAUSE = 0.05  # seconds without growing that are nobody's fault
 
 TOO_LARGE = ImageError(
     413, "body_too_large", f"a body may have {MAX_BODY} bytes: send fewer or smaller images"
@@ -40,6 +42,7 @@ class Body:
 
     def __init__(self, deadline: asyncio.Timeout) -> None:
         self.data = bytearray()
+        self.grown = time.monotonic()  # when it did last
         self.deadline = deadline
         self.given_up = False  # to make room for others
 
@@ -67,6 +70,7 @@ class Bodies:
         try:
             async for piece in pieces:
                 body.data += piece
+                body.grown = time.monotonic()
                 self._buffered += len(piece)
                 if len(body.data) > MAX_BODY:
                     raise TOO_LARGE.bare()
@@ -79,11 +83,14 @@ class Bodies:
             self._forget(body)
 
     def _make_room(self) -> None:
-        """Give up the largest: who holds many large ones must not shut small ones out."""
-        largest = max(self._bodies, key=lambda body: len(body.data))
-        largest.given_up = True
-        self._forget(largest)
-        largest.deadline.reschedule(0.0)
+        """Give up the one that holds most for longest without growing: who holds many must shut
+        out neither small ones nor large ones that come.
+        """
+        now = time.monotonic()
+        worst = max(self._bodies, key=lambda body: len(body.data) * (now - body.grown + PAUSE))
+        worst.given_up = True
+        self._forget(worst)
+        worst.deadline.reschedule(0.0)
 
     def _forget(self, body: Body) -> None:
         if body in self._bodies:
@@ -120,18 +127,18 @@ def files(form: bytes, boundary: bytes) -> list[bytes]:
             raise TOO_MANY_PARTS.bare()
         found.append(([], []))
 
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_part_begin": begin,
-            "on_header_field": lambda data, start, end: found[-1][0].append(data[start:end]),
-            "on_end": lambda: ends.append(True),
-            "on_part_data": lambda data, start, end: found[-1][1].append(data[start:end]),
-        },
-    )
     try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": begin,
+                "on_header_field": lambda data, start, end: found[-1][0].append(data[start:end]),
+                "on_end": lambda: ends.append(True),
+                "on_part_data": lambda data, start, end: found[-1][1].append(data[start:end]),
+            },
+        )
         parser.write(form)
-    except MultipartParseError:
+    except FormParserError:  # of the boundary too
         ends.clear()
     if not ends:
         raise BROKEN_FORM.bare()

@@ -23,6 +23,7 @@ from rampart.handlers.protocols.open_inference import wrong
 from rampart.handlers.types import Incoming, Reply
 
 MAX_LISTED = 16  # inputs, outputs, raw contents, or sides of a shape: checked before they are read
+MAX_FIELDS = 256  # of a message: an empty one of two bytes takes eighty when it is parsed
 OPEN = {f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"}  # need no token, as over HTTP
 STATUSES = {
     401: StatusCode.UNAUTHENTICATED,
@@ -140,8 +141,8 @@ class Servicer:
 
         async def respond(_: Any, context: Context) -> None:
             try:
-                request = _parsed(kind, await self._arrivals.read(context.read, context.peer()))
-                answer = await method(request, context)
+                read = self._arrivals.read(context.read, context.peer())
+                answer = await method(_parsed(kind, await read), context)
             except ImageError as error:
                 await _abort(context, error.code, error.to_dict())
             await context.write(answer)
@@ -178,7 +179,9 @@ class Servicer:
     async def infer(self, request: Any, context: Context) -> Any:
         """Verdicts on the images of a request."""
         raw = bool(request.raw_input_contents)
-        reply = await self._reply(request, context)
+        answer = self._answer(request, context)
+        del request  # its pictures need be held but once while they wait
+        reply = await answer
         headers = [item for item in reply.headers.items() if item[0] != "content-type"]
         content = json.loads(reply.body)
         if reply.status != 200:
@@ -194,18 +197,32 @@ class Servicer:
                 data = await self._arrivals.read(context.read, context.peer())
                 if data is grpc.aio.EOF:
                     return
-                request = _parsed(CLASSES["ModelInferRequest"], data)
+                answer, raw, reply = self._begun(data, context, first=first)
             except ImageError as error:
                 await _abort(context, error.code, error.to_dict())
-            answer = {"id": request.id, "model_name": request.model_name}
+            first, data = False, b""  # what was sent is held no longer than it must
             try:
-                if not first:
-                    self._admit(context)  # the first came in with the call
-                first = False
-                message = await self._streamed(request, context)
+                message = {"infer_response": _streamed(await reply, raw=raw)}
             except ImageError as error:
                 message = {"error_message": error.message, "infer_response": answer}
             await context.write(CLASSES["ModelStreamInferResponse"](**message))
+
+    def _begun(
+        self, data: Any, context: Context, *, first: bool
+    ) -> tuple[dict[str, str], bool, Awaitable[Reply]]:
+        """What one message of a stream is called, whether it is raw, and its reply.
+
+        Raises ImageError where it is no message.
+        """
+        request = _parsed(CLASSES["ModelInferRequest"], data)
+        try:
+            if not first:
+                self._admit(context)  # the first came in with the call
+            reply = self._answer(request, context)
+        except ImageError as error:
+            reply = _failed(error)
+        names = {"id": request.id, "model_name": request.model_name}
+        return names, bool(request.raw_input_contents), reply
 
     def _admit(self, context: Context) -> None:
         """Count one more request of a call. Raises ImageError."""
@@ -214,35 +231,80 @@ class Servicer:
         if refusal := self._admission.refusal(_token(context.invocation_metadata())):
             raise refusal.error.bare()
 
-    async def _streamed(self, request: Any, context: Context) -> dict[str, Any]:
-        """The fields of one answer of a stream. Raises ImageError."""
-        raw = bool(request.raw_input_contents)
-        reply = await self._reply(request, context)
-        content = json.loads(reply.body)
-        if reply.status != 200:
-            raise ImageError(reply.status, content["type"], content["message"])
-        return {"infer_response": as_message(content, raw=raw)}
+    def _answer(self, request: Any, context: Context) -> Awaitable[Reply]:
+        """What is over HTTP the reply to a request, which need not be held for it.
 
-    async def _reply(self, request: Any, context: Context) -> Reply:
-        """The reply over HTTP; the request is empty after that. Raises ImageError."""
+        Raises ImageError.
+        """
         lane = find(self._models, request.model_name, request.model_version)
         sent = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         try:
             incoming = as_http(request, sent)
         except ImageError as error:
-            return lane.service.refuse(Incoming(sent, ()), error)
+            return _at_once(lane.service.refuse(Incoming(sent, ()), error))
         left = context.time_remaining()
         seconds = ANSWER_SECONDS if left is None else min(ANSWER_SECONDS, left)
-        request.Clear()  # its pictures need be held but once while they wait
-        return await lane.answer(incoming, seconds=seconds)
+        return lane.answer(incoming, seconds=seconds)
+
+
+async def _at_once(reply: Reply) -> Reply:
+    return reply
+
+
+async def _failed(error: ImageError) -> Reply:
+    raise error
+
+
+def _streamed(reply: Reply, *, raw: bool) -> Any:
+    """The answer of a stream to one request. Raises ImageError."""
+    content = json.loads(reply.body)
+    if reply.status != 200:
+        raise ImageError(reply.status, content["type"], content["message"])
+    return as_message(content, raw=raw)
 
 
 def _parsed(kind: Any, data: Any) -> Any:
     """A message of `kind`. Raises ImageError."""
+    if isinstance(data, bytes) and _crowded(data):
+        raise wrong("the request must have exactly one input, few dimensions and few outputs")
     try:
         return kind.FromString(data)
     except (DecodeError, TypeError):  # the latter where the stream ended without one
         raise NO_MESSAGE.bare() from None
+
+
+def _crowded(data: bytes) -> bool:
+    """Whether a message has too many fields to be parsed; one that is none has not."""
+    position, fields = 0, 0
+    try:
+        while position < len(data) and fields <= MAX_FIELDS:
+            fields += 1
+            tag, position = _varint(data, position)
+            match tag & 7:
+                case 0:
+                    _, position = _varint(data, position)
+                case 1:
+                    position += 8
+                case 2:
+                    length, position = _varint(data, position)
+                    position += length
+                case 5:
+                    position += 4
+                case _:
+                    return False
+    except IndexError:
+        return False
+    return fields > MAX_FIELDS
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number as protobuf writes it, and where it ends."""
+    number = shift = 0
+    while True:
+        number |= (data[position] & 127) << shift
+        position, shift = position + 1, shift + 7
+        if data[position - 1] < 128 or shift > 63:
+            return number, position
 
 
 async def _abort(

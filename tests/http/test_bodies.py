@@ -112,6 +112,30 @@ def test_small_bodies_come_through_while_large_ones_fill_the_memory() -> None:
     assert asyncio.run(run()) == [503] * 18  # 32 of 2 MB stay
 
 
+def test_a_large_body_that_comes_is_read_while_smaller_ones_that_do_not_fill_the_memory() -> None:
+    async def run() -> None:
+        shared = Bodies()
+
+        async def stalled() -> AsyncIterator[bytes]:
+            yield bytes(900_000)
+            await asyncio.Event().wait()
+
+        async def coming() -> AsyncIterator[bytes]:
+            for _ in range(20):
+                yield bytes(MAX_BODY // 20)
+                await asyncio.sleep(0.02)
+
+        tasks = [asyncio.create_task(shared.read({}, stalled())) for _ in range(74)]
+        await asyncio.sleep(0.5)
+        for _ in range(3):
+            assert len(await shared.read({}, coming())) == MAX_BODY // 20 * 20
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
@@ -151,9 +175,10 @@ def test_a_form_that_cannot_be_used_is_told_to_its_client_and_not_to_the_log(
     assert not caplog.messages
 
 
-def test_a_form_without_a_boundary_is_told() -> None:
+@pytest.mark.parametrize("boundary", ["", "; boundary=" + "x" * 257])
+def test_a_form_without_a_boundary_or_with_a_long_one_is_told(boundary: str) -> None:
     with pytest.raises(ImageError, match="cannot be read"):
-        parts({"content-type": "multipart/form-data"}, form(b"a"))
+        parts({"content-type": f"multipart/form-data{boundary}"}, form(b"a"))
 
 
 def test_curl_d_may_call_a_picture_a_form_and_fields_are_told() -> None:

@@ -2,6 +2,7 @@
 
 import queue
 import signal
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from rampart.handlers.errors import ImageError
 from rampart.handlers.http.arrivals import AT_ONCE
 from rampart.handlers.http.bodies import MAX_BODY
 from rampart.handlers.http.inference import as_http
-from rampart.handlers.http.messages import CLASSES, MESSAGES
+from rampart.handlers.http.messages import CLASSES, MESSAGES, SERVICE
 from rampart.launch.probe import probe
 
 feature = pytest.mark.feature
@@ -193,6 +194,48 @@ def test_millions_of_empty_contents_are_refused_before_one_is_read(raw: bool) ->
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "fields", [b"\x2a\x00", b"\x32\x00", b"\x3a\x00", b"\x0a\x00", b"\x08\x01"]
+)
+def test_a_message_of_millions_of_fields_is_refused_before_it_is_parsed(
+    channel: grpc.Channel, fields: bytes
+) -> None:
+    call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(fields * 3_000_000, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "exactly one input" in caught.value.details()
+
+
+@pytest.mark.slow
+def test_streams_whose_next_message_is_awaited_hold_nothing_of_the_one_before(
+    spoken: Server, channel: grpc.Channel
+) -> None:
+    request = CLASSES["ModelInferRequest"](model_name="tiny")
+    request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
+        bytes(6_000_000)
+    )
+    ends = threading.Event()
+
+    def sent(data: bytes) -> Iterator[bytes]:
+        yield data
+        ends.wait(60)
+
+    def held() -> int:
+        return sum(process.memory_info().rss for process in spoken.family())
+
+    call = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
+    next(call(iter([request.SerializeToString()]), timeout=30))  # what is allocated once, is
+    before, calls = held(), [call(sent(request.SerializeToString()), timeout=60) for _ in range(20)]
+    try:
+        for one in calls:
+            answer = CLASSES["ModelStreamInferResponse"].FromString(next(one))
+            assert answer.error_message
+        assert held() - before < 60e6  # of 120 MB
+    finally:
+        ends.set()
 
 
 def test_a_compressed_message_is_bounded_after_it_is_inflated(channel: grpc.Channel) -> None:

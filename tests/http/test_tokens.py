@@ -36,15 +36,35 @@ def test_a_header_has_a_holder(file: Path, header: str, holder: str | None) -> N
     assert Tokens(file).holder(header.encode()) == holder
 
 
-def test_a_changed_file_counts_and_a_broken_one_changes_nothing(file: Path) -> None:
+def test_a_changed_file_counts_and_its_bad_lines_let_nobody_in(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     known = Tokens(file)
+    new = b"Bearer " + b"c" * 16
     file.write_text(f"new {'c' * 16}\n")
     assert known.holder(f"Bearer {ONE}".encode()) is None
-    assert known.holder(b"Bearer " + b"c" * 16) == "new"
-    file.write_text("nonsense\n")
-    assert known.holder(b"Bearer " + b"c" * 16) == "new"
+    assert known.holder(new) == "new" and not caplog.messages
+    file.write_text(f"a {ONE}\nc short\n")
+    assert known.holder(f"Bearer {ONE}".encode()) == "a" and known.holder(new) is None
+    (said,) = caplog.messages
+    assert f"{file}, line 2: write NAME TOKEN" in said and "short" not in said
+    for text, words in (("nonsense\n", "line 1"), ("", "contains no token")):
+        file.write_text(text)
+        assert known.holder(f"Bearer {ONE}".encode()) is None
+        assert words in caplog.messages[-1]
+
+
+def test_a_file_that_cannot_be_read_changes_nothing_and_is_told_once(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = Tokens(file)
     file.unlink()
-    assert known.holder(b"Bearer " + b"c" * 16) == "new"
+    for _ in range(3):
+        assert known.holder(f"Bearer {ONE}".encode())
+    (said,) = caplog.messages
+    assert said.startswith(f"{file} cannot be read, so tokens of before count: ")
+    file.write_text(f"b {TWO}\n")
+    assert known.holder(f"Bearer {ONE}".encode()) is None
 
 
 def test_a_line_may_have_a_rate_and_a_burst_and_both_may_change(file: Path) -> None:
