@@ -223,6 +223,8 @@ def _options(token: str, timeout: float, certificate: Path | str | None) -> dict
         options["headers"] = {"Authorization": f"Bearer {token}"}
     if certificate is not None:
         options["verify"] = ssl.create_default_context(cafile=certificate)
+        # As newer Pythons have it: the chain's root need not be in the file.
+        options["verify"].verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return options
 
 

@@ -21,7 +21,7 @@ TOO_MANY = ImageError(
     "too_many_requests",
     "this token has sent more requests than its rate allows: wait as long as Retry-After says",
 )
-TIME = struct.Struct("d")
+STATE = struct.Struct("dd")  # when a bucket is full again, and the rate by which it is
 
 
 class Refusal(NamedTuple):
@@ -78,12 +78,15 @@ class Buckets:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             now = time.monotonic()
-            (full,) = TIME.unpack(os.pread(file, TIME.size, 0) or TIME.pack(now))
-            full = max(full, now) + cost / rate.per_second
+            kept = os.pread(file, STATE.size, 0) or STATE.pack(now, rate.per_second)
+            full, before = STATE.unpack(kept)
+            # What is owed is so many requests, at whatever rate they come back.
+            owed = max(0.0, full - now) * before / rate.per_second
+            full = now + owed + cost / rate.per_second
             wait: float = full - now - max(rate.burst, cost) / rate.per_second
             if wait > 1e-6:
                 return wait
-            os.pwrite(file, TIME.pack(full), 0)
+            os.pwrite(file, STATE.pack(full, rate.per_second), 0)
             return 0.0
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)

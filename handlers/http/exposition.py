@@ -14,9 +14,10 @@ from rampart.handlers.telemetry import COUNTERS, GAUGES, HISTOGRAMS, Key, Metric
 Figures = dict[tuple[str, str, tuple[str, ...]], float]  # by model, name and labels
 # How gauges of several workers become one: where nothing is said, the smallest is the worst.
 TOGETHER: dict[str, Callable[[float, float], float]] = {
-    "rampart_drift": max,
     "rampart_requests_in_flight": operator.add,
 }
+
+DRIFT, LIMIT = "rampart_drift", "rampart_drift_limit"  # of one worker, for they belong together
 
 
 class Exposition:
@@ -44,10 +45,13 @@ class Exposition:
 
     def collect(self) -> Iterator[Metric]:
         """As prometheus_client calls it."""
-        total = self._own()
-        for file in self._folder.glob("*.json"):
-            if file != self._file:
-                _merge(total, file)
+        workers = [self._own()]
+        workers += [_left(file) for file in self._folder.glob("*.json") if file != self._file]
+        total: Figures = {}
+        for figures in workers:
+            for key, value in figures.items():
+                _add(total, key, value)
+        total |= _drift(workers)
         families: dict[str, Metric] = {}
         for (model, name, labels), value in total.items():
             kind, family, names = _declared(name)
@@ -66,12 +70,29 @@ class Exposition:
         return total
 
 
-def _merge(total: Figures, file: Path) -> None:
-    """Add another worker's: counters of one that has ended count on, its gauges do not."""
+def _left(file: Path) -> Figures:
+    """What another worker has left: counters of one that has ended count on, its gauges do not."""
     alive = Path(f"/proc/{file.stem}").exists()
-    for model, name, labels, value in json.loads(file.read_text()):
-        if alive or name not in GAUGES:
-            _add(total, (model, name, tuple(labels)), value)
+    return {
+        (model, name, tuple(labels)): value
+        for model, name, labels, value in json.loads(file.read_text())
+        if alive or name not in GAUGES
+    }
+
+
+def _drift(workers: Sequence[Figures]) -> Figures:
+    """Each model's drift with its limit, of the worker that is furthest beyond its own."""
+    worst: dict[str, tuple[float, Figures]] = {}
+    for figures in workers:
+        for model, name, labels in figures:
+            if name == DRIFT:
+                keys = ((model, one, labels) for one in (DRIFT, LIMIT))
+                pair = {key: figures[key] for key in keys if key in figures}
+                beyond = figures[model, DRIFT, labels] / pair.get((model, LIMIT, labels), 1.0)
+                worst[model] = max(
+                    worst.get(model, (-1.0, {})), (beyond, pair), key=lambda it: it[0]
+                )
+    return {key: value for _, pair in worst.values() for key, value in pair.items()}
 
 
 def _add(total: Figures, key: tuple[str, str, tuple[str, ...]], value: float) -> None:

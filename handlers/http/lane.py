@@ -92,11 +92,11 @@ class Lane:
         return self._thread.is_alive() and self._pulse.alive()
 
     def close(self) -> None:
-        """Answer what waits, take no more, and return when all is answered."""
+        """Answer what waits, take no more, and return when all is answered, or a batch hangs."""
         with self._news:
             self._closed = True
             self._news.notify()
-        self._thread.join()
+        self._thread.join(ANSWER_SECONDS)
 
     def _run(self) -> None:
         while batch := self._next():

@@ -10,7 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from rampart.launch.endpoint import LaunchError
+from rampart.launch.console import say
+from rampart.launch.endpoint import LaunchError, read_model
 from rampart.launch.job import Job
 from rampart.launch.trial import try_archive
 
@@ -48,23 +49,41 @@ class Archives:
         return taken
 
     def _take(self, index: int, ends: threading.Event) -> bool:
-        draft = self._job.copy_of(index).with_suffix(".new")
+        path, draft = self._paths[index], self._job.copy_of(index).with_suffix(".new.mar")
         try:
-            shutil.copyfile(self._paths[index], draft)
-            answers = self._answers(index, draft, ends)
+            shutil.copyfile(path, draft)
+            if answers := self._answers(index, draft, ends):
+                self._check_name(index, draft)
         except OSError as error:
-            print(f"error: {_uncopied(self._paths[index], self._job, error)}", flush=True)
+            say(f"error: {_uncopied(path, self._job, error)}")
+            answers = False
+        except LaunchError as error:
+            say(f"error: {str(error).replace(str(draft), str(path))}")
             answers = False
         if answers:
             draft.replace(self._job.copy_of(index))
             return True
         draft.unlink(missing_ok=True)  # it may be what fills the disk
         if not ends.is_set():
-            print(
-                f"{self._paths[index]} does not answer: the old archive stays in service",
-                flush=True,
-            )
+            say(f"{path} is not taken: the old archive stays in service")
         return False
+
+    def _check_name(self, index: int, draft: Path) -> None:
+        """Raise LaunchError where the addresses of this archive's model, or another's, would change
+        their meaning.
+        """
+        (name, version), (old, _) = read_model(draft), read_model(self._job.copy_of(index))
+        if name != old:
+            raise LaunchError(
+                f"{draft} has the model {name}, and clients ask for {old}: restart the server to"
+                " serve it under its name"
+            )
+        others = [read_model(self._job.copy_of(i)) for i in range(len(self._paths)) if i != index]
+        if (name, version) in others:
+            raise LaunchError(
+                f"{draft} has the name and version of another archive here, {name} {version}: give"
+                " it another --model-version"
+            )
 
     def _answers(self, index: int, draft: Path, ends: threading.Event) -> bool:
         """Try an archive in a process of its own, on the device that it will be served on."""

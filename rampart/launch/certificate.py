@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 from rampart.launch.archives import stamp_of
+from rampart.launch.console import say
 from rampart.launch.endpoint import LaunchError
 
 
@@ -33,7 +34,7 @@ class Certificate:
             return False
         self._served = self._seen
         if failure := self._take():
-            print(f"error: {failure}: the old certificate stays in service", flush=True)
+            say(f"error: {failure}: the old certificate stays in service")
             return False
         return True
 

@@ -20,6 +20,7 @@ from rampart.launch.archives import Archives
 from rampart.launch.asking import authorization, status
 from rampart.launch.certificate import Certificate
 from rampart.launch.connection import Connection
+from rampart.launch.console import say
 from rampart.launch.endpoint import LaunchError, read_model
 from rampart.launch.job import Job
 from rampart.launch.sample import ANY, Sample, samples_of
@@ -150,8 +151,10 @@ def _supervise(
     supervisor = Workers(_config(front, certificate), [listener])
 
     def end(*_: object) -> None:
-        supervisor.signal_queue.append(signal.SIGTERM)
+        supervisor.should_exit.set()  # at once: uvicorn would first bring all workers of a swap
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     # The end of the terminal is the end; uvicorn would begin anew.
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else end)
     ready = threading.Event()
@@ -253,7 +256,7 @@ def _announce(
         for name, pictures in samples.items()
         for sample in pictures
     ]
-    print("\n".join(["Rampart is ready", *lines]), flush=True)
+    say("\n".join(["Rampart is ready", *lines]))
 
 
 def _predict(front: Front, name: str) -> int:
@@ -275,7 +278,7 @@ def _watch(
             continue
         changed = ["An archive"] if archives.renew(supervisor.should_exit) else []
         changed += ["The certificate"] if certificate and certificate.renew() else []
-        for what in changed:
-            print(f"{what} has changed: new workers take over", flush=True)
         if changed:
             supervisor.signal_queue.append(signal.SIGHUP)
+        for what in changed:
+            say(f"{what} has changed: new workers take over")

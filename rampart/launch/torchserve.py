@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rampart.launch import java, logs, management
 from rampart.launch.client import SOCKET, Client
+from rampart.launch.console import say
 from rampart.launch.endpoint import (
     Endpoint,
     LaunchError,
@@ -63,10 +64,10 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
     except OSError as error:
         raise LaunchError(f"cannot write logs to {endpoint.log_folder}: {error}") from error
     if failure := endpoint.query_store and redis_failure(endpoint.query_store):
-        _say(f"warning: query attacks are not detected until Redis answers ({failure})")
+        say(f"warning: query attacks are not detected until Redis answers ({failure})")
     client = Client(endpoint, work)
     with _door(client):
-        _say(
+        say(
             f"Starting TorchServe for {endpoint.name}: predictions on"
             f" {endpoint.host}:{endpoint.port}, management and metrics on"
             f" 127.0.0.1:{endpoint.port + 1} and {endpoint.port + 2},"
@@ -77,7 +78,7 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
             samples = samples_of(endpoint.archive, work / "samples")
             _Run(endpoint, client, process, folder, stop, samples).run()
         except Stopped:
-            _say("Stopping")
+            say("Stopping")
         finally:
             java.end(process)
 
@@ -141,9 +142,9 @@ class _Run:
         self.await_listeners()
         self.await_prediction()
         self.set_workers()
-        _say("Rampart is ready")
+        say("Rampart is ready")
         for line in self.curl_lines():
-            _say(line)
+            say(line)
         watch = Watch(lambda: self.client.manage(timeout=5))
         while True:
             self.pause(0.2)
@@ -171,11 +172,11 @@ class _Run:
         try:
             if left := shut_listeners(self.process.pid, {port, port + 2, grpc}):
                 ports = " and ".join(map(str, left))
-                _say(
+                say(
                     f"warning: gRPC stays open on 127.0.0.1, port {ports}: it cannot be closed here"
                 )
         except OSError as error:
-            _say(f"warning: gRPC stays open on 127.0.0.1, on unknown ports: {error}")
+            say(f"warning: gRPC stays open on 127.0.0.1, on unknown ports: {error}")
 
     def await_prediction(self) -> None:
         """Return once a prediction came back."""
@@ -195,7 +196,7 @@ class _Run:
                 raise LaunchError(f"the model was not loaded: {self.last_words()}")
             if now - told > 10:
                 told = now
-                _say(f"Still starting after {now - began:.0f} s")
+                say(f"Still starting after {now - began:.0f} s")
 
     def set_workers(self) -> None:
         """Scale to the number asked for: an archive's own figure wins over TorchServe's setting."""
@@ -228,11 +229,3 @@ class _Run:
             api = f"{endpoint.management}/token?type=inference"
             yield f"Keys are in {keys} and live {endpoint.token_minutes} min; for a new one:"
             yield f"  curl {header.format('API')} '{api}'"
-
-
-def _say(line: str) -> None:
-    """Print a line. Where nobody reads any more, serving goes on, and ends as it should."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,9 @@ from PIL import Image
 
 from rampart import handlers
 from rampart.export.archive import archive
+from rampart.handlers.budget import Budget
 from rampart.handlers.engine import Engine
+from rampart.handlers.http.bodies import TOO_LARGE
 from rampart.handlers.image import default_pixels
 from rampart.handlers.protocols.choice import read
 from rampart.handlers.service import Service
@@ -235,6 +238,32 @@ def test_an_engine_that_always_fails_gives_each_request_500(
     replies = moody_service.answer(batch)
     assert [json.loads(reply.body)["code"] for reply in replies] == [500, 500, 422]
     assert all(b"CUDA" not in reply.body for reply in replies)
+
+
+def test_requests_of_many_pictures_do_not_take_the_time_of_one_with_a_single_picture(
+    unpacked: Path, pixels: np.ndarray
+) -> None:
+    service = Service.open(unpacked)
+    now, engine = [0.0], service._engine
+    service._budget = Budget(lambda: now[0])
+
+    def slow(images: np.ndarray) -> Any:
+        now[0] += 0.03 * len(images)
+        return engine.run(images)
+
+    service._engine = SimpleNamespace(run=slow)  # type: ignore[assignment]
+    many = [Incoming({}, [png(pixels)] * 32) for _ in range(31)]
+    replies = service.answer([*many, Incoming({}, [png(pixels)])])
+    assert json.loads(replies[-1].body)["label"]
+    assert [b"busy" in reply.body for reply in replies] == [False] * 10 + [True] * 21 + [False]
+
+
+def test_a_request_that_is_refused_unread_counts_by_its_error(unpacked: Path) -> None:
+    metrics = Metrics()
+    service = Service.open(unpacked, metrics=metrics)
+    metrics.take()
+    service.refuse(Incoming({}, []), TOO_LARGE)
+    assert metrics.take()["rampart_errors_total", ("body_too_large",)] == 1
 
 
 def test_a_reply_that_cannot_be_made_fails_its_own_request_alone(

@@ -59,6 +59,16 @@ def test_a_refusal_says_why_and_when_to_come_again(tmp_path: Path, clock: Clock)
     assert metrics.take() == {(name, ("429",)): 1, (name, ("401",)): 1}
 
 
+def test_a_rate_that_is_raised_counts_at_once_also_for_what_is_owed(
+    tmp_path: Path, clock: Clock
+) -> None:
+    buckets, slow, fast = Buckets(tmp_path), Rate(1 / 60, 60), Rate(100.0, 200)
+    assert [buckets.take("a", slow) for _ in range(60)] == [0] * 60
+    assert buckets.take("a", slow) == pytest.approx(60)
+    assert [buckets.take("a", fast) for _ in range(140)] == [0] * 140
+    assert buckets.take("a", fast) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_dear_request_is_paid_at_once_or_owed_by_a_bucket_that_never_holds_so_much(
     tmp_path: Path, clock: Clock
 ) -> None:

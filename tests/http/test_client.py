@@ -173,6 +173,34 @@ def test_a_token_opens_and_a_certificate_is_trusted(
         client.predict(picture)
 
 
+def test_a_chain_without_its_root_is_trusted(
+    start: Start, tiny_archive: Path, picture: bytes, tmp_path: Path
+) -> None:
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=tmp_path)
+
+    (tmp_path / "above.txt").write_text("basicConstraints=critical,CA:TRUE\n")
+    (tmp_path / "below.txt").write_text("subjectAltName=IP:127.0.0.1\n")
+    new = ("-newkey", "rsa:2048", "-nodes", "-keyout")
+    openssl("req", "-x509", *new, "root.key", "-out", "root.pem", "-subj", "/CN=root")
+    issuer = "root"
+    for name, more in (("middle", "above.txt"), ("leaf", "below.txt")):
+        openssl("req", *new, f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signed = ("-CA", f"{issuer}.pem", "-CAkey", f"{issuer}.key", "-CAcreateserial")
+        openssl(
+            *("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem"),
+            *(*signed, "-extfile", more),
+        )
+        issuer = name
+    chain = tmp_path / "chain.pem"
+    chain.write_text((tmp_path / "leaf.pem").read_text() + (tmp_path / "middle.pem").read_text())
+    server = start(tiny_archive, port=free_port(), tls=[str(chain), str(tmp_path / "leaf.key")])
+    assert "Rampart is ready" in server.read(), server.lines
+    url = server.url.replace("http:", "https:")
+    with rp.Client(url, certificate=chain) as client:
+        assert client.predict(picture).decision in ("accept", "flag")
+
+
 @pytest.mark.parametrize(
     ("times", "pause", "asked", "error"),
     [

@@ -64,6 +64,19 @@ def test_gauges_tell_of_the_worst_worker_that_lives(tmp_path: Path) -> None:
     assert read["rampart_false_alarm_rate", frozenset({MODEL})] == 0.01
 
 
+def test_drift_and_its_limit_are_of_the_worker_that_is_furthest_beyond_its_own(
+    tmp_path: Path,
+) -> None:
+    few = (["tiny", "rampart_drift", [], 0.13], ["tiny", "rampart_drift_limit", [], 0.14])
+    other(tmp_path, os.getppid(), *few)  # no further than chance, of few images
+    metrics = Metrics()
+    metrics.set("rampart_drift", 0.12)
+    metrics.set("rampart_drift_limit", 0.06)
+    read = samples(Exposition([("tiny", metrics)], tmp_path))
+    assert read["rampart_drift", frozenset({MODEL})] == 0.12
+    assert read["rampart_drift_limit", frozenset({MODEL})] == 0.06
+
+
 def test_requests_in_flight_are_those_of_all_workers_that_live_together(tmp_path: Path) -> None:
     alive, dead = os.getppid(), 2**22 + 1
     for pid, count in ((alive, 4.0), (dead, 50.0)):

@@ -579,7 +579,7 @@ def test_a_broken_archive_stops_nobody_though_workers_die_and_the_next_good_one_
     archive.write_bytes(b"broken")
     killed_and_back()  # perhaps before the launcher has looked at the archive
     server.read(until=str(archive))
-    assert f"{archive} does not answer: the old archive stays in service" in server.lines
+    assert f"{archive} is not taken: the old archive stays in service" in server.lines
     assert f"error: {archive} is not a Rampart archive: rebuild it" in server.lines
     killed_and_back()
     news.replace(archive)

@@ -160,6 +160,20 @@ def test_a_lane_that_closes_answers_what_waits() -> None:
     assert len(asyncio.run(run())) == 5
 
 
+def test_a_lane_whose_batch_hangs_closes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+    echo = Echo()
+
+    async def run() -> None:
+        lane: Any = Lane(echo, Metrics())  # type: ignore[arg-type]
+        task = ask(lane, b"a")
+        await until(lambda: echo.sizes)
+        await asyncio.wait_for(asyncio.to_thread(lane.close), 5)
+        task.cancel()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("delay", "company"), [(60.0, 2), (0.2, 1)])
 def test_a_delay_gathers_company_and_no_longer_than_it_says(
     monkeypatch: pytest.MonkeyPatch, delay: float, company: int
