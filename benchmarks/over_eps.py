@@ -8,6 +8,7 @@ Figures go to --out as they are found, so an interrupted run resumes.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ from rampart.hardening.judge.metrics import share
 from rampart.hardening.model.calibrate import load_variant
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.folder import variants_in
-from rampart.hardening.model.images import Images, batches
+from rampart.hardening.model.images import Images, batches, split
 from rampart.hardening.model.pipeline import load as load_pipeline
 from rampart.hardening.model.pipeline import load_classifier
 from rampart.hardening.model.pixels import to_float, to_uint8
@@ -108,6 +109,12 @@ def figure(found: dict[str, Any], trained: int) -> Figure:
     return drawn
 
 
+def print_of(folder: Path) -> str:
+    """What tells a model from others: a hash of its weights and calibrations."""
+    files = sorted((folder / "weights.safetensors", *folder.glob("calibration-*.json")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def main() -> None:
     """Attack all at each eps, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,7 +126,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
     twin = options.model.with_name(f"{options.model.name}-undefended")
-    images = spread(load(options.data, train=False), options.images)
+    images = spread(split(load(options.data, train=False), "validation"), options.images)
     looks: dict[str, Callable[[Images, int], dict[str, Any]]] = {}
     for name, folder in (("hardened", options.model), ("undefended twin", twin)):
         check_unseen(folder, images)
@@ -128,9 +135,10 @@ def main() -> None:
         net, _ = load_pipeline(options.model / "weights.safetensors", "guarded")
         calibration = load_variant(options.model, "guarded")
         looks["guarded"] = partial(guarded, pipeline_victim(net, calibration, "", rate=RATE))
-    found: dict[str, Any] = {"n": len(images)}
+    found: dict[str, Any] = {"n": len(images), "of": [print_of(options.model), images.digest()]}
     if options.out.is_file():
-        found = json.loads(options.out.read_text())
+        before = json.loads(options.out.read_text())
+        found = before if before.get("of") == found["of"] else found
     for name, look in looks.items():
         rows = found.setdefault(name, {})
         for eps in EPS:

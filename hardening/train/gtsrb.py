@@ -1,5 +1,7 @@
 """German traffic signs (GTSRB, Stallkamp et al. 2012), fetched by torchvision, as arrays."""
 
+import itertools
+import random
 import shutil
 from pathlib import Path
 
@@ -85,18 +87,30 @@ def download(folder: Path) -> dict[str, int]:
 
 
 def write(home: Path, part: str, out: Path) -> int:
-    """Write one part of torchvision's folder `home` as an array file of `out`."""
+    """Write one part of torchvision's folder `home` as an array file of `out`.
+
+    Tracks stay in one piece, in an order of chance: so what is held out can be divided in order, as
+    `split` does, and its parts show other signs.
+    """
     if part == "test":
-        found = torchvision.datasets.GTSRB(str(home.parent), "test")
-        pairs = [(resized(image), label) for image, label in found]
+        test = torchvision.datasets.GTSRB(str(home.parent), "test")
+        pairs = [(resized(image), label) for image, label in test]
     else:
         files = sorted((home / "GTSRB" / "Training").glob("*/*.ppm"))
-        mine = [file for file in files if is_of(file, held=part == "held")]
+        found = [file for file in files if is_of(file, held=part == "held")]
+        tracks = [list(track) for _, track in itertools.groupby(found, key=track_of)]
+        random.Random(0).shuffle(tracks)
+        mine = [file for track in tracks for file in track]
         pairs = [(resized(Image.open(file)), int(file.parent.name)) for file in mine]
     image, label = zip(*pairs, strict=True)
     names = np.array(CLASSES)
     np.savez_compressed(out / f"{part}.npz", image=np.stack(image), label=label, classes=names)
     return len(image)
+
+
+def track_of(file: Path) -> tuple[str, str]:
+    """Class and number of the track of a picture TRACK_FRAME.ppm."""
+    return file.parent.name, file.stem.partition("_")[0]
 
 
 def is_of(file: Path, *, held: bool) -> bool:

@@ -1,4 +1,5 @@
 import zipfile
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,10 @@ def test_every_second_frame_of_a_track_is_taken_and_whole_tracks_are_held_out(
     assert set(parts["train"].image[:, 0, 0, 2].tolist()) == {0, 2, 4}
     for images in parts.values():
         assert images.image.shape[1:] == (32, 32, 3) and len(images.classes) == 43
+        signs = list(zip(images.label.tolist(), images.image[:, 0, 0, 1].tolist(), strict=True))
+        if images is not parts["test"]:  # each track in one piece, and classes mixed
+            assert len(set(signs)) == len([*groupby(signs)])
+            assert len([*groupby(images.label.tolist())]) > 2
     train = parts["train"]
     assert [train.classes[i] for i in sorted(set(train.label.tolist()))] == [
         "speed limit 20",
