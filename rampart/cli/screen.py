@@ -18,6 +18,7 @@ COLUMN = "Parquet: the column with bytes or addresses; default: the first such c
 FLAGGED = "Write only rows of flagged pictures and of errors"
 COPIES = "Copy the files of flagged pictures into this folder"
 NEAR = "Also find nearly identical pictures, as query attacks send them"
+ELSEWHERE = "Parquet: also read addresses outside the folder of the table"
 WORKERS = "Processes, or tasks of a cluster at once; default: one per core"
 RAY = "Screen on this Ray cluster (HOST:PORT, ray://HOST:PORT); auto: the cluster on this machine"
 
@@ -36,6 +37,7 @@ def screen(
     only_flagged: Annotated[bool, Option("--only-flagged", help=FLAGGED)] = False,
     copy_flagged: Annotated[Path | None, Option(help=COPIES), inputs.folder_to_write] = None,
     near_duplicates: Annotated[bool, Option("--near-duplicates", help=NEAR)] = False,
+    elsewhere: Annotated[bool, Option("--elsewhere", help=ELSEWHERE)] = False,
     workers: Annotated[int | None, Option(min=1, help=WORKERS)] = None,
     device: Annotated[Device, Option(help=DEVICE)] = "auto",
     ray: Annotated[str | None, Option(metavar="ADDRESS", help=RAY)] = None,
@@ -46,7 +48,7 @@ def screen(
     """
     from rampart.screening.screen import Wanted, screen
 
-    wanted = Wanted(column, only_flagged, copy_flagged, near_duplicates)
+    wanted = Wanted(column, only_flagged, copy_flagged, near_duplicates, elsewhere)
     result = screen(source, model, out, wanted, workers=workers, device=device, ray=ray)
     say(*result.lines)
     result.insist()

@@ -23,6 +23,7 @@ class Tally:
 
     images: int = 0
     detected: int = 0
+    left_out: int = 0  # files in tars that hold no picture
     decisions: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -33,6 +34,7 @@ class Tally:
         """Count what another counted as well."""
         self.images += other.images
         self.detected += other.detected
+        self.left_out += other.left_out
         for name in ("decisions", "labels", "errors", "ranks"):
             getattr(self, name).update(getattr(other, name))
 
@@ -122,4 +124,5 @@ def read(path: Path, digest: str) -> Tally | None:
 def _tally(content: Mapping[str, Any]) -> Tally:
     ranks = Counter({int(rank): count for rank, count in content["ranks"].items()})
     counters = {name: Counter(content[name]) for name in ("decisions", "labels", "errors")}
-    return Tally(content["images"], content["detected"], **counters, ranks=ranks)
+    images, detected, left_out = (content[name] for name in ("images", "detected", "left_out"))
+    return Tally(images, detected, left_out, **counters, ranks=ranks)

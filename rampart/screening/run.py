@@ -55,6 +55,7 @@ def settings(service: Service, store: str, setup: Setup) -> dict[str, Any]:
         "policy": asdict(service.policy),
         "only_flagged": setup.only_flagged,
         "near_duplicates": setup.fingerprints,
+        "copies": str(setup.copies.absolute()) if setup.copies else None,
     }
 
 
@@ -70,14 +71,28 @@ def claimed(out: Path, content: dict[str, Any]) -> Iterator[Path]:
                 f"another run writes to {out}: wait for it, or choose another"
             ) from error
         file.seek(0)
-        if (text := file.read()) and json.loads(text) != content:
-            old: dict[str, Any] = json.loads(text)
-            unlike = ", ".join(name for name in content if old.get(name) != content[name])
-            raise ValueError(f"{out} belongs to another run ({unlike}): choose another --out")
-        file.truncate(0)
-        json.dump(content, file, indent=1)
-        file.flush()
+        if (text := file.read()) != (line := json.dumps(content, indent=1)):
+            _check_own(out, text, content)
+            file.truncate(0)  # it is empty, or a write of it failed
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
         yield out / PARTS
+
+
+def _check_own(out: Path, text: str, content: dict[str, Any]) -> None:
+    """Raise ValueError where verdicts in `out` are of another run, which `text` describes."""
+    try:
+        old: dict[str, Any] = json.loads(text)
+    except ValueError:
+        old = {}
+    unlike = ", ".join(name for name in content if old.get(name) != content[name])
+    if old and unlike:
+        raise ValueError(f"{out} belongs to another run ({unlike}): choose another --out")
+    if not old and any((out / PARTS).glob("*.parquet")):
+        raise ValueError(
+            f"{out} has verdicts, but its {FILE} is damaged: choose another --out, or remove {out}"
+        )
 
 
 def run(store: Store, out: Path, screened: Screened) -> Outcome:

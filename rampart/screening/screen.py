@@ -19,6 +19,7 @@ class Wanted(NamedTuple):
     only_flagged: bool = False
     copies: Path | None = None
     near_duplicates: bool = False
+    elsewhere: bool = False  # whether rows may name files outside the folder of their table
 
 
 class Result(NamedTuple):
@@ -55,22 +56,27 @@ def screen(
     without pictures, a model that cannot be served, an OUT of another run, and a cluster that does
     not answer.
     """
+    if wanted.only_flagged and wanted.near_duplicates:
+        raise ValueError(
+            "--near-duplicates compares all pictures, and --only-flagged leaves rows out: pass one"
+        )
     if ray and device not in ("auto", "cpu"):
         raise ValueError(f"--ray screens on CPUs, not on {device}: leave out --device")
     with contextlib.ExitStack() as stack:
         if ray:
             stack.enter_context(cluster.connected(ray))
-        store = shards.find(source, wanted.column)
+        store = shards.find(source, wanted.column, elsewhere=wanted.elsewhere)
         archive = stack.enter_context(packed(model))
         setup = Setup(
-            archive, out, workers or available_cores(), "cpu" if ray else device, *wanted[1:]
+            archive, out, workers or available_cores(), "cpu" if ray else device, *wanted[1:4]
         )
         service = setup.open()
         with claimed(out, settings(service, source, setup)) as parts:
             placed = setup._replace(out=parts)
             made = cluster.Cluster(placed, workers) if ray else Processes(placed)
             outcome = run(store, parts, made.screened)
-            figures = summary.figures(service, outcome) | {"files_left_out": store.left_out}
+            left_out = store.left_out + outcome.tally.left_out
+            figures = summary.figures(service, outcome) | {"files_left_out": left_out}
             if wanted.near_duplicates:
                 figures["near_duplicates"] = near.write(parts, out)
             (out / summary.FILE).write_text(json.dumps(figures, indent=1) + "\n")

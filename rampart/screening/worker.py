@@ -1,7 +1,7 @@
 """One process of a run: it opens the archive, and screens shard after shard."""
 
 import hashlib
-import itertools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ from rampart.handlers.verdict import Verdict
 from rampart.launch.opening import open_archive
 from rampart.screening import shards
 from rampart.screening.parts import Part, Row, Tally, schema
-from rampart.screening.shards import Item, Shard
+from rampart.screening.shards import Item, LeftOut, Shard
 
 # A table is the operator's own, and nobody's query: it shows scores, and touches no endpoint's
 # store or quarantine.
@@ -62,8 +62,11 @@ class Screener:
 
     def screen(self, shard: Shard, progress: Progress) -> Tally:
         """Write the part of a shard; what it counted."""
+        if self._setup.copies:  # of the shard as it was
+            shutil.rmtree(self._setup.copies / Path(shard.part).stem, ignore_errors=True)
         with Part(self._setup.out / shard.part, self._columns, shard.digest) as part:
-            for batch in self._batches(shards.read(shard)):
+            items = self._pictures(shards.read(shard), part.tally)
+            for batch in self._batches(items):
                 for item, row in zip(batch, self._rows(batch), strict=True):
                     self._count(part.tally, row)
                     if row["detected"] or row["error"] or not self._setup.only_flagged:
@@ -73,11 +76,24 @@ class Screener:
                 progress(len(batch))
         return part.tally
 
+    def _pictures(self, items: Iterator[Item | LeftOut], tally: Tally) -> Iterator[Item]:
+        """Those that there are; what holds none is counted."""
+        for item in items:
+            if isinstance(item, Item):
+                yield item
+            else:
+                tally.left_out += 1
+
     def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
         """Batches of items; the next one is read while one is judged."""
 
         def read() -> list[Item]:
-            return list(itertools.islice(items, MAX_IMAGES))
+            batch: list[Item] = []
+            held = 0
+            while len(batch) < MAX_IMAGES and held < shards.TOGETHER and (one := next(items, None)):
+                batch.append(one)
+                held += len(one.data) if isinstance(one.data, bytes) else 0
+            return batch
 
         following = self._reader.submit(read)
         while batch := following.result():

@@ -1,29 +1,16 @@
 """The copies of archives that workers open."""
 
-import resource
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import full
 
 from rampart.export.archive import archive as pack
 from rampart.launch.archives import Archives
 from rampart.launch.endpoint import LaunchError, read_model
 from rampart.launch.job import Job
-
-
-@contextmanager
-def full(size: int) -> Iterator[None]:
-    """As on a disk that takes no file of more bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

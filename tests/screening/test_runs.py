@@ -19,6 +19,7 @@ import deadly
 import psutil
 import pytest
 from command import run as typed
+from full_disk import full
 from screened import folder, pack, picture, table
 
 from rampart.screening.parts import Tally
@@ -219,6 +220,47 @@ def test_a_model_folder_that_ships_its_graph_screens_without_torch(
     )
     assert done.stdout.endswith("None False False\n"), done.stdout + done.stderr
     assert names(tmp_path / "o").total() == 1
+
+
+def test_a_full_disk_makes_no_folder_forget_whose_verdicts_it_holds(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    store = folder(tmp_path / "store", {"1.png": picture(1)})
+    out = tmp_path / "o"
+    screen(str(store), tiny_archive, out, workers=1)
+    content = json.loads((out / FILE).read_text())
+    with full(0), claimed(out, content):  # the same run again: nothing is written
+        pass
+    assert json.loads((out / FILE).read_text()) == content
+    (out / FILE).write_text("")
+    with (
+        pytest.raises(ValueError, match=r"o has verdicts, but its screen.json is damaged: choose"),
+        claimed(out, content),
+    ):
+        pass
+    new = tmp_path / "new"
+    with pytest.raises(OSError, match="File too large"), full(5), claimed(new, content):
+        pass
+    with claimed(new, content):
+        assert json.loads((new / FILE).read_text()) == content
+
+
+def test_near_duplicates_of_rows_that_are_left_out_are_refused(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    wanted = Wanted(only_flagged=True, near_duplicates=True)
+    with pytest.raises(ValueError, match="--only-flagged leaves rows out"):
+        screen(str(tmp_path), tiny_archive, tmp_path / "o", wanted, workers=1)
+
+
+def test_copies_that_are_wanted_later_are_those_of_another_run(
+    tiny_archive: Path, tmp_path: Path
+) -> None:
+    store = folder(tmp_path / "store", {"1.png": picture(1)})
+    screen(str(store), tiny_archive, tmp_path / "o", workers=1)
+    wanted = Wanted(copies=tmp_path / "copies")
+    with pytest.raises(ValueError, match=r"another run \(copies\): choose another --out"):
+        screen(str(store), tiny_archive, tmp_path / "o", wanted, workers=1)
 
 
 def test_a_folder_of_another_run_is_refused(tiny_archive: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import os
 import ssl
 import subprocess
 import sys
+import tarfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -203,9 +205,94 @@ def test_files_that_hold_no_picture_by_their_name_are_left_out_and_counted(tmp_p
     assert store.left_out == 2
     assert [Path(name).name for name in store.shards[0].files] == ["a.png", "c.JPG", "noending"]
     packed = pack(tmp_path / "a.tar", content)
-    assert [item.name for item in shards.read(shards.find(str(packed)).shards[0])] == [
+    items = [*shards.read(shards.find(str(packed)).shards[0])]
+    assert [item.name for item in items if isinstance(item, shards.Item)] == [
         "a.png", "b/c.JPG", "noending",
     ]  # fmt: skip
+    left = [item.name for item in items if isinstance(item, shards.LeftOut)]
+    assert left == ["a.json", ".hidden.png"]
+
+
+def test_a_name_with_brackets_or_of_no_store_costs_no_other_picture_its_verdict(
+    screener: Screener, tmp_path: Path
+) -> None:
+    names = [f"{n}.png" for n in range(4)] + ["b[1].png", "b*.png"]
+    source = folder(tmp_path / "store", {name: picture(1) for name in names})
+    found, tally = rows(screener, source, tmp_path / "out")
+    assert tally.images == 6 and not tally.errors and all(row["label"] for row in found)
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(["nosuch://a.png", *(f"store/{name}" for name in names)]))
+    _, tally = rows(screener, listed, tmp_path / "out2")
+    assert tally.errors == {"unreadable": 1} and tally.judged == 6
+
+
+@pytest.mark.parametrize("where", ["header", "between", "within"])
+def test_a_tar_that_is_cut_or_damaged_says_so_after_what_came_before(
+    where: str, screener: Screener, tmp_path: Path
+) -> None:
+    file = pack(tmp_path / "a.tar", {f"{n}.png": picture(n) for n in range(5)})
+    with tarfile.open(file) as packed:
+        third = packed.getmembers()[2]
+    content = bytearray(file.read_bytes())
+    if where == "header":
+        content[third.offset + 3] ^= 1
+    file.write_bytes(
+        content[: third.offset + {"between": 0, "within": 100}.get(where, len(content))]
+    )
+    _, tally = rows(screener, file, tmp_path / "out")
+    assert tally.judged == 2 and tally.errors == {"unreadable": 1}
+
+
+def test_a_header_of_a_tar_that_says_it_is_huge_is_not_read(
+    screener: Screener, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as packed:
+        about = tarfile.TarInfo("a.png")
+        about.pax_headers = {"comment": "a" * 2_000_000}
+        packed.addfile(about)
+    found, tally = rows(screener, tmp_path / "a.tar", tmp_path / "out")
+    assert tally.errors == {"unreadable": 1} and "has a header of 2,000," in found[0]["message"]
+
+
+def test_what_a_table_names_elsewhere_is_read_only_if_that_is_wanted(
+    screener: Screener, tmp_path: Path
+) -> None:
+    inside, outside = tmp_path / "set", tmp_path / "outside.png"
+    folder(inside, {"1.png": picture(1), "deep/2.png": picture(2)})
+    outside.write_bytes(picture(3))
+    (inside / "link.png").symlink_to(outside)
+    named = ["1.png", str(inside / "deep/2.png"), "../outside.png", str(outside), "link.png"]
+    parquet.write_table(pa.table({"path": [*named, "/dev/zero"]}), inside / "a.parquet")
+    _, tally = rows(screener, inside / "a.parquet", tmp_path / "out")
+    assert tally.judged == 2 and tally.errors == {"elsewhere": 4}
+    (shard,) = shards.find(str(inside / "a.parquet"), elsewhere=True).shards
+    data = [item.data for item in shards.read(shard) if isinstance(item, shards.Item)]
+    assert [isinstance(one, bytes) for one in data] == [True] * 5 + [False]
+    assert "no regular file" in str(data[-1])
+
+
+def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(300_000_000)
+    (tmp_path / "a.txt").write_text("a.png\nb.png")
+    for source in (tmp_path, tmp_path / "a.txt"):
+        (shard,) = shards.find(str(source)).shards
+        tracemalloc.start()
+        items = [*shards.read(shard._replace(sizes=(0, 0)))]  # as of a store that tells no size
+        assert tracemalloc.get_traced_memory()[1] < 3 * shards.LARGEST
+        tracemalloc.stop()
+        assert {item.data.type for item in items} == {"file_too_large"}  # type: ignore
+        assert [str(item.data) for item in shards.read(shard)] == [str(item.data) for item in items]
+
+
+def test_a_file_of_a_list_that_changes_is_screened_anew(tmp_path: Path) -> None:
+    folder(tmp_path, {"1.png": picture(1)})
+    (tmp_path / "a.txt").write_text("1.png")
+    (before,) = shards.find(str(tmp_path / "a.txt")).shards
+    (tmp_path / "1.png").write_bytes(picture(2) + b"more")
+    (after,) = shards.find(str(tmp_path / "a.txt")).shards
+    assert before.digest != after.digest and before.part == after.part
 
 
 @pytest.mark.parametrize(
