@@ -28,7 +28,7 @@ from rampart.model import Model, images_to_fit
 from rampart.preflight import check_place
 from rampart.proposal import Plan, Proposal, Wishes, image_size, propose
 from rampart.provenance import PYTHON
-from rampart.sources import Source, sample_of
+from rampart.sources import Source, calibration_images, sample_of
 from rampart.studies import ChecksFailed, Outcome, Study, evaluate
 from rampart.training import (
     Run,
@@ -83,17 +83,19 @@ def assemble(
     model.save(folder)
     write_sample(model, split(out, "validation"), folder / SAMPLE)
     images = collect(folder, list(files.values()), train, fitted=images_to_fit(held), held=out)
-    model.add_to_card({"images": images})
+    model.add_to_card({"images": model.card["images"] | images})
     return model
 
 
 def add_guarded(folder: Path, source: Source, *, command: str) -> None:
-    """Calibrate a finished classifier as the variant guarded too; its other files stay."""
+    """Calibrate a finished classifier as the variant guarded too; its other files stay.
+
+    Raises ValueError where its other variants are calibrated on other images.
+    """
     model = Model.load(folder)
-    train, held = source.read(model.image_size)
-    model.check_classes(held)
+    held = calibration_images(model, source)
     model.calibrated_on = f"{source.name}, calibration split"
-    model.rank("guarded", Held(held, train if len(train) else None))
+    model.rank("guarded", Held(held))
     model.add_to_card({"commands": [*model.card.get("commands", []), command]})
 
 

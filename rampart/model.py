@@ -130,7 +130,7 @@ class Model(Calibrated):
             "training": {"classifier": "not recorded"},
         }
         content |= {"history": [], "classifier": classifier.config._asdict(), "commands": [PYTHON]}
-        content |= {"calibration_images": len(source.calibration)}
+        content |= {"calibration_images": len(source.calibration), "images": source.sets}
         model = cls(whole, source.images.classes, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
         model.set_radius()

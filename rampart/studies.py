@@ -39,7 +39,7 @@ from rampart.hardening.train.data import Folder, spread, survey
 from rampart.looks import shown
 from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
-from rampart.sources import Sample, Source, held_images
+from rampart.sources import Sample, Source, calibration_images, held_images
 from rampart.training import pick_device
 
 AT_ONCE = 128  # images of a folder that are judged together
@@ -398,7 +398,7 @@ def quantize(
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
     rate = model.chosen_rate(study.rate)
-    held = held_images(model, source)
+    held = calibration_images(model, source)
     few, data = split(held, "validation"), f"validation split of {source.name}"
     gate = partial(agree, images=few, precision=precision, rate=rate)
     for variant in model.variants:
