@@ -267,7 +267,7 @@ class Model(Calibrated):
         self.check_classes(chosen)
         everyone = list(targets or self.victims(rate=rate, device=where))
         attack = partial(judge.evaluate, everyone, chosen, threat or Threat(), budget or Budget())
-        result = attack(rate=rate, folder=cache, only=list(only))
+        result = attack(rate=rate, folder=cache, only=list(only)).on(data)
         row = partial(report.row, data=data, command=command, rate=rate)
         return Figures(result, list(map(row, result.metrics)))
 

@@ -176,7 +176,8 @@ def enter_figures(
     entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
-        entries["checks"] = figures.evaluation.check_rows
+        checks = report.merge_checks(book.get("checks", []), figures.evaluation.check_rows)
+        entries["checks"] = checks
     return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 
@@ -404,14 +405,20 @@ def quantize(
     for variant in model.variants:
         found = make_form(folder, variant, precision, held, gate, source=source.name, limit=limit)
         lines.append(f"{variant}: {found}")
-        # Figures of an earlier graph are not this one's.
-        rows = [r for r in model.card.get("metrics", []) if precision not in r["subject"]]
-        model.add_to_card({"metrics": rows})
-        if beside := model.measured().get("metrics"):
-            others = [r for r in beside if precision not in r["subject"]]
-            model.keep({"metrics": others}, into_card=False)
+        model.add_to_card(of_others(model.card, precision))
+        if others := of_others(model.measured(), precision):
+            model.keep(others, into_card=False)
         keep_form(model, Form(variant, precision), found, data, study)
     return Outcome(model.card, lines)
+
+
+def of_others(book: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    """Figures and self-checks but those of graphs in `precision`: a new graph has none yet."""
+    return {
+        name: [row for row in book[name] if precision not in row["subject"]]
+        for name in ("metrics", "checks")
+        if name in book
+    }
 
 
 def keep_form(

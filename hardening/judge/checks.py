@@ -33,12 +33,19 @@ FAR = {"Linf": 64 / 255, "L2": 4.0}
 
 
 class Check(NamedTuple):
-    """One self-check: whether it passed and what it saw."""
+    """One self-check: whether it passed and what it saw, in an evaluation on `n` images."""
 
     name: str
     subject: str
     passed: bool
     seen: str
+    data: str = ""  # names the images
+    n: int = 0
+
+    @property
+    def where(self) -> str:
+        """What it saw, and in an evaluation of which images."""
+        return f"{self.seen}; {self.data}" if self.data else self.seen
 
     def __str__(self) -> str:
         return f"{'passed' if self.passed else 'FAILED'}  {self.name} ({self.subject}): {self.seen}"

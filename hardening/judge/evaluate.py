@@ -301,6 +301,11 @@ class Evaluation(NamedTuple):
     knowledge: str = "knows every part"  # of the attacker
     worst: str = "worst case"  # what is left is called
 
+    def on(self, data: str) -> "Evaluation":
+        """The same, whose self-checks say on which images: `data` names them."""
+        named = [check._replace(data=data, n=len(self.images)) for check in self.checks]
+        return self._replace(checks=named)
+
     @property
     def check_rows(self) -> list[Row]:
         """The self-checks as cards have them."""

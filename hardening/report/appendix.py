@@ -25,7 +25,7 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
         return
     words = ["These look for signs that an attack failed rather than that a defence held."]
     result = {True: "passed", False: "FAILED"}
-    body = [(result[c.passed], *in_short(c), c.seen) for c in checks]
+    body = [(result[c.passed], *in_short(c), c.where) for c in checks]
     head = ("result", "check", "victim", "what it saw")
     yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
 

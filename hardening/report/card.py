@@ -23,6 +23,7 @@ from rampart.hardening.model.card import (
 from rampart.hardening.model.card import MEASURED as MEASURED
 from rampart.hardening.model.card import failed_checks as failed_checks
 from rampart.hardening.model.card import merge as merge
+from rampart.hardening.model.card import merge_checks as merge_checks
 from rampart.hardening.model.card import outnumbered as outnumbered
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8

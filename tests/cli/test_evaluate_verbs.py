@@ -84,6 +84,8 @@ def test_the_report_follows_the_cards_threat_with_a_sample_and_without(
 
     assert str(page) in measured(8)
     assert "(chelsea)" in page.read_text()
+    checks = report.read_card(lean_only)["checks"]
+    assert {(check["data"], check["n"]) for check in checks} == {("images in memory", 6)}
     without = page.read_bytes()
     Image.fromarray(blobs(1).image[0].numpy()).save(sample)
     assert "the card is of Linf 8/255" in measured(4)

@@ -48,6 +48,36 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
     ]
 
 
+def checked(data: str, n: int, *, passed: bool, subject: str = "classifier") -> dict[str, Any]:
+    """A self-check as a card has it, of so many images of `data`."""
+    row = {"name": "black_box", "subject": subject, "passed": passed, "seen": ""}
+    return row | {"data": f"{n} of {data}", "n": n}
+
+
+def test_a_self_check_that_failed_goes_by_the_same_one_on_as_many_images_alone() -> None:
+    failed = checked("a", 100, passed=False)
+    others = [
+        checked("a", 99, passed=True),
+        checked("b", 200, passed=True),
+        checked("a", 200, passed=True, subject="lean"),
+    ]
+    assert report.merge_checks([failed], others) == [failed, *others[1:]]
+    for n in (100, 200):
+        again = checked("a", n, passed=True)
+        assert report.merge_checks([failed, others[1]], [again]) == [others[1], again]
+
+
+def test_a_self_check_that_fails_on_fewer_images_replaces_one_that_passed() -> None:
+    passed, failed = checked("a", 100, passed=True), checked("a", 10, passed=False)
+    assert report.merge_checks([passed], [failed]) == [failed]
+
+
+def test_self_checks_of_earlier_cards_which_name_no_images_go_by_any_repetition() -> None:
+    earlier = [{"name": "black_box", "subject": s, "passed": False} for s in ("classifier", "lean")]
+    new = checked("a", 10, passed=True)
+    assert report.merge_checks(earlier, [new]) == [earlier[1], new]
+
+
 def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
     strong, weak = (
         report.row(
