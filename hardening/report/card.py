@@ -45,7 +45,15 @@ SUBJECTS = {
 }
 MODELS = ("model", "network", "weights", "training", "clean accuracy", "under attack")
 
-Lowest = dict[tuple[Subject, str], Figure]  # the lowest figure of a subject under a name
+HARMS = ("clean_rejection", "accepted_and_wrong")  # beside rejections that an attack forces
+
+Lowest = dict[tuple[Subject, str], Figure]  # the worst figure of a subject under a name
+
+
+def merit(figure: Figure) -> float:
+    """How far a figure speaks for the defence: of what it wants to be rare, the negative share."""
+    floods = (attack.name for attack in ladder.RUNGS if attack.aim == "flood")
+    return -figure.value if figure.name in (*HARMS, *floods) else figure.value
 
 
 def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> Row:
@@ -118,7 +126,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def markdown(card: Row) -> str:
-    """The card's main figures, the lowest of each, as one Markdown table for each data set."""
+    """The card's main figures, the worst of each, as one Markdown table for each data set."""
     if "objects" in card:
         every = [attacks for name, attacks in card.items() if name.startswith("attacks")]
         return "\n\n".join(map(objects_markdown, every))
@@ -126,7 +134,7 @@ def markdown(card: Row) -> str:
     for figure in main_figures(card):
         title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"
         lowest, key = tables.setdefault(title, {}), (figure.subject, figure.name)
-        if key not in lowest or figure.value <= lowest[key].value:
+        if key not in lowest or merit(figure) <= merit(lowest[key]):
             lowest[key] = figure
     parts = {title: one_table(worst_cases(lowest)) for title, lowest in tables.items()}
     return "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items() if text)

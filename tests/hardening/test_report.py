@@ -10,6 +10,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.metrics import Metric
 from rampart.hardening.model.card import Subject
 from rampart.hardening.report import card as report
+from rampart.hardening.report import findings, frameworks
 
 
 def test_a_row_carries_threat_count_and_interval() -> None:
@@ -46,6 +47,22 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
         ("0.5", "old"),
         ("8/255", "new"),
     ]
+
+
+@pytest.mark.parametrize("name", ["forced_rejection", "accepted_and_wrong", "clean_rejection"])
+def test_of_what_should_be_rare_the_larger_share_is_shown_however_weak_the_attack(
+    name: str,
+) -> None:
+    def measured(value: float, attack: str) -> dict[str, Any]:
+        metric = Metric(Subject("pipeline", "lean"), name, value, 100, Threat(), attack)
+        return report.row(metric, data="d", command="c")
+
+    rows = [measured(0.3, "20 steps"), measured(0.6, "100 steps"), measured(0.4, "50 steps")]
+    card = {"threat_model": "Linf 8/255", "metrics": rows, "promise": {}}
+    assert [figure.value for figure in findings.of_card(card)[1]] == [0.6]
+    assert "60.0%" in frameworks.said(name)(card)
+    if name == "clean_rejection":  # a column of the documents' tables
+        assert "60.0%" in report.markdown(card)
 
 
 def checked(data: str, n: int, *, passed: bool, subject: str = "classifier") -> dict[str, Any]:
