@@ -19,6 +19,7 @@ from rampart.hardening.model.files import SAMPLE, SAMPLES, read_config
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
 from rampart.hardening.model.purifier import Purifier
+from rampart.hardening.model.wrapping import behaviour_of_code
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import spread
 from rampart.hardening.train.loop import say
@@ -38,6 +39,7 @@ from rampart.training import (
     prove_training,
     train_from,
     train_purifier_from,
+    untrained,
     usually_normalized,
 )
 
@@ -232,7 +234,10 @@ class Way(NamedTuple):
 
     def inputs(self, **others: object) -> dict[str, object]:
         """What every stage depends on, and `others`."""
-        images, held = self.source.read(self.plan.net.image_size)
+        net = self.plan.net
+        images, held = self.source.read(net.image_size)
+        if net.head:  # of your own: its name does not tell what its code does
+            others["code"] = behaviour_of_code(untrained(net, (images, held)), net.image_size)
         return {"images": images, "held": held, **others}
 
     def attack_inputs(self, **others: object) -> dict[str, object]:

@@ -30,7 +30,6 @@ from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model import calibrate as ranks
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.classifier import Classifier
@@ -217,15 +216,15 @@ class Model(Calibrated):
     ) -> list[Victim]:
         """What is attacked: classifier, variants that reject at `rate`, an undefended twin."""
         net = copy.deepcopy(self.classifier).to(device)
-        out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
+        out = [victims.label_victim("classifier", net, victims.fingerprint(net))]
         for variant in self.variants:
             pipeline, engine = self.pipeline(variant), self.engine(variant)
-            digest = checkpoint.digest(pipeline)
+            digest = victims.fingerprint(pipeline)
             arm = partial(victims.pipeline_victim, pipeline.to(device), self.calibration(variant))
             out.append(arm(digest, rate=rate, engine=engine))
         if twin:
             other = twin.to(device)
-            out.append(victims.label_victim("undefended", other, checkpoint.digest(other)))
+            out.append(victims.label_victim("undefended", other, victims.fingerprint(other)))
         return out
 
     def lower_victims(
@@ -236,8 +235,9 @@ class Model(Calibrated):
         for variant in self.variants:
             engine = self.engine(variant, precision)
             table, pipeline = self.calibration(variant, precision), self.pipeline(variant)
+            digest = victims.fingerprint(pipeline, engine.digest)
             graph = victims.StraightThrough(pipeline.to(device), engine)
-            arm = partial(victims.pipeline_victim, graph, table, engine.digest)
+            arm = partial(victims.pipeline_victim, graph, table, digest)
             out.append(arm(precision=precision, rate=rate, engine=engine))
         return out
 

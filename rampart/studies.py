@@ -23,11 +23,10 @@ from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.attack.victims import Victim, label_victim
+from rampart.hardening.attack.victims import Victim, fingerprint, label_victim
 from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model.card import Subject
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.files import SAMPLE, Precision, load_variant
@@ -248,7 +247,7 @@ def ablate(
     choose = partial(ablation.chosen, test=bool(test), guarded="guarded" in model.variants)
     every = [arm(pipeline, setup, held) for setup in choose(pipeline, rows)]
     if (control := twin_of(model, study.twin)) and not (test or rows):
-        victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
+        victim = label_victim("undefended", control.to(where), fingerprint(control))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
     budget = QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, study.threat, budget, folder=study.cache)

@@ -19,10 +19,10 @@ from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack.ladder import Aim, Budget, in_8_bits, rungs_of
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.attack.victims import Victim, label_victim, pipeline_victim
+from rampart.hardening.attack.victims import Victim, fingerprint, label_victim, pipeline_victim
 from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
-from rampart.hardening.model import calibrate, checkpoint, detectors
+from rampart.hardening.model import calibrate, detectors
 from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.model.card import Figure, Row, Subject, cell_text, gain_text
 from rampart.hardening.model.detectors import PURIFIER, RECTIFIED, RECTIFIER, Confidence
@@ -133,7 +133,7 @@ def arm(
     net = DefendedClassifier(pipeline.classifier, purifier, names)
     net.detectors.take(pipeline.detectors)
     net = net.cpu().eval().requires_grad_(False)
-    engine, digest = to_engine(net), f"{checkpoint.digest(net)} {setup}"
+    engine, digest = to_engine(net), f"{fingerprint(net)} {setup}"
     if not setup.detectors:
         victim = label_victim(setup.name, net.to(device).label_logits, digest)
         return Attacked(setup, None, [victim], engine)

@@ -33,7 +33,7 @@ CHECKED, QUERIES = 40, 200
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
 ATTACK_CODE = ("attack/pgd", "attack/ladder", "attack/noise", "attack/objectives")
 DEFENCE_CODE = ("model/calibrate", "model/detectors", "model/pipeline", "model/purifier")
-LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels")
+LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels", "model/wrapping")
 PIPELINE_CODE = (*LABEL_CODE, "attack/victims", *DEFENCE_CODE)
 AIMS: tuple[Aim, ...] = ("label", "joint", "flood")
 BARE = ("classifier", "undefended")  # victims that nothing stands in front of
