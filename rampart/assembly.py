@@ -18,6 +18,7 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.files import SAMPLE, SAMPLES, read_config
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
+from rampart.hardening.model.provenance import check_unseen
 from rampart.hardening.model.purifier import Purifier
 from rampart.hardening.model.wrapping import behaviour_of_code
 from rampart.hardening.report import card as report
@@ -63,7 +64,7 @@ def assemble(
 
     Without a purifier it has the variant lean alone; with `guarded`, that one too. First all is
     tried that would fail later, unless it was `tried` before. Raises ValueError that lists what is
-    wrong, as classes that differ.
+    wrong, as classes that differ, or held-out images that a part was trained on.
     """
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
@@ -72,6 +73,8 @@ def assemble(
     train, out = source.read(net.config.image_size)
     held = Held(out, train if len(train) else None)
     files = {"classifier": classifier} | ({"purifier": purifier} if purifier else {})
+    for file in files.values():
+        check_unseen(file.parent, out)
     model = Model.calibrate(
         net,
         held,

@@ -7,7 +7,7 @@ from blobs import blobs
 from command import run
 from PIL import Image
 
-from rampart.assembly import add_guarded
+from rampart.assembly import add_guarded, assemble
 from rampart.hardening.model import provenance
 from rampart.hardening.model.images import Images, hold_out
 from rampart.hardening.report import card as report
@@ -232,3 +232,15 @@ def test_a_further_form_wants_the_held_out_images_of_the_others_in_their_order(
         check_forms_refused(home, source, f"other held-out images than those of {name}.npz")
     add_guarded(home, written(lean_only.with_name("same.npz"), images), command="calibrate")
     assert Model.load(home).variants == ["lean", "guarded"]
+
+
+def test_a_part_that_was_trained_on_the_held_out_images_is_not_calibrated_on_them(
+    lean_only: Path,
+) -> None:
+    images = blobs(600)
+    source = written(lean_only.with_name("held.npz"), images)
+    provenance.write(lean_only, provenance.fingerprints(images.image[:5]))
+    made = lean_only.with_name("made")
+    with pytest.raises(ValueError, match="was trained on 5 of these 600 images"):
+        assemble(made, source, lean_only / "weights.safetensors")
+    assert not made.exists()
