@@ -254,9 +254,11 @@ def ablate(
     title = test.name if test else f"validation images of {source.name}"
     how = {"data": f"{len(few)} {title}", "command": study.command}
     entry = ablation.entry(outcomes, study.threat, budget, len(few.classes), **how)
+    checked = [str(check) for outcome in outcomes for check in outcome.checks]
+    words = [f"{entry['data']}, {entry['threat_model']}: {entry['attack']}", *checked]
     if not (rows or test):
-        return enter_ablation(model, entry, outcomes, study)
-    lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
+        return enter_ablation(model, entry, outcomes, study, words)
+    lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES] + words
     return enter_test(model, entry, study, lines) if test else Outcome(model.card, lines)
 
 
@@ -271,14 +273,18 @@ def enter_test(model: Model, entry: dict[str, Any], study: Study, lines: list[st
 
 
 def enter_ablation(
-    model: Model, entry: dict[str, Any], results: list[ablation.Outcome], study: Study
+    model: Model,
+    entry: dict[str, Any],
+    results: list[ablation.Outcome],
+    study: Study,
+    words: list[str],
 ) -> Outcome:
-    """Keep an ablation with the variant that it chooses, and draw it."""
+    """Keep an ablation with the variant that it chooses, and draw it; `words` say how it went."""
     from rampart.hardening.report import plots
 
     entry["default"] = ablation.default(results)
     kept = keep(model, {"ablation": entry}, study)
-    lines = [report.piped(*ablation.table(entry["rows"]))]
+    lines = [report.piped(*ablation.table(entry["rows"])), *words]
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     if file := kept.file(model, "ablation.png"):
         title = f"What each part adds: {entry['data']}, {entry['threat_model']}"
