@@ -111,14 +111,17 @@ class Model(Calibrated):
         data: str = "images in memory",
         calibrated_on: str = "",
         guarded: bool = False,
+        threat: Threat | None = None,
         card: Mapping[str, Any] | None = None,
     ) -> "Model":
         """Put the parts together and rank the held-out images: 40 or more, 200 for 1% alarms.
 
-        Prints what is promised, and how it fares on validation images, which rank nothing.
-        The feature distance is fitted on training images where `held` has them, since every split
-        of the others is measured, combined or ranked on. Raises ValueError for too few images, and
-        with `guarded`, which adds that variant, for a network whose gradient has no ONNX form.
+        `threat` is what the model is evaluated against; by default what the classifier was trained
+        against, else Linf 8/255. `guarded` steps half as far. Prints what is promised, and how it
+        fares on validation images, which rank nothing. The feature distance is fitted on training
+        images where `held` has them, since every split of the others is measured, combined or
+        ranked on. Raises ValueError for too few images, and with `guarded`, which adds that
+        variant, for a network whose gradient has no ONNX form.
         """
         source = held if isinstance(held, Held) else Held(held)
         check_classes(classifier, source.images.classes)
@@ -126,8 +129,9 @@ class Model(Calibrated):
         content: dict[str, Any] = {
             "model": name,
             "data": data,
-            "training": {"classifier": "not recorded"},
+            "training": {"classifier": classifier.trained or "not recorded"},
         }
+        content |= {"threat_model": str(threat)} if threat else {}
         content |= {"history": [], "classifier": classifier.config._asdict(), "commands": [PYTHON]}
         content |= {"calibration_images": len(source.calibration), "images": source.sets}
         model = cls(whole, source.images.classes, {}, card=content | dict(card or {}))
@@ -257,8 +261,9 @@ class Model(Calibrated):
     ) -> Figures:
         """Attack classifier and variants with full knowledge, within `budget` for an image.
 
-        `only` names attacks, all where it is empty; `targets` stand in place of `victims`; `cache`
-        keeps what attacks found. Raises ValueError for other classes or an unknown attack.
+        By default `threat` is the model's own. `only` names attacks, all where it is empty;
+        `targets` stand in place of `victims`; `cache` keeps what attacks found. Raises ValueError
+        for other classes or an unknown attack.
         """
         import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
@@ -266,7 +271,8 @@ class Model(Calibrated):
         chosen = images.whole().to(where)
         self.check_classes(chosen)
         everyone = list(targets or self.victims(rate=rate, device=where))
-        attack = partial(judge.evaluate, everyone, chosen, threat or Threat(), budget or Budget())
+        within = threat or self.threat, budget or Budget()
+        attack = partial(judge.evaluate, everyone, chosen, *within)
         result = attack(rate=rate, folder=cache, only=list(only)).on(data)
         row = partial(report.row, data=data, command=command, rate=rate)
         return Figures(result, list(map(row, result.metrics)))
