@@ -51,6 +51,7 @@ WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
 # Steps towards a label, which tell how near it is, and labels towards which they are made.
 PUSH, LIKELY = 8, 50
+STANDARD_CLASSES = 10  # at least, for the nine targets of AutoAttack as published
 AGAIN = 3  # tries onward from the nearest miss of all detectors
 
 
@@ -80,7 +81,7 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
         classes = look(x[:1]).logits.shape[1]
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # the ladder's own checks report
     common = {"eps": threat.eps, "norm": threat.norm, "seed": 0, "device": x.device}
-    if budget.standard and classes >= 10:
+    if budget.standard and classes >= STANDARD_CLASSES:
         attack = AutoAttack(Logits(), version="standard", **common)
     else:
         names, targets = list(parts(budget, classes)), min(budget.targets, classes - 1)
@@ -337,7 +338,7 @@ class Attack:
 
 
 def short_effort(budget: Budget, classes: int) -> str:
-    """How figures name a part of AutoAttack."""
+    """How figures name parts of AutoAttack, run by the numbers of a budget."""
     return f"{' + '.join(parts(budget, classes).values())}, {budget}"
 
 
@@ -363,8 +364,9 @@ RUNGS = (
         "autoattack",
         "label",
         autoattack,
-        # With fewer than four classes it is not the standard one.
-        lambda b, classes: "AutoAttack, standard" if classes >= 4 else short_effort(b, classes),
+        lambda budget, classes: (
+            "AutoAttack, standard" if classes >= STANDARD_CLASSES else short_effort(budget, classes)
+        ),
         lambda budget: 2 * autoattack_passes(budget),
         meaning="label right under AutoAttack",
         title="AutoAttack",

@@ -221,9 +221,11 @@ def model_cells(folder: Path, card: Row) -> list[str]:
     clean = max((f for f in own if f.name == "clean"), key=lambda f: f.n, default=None)
     out.append(f"{clean.cell}, n = {clean.n}" if clean else "-")
     standard = [f for f in own if (f.name, f.attack) == ("autoattack", "AutoAttack, standard")]
-    # A model whose AutoAttack is not done yet has the weaker PGD-20, by its name.
-    weaker = [f for f in own if f.name == "pgd20"]
-    for title, same in (("standard AutoAttack", standard), ("PGD-20", weaker)):
+    # Of few classes there is no standard one; a model whose AutoAttack is not done yet has the
+    # weaker PGD-20, by its name.
+    other, weaker = ([f for f in own if f.name == name] for name in ("autoattack", "pgd20"))
+    named = (("standard AutoAttack", standard), ("AutoAttack", other), ("PGD-20", weaker))
+    for title, same in named:
         if best := max(same, key=lambda f: f.n, default=None):
             return [*out, f"{best.cell}, n = {best.n}, {title}, {best.threat}"]
     return [*out, "-"]

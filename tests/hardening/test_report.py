@@ -265,7 +265,7 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
         Metric(Subject("classifier"), "clean", 0.7, 100),
         Metric(Subject("classifier"), "autoattack", 0.4, 100, Threat(), standard),
         Metric(Subject("classifier"), "autoattack", 0.6, 100, Threat(eps=2 / 255), standard),
-        # What it is where there are fewer than four classes.
+        # What it is where there are fewer than ten classes.
         Metric(
             Subject("classifier"), "autoattack", 0.5, 200, Threat(), "APGD-CE + Square, steps 100"
         ),
@@ -277,13 +277,16 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
     shutil.copytree(tmp_path / "second", tmp_path / "third")
     weak = Metric(Subject("classifier"), "pgd20", 0.8, 100, Threat(), "PGD")
     report.write_card(tmp_path / "third", card_of(figures[1], weak))
-    folders = [tmp_path / name for name in ("first", "second", "third")]
+    shutil.copytree(tmp_path / "second", tmp_path / "fourth")
+    report.write_card(tmp_path / "fourth", card_of(figures[-1], weak))
+    folders = [tmp_path / name for name in ("first", "second", "third", "fourth")]
     lines = report.model_table(folders).splitlines()
     assert lines[2].startswith("| `first` | resnet10 x 0.125 | 1.5 MB | 5 epochs, 1.5 h | 70.0% (")
     assert lines[3].startswith("| `second` | resnet10 x 0.125 | 1.5 MB | - | 70.0% (")
     said = "n = 100 | 40.0% (30.9% to 49.8%), n = 100, standard AutoAttack, Linf 8/255 |"
     assert lines[2].endswith(said)
     assert "n = 100 | 80.0% (" in lines[4] and lines[4].endswith("n = 100, PGD-20, Linf 8/255 |")
+    assert lines[5].endswith("| 50.0% (43.1% to 56.9%), n = 200, AutoAttack, Linf 8/255 |")
 
 
 def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ def test_autoattack_finds_what_pgd_finds_and_more(learned: Learned) -> None:
     assert robust["autoattack"] <= robust["pgd20"] < 0.6
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 6, 9])
+def test_autoattack_is_called_standard_only_where_that_version_runs(classes: int) -> None:
+    (attack,) = (one for one in rungs.RUNGS if one.name == "autoattack")
+    few, many = (rungs.Budget(steps=steps) for steps in (5, 100))
+    assert attack.effort(few, classes).endswith("FAB-T + Square, 5 steps, 9 targets, 5000 queries")
+    assert attack.effort(many, classes) != attack.effort(few, classes)
+    assert {attack.effort(budget, 10) for budget in (few, many)} == {"AutoAttack, standard"}
+
+
 def test_the_joint_attack_gets_past_detectors_that_stop_an_attack_on_the_label(
     learned: Learned,
 ) -> None:
