@@ -39,6 +39,7 @@ class Flagged(NamedTuple):
     image: Pixels
     verdict: Verdict | SceneVerdict
     time: int  # ns since 1970, unique in this process
+    due: float  # of time.monotonic, from which it may be written
 
 
 class Quarantine:
@@ -52,7 +53,7 @@ class Quarantine:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._second, self._count, self._last, self._failure = 0, 0, 0, 0.0
-        self.works, self.dropped = True, 0
+        self.works, self.dropped, self._told = True, 0, 0
         self._waiting: queue.Queue[Flagged] = queue.Queue(WAITING)
         self._attempt(None)
         threading.Thread(target=self._work, name="quarantine", daemon=True).start()
@@ -67,12 +68,18 @@ class Quarantine:
         if self._count > PER_SECOND or self._waiting.full():  # only this thread puts anything in
             self.dropped += 1
         else:
-            self._waiting.put_nowait(Flagged(image, verdict, self._last))
+            due = time.monotonic() + uniform(*DELAY)
+            self._waiting.put_nowait(Flagged(image, verdict, self._last, due))
+
+    def take_dropped(self) -> int:
+        """How many were dropped since this was asked last."""
+        told, self._told = self._told, self.dropped
+        return self._told - told
 
     def _work(self) -> None:
         while True:
             flagged = self._waiting.get()
-            time.sleep(uniform(*DELAY))
+            time.sleep(max(0.0, flagged.due - time.monotonic()))
             if self.works or time.monotonic() - self._failure >= RETRY:
                 self._attempt(flagged)
             else:

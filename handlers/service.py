@@ -208,6 +208,8 @@ class Service:
     def _end(self) -> None:
         if self._quarantine:
             self._metrics.set("rampart_quarantine_up", float(self._quarantine.works))
+            if dropped := self._quarantine.take_dropped():
+                self._metrics.count("rampart_quarantine_dropped_total", times=dropped)
         self._budget.end()
 
     def refuse(self, incoming: Incoming, error: ImageError) -> Reply:

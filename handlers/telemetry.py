@@ -23,6 +23,7 @@ COUNTERS: dict[str, Labels] = {
     "rampart_images_total": ("decision",),
     "rampart_errors_total": ("type",),
     "rampart_query_alerts_total": ("response",),
+    "rampart_quarantine_dropped_total": (),
 }
 GAUGES: dict[str, Labels] = {
     "rampart_engine_info": ("device", "precision", "variant"),
@@ -102,10 +103,10 @@ class Metrics:
         self._p_values: deque[float] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
 
-    def count(self, name: str, *labels: str) -> None:
-        """Add one to a counter."""
+    def count(self, name: str, *labels: str, times: int = 1) -> None:
+        """Add one to a counter, or more."""
         with self._lock:
-            self._values[name, labels] = self._values.get((name, labels), 0) + 1
+            self._values[name, labels] = self._values.get((name, labels), 0) + times
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add a value to a histogram."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from rampart.handlers.errors import ImageError
 from rampart.handlers.queries.stores import open_store
-from rampart.handlers.queries.watch import ENTRIES, Response, Watch
+from rampart.handlers.queries.watch import ENTRIES, RETRY, Response, Watch
 from rampart.handlers.telemetry import Metrics
 from rampart.handlers.types import Pixels
 
 logger = logging.getLogger(__name__)
 
-QUERY_WAIT = 1.0  # seconds that answers wait for the query store once the graph is done
+QUERY_WAIT = 0.15  # seconds that answers wait for the query store once the graph is done
 Responses = list[Response | None]  # to each image, None for none
 
 
@@ -41,28 +41,36 @@ class Lookup:
         self._watch, self._metrics = watch, metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="queries")
         self._last: Future[Responses] | None = None
+        self._slow, self._resume = False, 0.0  # when a store that was slow is asked again
         if watch:
             self._thread.submit(self._begin, watch)
 
     def ask(
         self, images: Sequence[Pixels | ImageError], owners: Sequence[str]
     ) -> Future[Responses] | None:
-        """Start to look for near queries, unless the store has not answered the last question."""
+        """Start to look for near queries, unless the store has not answered the last question, or
+        answered it late a short while ago.
+        """
         if self._watch is None or (self._last and not self._last.done()):
+            return None
+        if time.monotonic() < self._resume:
             return None
         self._last = self._thread.submit(self._look, self._watch, images, owners)
         return self._last
 
     def responses(self, question: Future[Responses] | None, count: int) -> Responses:
         """The response to each of `count` images, none where the store takes too long: a name
-        server or a lock that hangs must not hold up predictions."""
-        if question is None:
+        server or a lock that hangs must not hold up predictions, nor may one that is slow."""
+        if self._watch is None or question is None:
             return [None] * count
-        if wait([question], QUERY_WAIT).done:
-            return question.result()
-        logger.error("Query attacks are not detected: the store took more than %g s", QUERY_WAIT)
-        self._metrics.set("rampart_query_store_up", 0.0)
-        return [None] * count
+        in_time = bool(wait([question], QUERY_WAIT).done)
+        if not in_time:
+            self._resume = time.monotonic() + RETRY
+            if not self._slow:
+                logger.error("Query attacks are not detected: the store took over %g s", QUERY_WAIT)
+        self._slow = not in_time
+        self._metrics.set("rampart_query_store_up", float(in_time and self._watch.up))
+        return question.result() if in_time else [None] * count
 
     def _begin(self, watch: Watch) -> None:
         watch.begin()
@@ -75,7 +83,6 @@ class Lookup:
         pixels = {i: image for i, image in enumerate(images) if not isinstance(image, ImageError)}
         responses = watch.look(list(pixels.values()), [owners[i] for i in pixels])
         self._metrics.observe("rampart_stage_seconds", time.perf_counter() - began, "queries")
-        self._metrics.set("rampart_query_store_up", float(watch.up))
         for response in filter(None, responses):
             self._metrics.count("rampart_query_alerts_total", response)
         by_index = dict(zip(pixels, responses, strict=True))

@@ -105,6 +105,19 @@ def test_a_flood_is_kept_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     flush(aside)
     assert len(kept(tmp_path)) == quarantine.PER_SECOND
     assert aside.dropped == 20 - quarantine.PER_SECOND
+    assert [aside.take_dropped(), aside.take_dropped()] == [20 - quarantine.PER_SECOND, 0]
+
+
+def test_five_a_second_are_kept_however_long_each_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "DELAY", DELAY)
+    aside, began = Quarantine(tmp_path), time.monotonic()
+    for number in range(20):
+        time.sleep(max(0.0, began + 0.22 * number - time.monotonic()))
+        aside.keep(BLACK, VERDICT)
+    flush(aside)
+    assert len(kept(tmp_path)) == 20 and aside.take_dropped() == 0
 
 
 def test_a_disk_that_hangs_holds_up_no_answer_and_fills_no_memory(

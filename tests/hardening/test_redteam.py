@@ -37,6 +37,7 @@ from rampart.hardening.attack.redteam import (
     Probe,
     Settings,
 )
+from rampart.hardening.attack.redteam import endpoint as asking
 from rampart.hardening.attack.redteam.probe import MAX_REPEATS, AttackEnd, as_float, scores
 from rampart.hardening.attack.redteam.run import FILE, _alike
 from rampart.hardening.model.images import Images
@@ -66,6 +67,7 @@ class Toy(ThreadingHTTPServer):
         self.seen: list[np.ndarray] = []
         self.requests: list[int] = []
         self.breaks_after = 10**6
+        self.asked, self.busy_at = 0, 0
         self.watch: Watch | None = None
 
     @property
@@ -79,7 +81,11 @@ class Toy(ThreadingHTTPServer):
             ]
         except ImageError as error:
             return error.code, {"code": error.code, "type": error.type, "message": error.message}
-        if len(self.seen) >= self.breaks_after:
+        self.asked += 1
+        if self.busy_at == self.asked and len(images) > 1:
+            busy = {"code": 503, "type": "busy", "message": "come again"}
+            return 200, {"predictions": [busy] * len(images)}
+        if len(self.seen) >= self.breaks_after or self.busy_at == self.asked:
             return 503, {"code": 503, "type": "Busy", "message": "no worker " + "is free " * 99}
         self.seen += images
         self.requests.append(len(images))
@@ -271,7 +277,7 @@ def test_scores_spread_what_the_top_classes_leave() -> None:
 
 
 def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
-    toy: Toy, endpoint: Endpoint, tmp_path: Path
+    toy: Toy, endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = pictures(40, 180, 60, 200)
     options: dict[str, Any] = {"attacks": ["square", "boundary"], "budget": 12}
@@ -279,9 +285,10 @@ def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
     assert len(whole) == 8
     sent = list(toy.seen)
     toy.breaks_after = len(toy.seen) + 40  # in the fourth image
-    with pytest.raises(ValueError, match="503: no worker is free") as caught:
+    monkeypatch.setattr(asking, "PAUSES", (0.0, 0.01))
+    with pytest.raises(ConnectionError, match=r"overloaded .*no worker is free.*run the") as caught:
         redteam.redteam(endpoint, images, tmp_path / "broken", **options)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 350
     assert redteam.read(tmp_path / "broken") == whole[:3]
     toy.breaks_after, before = 10**6, len(toy.seen)
     assert redteam.redteam(endpoint, images, tmp_path / "broken", **options) == whole
@@ -291,6 +298,20 @@ def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
     before = len(toy.seen)
     assert redteam.redteam(endpoint, images, tmp_path / "broken", **options) == whole
     assert len(toy.seen) == before + 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_endpoint_that_is_busy_once_is_asked_again(
+    toy: Toy, endpoint: Endpoint, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "PAUSES", (0.01,))
+    toy.busy_at = 1
+    answers = endpoint.ask(np.concatenate([flat(40)[None]] * count))
+    assert len(answers) == count and toy.asked == 2
+    monkeypatch.setattr(asking, "PAUSES", ())
+    toy.busy_at = 3
+    with pytest.raises(ConnectionError, match="is overloaded"):
+        endpoint.ask(np.concatenate([flat(40)[None]] * count))
 
 
 def test_more_images_are_added_to_a_run(toy: Toy, endpoint: Endpoint, tmp_path: Path) -> None:
