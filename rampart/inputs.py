@@ -374,6 +374,17 @@ def cleaning(*, data: Path, classifier: Path, augment: list[str] | None) -> None
         among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
 
 
+def attacking(*, norm: str, queries: int, crafted_on: Path | None, into_card: bool) -> None:
+    """What belongs together in attacks on an object detector."""
+    if queries and norm != "Linf":
+        raise ValueError(f"--queries {queries}: the random search is of Linf alone: leave it out")
+    if crafted_on and into_card:
+        raise ValueError(
+            "--into-card does not go with --crafted-on: the card holds what attacks with full"
+            " knowledge of the model find. Leave out one of them"
+        )
+
+
 def task(data: Path, arch: str | None, *, boxes: bool) -> None:
     """Data with boxes and an object detector, or neither."""
     if arch and finds_objects(arch) and not boxes:

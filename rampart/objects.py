@@ -1,6 +1,7 @@
 """Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
 
 import copy
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from rampart.hardening.model.pipeline import Variant, load_classifier
 from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget
+from rampart.hardening.objects.attack import Budget, patches
 from rampart.hardening.objects.detector import (
     TASK,
     ObjectConfig,
@@ -48,7 +49,7 @@ from rampart.hardening.train.loop import Precision, augmentations_of, say
 from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
-from rampart.scenes import SceneModel, assemble, drawn
+from rampart.scenes import SceneModel, assemble, check_twin, drawn
 from rampart.sources import Source
 from rampart.studies import ChecksFailed, Outcome, Study, keep_form
 from rampart.training import Run
@@ -358,6 +359,8 @@ def evaluate(
     model = SceneModel.load(home) if home else None
     detector = model.pipeline(variant).detector if model else load(files[0])
     other = load(files[1]) if files[1] else None
+    if other and files[1]:
+        check_twin(other, detector, names=(files[1], files[0]), option="--crafted-on")
     boxed = pictures(source, part, detector, limit)
     names = boxed.classes
     behind = "" if detector.purifier is None else ", behind its purifier,"
@@ -422,7 +425,8 @@ def keep(
     home: Path, judgement: judging.Judgement, setting: Mapping[str, Any], *, into_card: bool
 ) -> None:
     """Note in a model's log that it was attacked in such a `setting`, and put figures into its card
-    where they are wanted there. The card keeps figures of more pictures in the same setting.
+    where they are wanted there. The card keeps figures of more pictures, and of stronger attacks,
+    in the same setting.
     """
     count = judgement.rows[judging.CLEAN].n
     log_evaluation(home, {"data": setting["data"], "n": count, "command": setting["command"]})
@@ -431,13 +435,27 @@ def keep(
     # Of a variant that was asked for by name: those of what is served stand beside them.
     entry = f"attacks, {setting['variant']}" if "variant" in setting else "attacks"
     old = read_card(home).get(entry, {})
-    same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
-    if same and old["n"] > count:
-        say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
-        return
-    figures = as_json(home / MODEL_WEIGHTS, judgement)
+    figures = as_json(home / MODEL_WEIGHTS, judgement) | {"n": count} | dict(setting)
     del figures["task"]  # the card says it
-    add_to_card(home, {entry: figures | {"n": count} | dict(setting)})
+    if all(old.get(name) == setting[name] for name in ("data", "threat_model")):
+        if old["n"] > count:
+            say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
+            return
+        if fewer(spent(figures), spent(old)):
+            say(f"the card keeps its figures of {spent(old)}: these are of only {spent(figures)}")
+            return
+    add_to_card(home, {entry: figures})
+
+
+def spent(entry: Mapping[str, Any]) -> Budget:
+    """What the attacks of a card's entry cost."""
+    steps, queries = map(int, re.findall(r"\d+", entry["budget"]))
+    return Budget(steps, queries, patches=any(name in entry["rows"] for name in patches()))
+
+
+def fewer(budget: Budget, other: Budget) -> bool:
+    """Whether a budget has less of anything than another."""
+    return any(mine < theirs for mine, theirs in zip(budget, other, strict=True))
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:

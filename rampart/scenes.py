@@ -201,12 +201,22 @@ def twin_of(model: SceneModel, folder: Path | None) -> SceneModel | None:
     if home is None:
         return None
     twin = SceneModel.load(home)
-    if (twin.classes, twin.image_size) != (model.classes, model.image_size):
-        raise ValueError(
-            f"{home} is not a twin of {model}: it finds {', '.join(twin.classes)} at"
-            f" {twin.image_size} pixels. Pass --twin with one of the same classes and size"
-        )
+    check_twin(twin.detector, model.detector, names=(home, model), option="--twin")
     return twin
+
+
+def check_twin(
+    twin: ObjectDetector, detector: ObjectDetector, *, names: tuple[Path, object], option: str
+) -> None:
+    """Raise ValueError where an object detector cannot stand for another, both by their `names`: it
+    finds other classes, or sees pictures at another size.
+    """
+    own, config = detector.config, twin.config
+    if (config.classes, config.size) != (own.classes, own.size):
+        raise ValueError(
+            f"{names[0]} is not a twin of {names[1]}: it finds {', '.join(config.classes)} at"
+            f" {config.size} pixels. Pass {option} with one of the same classes and size"
+        )
 
 
 def assemble(

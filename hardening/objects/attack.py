@@ -39,7 +39,8 @@ class Budget(NamedTuple):
     patches: bool = False  # whether patches of any colours are tried too
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, {self.queries} queries"
+        more = ", patches" if self.patches else ""
+        return f"{self.steps} steps, {self.queries} queries{more}"
 
 
 def loss_aim(name: str) -> Aim:

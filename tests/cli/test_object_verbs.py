@@ -6,16 +6,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command import run
-from drawn import write_voc
+from drawn import boxed, write_voc
 
 from rampart import inputs
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.objects.attack import Budget
+from rampart.hardening.objects.boxes import Found
 from rampart.hardening.objects.jitter import JITTERS
 from rampart.hardening.objects.training import AIMS, METHODS
 from rampart.hardening.report.card import markdown
 
+NONE = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 TINY = ("--image-size", 128, "--width", 0.125, "--arch", "ssd-resnet10", "--device", "cpu")
 
 
@@ -136,6 +140,65 @@ def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_
     assert markdown(both).count("(n = ") == 2 and ", flagged as lean:" in markdown(both)
     with pytest.raises(ValueError, match="not calibrated as guarded: leave out --variant"):
         run("objects", *common, "--variant", "guarded")
+
+
+@pytest.mark.parametrize("budget", [Budget(1, 5, True), Budget(2, 0, True), Budget(2, 5)])
+def test_a_weaker_attack_replaces_no_figures_of_a_stronger_one(
+    tmp_path: Path, scene_folder: Path, budget: Budget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rampart.hardening.objects.judge import Judgement, figures
+    from rampart.objects import keep
+
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    row = figures(boxed(2).truth, [NONE] * 2, 2)
+
+    def budget_kept(budget: Budget) -> str:
+        names = ["clean", "worst case", *(["patch sum"] if budget.patches else [])]
+        judgement = Judgement(dict.fromkeys(names, row), {}, 0)
+        setting = {"data": "voc, test", "threat_model": "Linf 4/255", "command": "rampart objects"}
+        keep(home, judgement, setting | {"budget": str(budget)}, into_card=True)
+        kept: str = json.loads((home / "card.json").read_text())["attacks"]["budget"]
+        return kept
+
+    strong = "2 steps, 5 queries, patches"
+    assert budget_kept(Budget(2, 5, patches=True)) == strong
+    assert budget_kept(budget) == strong
+    said = f"the card keeps its figures of {strong}: these are of only {budget}"
+    assert said in capsys.readouterr().out
+    assert budget_kept(Budget(3, 5, patches=True)) == "3 steps, 5 queries, patches"
+
+
+def test_the_ball_is_that_of_the_model_where_no_eps_is_given(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    card = json.loads((home / "card.json").read_text())
+    (home / "card.json").write_text(json.dumps(card | {"threat_model": "Linf 2/255"}))
+    common = (data, "--part", "validation", "--steps", 1, "--limit", 1)
+    common = (*common, "--cache", tmp_path / "found")
+    said = run("objects", home / "weights.safetensors", *common, "--into-card")
+    assert "on 1 pictures (validation), Linf 2/255, 1 steps" in said
+    attacks = json.loads((home / "card.json").read_text())["attacks"]
+    assert attacks["threat_model"] == "Linf 2/255"
+
+
+def test_what_attacks_an_object_detector_goes_together(tmp_path: Path, scene_folder: Path) -> None:
+    from found import untrained
+
+    from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, save
+
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    weights, other = scene_folder / "weights.safetensors", tmp_path / "o.safetensors"
+    save(other, untrained())
+    asked = ("objects", weights, data, "--part", "validation")
+    with pytest.raises(ValueError, match="--into-card does not go with --crafted-on"):
+        run(*asked, "--crafted-on", other, "--into-card")
+    with pytest.raises(ValueError, match=r"--queries 5: the random search is of Linf alone"):
+        run(*asked, "--norm", "L2", "--queries", 5)
+    save(other, ObjectDetector(ObjectConfig("ssdlite", ("cell",), 192)))
+    with pytest.raises(ValueError, match=r"is not a twin of .*it finds cell at 192 pixels"):
+        run(*asked, "--crafted-on", other)
 
 
 def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
