@@ -192,7 +192,7 @@ def search(
     """
     if threat.norm != "Linf":
         raise ValueError(f"the random search is of Linf alone: leave out its queries for {threat}")
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     signs = torch.where(noise.uniform(channels, 1, width) < 0.5, -1.0, 1.0)  # stripes
     best = (x + threat.eps * signs).clamp(0, 1)
     with torch.no_grad():
@@ -200,11 +200,11 @@ def search(
         for query in range(queries):
             share = FIRST_SIDE / 2 ** (4 * query / queries)
             side = max(1, math.ceil(share * min(height, width)))
-            corner = noise.uniform(2)
+            room = torch.tensor([height - side, width - side], device=x.device)
+            corners = (noise.uniform(2) * (room + 1)).long().minimum(room)
             sign = torch.where(noise.uniform(channels) < 0.5, -1.0, 1.0)
             moved = best.clone()
-            for row in range(n):
-                top, left = (corner[row] * torch.tensor([height - side, width - side])).int()
+            for row, (top, left) in enumerate(corners.tolist()):
                 window = (row, slice(None), slice(top, top + side), slice(left, left + side))
                 moved[window] = x[window] + threat.eps * sign[row, :, None, None]
             moved = moved.clamp(0, 1)

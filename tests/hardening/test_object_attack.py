@@ -13,7 +13,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches
+from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches, search
 from rampart.hardening.objects.boxes import Dense, Found, Truth
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
 from rampart.hardening.objects.guard import Guard
@@ -250,6 +250,16 @@ def test_the_random_search_is_of_linf_alone() -> None:
         x, noise, large = to_float(SCENES.image[:1]), Noise(torch.arange(1)), Threat("L2", 1.0)
         how = ("search", "sum")
         attack(untrained(), x, SCENES.truth[:1], large, how=how, budget=BUDGET, noise=noise)
+
+
+def test_the_random_search_reaches_every_corner() -> None:
+    x, noise = torch.full((4, 1, 4, 4), 0.5), Noise(torch.arange(4))
+
+    def bright(near: Tensor) -> Tensor:
+        return (near[..., 0, 0] + near[..., -1, -1]).sum(1)
+
+    out = search(bright, x, THREAT, queries=400, noise=noise)
+    assert torch.allclose(bright(out), bright(x + THREAT.eps))
 
 
 def test_nothing_found_is_nothing_kept() -> None:
