@@ -95,6 +95,22 @@ def read(source: Source, classes: Sequence[str] | None = None) -> Divided:
     return data
 
 
+def chosen_on(validation: Scenes, source: Source, run: Run) -> Scenes:
+    """The validation pictures by which a run chooses its epoch.
+
+    Raises ValueError where none of them shows an object: no epoch would be better than another.
+    """
+    few = validation.spread(run.validate_on)
+    if any(scene.labels for scene in few.scenes):
+        return few
+    shown = any(scene.labels for scene in validation.scenes)
+    remedy = "raise --validate-on" if shown else "list pictures with objects as its part val"
+    raise ValueError(
+        f"{source.data}: none of {len(few)} validation pictures shows an object, so no epoch could"
+        f" be chosen: {remedy}"
+    )
+
+
 def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDetector:
     """An object detector as training begins with it: new, on a classifier, or going on.
 
@@ -137,6 +153,7 @@ def train_from(
     torch.manual_seed(recipe.seed)
     faults = Faults()
     data = faults.of(partial(read, source))
+    few = faults.of(lambda: chosen_on(data.validation, source, run)) if data else None
     classes = data.train.classes if data else ("object",)
     detector = faults.of(partial(begin, net, classes, init))
     need = preflight.WRITTEN * preflight.size_of(detector) if detector else 0
@@ -144,13 +161,13 @@ def train_from(
     if detector:
         faults.of(partial(ObjectTrainer, detector, recipe, run.out))
     faults.tell()
-    assert data and detector
+    assert data and few and detector
     detector = detector.to(where)
     recipe = recipe._replace(
         precision=arithmetic(run, where, detector),
         after=checkpoint.digest(detector) if init else "",
     )
-    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    validation = few.boxed(detector.config.size)
     with torch.random.fork_rng():
         trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
         trial = timed(trainer, trainer.ema, data.train, validation.to(where))
@@ -182,15 +199,16 @@ def train_purifier_from(
     where, faults, config = run.join(), Faults(), BlockPurifierConfig()
     detector = load(weights).to(where)
     data = faults.of(partial(read, source, detector.config.classes))
+    few = faults.of(lambda: chosen_on(data.validation, source, run)) if data else None
     need = preflight.WRITTEN * preflight.size_of(of_config(config))
     faults.of(partial(preflight.check_place, run.out, need, "--out"))
     faults.tell()
-    assert data
+    assert data and few
     if augment is None:
         past = augmentations_of(str(files.read_config(weights).get("training", "")))
         augment = ObjectRecipe().augment if past is None else past
     recipe = recipe._replace(precision=arithmetic(run, where, detector), augment=augment)
-    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    validation = few.boxed(detector.config.size)
     with torch.random.fork_rng():
         trainer = ScenePurifierTrainer(copy.deepcopy(detector), config, recipe, Path())
         both = detector.behind(trainer.ema)
@@ -333,8 +351,8 @@ def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | N
     data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
     if part not in data.parts():
         raise ValueError(f"{source.data} has no part {part}: pass --part validation")
-    boxed = data.parts()[part].boxed(detector.config.size)
-    return boxed.spread(limit) if limit else boxed
+    scenes = data.parts()[part]
+    return (scenes.spread(limit) if limit else scenes).boxed(detector.config.size)
 
 
 def evaluate(

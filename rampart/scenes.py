@@ -165,7 +165,7 @@ class SceneModel(Calibrated):
     def gate(self, images: Path) -> Tensor:
         """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""
         some = divided(images, classes=self.classes).validation
-        return some.boxed(self.image_size).spread(64).image
+        return some.spread(64).boxed(self.image_size).image
 
     def to_triton(self, repository: Path, **more: Any) -> Path:
         """Raises ValueError: without Rampart's code Triton would show candidates that overlap."""

@@ -37,6 +37,10 @@ class Scenes:
     def __getitem__(self, rows: Sequence[int]) -> "Scenes":
         return Scenes(tuple(self.scenes[row] for row in rows), self.classes)
 
+    def spread(self, count: int) -> "Scenes":
+        """`count` of them, evenly spaced; all where there are no more."""
+        return self[evenly(len(self), count)]
+
     def picture(self, row: int) -> tuple[Pixels, Truth]:
         """Pixels (H, W, 3) of one picture, and its objects in them."""
         scene = self.scenes[row]
@@ -108,8 +112,7 @@ class Boxed:
 
     def spread(self, count: int) -> "Boxed":
         """`count` of them, evenly spaced; all where there are no more."""
-        count = min(count, len(self))
-        return self[[row * len(self) // count for row in range(count)]]
+        return self[evenly(len(self), count)]
 
     def to(self, device: torch.device) -> "Boxed":
         """The same on another device."""
@@ -166,6 +169,12 @@ class Lessons:
             truth = [Truth(*(part.to(self.device) for part in one[1])) for one in boxed]
             noise = Noise(index.to(self.device), seed=seed, epoch=epoch)
             yield SceneBatch(to_float(image), truth, noise)
+
+
+def evenly(every: int, count: int) -> list[int]:
+    """The rows of `count` of so many, evenly spaced; all where there are no more."""
+    count = min(count, every)
+    return [row * every // count for row in range(count)]
 
 
 def collected(

@@ -337,6 +337,25 @@ def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
         objects.read(Source(tmp_path / "voc", tmp_path))
 
 
+def test_a_training_whose_validation_shows_no_object_does_not_begin(tmp_path: Path) -> None:
+    from found import untrained
+
+    from rampart.hardening.objects.detector import save
+
+    data = write_voc(tmp_path / "voc", 8, parts={"train": range(3, 8), "val": range(3)})
+    asked = ("train", "--data", data, *TINY, "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none of 1 validation pictures shows .* --validate-on"):
+        run(*asked, "--validate-on", 1)
+    write_voc(data, 8, parts={"val": range(1)})
+    with pytest.raises(ValueError, match=r"none of 1 .*list pictures with objects as its part val"):
+        run(*asked)
+    save(tmp_path / "o.safetensors", untrained())
+    weights = ("--classifier", tmp_path / "o.safetensors", "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none of 1 validation pictures shows an object"):
+        run("purifier", "--data", data, *weights, "--device", "cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:
     from found import TINY as BACKBONE
     from found import untrained
