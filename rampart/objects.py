@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rampart import preflight
-from rampart.assembly import deliver
+from rampart.assembly import archive_inputs, deliver
 from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
 from rampart.export import shipped
@@ -270,7 +270,7 @@ def harden(
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem
-        packed = job.once("archive", contents(model), pack)
+        packed = job.once("archive", archive_inputs(model, sample=place.sample), pack)
     return deliver(model, packed / out.name, out)
 
 
@@ -310,7 +310,8 @@ def quantize(
 def judge(home: Path, source: Source, threat: Threat, place: Place) -> None:
     """Attack some validation pictures, shortly; figures go into the card of the model."""
     few, weights = place.evaluate_on, home / MODEL_WEIGHTS
-    found = evaluate((weights, None), source, threat, QUICK, part="validation", limit=few)
+    attack = partial(evaluate, part="validation", limit=few, cache=place.runs / "found")
+    found = attack((weights, None), source, threat, QUICK)
     setting = {"data": f"{source.data.name}, validation", "threat_model": str(threat)}
     setting |= {"budget": str(QUICK), "command": place.command}
     keep(home, found, setting, into_card=True)

@@ -48,7 +48,7 @@ class ObjectRecipe(NamedTuple):
     seed: int = 0
     aim: str = "alternate"  # of the attack: the sum of losses, one at random, or the strongest
     ramp: float = 0.0  # part of the run during which eps grows from 0
-    steps: int = 5  # of pgd
+    steps: int = 10  # of pgd
     precision: Precision = "fp32"
     augment: tuple[str, ...] = ("flip", "crop", "shrink", "light")  # of JITTERS, in their order
     passes: int = 1  # over the pictures in an epoch, after which it is validated

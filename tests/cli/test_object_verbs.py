@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import zipfile
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ from command import run
 from drawn import boxed, write_voc
 
 from rampart import inputs
+from rampart.cli.train import train
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.objects.attack import Budget
 from rampart.hardening.objects.boxes import Found
 from rampart.hardening.objects.jitter import JITTERS
-from rampart.hardening.objects.training import AIMS, METHODS
+from rampart.hardening.objects.training import AIMS, METHODS, ObjectRecipe
 from rampart.hardening.report.card import markdown
 
 NONE = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
@@ -102,6 +105,10 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
     again = run(*asked, "--anyway")
     assert "[3/4] evaluate: done before" in again and "[4/4] archive: done before" in again
     assert len((tmp_path / "cells" / "evaluations.jsonl").read_text().splitlines()) == 1
+    assert any((tmp_path / "runs" / "found").iterdir())  # an attack that was cut goes on
+    assert "sample.png" in zipfile.ZipFile(tmp_path / "cells.mar").namelist()
+    run(*asked, "--anyway", "--no-sample")
+    assert "sample.png" not in zipfile.ZipFile(tmp_path / "cells.mar").namelist()
     run(*asked[:-1], 0, "--anyway", "--guarded")
     promise = json.loads((tmp_path / "cells" / "card.json").read_text())["promise"]
     assert set(promise) == {"full, fp32", "lean, fp32", "guarded, fp32"}
@@ -317,12 +324,12 @@ def test_what_an_object_detector_is_trained_with_goes_together(tmp_path: Path) -
 def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert inputs.OBJECT_METHODS == METHODS
     assert (*JITTERS, "none") == inputs.JITTERS
+    assert signature(train).parameters["steps"].default == ObjectRecipe().steps
     assert inputs.Aim.__args__ == AIMS  # type: ignore[attr-defined]
 
 
 def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
     from rampart import objects
-    from rampart.hardening.objects.training import ObjectRecipe
     from rampart.sources import Source
     from rampart.training import Run
 
