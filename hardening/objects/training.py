@@ -5,7 +5,7 @@ each image); N-FGSM, de Jorge et al. 2022; from an adversarially trained backbon
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from torch import Tensor
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Loss, Threat, n_fgsm, pgd, pgd10, random_start
 from rampart.hardening.model import checkpoint, provenance
-from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.attack import losses_together
-from rampart.hardening.objects.boxes import Found, Truth
+from rampart.hardening.objects.boxes import Truth
 from rampart.hardening.objects.detector import ObjectDetector, described
 from rampart.hardening.objects.jitter import check_jitters
+from rampart.hardening.objects.judge import attacked, seen
 from rampart.hardening.objects.precision import precision
 from rampart.hardening.objects.scenes import Boxed, Lessons, SceneBatch, Scenes
 from rampart.hardening.train import distributed, loop
@@ -31,7 +31,6 @@ from rampart.hardening.train.purifier import PurifierTrainer
 
 METHODS = ("standard", "nfgsm", "pgd")
 AIMS = ("sum", "alternate", "strongest")
-TOGETHER = 16  # pictures that are looked at together
 CLIP = 10.0  # norm of the gradients of a step, at most
 
 
@@ -111,33 +110,16 @@ def strongest_of(
     return every[lost.argmax(0), torch.arange(every.shape[1], device=every.device)]
 
 
-def find(detector: ObjectDetector, x: Tensor) -> list[Found]:
-    """The objects in each of x (N, 3, S, S)."""
-    with torch.no_grad():
-        return [one for some in torch.split(x, TOGETHER) for one in detector(some)]
-
-
-def attacked(detector: ObjectDetector, boxed: Boxed, attack: Callable[..., Tensor]) -> Tensor:
-    """x (N, 3, S, S) after `attack(detector, x, truth, noise)`, in parts."""
-    parts = []
-    for rows in torch.split(torch.arange(len(boxed)), TOGETHER):
-        some = boxed[rows.tolist()]
-        noise = Noise(rows.to(boxed.image.device))
-        parts.append(attack(detector, to_float(some.image), some.truth, noise))
-    return torch.cat(parts)
-
-
 def validate(detector: ObjectDetector, boxed: Boxed, threat: Threat) -> dict[str, float]:
     """The figures of an epoch: mAP50, clean and under PGD-10 on the sum of losses."""
 
-    def attack(net: ObjectDetector, x: Tensor, truth: Sequence[Truth], noise: Noise) -> Tensor:
-        return pgd10(total(net, truth), x, threat, noise=noise)
+    def craft(x: Tensor, truth: Sequence[Truth], *, noise: Noise) -> Tensor:
+        return pgd10(total(detector, truth), x, threat, noise=noise)
 
-    judge = partial(precision, boxed.truth, classes=len(boxed.classes))
-    return {
-        "clean": judge(find(detector, to_float(boxed.image))).map50,
-        "pgd10": judge(find(detector, attacked(detector, boxed, attack))).map50,
-    }
+    def map50(image: Tensor) -> float:
+        return precision(boxed.truth, seen(detector, image), len(boxed.classes)).map50
+
+    return {"clean": map50(boxed.image), "pgd10": map50(attacked(boxed, craft, threat))}
 
 
 class ObjectTrainer:

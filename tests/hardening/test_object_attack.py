@@ -12,10 +12,11 @@ from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.registry import import_factory
 from rampart.hardening.objects import judge as judging
 from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches, search
 from rampart.hardening.objects.boxes import Dense, Found, Truth
-from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, of_factory
 from rampart.hardening.objects.guard import Guard
 from rampart.hardening.objects.judge import (
     ACCEPTED,
@@ -25,6 +26,7 @@ from rampart.hardening.objects.judge import (
     figures,
     judge,
     merit,
+    own_code,
     table,
     worst,
 )
@@ -237,6 +239,42 @@ def test_a_judgement_goes_on_with_what_it_has_kept(
     assert told == list(first.rows)
     for name, row in first.rows.items():
         assert again.rows[name].as_json(CLASSES) == row.as_json(CLASSES)
+
+
+def test_a_search_that_is_added_repeats_no_attack_by_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, some, made = untrained(), SCENES[[1]], []
+    judge(net, some, THREAT, Budget(1), cache=tmp_path)
+
+    def noted(*args, how, **more):
+        made.append(how[0])
+        return attack(*args, how=how, **more)
+
+    monkeypatch.setattr(judging, "attack", noted)
+    judge(net, some, THREAT, Budget(1, 2), cache=tmp_path)
+    assert made == ["search"]
+    judge(net, some, THREAT, Budget(2, 2), cache=tmp_path)
+    assert len(made) > 1 and "search" not in made[1:]
+
+
+def test_what_other_code_of_a_network_of_yours_left_is_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import owned
+
+    file = tmp_path / "yours.py"
+    file.write_text(Path(owned.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = set()
+    for factory in ("yours:Whole", "yours:ssd"):  # parts that are yours, and torchvision's
+        import_factory(factory)
+        net = of_factory(factory, CLASSES, 128)
+        before = own_code(net)
+        assert before == own_code(net)
+        file.write_text(file.read_text() + "# changed\n")
+        codes |= {before, own_code(net)}
+    assert len(codes) == 3 and own_code(untrained()) not in codes
 
 
 def test_a_detector_of_one_class_cannot_be_mislabelled() -> None:
