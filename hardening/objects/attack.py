@@ -1,9 +1,11 @@
 """Attacks on object detectors: on each loss and on their sum, and with an aim of their own.
 
-All see what every anchor says, before scores are cut and boxes suppressed, so that neither hides a
-gradient. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and Hein 2020; vanish, fabricate and
-mislabel, Chow et al. 2020 (TOG, section 3); random search in squares, Andriushchenko et al. 2020;
-unseen, after the selective gradients of Bryniarski et al. 2022 (section 4.1).
+All see what anchors or proposals say before scores are cut and boxes suppressed, so that neither
+hides a gradient: the aims every one, and the losses too, but SSD's, which counts of the anchors on
+no object the worst, three for each on one. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and
+Hein 2020; vanish, fabricate and mislabel, Chow et al. 2020 (TOG, section 3); random search in
+squares, Andriushchenko et al. 2020; unseen, after the selective gradients of Bryniarski et al. 2022
+(section 4.1).
 """
 
 import math
