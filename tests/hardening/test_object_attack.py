@@ -8,13 +8,14 @@ from drawn import CLASSES, boxed
 from found import untrained
 from torch import Tensor
 
+from rampart.hardening.attack.ladder import in_8_bits
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.model.registry import import_factory
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches, search
+from rampart.hardening.objects.attack import Budget, aims_of, attack, attacks_of, patches, search
 from rampart.hardening.objects.boxes import Dense, Found, Truth
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, of_factory
 from rampart.hardening.objects.guard import Guard
@@ -117,6 +118,29 @@ def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
     assert rows[WORST].map50 <= rows[ACCEPTED].map50 < rows["clean"].map50 - 0.3
     assert rows[ACCEPTED].flagged is None and rows[WORST].flagged is None
     assert "flagged" in rows["clean"].as_json(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["vanish", "fabricate"])
+def test_no_picture_that_passes_is_flagged_after_an_attack_that_knows_the_guard(
+    name: str, learned_objects: ObjectDetector, guard: Guard
+) -> None:
+    x, large, how = to_float(SCENES.image), Threat(eps=24 / 255), ("unseen", name)
+    noise, budget = Noise(torch.arange(len(x))), Budget(2)
+    out = attack(
+        learned_objects,
+        x,
+        SCENES.truth,
+        large,
+        how=how,
+        budget=budget,
+        noise=noise,
+        guard=guard,
+    )
+    sent = in_8_bits(out, SCENES.image, large)
+    assert not (guard.flags(sent) & ~guard.flags(SCENES.image)).any()
+    aim = aims_of(learned_objects)[name]
+    gains = [aim(learned_objects, one, SCENES.truth) for one in (to_float(sent), x)]
+    assert (gains[0] >= gains[1]).all() and (gains[0] > gains[1]).sum() >= 2
 
 
 def test_the_step_raises_what_is_expected_and_leads_no_gradient_astray() -> None:
