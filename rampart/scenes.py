@@ -99,7 +99,8 @@ class SceneModel(Calibrated):
         content |= {"calibration_images": len(split(source, "calibration"))}
         model = cls(detector, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
-        for variant in (v for v in defended.VARIANTS if guarded or v != "guarded"):
+        wanted = {"full": detector.purifier is not None, "lean": True, "guarded": guarded}
+        for variant in (v for v in defended.VARIANTS if wanted[v]):
             model.rank(variant, source)
         return model
 
@@ -231,9 +232,9 @@ def assemble(
 ) -> SceneModel:
     """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
 
-    With a `purifier` the variant full serves the boxes of the purified view; `guarded` adds that
-    variant. Raises ValueError for a file without a purifier, for too few pictures, and for a
-    network that cannot be `guarded`: its gradient has no ONNX form.
+    It has the variant lean; a `purifier` adds full, which serves the boxes of the purified view,
+    and `guarded` that variant. Raises ValueError for a file without a purifier, for too few
+    pictures, and for a network that cannot be `guarded`: its gradient has no ONNX form.
     """
     parts = {"detector": weights} | ({"purifier": purifier} if purifier else {})
     detector = load(weights)

@@ -111,7 +111,7 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
     assert "sample.png" not in zipfile.ZipFile(tmp_path / "cells.mar").namelist()
     run(*asked[:-1], 0, "--anyway", "--guarded")
     promise = json.loads((tmp_path / "cells" / "card.json").read_text())["promise"]
-    assert set(promise) == {"full, fp32", "lean, fp32", "guarded, fp32"}
+    assert set(promise) == {"lean, fp32", "guarded, fp32"}
     with pytest.raises(ValueError, match="fasterrcnn cannot have the variant guarded"):
         run(*asked, "--guarded", "--arch", "fasterrcnn")
 
