@@ -309,6 +309,9 @@ def learning(
     *,
     data: Path,
     arch: str | None,
+    head: str,
+    channels: int,
+    channels_last: bool,
     method: str,
     teacher: Path | None,
     smoothing: float,
@@ -332,7 +335,8 @@ def learning(
             raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
         return
     among(method, OBJECT_METHODS, "method of object detectors")
-    given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    given = own_classifier(head, channels, last=channels_last) | {"--smoothing": smoothing}
+    given |= {"--awp": awp, "--rectify": rectify, "--compile": compile}
     of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
 
 
@@ -349,6 +353,11 @@ def augmenting(
         raise ValueError(
             f"--augment cutmix does not go with {other}, which takes one label an image"
         )
+
+
+def own_classifier(head: str, channels: int, *, last: bool) -> dict[str, object]:
+    """The options of a classifier of your own, and whether each is used."""
+    return {"--head": head, "--channels": channels != 3, "--channels-last": last}
 
 
 def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
@@ -401,6 +410,9 @@ def whole_way(
     *,
     data: Path,
     arch: str | None,
+    head: str,
+    channels: int,
+    channels_last: bool,
     weights: Path | None,
     epochs: int | None,
     method: str,
@@ -417,7 +429,8 @@ def whole_way(
     if not boxes:
         return
     among(method, OBJECT_METHODS, "method of object detectors")
-    of_classifiers(data, {"--activation": activation != "relu", "--balance": balance})
+    given = own_classifier(head, channels, last=channels_last)
+    of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
     if epochs == 0:
         raise ValueError(
             "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"

@@ -42,17 +42,17 @@ from rampart.hardening.objects.detector import (
 )
 from rampart.hardening.objects.places import splits_name
 from rampart.hardening.objects.purifier import ScenePurifierTrainer, train_scene_purifier
-from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
+from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
 from rampart.hardening.report.card import add_to_card, log_evaluation, read_card
 from rampart.hardening.train.loop import Precision, augmentations_of, say
 from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
-from rampart.scenes import SceneModel, assemble, check_twin, drawn
+from rampart.scenes import SceneModel, assemble, check_twin, drawn, parts_of
 from rampart.sources import Source
 from rampart.studies import ChecksFailed, Outcome, Study, keep_form
-from rampart.training import Run
+from rampart.training import Run, pick_device
 
 WEIGHTS = "objects.safetensors"
 LEAST = 0.1  # mAP50 of a detector that is worth serving
@@ -82,12 +82,7 @@ class Place(NamedTuple):
 
 def read(source: Source, classes: Sequence[str] | None = None) -> Divided:
     """The pictures of a source by what they are for, of these classes; prints what there is."""
-    if source.held:
-        raise ValueError(
-            f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
-            " itself, into its parts train, val and test, or by a hash of their names"
-        )
-    data = divided(source.data, classes=classes, skip_bad=source.skip_bad)
+    data = parts_of(source, classes)
     for name, part in data.parts().items():
         say(f"{source.data.name}, {name}: {part.line()}")
     if data.left_out:
@@ -236,7 +231,7 @@ def harden(
     it is wanted `anyway`.
     """
     faults = Faults()
-    data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
+    data = faults.of(partial(parts_of, source))
     faults.of(partial(check_request, out, "1.0", None, "fp32"))
     faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
     if data and place.guarded:
@@ -311,7 +306,7 @@ def judge(home: Path, source: Source, threat: Threat, place: Place) -> None:
     """Attack some validation pictures, shortly; figures go into the card of the model."""
     few, weights = place.evaluate_on, home / MODEL_WEIGHTS
     attack = partial(evaluate, part="validation", limit=few, cache=place.runs / "found")
-    found = attack((weights, None), source, threat, QUICK)
+    found = attack((weights, None), source, threat, QUICK, device=place.device)
     setting = {"data": f"{source.data.name}, validation", "threat_model": str(threat)}
     setting |= {"budget": str(QUICK), "command": place.command}
     keep(home, found, setting, into_card=True)
@@ -349,7 +344,7 @@ def timed(
 
 def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | None) -> Boxed:
     """The pictures of one part of a source as a detector sees them, at most `limit`."""
-    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
+    data = parts_of(source, detector.config.classes)
     if part not in data.parts():
         raise ValueError(f"{source.data} has no part {part}: pass --part validation")
     scenes = data.parts()[part]
@@ -367,6 +362,7 @@ def evaluate(
     cache: Path | None = None,
     home: Path | None = None,
     variant: Variant | None = None,
+    device: str = "auto",
     notice: Callable[[str], None] = say,
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
@@ -375,9 +371,10 @@ def evaluate(
     purifier where that has one, and flagging. The graph that is shipped of that gets rows of its
     own. Each row is told to `notice` as it is known.
     """
+    where = pick_device(device)
     model = SceneModel.load(home) if home else None
-    detector = model.pipeline(variant).detector if model else load(files[0])
-    other = load(files[1]) if files[1] else None
+    detector = (model.pipeline(variant).detector if model else load(files[0])).to(where)
+    other = load(files[1]).to(where) if files[1] else None
     if other and files[1]:
         check_twin(other, detector, names=(files[1], files[0]), option="--crafted-on")
     boxed = pictures(source, part, detector, limit)

@@ -26,7 +26,7 @@ from rampart.hardening.objects import defended
 from rampart.hardening.objects.defended import DefendedDetector, as_variant, variants_of
 from rampart.hardening.objects.detector import TASK, ObjectDetector, load
 from rampart.hardening.objects.guard import Guard
-from rampart.hardening.objects.scenes import Scenes, divided
+from rampart.hardening.objects.scenes import Divided, Scenes, divided
 from rampart.hardening.report import card as report
 from rampart.preflight import check_guardable, check_purifier
 from rampart.provenance import PYTHON
@@ -220,6 +220,19 @@ def check_twin(
         )
 
 
+def parts_of(source: Source, classes: Sequence[str] | None = None) -> Divided:
+    """The pictures with boxes of a source by what they are for, of these classes.
+
+    Raises FileNotFoundError or ValueError for what cannot be read, and for pictures held elsewhere.
+    """
+    if source.held:
+        raise ValueError(
+            f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
+            " itself, into its parts train, val and test, or by a hash of their names"
+        )
+    return divided(source.data, classes=classes, skip_bad=source.skip_bad)
+
+
 def assemble(
     folder: Path,
     source: Source,
@@ -242,8 +255,7 @@ def assemble(
         generator = load_purifier(purifier)
         check_purifier(generator, detector.config.size)
         detector = detector.behind(generator)
-    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
-    held = data.validation
+    held = parts_of(source, detector.config.classes).validation
     contents = {part: read_config(file) for part, file in parts.items()}
     lines = [line for content in contents.values() for line in content.get("commands", [])]
     past = {
@@ -272,8 +284,7 @@ def add_guarded(folder: Path, source: Source, *, command: str) -> None:
     """
     model = SceneModel.load(folder)
     check_guardable(model.detector)
-    data = divided(source.data, classes=model.classes, skip_bad=source.skip_bad)
-    held = data.validation
+    held = parts_of(source, model.classes).validation
     model.calibrated_on = ranked_on(source, held)
     model.rank("guarded", drawn(held.boxed(model.image_size).image, model.classes))
     model.add_to_card({"commands": [*model.card.get("commands", []), command]})

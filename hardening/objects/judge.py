@@ -174,19 +174,21 @@ def judge(
     tally = Tally(boxed, sides, guard, notice)
     tally.look(CLEAN, boxed.image)
     known = guard if crafted_on is detector else None
+    there = boxed.to(crafted_on.mean.device)
     identity = f"{checkpoint.digest(crafted_on)} {own_code(crafted_on)}"
 
     def look(name: str, how: tuple[str, str], threat: Threat) -> None:
         craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget, guard=known)
         key = f"{keyed(how, budget, known)} {identity} {threat!r} {name}"
-        tally.look(name, attacked(boxed, craft, threat, title=name, key=key, cache=cache))
+        image = attacked(there, craft, threat, title=name, key=key, cache=cache)
+        tally.look(name, image.to(boxed.image.device))
 
     for name, how in attacks_of(crafted_on, budget, guarded=known is not None).items():
         look(name, how, threat)
     tally.conclude()
     for name, how in patches().items() if budget.patches else ():
         look(name, how, ANY_COLOUR)
-    return Judgement(tally.rows, tally.found[""], blindness(detector, boxed))
+    return Judgement(tally.rows, tally.found[""], blindness(detector, there))
 
 
 def keyed(how: tuple[str, str], budget: Budget, guard: Guard | None) -> str:
@@ -252,9 +254,11 @@ def hardest(
 
 
 def seen(detector: ObjectDetector, image: Tensor) -> list[Found]:
-    """What a detector finds in uint8 (N, S, S, 3)."""
+    """What a detector finds in uint8 (N, S, S, 3), beside them whatever its device is."""
+    parts = (to_float(some.to(detector.mean.device)) for some in torch.split(image, TOGETHER))
     with torch.no_grad():
-        return [one for some in torch.split(image, TOGETHER) for one in detector(to_float(some))]
+        found = [one for x in parts for one in detector(x)]
+    return [Found(*(part.to(image.device) for part in one)) for one in found]
 
 
 def blindness(detector: ObjectDetector, boxed: Boxed) -> int:

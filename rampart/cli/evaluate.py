@@ -145,6 +145,7 @@ def objects(
     skip_bad: o.SkipBad = False,
     cache: o.Cache = o.FOUND,
     into_card: o.IntoCard = False,
+    device: o.Device = "auto",
 ) -> None:
     """Attack an object detector with full knowledge; print mAP50 and AP by attack, and the worst.
 
@@ -169,6 +170,7 @@ def objects(
         cache=cache,
         home=home,
         variant=variant,
+        device=device,
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")

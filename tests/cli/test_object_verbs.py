@@ -203,6 +203,9 @@ def test_what_attacks_an_object_detector_goes_together(tmp_path: Path, scene_fol
         run(*asked, "--crafted-on", other, "--into-card")
     with pytest.raises(ValueError, match=r"--queries 5: the random search is of Linf alone"):
         run(*asked, "--norm", "L2", "--queries", 5)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no usable CUDA device"):
+            run(*asked, "--device", "cuda")
     save(other, ObjectDetector(ObjectConfig("ssdlite", ("cell",), 192)))
     with pytest.raises(ValueError, match=r"is not a twin of .*it finds cell at 192 pixels"):
         run(*asked, "--crafted-on", other)
@@ -217,11 +220,15 @@ def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
         run("objects", alone, data, "--part", "validation", "--into-card")
 
 
+# What is said of a classifier of your own, where nobody says anything.
+OWN: dict[str, object] = {"head": "", "channels": 3, "channels_last": False}
+
+
 def whole_way(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(
         ("arch", "weights", "epochs", "augment", "balance", "purifier_epochs")
     )
-    usual |= {"method": "nfgsm", "activation": "relu", "data": tmp_path / "voc"}
+    usual |= {"method": "nfgsm", "activation": "relu", "data": tmp_path / "voc"} | OWN
     inputs.whole_way(**(usual | changed))  # type: ignore[arg-type]
 
 
@@ -233,6 +240,9 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
         ({"purifier_epochs": 2}, "`rampart purifier` trains an object detector's"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
         ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"head": "fc"}, "--head is for classifiers"),
+        ({"channels": 1}, "--channels is for classifiers"),
+        ({"channels_last": True}, "--channels-last is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),
         ({"epochs": 0, "weights": Path("a")}, "rampart calibrate"),
         ({"weights": Path("nothing.pth")}, r"nothing\.pth"),
@@ -252,7 +262,7 @@ def test_the_whole_way_refuses_what_is_of_the_other_task(
 
 def learning(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(("arch", "teacher", "augment", "aim", "passes"))
-    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0, "balance": 0}
+    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0, "balance": 0} | OWN
     usual |= {"activation": "relu", "rectify": False, "compile": False, "data": tmp_path / "voc"}
     inputs.learning(**(usual | changed))  # type: ignore[arg-type]
 
@@ -264,6 +274,9 @@ def learning(tmp_path: Path, **changed: object) -> None:
         ({"method": "trades"}, "choose among standard, nfgsm, pgd"),
         ({"awp": 0.005}, "--awp is for classifiers"),
         ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"head": "fc"}, "--head is for classifiers"),
+        ({"channels": 1}, "--channels is for classifiers"),
+        ({"channels_last": True}, "--channels-last is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),
         ({"augment": ["warp"]}, "choose among flip, turn"),
         ({"data": Path(), "arch": "ssd"}, "finds objects, but . has no boxes"),

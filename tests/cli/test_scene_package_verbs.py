@@ -103,6 +103,22 @@ def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
     assert not (home / "models").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "x", "--classifier", "detector.safetensors"),
+        ("calibrate", "cells", "--guarded"),
+        ("quantize", "cells"),
+    ],
+)
+def test_pictures_with_boxes_are_held_out_by_their_own_parts_alone(
+    words: tuple[str, ...], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    with pytest.raises(ValueError, match="--held few: leave it out"):
+        run(*words, "--data", "voc", "--held", "few")
+
+
 def test_the_variant_guarded_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     weights = home / "detector.safetensors"
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
