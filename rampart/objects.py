@@ -28,6 +28,7 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents, variants_in
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import Variant, load_classifier
+from rampart.hardening.model.provenance import trained_on
 from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
@@ -378,6 +379,8 @@ def evaluate(
     if other and files[1]:
         check_twin(other, detector, names=(files[1], files[0]), option="--crafted-on")
     boxed = pictures(source, part, detector, limit)
+    if part != "train":
+        boxed = unseen(files[0].parent, boxed)
     names = boxed.classes
     behind = "" if detector.purifier is None else ", behind its purifier,"
     notice(f"{files[0].name}{behind} on {len(boxed)} pictures ({part}), {threat}, {budget}")
@@ -399,6 +402,23 @@ def evaluate(
             " attacks prove nothing: pass --queries, or --crafted-on with a similar network"
         )
     return judgement
+
+
+def unseen(folder: Path, boxed: Boxed) -> Boxed:
+    """Those pictures that the weights in `folder` were not trained on, as far as these tell.
+
+    Raises ValueError where none is left.
+    """
+    known = trained_on(folder, boxed)
+    if known is None or not known.any():
+        return boxed
+    if known.all():
+        raise ValueError(
+            f"{folder} was trained on all of these {len(boxed)} pictures, by their pixels: pass"
+            " others, or --part train to measure on these"
+        )
+    say(f"left out, because {folder} was trained on them, by their pixels: {known.sum()} pictures")
+    return boxed[(~known).nonzero()[0].tolist()]
 
 
 def served_from(model: SceneModel, variant: Variant | None) -> judging.Finding | None:

@@ -19,6 +19,7 @@ from rampart.handlers.tasks import terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model import provenance
 from rampart.hardening.model.files import SAMPLE, read_config
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant, load_purifier
@@ -273,6 +274,7 @@ def assemble(
         card=past,
     )
     model.save(folder)
+    provenance.carry([file.parent for file in parts.values()], folder)
     write_sample(held.picture(0)[0], folder / SAMPLE)
     return model
 

@@ -26,7 +26,7 @@ from rampart.hardening.objects.scenes import Boxed, Lessons, SceneBatch, Scenes
 from rampart.hardening.train import distributed, loop
 from rampart.hardening.train import state as states
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
-from rampart.hardening.train.provenance import entry
+from rampart.hardening.train.provenance import entry, of_all, portions
 from rampart.hardening.train.purifier import PurifierTrainer
 
 METHODS = ("standard", "nfgsm", "pgd")
@@ -215,7 +215,7 @@ def fit(
     if file.exists() and states.read(file.parent) is None:
         raise ValueError(f"{file} exists, but no state to resume from: choose another --out")
     validation = scenes[1].to(trainer.device)
-    origin = noted(file.parent, lessons.scenes.boxed(lessons.size), validation)
+    origin = noted(file.parent, lessons, validation)
     origin["training"] = repr(recipe)
 
     def keep() -> None:
@@ -229,9 +229,15 @@ def fit(
     run.fit(lessons, trainer.step, evaluate, chosen_on=validation, keep=keep, best=best, **size)
 
 
-def noted(folder: Path, train: Boxed, held: Boxed) -> dict[str, object]:
-    """Write down beside the weights which pictures they are made of; returns the file's entry."""
-    prints = provenance.fingerprints(train.image)
-    if distributed.first():
-        provenance.write(folder, prints)
+def noted(folder: Path, lessons: Lessons, held: Boxed) -> dict[str, object]:
+    """Write down beside the weights which pictures they are made of, once; returns the file's
+    entry.
+    """
+    begun = provenance.read(folder) if states.unfinished(folder) else None
+    prints = distributed.from_first(begun)
+    if prints is None:
+        scenes, size = lessons.scenes, lessons.size
+        prints = of_all(scenes[r.tolist()].boxed(size).image for r in portions(len(scenes)))
+        if distributed.first():
+            provenance.write(folder, prints)
     return {"images": entry(prints, held.image)}

@@ -175,6 +175,25 @@ def test_a_weaker_attack_replaces_no_figures_of_a_stronger_one(
     assert budget_kept(Budget(3, 5, patches=True)) == "3 steps, 5 queries, patches"
 
 
+def test_pictures_of_training_are_left_out_of_what_passes_as_held_out(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    from rampart.hardening.model import provenance
+    from rampart.hardening.objects.scenes import divided
+
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    prints = provenance.fingerprints(divided(data).validation.boxed(128).image)
+    common = ("objects", home / "weights.safetensors", data, "--part", "validation", "--steps", 1)
+    common = (*common, "--cache", tmp_path / "found")
+    provenance.write(home, prints[:1])
+    said = run(*common)
+    assert "was trained on them, by their pixels: 1 pictures" in said and "on 1 pictures" in said
+    provenance.write(home, prints)
+    with pytest.raises(ValueError, match="was trained on all of these 2 pictures"):
+        run(*common)
+
+
 def test_the_ball_is_that_of_the_model_where_no_eps_is_given(
     tmp_path: Path, scene_folder: Path
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from rampart.handlers.image import as_png
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
+from rampart.hardening.model import provenance
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.detector import ObjectDetector, save
 from rampart.models import load
@@ -29,6 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, learned_objects: ObjectDetect
     write_voc(folder / "voc", 70, parts={"train": range(10), "val": range(10, 70)})
     write_voc(folder / "few", 12, parts={"train": range(4), "val": range(4, 12)}, seed=1)
     save(folder / "detector.safetensors", learned_objects, {"commands": ["rampart train"]})
+    provenance.write(folder, np.array([1, 2], np.uint64))
     weights = folder / "detector.safetensors"
     said = run("calibrate", folder / "cells", "--data", folder / "voc", "--classifier", weights)
     assert (
@@ -44,6 +46,7 @@ def test_calibrate_makes_a_model_folder_of_an_object_detector(home: Path) -> Non
     assert card["commands"][0] == "rampart train" and len(card["commands"]) == 2
     assert set(card["promise"]) == {"lean, fp32"}
     assert isinstance(load(home / "cells"), SceneModel)
+    assert provenance.read(home / "cells").tolist() == [1, 2]  # as beside the weights
     with Image.open(home / "cells" / "sample.png") as picture:
         assert picture.size == (96, 80)
 
