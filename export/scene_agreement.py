@@ -81,7 +81,7 @@ def agree(
     """
     budget = Budget(STEPS, 0)
     craft = partial(attack, detector, threat=threat, how=("pgd", "sum"), budget=budget)
-    hurt = attacked(boxed, craft, threat, title="attack", key="", cache=None)
+    hurt = attacked(boxed, craft, threat, title="attack")
 
     def found(image: Tensor, engine: Runs[SceneOutputs]) -> float:
         return average_precision(engine, image, boxed, detector.net.iou)

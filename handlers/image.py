@@ -119,6 +119,15 @@ class Picture(NamedTuple):
         turn = UPRIGHT.get(self.still.orientation)
         return image if turn is None else image.transpose(turn)
 
+    def check_opaque(self) -> None:
+        """Raise ImageError for transparent pixels; what has no alpha is not decoded for it."""
+        try:
+            doubtful = self._open().has_transparency_data
+        except Exception as error:
+            raise _corrupt() from error
+        if doubtful:
+            self.upright()
+
     def _open(self) -> Image.Image:
         image = READERS[self.still.format](BytesIO(self.still.data))
         if image.size != self.still.size:

@@ -183,14 +183,24 @@ def harden(
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name, sample=plan.sample, anyway=True)
 
-        packed = job.once("archive", way.archive_inputs(model), pack)
+        packed = job.once("archive", archive_inputs(model, sample=plan.sample), pack)
     card, notes = report.read_card(model), deliver(model, packed / out.name, out)
     return Outcome(card, [*notes, f"\n{report.markdown(card)}\n"])
 
 
+def archive_inputs(model: Path, *, sample: bool) -> dict[str, object]:
+    """What an archive depends on: the files of its model, the samples where they go along."""
+    files = folders.contents(model)
+    return {name: file for name, file in files.items() if sample or name not in SAMPLES}
+
+
 def deliver(model: Path, packed: Path, out: Path) -> list[str]:
-    """Bring a model folder and its archive to where they are wanted, with words where one stays."""
-    if folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model):
+    """Bring a model folder and its archive to where they are wanted, with words where one stays.
+
+    One that holds a picture which the new one leaves out does not stay.
+    """
+    same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
+    if same and folders.samples_in(out) <= folders.samples_in(packed):
         return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
     # Whole or not at all.
     Path(shutil.copy(packed, out.with_suffix(".partial"))).replace(out)
@@ -246,13 +256,6 @@ class Way(NamedTuple):
     def attack_inputs(self, **others: object) -> dict[str, object]:
         """What a stage that attacks depends on, and `others`."""
         return self.inputs(threat=self.plan.recipe.threat, device=self.plan.device, **others)
-
-    def archive_inputs(self, model: Path) -> dict[str, object]:
-        """What an archive depends on: the files of its model, the samples where they go along."""
-        files = folders.contents(model)
-        return {
-            name: file for name, file in files.items() if self.plan.sample or name not in SAMPLES
-        }
 
     def run(self, folder: Path) -> Run:
         """A training in the folder of its stage."""

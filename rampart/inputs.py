@@ -309,6 +309,9 @@ def learning(
     *,
     data: Path,
     arch: str | None,
+    head: str,
+    channels: int,
+    channels_last: bool,
     method: str,
     teacher: Path | None,
     smoothing: float,
@@ -332,7 +335,8 @@ def learning(
             raise ValueError(f"--aim and --passes go with boxes, but {data} has none: {NO_BOXES}")
         return
     among(method, OBJECT_METHODS, "method of object detectors")
-    given = {"--smoothing": smoothing, "--awp": awp, "--rectify": rectify, "--compile": compile}
+    given = own_classifier(head, channels, last=channels_last) | {"--smoothing": smoothing}
+    given |= {"--awp": awp, "--rectify": rectify, "--compile": compile}
     of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
 
 
@@ -349,6 +353,11 @@ def augmenting(
         raise ValueError(
             f"--augment cutmix does not go with {other}, which takes one label an image"
         )
+
+
+def own_classifier(head: str, channels: int, *, last: bool) -> dict[str, object]:
+    """The options of a classifier of your own, and whether each is used."""
+    return {"--head": head, "--channels": channels != 3, "--channels-last": last}
 
 
 def of_classifiers(data: Path, given: Mapping[str, object]) -> None:
@@ -374,6 +383,17 @@ def cleaning(*, data: Path, classifier: Path, augment: list[str] | None) -> None
         among(name, JITTERS if boxes else AUGMENTATIONS, "augmentation of such pictures")
 
 
+def attacking(*, norm: str, queries: int, crafted_on: Path | None, into_card: bool) -> None:
+    """What belongs together in attacks on an object detector."""
+    if queries and norm != "Linf":
+        raise ValueError(f"--queries {queries}: the random search is of Linf alone: leave it out")
+    if crafted_on and into_card:
+        raise ValueError(
+            "--into-card does not go with --crafted-on: the card holds what attacks with full"
+            " knowledge of the model find. Leave out one of them"
+        )
+
+
 def task(data: Path, arch: str | None, *, boxes: bool) -> None:
     """Data with boxes and an object detector, or neither."""
     if arch and finds_objects(arch) and not boxes:
@@ -390,6 +410,9 @@ def whole_way(
     *,
     data: Path,
     arch: str | None,
+    head: str,
+    channels: int,
+    channels_last: bool,
     weights: Path | None,
     epochs: int | None,
     method: str,
@@ -406,7 +429,8 @@ def whole_way(
     if not boxes:
         return
     among(method, OBJECT_METHODS, "method of object detectors")
-    of_classifiers(data, {"--activation": activation != "relu", "--balance": balance})
+    given = own_classifier(head, channels, last=channels_last)
+    of_classifiers(data, given | {"--activation": activation != "relu", "--balance": balance})
     if epochs == 0:
         raise ValueError(
             "--epochs 0: an object detector is trained here; `rampart calibrate` takes a finished"

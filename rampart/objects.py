@@ -1,6 +1,7 @@
 """Object detectors from pictures with boxes, and what they are worth: behind the verbs."""
 
 import copy
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rampart import preflight
-from rampart.assembly import deliver
+from rampart.assembly import archive_inputs, deliver
 from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
 from rampart.export import shipped
@@ -27,10 +28,11 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.folder import contents, variants_in
 from rampart.hardening.model.images import split
 from rampart.hardening.model.pipeline import Variant, load_classifier
+from rampart.hardening.model.provenance import trained_on
 from rampart.hardening.model.purifier import BlockPurifierConfig, of_config
 from rampart.hardening.model.registry import is_factory
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget
+from rampart.hardening.objects.attack import Budget, patches
 from rampart.hardening.objects.detector import (
     TASK,
     ObjectConfig,
@@ -41,17 +43,17 @@ from rampart.hardening.objects.detector import (
 )
 from rampart.hardening.objects.places import splits_name
 from rampart.hardening.objects.purifier import ScenePurifierTrainer, train_scene_purifier
-from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes, divided
+from rampart.hardening.objects.scenes import Boxed, Divided, Lessons, Scenes
 from rampart.hardening.objects.training import ObjectRecipe, ObjectTrainer, train_objects, validate
 from rampart.hardening.report.card import add_to_card, log_evaluation, read_card
 from rampart.hardening.train.loop import Precision, augmentations_of, say
 from rampart.hardening.train.purifier import PurifierRecipe, PurifierTrainer
 from rampart.hardening.train.stages import stages
 from rampart.provenance import PYTHON
-from rampart.scenes import SceneModel, assemble, drawn
+from rampart.scenes import SceneModel, assemble, check_twin, drawn, parts_of
 from rampart.sources import Source
 from rampart.studies import ChecksFailed, Outcome, Study, keep_form
-from rampart.training import Run
+from rampart.training import Run, pick_device
 
 WEIGHTS = "objects.safetensors"
 LEAST = 0.1  # mAP50 of a detector that is worth serving
@@ -81,17 +83,28 @@ class Place(NamedTuple):
 
 def read(source: Source, classes: Sequence[str] | None = None) -> Divided:
     """The pictures of a source by what they are for, of these classes; prints what there is."""
-    if source.held:
-        raise ValueError(
-            f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
-            " itself, into its parts train, val and test, or by a hash of their names"
-        )
-    data = divided(source.data, classes=classes, skip_bad=source.skip_bad)
+    data = parts_of(source, classes)
     for name, part in data.parts().items():
         say(f"{source.data.name}, {name}: {part.line()}")
     if data.left_out:
         say("\n  ".join(["left out:", *data.left_out]))
     return data
+
+
+def chosen_on(validation: Scenes, source: Source, run: Run) -> Scenes:
+    """The validation pictures by which a run chooses its epoch.
+
+    Raises ValueError where none of them shows an object: no epoch would be better than another.
+    """
+    few = validation.spread(run.validate_on)
+    if any(scene.labels for scene in few.scenes):
+        return few
+    shown = any(scene.labels for scene in validation.scenes)
+    remedy = "raise --validate-on" if shown else "list pictures with objects as its part val"
+    raise ValueError(
+        f"{source.data}: none of {len(few)} validation pictures shows an object, so no epoch could"
+        f" be chosen: {remedy}"
+    )
 
 
 def begin(net: Network, classes: tuple[str, ...], init: Path | None) -> ObjectDetector:
@@ -136,6 +149,7 @@ def train_from(
     torch.manual_seed(recipe.seed)
     faults = Faults()
     data = faults.of(partial(read, source))
+    few = faults.of(lambda: chosen_on(data.validation, source, run)) if data else None
     classes = data.train.classes if data else ("object",)
     detector = faults.of(partial(begin, net, classes, init))
     need = preflight.WRITTEN * preflight.size_of(detector) if detector else 0
@@ -143,13 +157,13 @@ def train_from(
     if detector:
         faults.of(partial(ObjectTrainer, detector, recipe, run.out))
     faults.tell()
-    assert data and detector
+    assert data and few and detector
     detector = detector.to(where)
     recipe = recipe._replace(
         precision=arithmetic(run, where, detector),
         after=checkpoint.digest(detector) if init else "",
     )
-    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    validation = few.boxed(detector.config.size)
     with torch.random.fork_rng():
         trainer = ObjectTrainer(copy.deepcopy(detector), recipe, Path())
         trial = timed(trainer, trainer.ema, data.train, validation.to(where))
@@ -181,15 +195,16 @@ def train_purifier_from(
     where, faults, config = run.join(), Faults(), BlockPurifierConfig()
     detector = load(weights).to(where)
     data = faults.of(partial(read, source, detector.config.classes))
+    few = faults.of(lambda: chosen_on(data.validation, source, run)) if data else None
     need = preflight.WRITTEN * preflight.size_of(of_config(config))
     faults.of(partial(preflight.check_place, run.out, need, "--out"))
     faults.tell()
-    assert data
+    assert data and few
     if augment is None:
         past = augmentations_of(str(files.read_config(weights).get("training", "")))
         augment = ObjectRecipe().augment if past is None else past
     recipe = recipe._replace(precision=arithmetic(run, where, detector), augment=augment)
-    validation = data.validation.boxed(detector.config.size).spread(run.validate_on)
+    validation = few.boxed(detector.config.size)
     with torch.random.fork_rng():
         trainer = ScenePurifierTrainer(copy.deepcopy(detector), config, recipe, Path())
         both = detector.behind(trainer.ema)
@@ -217,7 +232,7 @@ def harden(
     it is wanted `anyway`.
     """
     faults = Faults()
-    data = faults.of(partial(divided, source.data, skip_bad=source.skip_bad))
+    data = faults.of(partial(parts_of, source))
     faults.of(partial(check_request, out, "1.0", None, "fp32"))
     faults.of(partial(preflight.check_place, out.parent, 0, "--out"))
     if data and place.guarded:
@@ -251,7 +266,7 @@ def harden(
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem
-        packed = job.once("archive", contents(model), pack)
+        packed = job.once("archive", archive_inputs(model, sample=place.sample), pack)
     return deliver(model, packed / out.name, out)
 
 
@@ -291,7 +306,8 @@ def quantize(
 def judge(home: Path, source: Source, threat: Threat, place: Place) -> None:
     """Attack some validation pictures, shortly; figures go into the card of the model."""
     few, weights = place.evaluate_on, home / MODEL_WEIGHTS
-    found = evaluate((weights, None), source, threat, QUICK, part="validation", limit=few)
+    attack = partial(evaluate, part="validation", limit=few, cache=place.runs / "found")
+    found = attack((weights, None), source, threat, QUICK, device=place.device)
     setting = {"data": f"{source.data.name}, validation", "threat_model": str(threat)}
     setting |= {"budget": str(QUICK), "command": place.command}
     keep(home, found, setting, into_card=True)
@@ -329,11 +345,11 @@ def timed(
 
 def pictures(source: Source, part: str, detector: ObjectDetector, limit: int | None) -> Boxed:
     """The pictures of one part of a source as a detector sees them, at most `limit`."""
-    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
+    data = parts_of(source, detector.config.classes)
     if part not in data.parts():
         raise ValueError(f"{source.data} has no part {part}: pass --part validation")
-    boxed = data.parts()[part].boxed(detector.config.size)
-    return boxed.spread(limit) if limit else boxed
+    scenes = data.parts()[part]
+    return (scenes.spread(limit) if limit else scenes).boxed(detector.config.size)
 
 
 def evaluate(
@@ -347,6 +363,7 @@ def evaluate(
     cache: Path | None = None,
     home: Path | None = None,
     variant: Variant | None = None,
+    device: str = "auto",
     notice: Callable[[str], None] = say,
 ) -> judging.Judgement:
     """Attack the object detector of `files[0]`, with what is crafted on `files[1]` if it is given.
@@ -355,10 +372,15 @@ def evaluate(
     purifier where that has one, and flagging. The graph that is shipped of that gets rows of its
     own. Each row is told to `notice` as it is known.
     """
+    where = pick_device(device)
     model = SceneModel.load(home) if home else None
-    detector = model.pipeline(variant).detector if model else load(files[0])
-    other = load(files[1]) if files[1] else None
+    detector = (model.pipeline(variant).detector if model else load(files[0])).to(where)
+    other = load(files[1]).to(where) if files[1] else None
+    if other and files[1]:
+        check_twin(other, detector, names=(files[1], files[0]), option="--crafted-on")
     boxed = pictures(source, part, detector, limit)
+    if part != "train":
+        boxed = unseen(files[0].parent, boxed)
     names = boxed.classes
     behind = "" if detector.purifier is None else ", behind its purifier,"
     notice(f"{files[0].name}{behind} on {len(boxed)} pictures ({part}), {threat}, {budget}")
@@ -380,6 +402,23 @@ def evaluate(
             " attacks prove nothing: pass --queries, or --crafted-on with a similar network"
         )
     return judgement
+
+
+def unseen(folder: Path, boxed: Boxed) -> Boxed:
+    """Those pictures that the weights in `folder` were not trained on, as far as these tell.
+
+    Raises ValueError where none is left.
+    """
+    known = trained_on(folder, boxed)
+    if known is None or not known.any():
+        return boxed
+    if known.all():
+        raise ValueError(
+            f"{folder} was trained on all of these {len(boxed)} pictures, by their pixels: pass"
+            " others, or --part train to measure on these"
+        )
+    say(f"left out, because {folder} was trained on them, by their pixels: {known.sum()} pictures")
+    return boxed[(~known).nonzero()[0].tolist()]
 
 
 def served_from(model: SceneModel, variant: Variant | None) -> judging.Finding | None:
@@ -422,7 +461,8 @@ def keep(
     home: Path, judgement: judging.Judgement, setting: Mapping[str, Any], *, into_card: bool
 ) -> None:
     """Note in a model's log that it was attacked in such a `setting`, and put figures into its card
-    where they are wanted there. The card keeps figures of more pictures in the same setting.
+    where they are wanted there. The card keeps figures of more pictures, and of stronger attacks,
+    in the same setting.
     """
     count = judgement.rows[judging.CLEAN].n
     log_evaluation(home, {"data": setting["data"], "n": count, "command": setting["command"]})
@@ -431,13 +471,27 @@ def keep(
     # Of a variant that was asked for by name: those of what is served stand beside them.
     entry = f"attacks, {setting['variant']}" if "variant" in setting else "attacks"
     old = read_card(home).get(entry, {})
-    same = all(old.get(name) == setting[name] for name in ("data", "threat_model"))
-    if same and old["n"] > count:
-        say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
-        return
-    figures = as_json(home / MODEL_WEIGHTS, judgement)
+    figures = as_json(home / MODEL_WEIGHTS, judgement) | {"n": count} | dict(setting)
     del figures["task"]  # the card says it
-    add_to_card(home, {entry: figures | {"n": count} | dict(setting)})
+    if all(old.get(name) == setting[name] for name in ("data", "threat_model")):
+        if old["n"] > count:
+            say(f"the card keeps its figures on {old['n']} pictures: these are on only {count}")
+            return
+        if fewer(spent(figures), spent(old)):
+            say(f"the card keeps its figures of {spent(old)}: these are of only {spent(figures)}")
+            return
+    add_to_card(home, {entry: figures})
+
+
+def spent(entry: Mapping[str, Any]) -> Budget:
+    """What the attacks of a card's entry cost."""
+    steps, queries = map(int, re.findall(r"\d+", entry["budget"]))
+    return Budget(steps, queries, patches=any(name in entry["rows"] for name in patches()))
+
+
+def fewer(budget: Budget, other: Budget) -> bool:
+    """Whether a budget has less of anything than another."""
+    return any(mine < theirs for mine, theirs in zip(budget, other, strict=True))
 
 
 def as_json(file: Path, judgement: judging.Judgement) -> dict[str, object]:

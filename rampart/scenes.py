@@ -19,6 +19,7 @@ from rampart.handlers.tasks import terms
 from rampart.handlers.verdict import Calibration, Policy
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
+from rampart.hardening.model import provenance
 from rampart.hardening.model.files import SAMPLE, read_config
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Variant, load_purifier
@@ -26,7 +27,7 @@ from rampart.hardening.objects import defended
 from rampart.hardening.objects.defended import DefendedDetector, as_variant, variants_of
 from rampart.hardening.objects.detector import TASK, ObjectDetector, load
 from rampart.hardening.objects.guard import Guard
-from rampart.hardening.objects.scenes import Scenes, divided
+from rampart.hardening.objects.scenes import Divided, Scenes, divided
 from rampart.hardening.report import card as report
 from rampart.preflight import check_guardable, check_purifier
 from rampart.provenance import PYTHON
@@ -99,7 +100,8 @@ class SceneModel(Calibrated):
         content |= {"calibration_images": len(split(source, "calibration"))}
         model = cls(detector, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
-        for variant in (v for v in defended.VARIANTS if guarded or v != "guarded"):
+        wanted = {"full": detector.purifier is not None, "lean": True, "guarded": guarded}
+        for variant in (v for v in defended.VARIANTS if wanted[v]):
             model.rank(variant, source)
         return model
 
@@ -165,7 +167,7 @@ class SceneModel(Calibrated):
     def gate(self, images: Path) -> Tensor:
         """Pictures (64, S, S, 3) of a folder in the layout of VOC or COCO for the parity gate."""
         some = divided(images, classes=self.classes).validation
-        return some.boxed(self.image_size).spread(64).image
+        return some.spread(64).boxed(self.image_size).image
 
     def to_triton(self, repository: Path, **more: Any) -> Path:
         """Raises ValueError: without Rampart's code Triton would show candidates that overlap."""
@@ -201,12 +203,35 @@ def twin_of(model: SceneModel, folder: Path | None) -> SceneModel | None:
     if home is None:
         return None
     twin = SceneModel.load(home)
-    if (twin.classes, twin.image_size) != (model.classes, model.image_size):
-        raise ValueError(
-            f"{home} is not a twin of {model}: it finds {', '.join(twin.classes)} at"
-            f" {twin.image_size} pixels. Pass --twin with one of the same classes and size"
-        )
+    check_twin(twin.detector, model.detector, names=(home, model), option="--twin")
     return twin
+
+
+def check_twin(
+    twin: ObjectDetector, detector: ObjectDetector, *, names: tuple[Path, object], option: str
+) -> None:
+    """Raise ValueError where an object detector cannot stand for another, both by their `names`: it
+    finds other classes, or sees pictures at another size.
+    """
+    own, config = detector.config, twin.config
+    if (config.classes, config.size) != (own.classes, own.size):
+        raise ValueError(
+            f"{names[0]} is not a twin of {names[1]}: it finds {', '.join(config.classes)} at"
+            f" {config.size} pixels. Pass {option} with one of the same classes and size"
+        )
+
+
+def parts_of(source: Source, classes: Sequence[str] | None = None) -> Divided:
+    """The pictures with boxes of a source by what they are for, of these classes.
+
+    Raises FileNotFoundError or ValueError for what cannot be read, and for pictures held elsewhere.
+    """
+    if source.held:
+        raise ValueError(
+            f"--held {source.held}: leave it out. Pictures with boxes are split by {source.data}"
+            " itself, into its parts train, val and test, or by a hash of their names"
+        )
+    return divided(source.data, classes=classes, skip_bad=source.skip_bad)
 
 
 def assemble(
@@ -221,9 +246,9 @@ def assemble(
 ) -> SceneModel:
     """Calibrate a trained object detector on a source's validation pictures; saved in `folder`.
 
-    With a `purifier` the variant full serves the boxes of the purified view; `guarded` adds that
-    variant. Raises ValueError for a file without a purifier, for too few pictures, and for a
-    network that cannot be `guarded`: its gradient has no ONNX form.
+    It has the variant lean; a `purifier` adds full, which serves the boxes of the purified view,
+    and `guarded` that variant. Raises ValueError for a file without a purifier, for too few
+    pictures, and for a network that cannot be `guarded`: its gradient has no ONNX form.
     """
     parts = {"detector": weights} | ({"purifier": purifier} if purifier else {})
     detector = load(weights)
@@ -231,8 +256,7 @@ def assemble(
         generator = load_purifier(purifier)
         check_purifier(generator, detector.config.size)
         detector = detector.behind(generator)
-    data = divided(source.data, classes=detector.config.classes, skip_bad=source.skip_bad)
-    held = data.validation
+    held = parts_of(source, detector.config.classes).validation
     contents = {part: read_config(file) for part, file in parts.items()}
     lines = [line for content in contents.values() for line in content.get("commands", [])]
     past = {
@@ -250,6 +274,7 @@ def assemble(
         card=past,
     )
     model.save(folder)
+    provenance.carry([file.parent for file in parts.values()], folder)
     write_sample(held.picture(0)[0], folder / SAMPLE)
     return model
 
@@ -261,8 +286,7 @@ def add_guarded(folder: Path, source: Source, *, command: str) -> None:
     """
     model = SceneModel.load(folder)
     check_guardable(model.detector)
-    data = divided(source.data, classes=model.classes, skip_bad=source.skip_bad)
-    held = data.validation
+    held = parts_of(source, model.classes).validation
     model.calibrated_on = ranked_on(source, held)
     model.rank("guarded", drawn(held.boxed(model.image_size).image, model.classes))
     model.add_to_card({"commands": [*model.card.get("commands", []), command]})

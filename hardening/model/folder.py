@@ -183,3 +183,9 @@ def is_of(archive: Path, model: Path) -> bool:
         return False
     with (model / "weights.safetensors").open("rb") as weights:
         return bool(digest == hashlib.file_digest(weights, "sha256").hexdigest())
+
+
+def samples_in(archive: Path) -> set[str]:
+    """The sample pictures that an archive holds, by name."""
+    with ZipFile(archive) as packed:
+        return set(SAMPLES).intersection(packed.namelist())

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ def write(folder: Path, prints: Prints) -> None:
     partial.replace(folder / FILE)
 
 
+def carry(homes: Iterable[Path], folder: Path) -> None:
+    """Say in `folder` what the folders of its parts say, if any does."""
+    prints = union(map(read, homes))
+    if len(prints):
+        write(folder, prints)
+    else:
+        (folder / FILE).unlink(missing_ok=True)
+
+
 def read(folder: Path) -> Prints | None:
     """The fingerprints of the images behind the weights in `folder`; None without a record."""
     file = folder / FILE
@@ -54,7 +63,15 @@ def union(parts: Iterable[Prints | None]) -> Prints:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *(p for p in parts if p is not None)]))
 
 
-def trained_on(folder: Path, images: "Images") -> Bools | None:
+class Pictured(Protocol):
+    """Anything that holds pictures."""
+
+    @property
+    def image(self) -> Tensor:
+        """Their pixels, uint8 (N, H, W, 3)."""
+
+
+def trained_on(folder: Path, images: Pictured) -> Bools | None:
     """Which `images` (N,) the model in `folder` was trained on; None where it has no record."""
     prints = read(folder)
     return None if prints is None else np.isin(fingerprints(images.image), prints)

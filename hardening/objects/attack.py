@@ -1,9 +1,11 @@
 """Attacks on object detectors: on each loss and on their sum, and with an aim of their own.
 
-All see what every anchor says, before scores are cut and boxes suppressed, so that neither hides a
-gradient. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and Hein 2020; vanish, fabricate and
-mislabel, Chow et al. 2020 (TOG, section 3); random search in squares, Andriushchenko et al. 2020;
-unseen, after the selective gradients of Bryniarski et al. 2022 (section 4.1).
+All see what anchors or proposals say before scores are cut and boxes suppressed, so that neither
+hides a gradient: the aims every one, and the losses too, but SSD's, which counts of the anchors on
+no object the worst, three for each on one. Sources: PGD, Madry et al. 2018; Auto-PGD, Croce and
+Hein 2020; vanish, fabricate and mislabel, Chow et al. 2020 (TOG, section 3); random search in
+squares, Andriushchenko et al. 2020; unseen, after the selective gradients of Bryniarski et al. 2022
+(section 4.1).
 """
 
 import math
@@ -15,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from rampart.hardening.attack.ladder import in_8_bits
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.patch import sticker
 from rampart.hardening.attack.pgd import Outcome, Threat, apgd, pgd, random_start
+from rampart.hardening.model.pixels import to_float, to_uint8
 from rampart.hardening.objects.boxes import Dense, Truth
 from rampart.hardening.objects.detector import ObjectDetector
 from rampart.hardening.objects.guard import Guard
@@ -39,7 +43,8 @@ class Budget(NamedTuple):
     patches: bool = False  # whether patches of any colours are tried too
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, {self.queries} queries"
+        more = ", patches" if self.patches else ""
+        return f"{self.steps} steps, {self.queries} queries{more}"
 
 
 def loss_aim(name: str) -> Aim:
@@ -165,21 +170,59 @@ def attack(
         return pgd(loss, x, threat, steps=budget.steps, step_size=size, start=start)
     if algorithm == "patch":
         return sticker(loss, x, places=1)
-    if algorithm in ("apgd", "unseen"):
-        past = guard if algorithm == "unseen" else None
+    if algorithm == "search":
+        return search(loss, x, threat, queries=budget.queries, noise=noise)
 
-        def objective(near: Tensor, rows: Tensor) -> Outcome:
-            value = aim(detector, near, [truth[row] for row in rows.tolist()])
-            value = unseen(value, past.margin(near)) if past else value
-            return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
+    def gain(near: Tensor, rows: Tensor) -> Tensor:
+        return aim(detector, near, [truth[row] for row in rows.tolist()])
 
-        return apgd(objective, x, threat, steps=budget.steps, start=start)[0]
-    return search(loss, x, threat, queries=budget.queries, noise=noise)
+    if algorithm == "unseen" and guard:
+        return unseen(gain, x, threat, guard, steps=budget.steps, start=start)
+
+    def objective(near: Tensor, rows: Tensor) -> Outcome:
+        value = gain(near, rows)
+        return Outcome(value, value, torch.zeros_like(value, dtype=torch.bool))
+
+    return apgd(objective, x, threat, steps=budget.steps, start=start)[0]
 
 
-def unseen(value: Tensor, margin: Tensor) -> Tensor:
-    """What is gained (N,) where the guard flags nothing; elsewhere how little it does."""
-    return torch.where(margin > 0, -margin - RANK, value)
+def unseen(
+    gain: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    threat: Threat,
+    guard: Guard,
+    *,
+    steps: int,
+    start: Tensor,
+) -> Tensor:
+    """Auto-PGD past a guard, from x + `start` and from x: of what is not flagged once it is rounded
+    to 8 bits, what has the most `gain`; x where all is.
+    """
+    image = to_uint8(x)
+
+    def sent(near: Tensor, rows: Tensor) -> Tensor:
+        return to_float(in_8_bits(near, image[rows], threat))
+
+    def value(near: Tensor, rows: Tensor) -> Tensor:
+        margin = guard.margin(near)
+        return torch.where(margin > 0, -margin - RANK, gain(near, rows))
+
+    def objective(near: Tensor, rows: Tensor) -> Outcome:
+        slope = value(near, rows)
+        with torch.no_grad():
+            kept = value(sent(near, rows), rows)
+        return Outcome(kept, slope, torch.zeros_like(slope, dtype=torch.bool))
+
+    rows = torch.arange(len(x), device=x.device)
+    starts = (start, torch.zeros_like(start))
+    one, other = (
+        sent(apgd(objective, x, threat, steps=steps, start=start)[0], rows) for start in starts
+    )
+    with torch.no_grad():
+        better = value(one, rows) > value(other, rows)
+        best = torch.where(better[:, None, None, None], one, other)
+        flagged = guard.flags(to_uint8(best)).to(x.device)
+    return torch.where(flagged[:, None, None, None], x, best)
 
 
 def search(
@@ -191,7 +234,7 @@ def search(
     """
     if threat.norm != "Linf":
         raise ValueError(f"the random search is of Linf alone: leave out its queries for {threat}")
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     signs = torch.where(noise.uniform(channels, 1, width) < 0.5, -1.0, 1.0)  # stripes
     best = (x + threat.eps * signs).clamp(0, 1)
     with torch.no_grad():
@@ -199,11 +242,11 @@ def search(
         for query in range(queries):
             share = FIRST_SIDE / 2 ** (4 * query / queries)
             side = max(1, math.ceil(share * min(height, width)))
-            corner = noise.uniform(2)
+            room = torch.tensor([height - side, width - side], device=x.device)
+            corners = (noise.uniform(2) * (room + 1)).long().minimum(room)
             sign = torch.where(noise.uniform(channels) < 0.5, -1.0, 1.0)
             moved = best.clone()
-            for row in range(n):
-                top, left = (corner[row] * torch.tensor([height - side, width - side])).int()
+            for row, (top, left) in enumerate(corners.tolist()):
                 window = (row, slice(None), slice(top, top + side), slice(left, left + side))
                 moved[window] = x[window] + threat.eps * sign[row, :, None, None]
             moved = moved.clamp(0, 1)

@@ -1,8 +1,8 @@
 """An object detector with the scores that tell attacks: one function of pixels, as of classifiers.
 
-Its variants are `lean`, of one pass, `full`, which looks at a smoothed view as well, and `guarded`,
-which looks again after a small step towards objects. A purifier is a part of `full` alone: its
-boxes are those of the purified view.
+Its variants are `lean`, of one pass, `guarded`, which looks again after a small step towards
+objects, and behind a purifier `full`: its boxes are those of the purified view, and it looks at the
+picture as sent and at a smoothed view as well.
 """
 
 import copy

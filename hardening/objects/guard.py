@@ -32,5 +32,6 @@ class Guard(NamedTuple):
 
     def flags(self, image: Tensor) -> Tensor:
         """Which of uint8 (N, S, S, 3) are flagged, as bool (N,)."""
-        scores = scores_of(self.pipeline, image)
+        where = self.pipeline.detector.mean.device
+        scores = scores_of(self.pipeline, image.to(where))
         return torch.from_numpy(p_values(scores, self.calibration) < self.rate)

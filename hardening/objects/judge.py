@@ -6,6 +6,7 @@ reaches it as it is.
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,13 @@ TOGETHER = 8  # pictures that are attacked together
 CLEAN, WORST, SERVED = "clean", "worst case", "as served"
 ACCEPTED = f"{WORST}, accepted"
 # The code that what attacks found depends on.
-ATTACKS = ("attack/pgd", "attack/noise", "objects/attack")
-SOURCE = (*ATTACKS, "model/purifier", "objects/detector", "objects/boxes")
+ATTACKS = ("attack/pgd", "attack/noise", "attack/ladder", "objects/attack")
+BUILT = ("detector", "boxes", "own", "single_stage", "two_stage")
+SOURCE = (*ATTACKS, "model/classifier", "model/purifier", *(f"objects/{name}" for name in BUILT))
 GUARDS = ("guard", "defended", "step", "suspicions")
 GUARD_SOURCE = (*(f"objects/{name}" for name in GUARDS), "model/calibrate")
 STICKER_SOURCE = ("attack/patch",)
+LIBRARIES = ("torch", "torchvision", "rampart")  # whose networks are none of yours
 
 
 class Figures(NamedTuple):
@@ -171,26 +174,42 @@ def judge(
     tally = Tally(boxed, sides, guard, notice)
     tally.look(CLEAN, boxed.image)
     known = guard if crafted_on is detector else None
+    there = boxed.to(crafted_on.mean.device)
+    identity = f"{checkpoint.digest(crafted_on)} {own_code(crafted_on)}"
 
     def look(name: str, how: tuple[str, str], threat: Threat) -> None:
         craft = partial(attack, crafted_on, threat=threat, how=how, budget=budget, guard=known)
-        key = f"{keyed(how, known)} {checkpoint.digest(crafted_on)} {threat!r} {budget} {name}"
-        tally.look(name, attacked(boxed, craft, threat, title=name, key=key, cache=cache))
+        key = f"{keyed(how, budget, known)} {identity} {threat!r} {name}"
+        image = attacked(there, craft, threat, title=name, key=key, cache=cache)
+        tally.look(name, image.to(boxed.image.device))
 
     for name, how in attacks_of(crafted_on, budget, guarded=known is not None).items():
         look(name, how, threat)
     tally.conclude()
     for name, how in patches().items() if budget.patches else ():
         look(name, how, ANY_COLOUR)
-    return Judgement(tally.rows, tally.found[""], blindness(detector, boxed))
+    return Judgement(tally.rows, tally.found[""], blindness(detector, there))
 
 
-def keyed(how: tuple[str, str], guard: Guard | None) -> str:
+def keyed(how: tuple[str, str], budget: Budget, guard: Guard | None) -> str:
     """What the finds of an attack depend on beside the detector and the pictures."""
     algorithm, _ = how
-    if algorithm == "unseen" and guard:
-        return f"{attack_source((*SOURCE, *GUARD_SOURCE))} {guard.digest()}"
-    return attack_source((*SOURCE, *(STICKER_SOURCE if algorithm == "patch" else ())))
+    if algorithm == "patch":
+        return attack_source((*SOURCE, *STICKER_SOURCE))
+    if algorithm == "search":
+        return f"{attack_source(SOURCE)} {budget.queries} queries"
+    known = f" {guard.digest()}" if algorithm == "unseen" and guard else ""
+    return f"{attack_source((*SOURCE, *(GUARD_SOURCE if known else ())))}{known} {budget.steps}"
+
+
+def own_code(detector: ObjectDetector) -> str:
+    """Stands for the code of a network of yours: of its parts, and of the factory that built it."""
+    modules = {type(part).__module__ for part in detector.modules()}
+    yours = {name for name in modules if name.partition(".")[0] not in LIBRARIES}
+    yours.add(detector.config.arch.partition(":")[0])
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in yours}
+    code = b"".join(Path(file).read_bytes() for file in sorted(filter(None, files)))
+    return hashlib.sha256(code).hexdigest()[:16]
 
 
 def accepted(
@@ -235,9 +254,11 @@ def hardest(
 
 
 def seen(detector: ObjectDetector, image: Tensor) -> list[Found]:
-    """What a detector finds in uint8 (N, S, S, 3)."""
+    """What a detector finds in uint8 (N, S, S, 3), beside them whatever its device is."""
+    parts = (to_float(some.to(detector.mean.device)) for some in torch.split(image, TOGETHER))
     with torch.no_grad():
-        return [one for some in torch.split(image, TOGETHER) for one in detector(to_float(some))]
+        found = [one for x in parts for one in detector(x)]
+    return [Found(*(part.to(image.device) for part in one)) for one in found]
 
 
 def blindness(detector: ObjectDetector, boxed: Boxed) -> int:
@@ -252,14 +273,14 @@ def attacked(
     craft: Callable[..., Tensor],
     threat: Threat,
     *,
-    title: str,
-    key: str,
-    cache: Path | None,
+    title: str = "",
+    key: str = "",
+    cache: Path | None = None,
 ) -> Tensor:
-    """All pictures, uint8 (N, S, S, 3), as `craft` leaves them."""
+    """All pictures, uint8 (N, S, S, 3), as `craft` leaves them; `cache` keeps them under `key`."""
     parts = []
     rounds = torch.split(torch.arange(len(boxed)), TOGETHER)
-    for rows in tqdm(rounds, title, leave=False):
+    for rows in tqdm(rounds, title, leave=False, disable=not title):
         some = boxed[rows.tolist()]
         own = hashlib.sha256(f"{key} {rows[0]} {some.digest()}".encode()).hexdigest()[:24]
         file = cache / f"{own}.npy" if cache else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from rampart.handlers.errors import ImageError
 from rampart.hardening.objects.places import PARTS, coco_files, part_of, voc_home
 from rampart.hardening.train.data import fault_lines
 from rampart.hardening.train.decoding import open_picture
@@ -212,11 +213,12 @@ def check(
     """The scene of one picture without its bad boxes, each of which `fault` is told of."""
     source, picture = annotation.source, annotation.picture
     try:
-        still = open_picture(picture, 1).still
-    except (OSError, ValueError) as error:
+        opened = open_picture(picture, 1)
+        opened.check_opaque()
+    except (OSError, ValueError, ImageError) as error:
         fault(f"{source}: {error}" if str(picture) in str(error) else f"{picture}: {error}")
         return None
-    size = still.size[::-1] if still.orientation >= 5 else still.size
+    size = opened.sides
     if annotation.size and annotation.size != size:
         width, height = annotation.size
         fault(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rampart.handlers.image import Placement, decode, letterbox
+from rampart.handlers.image import Placement, framed, letterbox
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.images import least_held
@@ -22,6 +22,7 @@ from rampart.hardening.objects.jitter import jitter
 from rampart.hardening.objects.layouts import Scene, checked, read_layout
 from rampart.hardening.train import distributed
 from rampart.hardening.train.data import AHEAD, threads
+from rampart.hardening.train.decoding import decoded, open_picture, read_view
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,23 @@ class Scenes:
     def __getitem__(self, rows: Sequence[int]) -> "Scenes":
         return Scenes(tuple(self.scenes[row] for row in rows), self.classes)
 
+    def spread(self, count: int) -> "Scenes":
+        """`count` of them, evenly spaced; all where there are no more."""
+        return self[evenly(len(self), count)]
+
     def picture(self, row: int) -> tuple[Pixels, Truth]:
-        """Pixels (H, W, 3) of one picture, and its objects in them."""
+        """Pixels (H, W, 3) of one picture, and its objects in them. Raises ValueError."""
         scene = self.scenes[row]
-        return decode(scene.picture.read_bytes()), truth_of(scene.boxes, scene.labels)
+        pixels = decoded(scene.picture, open_picture(scene.picture, None))
+        return pixels, truth_of(scene.boxes, scene.labels)
+
+    def seen(self, row: int, size: int) -> tuple[Pixels, Truth, Placement]:
+        """One picture as an endpoint sees it, with its objects there. Raises ValueError."""
+        scene = self.scenes[row]
+        view = read_view(scene.picture, size, framed)
+        assert view.frame
+        place = view.frame.placement
+        return view.pixels, within(truth_of(scene.boxes, scene.labels), place, size), place
 
     def read(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[tuple[Pixels, Truth]]]]:
         """Each index tensor of `rows` with its pictures, decoded ahead; past the end they begin
@@ -62,7 +76,7 @@ class Scenes:
     def boxed(self, size: int) -> "Boxed":
         """All of them in memory, letterboxed to `size`, as an endpoint sees them."""
         with ThreadPoolExecutor(threads()) as pool:
-            every = list(pool.map(lambda row: placed(*self.picture(row), size), range(len(self))))
+            every = list(pool.map(lambda row: self.seen(row, size), range(len(self))))
         image = torch.from_numpy(np.stack([one[0] for one in every]))
         names = tuple(scene.picture.name for scene in self.scenes)
         truth, places = tuple(one[1] for one in every), tuple(one[2] for one in every)
@@ -108,8 +122,7 @@ class Boxed:
 
     def spread(self, count: int) -> "Boxed":
         """`count` of them, evenly spaced; all where there are no more."""
-        count = min(count, len(self))
-        return self[[row * len(self) // count for row in range(count)]]
+        return self[evenly(len(self), count)]
 
     def to(self, device: torch.device) -> "Boxed":
         """The same on another device."""
@@ -161,11 +174,21 @@ class Lessons:
             jittered = [
                 jitter(*one, augmentations, key) for one, key in zip(every, keys, strict=True)
             ]
-            boxed = [placed(*one, self.size) for one in jittered]
-            image = torch.from_numpy(np.stack([one[0] for one in boxed])).to(self.device)
-            truth = [Truth(*(part.to(self.device) for part in one[1])) for one in boxed]
+            squares, places = zip(*(letterbox(one[0], self.size) for one in jittered), strict=True)
+            image = torch.from_numpy(np.stack(squares)).to(self.device)
+            boxed = [
+                within(one[1], place, self.size)
+                for one, place in zip(jittered, places, strict=True)
+            ]
+            truth = [Truth(*(part.to(self.device) for part in one)) for one in boxed]
             noise = Noise(index.to(self.device), seed=seed, epoch=epoch)
             yield SceneBatch(to_float(image), truth, noise)
+
+
+def evenly(every: int, count: int) -> list[int]:
+    """The rows of `count` of so many, evenly spaced; all where there are no more."""
+    count = min(count, every)
+    return [row * every // count for row in range(count)]
 
 
 def collected(
@@ -183,11 +206,10 @@ def truth_of(boxes: Sequence[Sequence[float]], labels: Sequence[int]) -> Truth:
     )
 
 
-def placed(pixels: Pixels, truth: Truth, size: int) -> tuple[Pixels, Truth, Placement]:
-    """A picture and its objects, letterboxed."""
-    square, place = letterbox(pixels, size)
+def within(truth: Truth, place: Placement, size: int) -> Truth:
+    """The objects of a picture in pixels of the square of `size` that it is in."""
     boxes = torch.from_numpy(place.inside(truth.boxes.numpy())).clamp(0, size)
-    return square, Truth(boxes, truth.labels), place
+    return Truth(boxes, truth.labels)
 
 
 class Divided(NamedTuple):

@@ -5,7 +5,7 @@ each image); N-FGSM, de Jorge et al. 2022; from an adversarially trained backbon
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,22 +16,21 @@ from torch import Tensor
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Loss, Threat, n_fgsm, pgd, pgd10, random_start
 from rampart.hardening.model import checkpoint, provenance
-from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.attack import losses_together
-from rampart.hardening.objects.boxes import Found, Truth
+from rampart.hardening.objects.boxes import Truth
 from rampart.hardening.objects.detector import ObjectDetector, described
 from rampart.hardening.objects.jitter import check_jitters
+from rampart.hardening.objects.judge import attacked, seen
 from rampart.hardening.objects.precision import precision
 from rampart.hardening.objects.scenes import Boxed, Lessons, SceneBatch, Scenes
 from rampart.hardening.train import distributed, loop
 from rampart.hardening.train import state as states
 from rampart.hardening.train.loop import Part, Precision, Run, autocast
-from rampart.hardening.train.provenance import entry
+from rampart.hardening.train.provenance import entry, of_all, portions
 from rampart.hardening.train.purifier import PurifierTrainer
 
 METHODS = ("standard", "nfgsm", "pgd")
 AIMS = ("sum", "alternate", "strongest")
-TOGETHER = 16  # pictures that are looked at together
 CLIP = 10.0  # norm of the gradients of a step, at most
 
 
@@ -48,7 +47,7 @@ class ObjectRecipe(NamedTuple):
     seed: int = 0
     aim: str = "alternate"  # of the attack: the sum of losses, one at random, or the strongest
     ramp: float = 0.0  # part of the run during which eps grows from 0
-    steps: int = 5  # of pgd
+    steps: int = 10  # of pgd
     precision: Precision = "fp32"
     augment: tuple[str, ...] = ("flip", "crop", "shrink", "light")  # of JITTERS, in their order
     passes: int = 1  # over the pictures in an epoch, after which it is validated
@@ -111,33 +110,16 @@ def strongest_of(
     return every[lost.argmax(0), torch.arange(every.shape[1], device=every.device)]
 
 
-def find(detector: ObjectDetector, x: Tensor) -> list[Found]:
-    """The objects in each of x (N, 3, S, S)."""
-    with torch.no_grad():
-        return [one for some in torch.split(x, TOGETHER) for one in detector(some)]
-
-
-def attacked(detector: ObjectDetector, boxed: Boxed, attack: Callable[..., Tensor]) -> Tensor:
-    """x (N, 3, S, S) after `attack(detector, x, truth, noise)`, in parts."""
-    parts = []
-    for rows in torch.split(torch.arange(len(boxed)), TOGETHER):
-        some = boxed[rows.tolist()]
-        noise = Noise(rows.to(boxed.image.device))
-        parts.append(attack(detector, to_float(some.image), some.truth, noise))
-    return torch.cat(parts)
-
-
 def validate(detector: ObjectDetector, boxed: Boxed, threat: Threat) -> dict[str, float]:
     """The figures of an epoch: mAP50, clean and under PGD-10 on the sum of losses."""
 
-    def attack(net: ObjectDetector, x: Tensor, truth: Sequence[Truth], noise: Noise) -> Tensor:
-        return pgd10(total(net, truth), x, threat, noise=noise)
+    def craft(x: Tensor, truth: Sequence[Truth], *, noise: Noise) -> Tensor:
+        return pgd10(total(detector, truth), x, threat, noise=noise)
 
-    judge = partial(precision, boxed.truth, classes=len(boxed.classes))
-    return {
-        "clean": judge(find(detector, to_float(boxed.image))).map50,
-        "pgd10": judge(find(detector, attacked(detector, boxed, attack))).map50,
-    }
+    def map50(image: Tensor) -> float:
+        return precision(boxed.truth, seen(detector, image), len(boxed.classes)).map50
+
+    return {"clean": map50(boxed.image), "pgd10": map50(attacked(boxed, craft, threat))}
 
 
 class ObjectTrainer:
@@ -233,7 +215,7 @@ def fit(
     if file.exists() and states.read(file.parent) is None:
         raise ValueError(f"{file} exists, but no state to resume from: choose another --out")
     validation = scenes[1].to(trainer.device)
-    origin = noted(file.parent, lessons.scenes.boxed(lessons.size), validation)
+    origin = noted(file.parent, lessons, validation)
     origin["training"] = repr(recipe)
 
     def keep() -> None:
@@ -247,9 +229,15 @@ def fit(
     run.fit(lessons, trainer.step, evaluate, chosen_on=validation, keep=keep, best=best, **size)
 
 
-def noted(folder: Path, train: Boxed, held: Boxed) -> dict[str, object]:
-    """Write down beside the weights which pictures they are made of; returns the file's entry."""
-    prints = provenance.fingerprints(train.image)
-    if distributed.first():
-        provenance.write(folder, prints)
+def noted(folder: Path, lessons: Lessons, held: Boxed) -> dict[str, object]:
+    """Write down beside the weights which pictures they are made of, once; returns the file's
+    entry.
+    """
+    begun = provenance.read(folder) if states.unfinished(folder) else None
+    prints = distributed.from_first(begun)
+    if prints is None:
+        scenes, size = lessons.scenes, lessons.size
+        prints = of_all(scenes[r.tolist()].boxed(size).image for r in portions(len(scenes)))
+        if distributed.first():
+            provenance.write(folder, prints)
     return {"images": entry(prints, held.image)}

@@ -5,11 +5,13 @@ the graph has one shape for all pictures.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -22,6 +24,8 @@ from rampart.hardening.objects.boxes import Dense, Truth
 PROPOSALS = 256  # of a picture
 HIDDEN = 256  # of the second look
 POOLED = 7  # cells a side that a proposal is looked at by
+# An attack that follows a loss must find the same one at the same place.
+EVERY = BalancedPositiveNegativeSampler(sys.maxsize, 0.5)
 NAMES = {
     "loss_classifier": "classification",
     "loss_box_reg": "localization",
@@ -40,6 +44,7 @@ class TwoStage(nn.Module):
         self.backbone, self.rpn, self.roi_heads = rcnn.backbone, rcnn.rpn, rcnn.roi_heads
         self.iou: float = rcnn.roi_heads.nms_thresh
         self.size = size
+        self._draws = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
         x = torch.zeros(1, 3, size, size)
         with torch.no_grad():
             maps = list(rcnn.eval().backbone(x).values())
@@ -103,8 +108,12 @@ class TwoStage(nn.Module):
         return out
 
     def losses(self, x: Tensor, truth: Sequence[Truth]) -> list[dict[str, Tensor]]:
-        """Faster R-CNN's losses of each image."""
+        """Faster R-CNN's losses of each image: in training of anchors and proposals drawn at
+        random, else of all anchors and of the proposals that are looked at.
+        """
         maps, each = self.maps(x), []
+        draws = self._draws if self.training else (EVERY, EVERY)
+        self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = draws
         # They say whether losses are computed; that of BatchNorm is another matter.
         self.rpn.training = self.roi_heads.training = True
         shape = (self.size, self.size)
@@ -112,6 +121,8 @@ class TwoStage(nn.Module):
             own = {name: value[row : row + 1] for name, value in maps.items()}
             target = [{"boxes": boxes, "labels": labels + 1}]
             found, first = self.rpn(ImageList(x[row : row + 1], [shape]), own, target)
+            if not self.training:
+                found = [*self.proposals(own)]
             _, second = self.roi_heads(own, found, [shape], target)
             each.append({NAMES[name]: value for name, value in (first | second).items()})
         return each

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import rampart
 from rampart.handlers.containers import JPEG
 from rampart.handlers.errors import ImageError
-from rampart.handlers.image import Fitting, Picture, cropped, examine, view_of
+from rampart.handlers.image import Fitting, Picture, View, cropped, examine, view_of
 from rampart.hardening.model.arrays import Pixels
 from rampart.hardening.model.presence import POINTER
 from rampart.hardening.train.shards import Member
@@ -32,16 +32,21 @@ DONE = "done"
 
 def read_picture(file: Path | Member, size: int, fitting: Fitting = cropped) -> Pixels:
     """One plain file as uint8 (size, size, 3), decoded as the endpoint does. Raises ValueError."""
+    return read_view(file, size, fitting).pixels
+
+
+def read_view(file: Path | Member, size: int, fitting: Fitting) -> View:
+    """What a model of `size` sees of a plain file at the endpoint. Raises ValueError."""
     try:
         view = view_of(open_picture(file, size), size, fitting)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     if isinstance(view, ImageError):
         raise ValueError(f"{file}: {view.message}")
-    return view.pixels
+    return view
 
 
-def open_picture(file: Path | Member, size: int, *, whole: bool = True) -> Picture:
+def open_picture(file: Path | Member, size: int | None, *, whole: bool = True) -> Picture:
     """A picture whose structure was checked, and no pixel. Raises OSError or ValueError.
 
     Unless it is read `whole`, a large JPEG has pixels to its head alone: it is not to be decoded.
@@ -58,14 +63,14 @@ def open_picture(file: Path | Member, size: int, *, whole: bool = True) -> Pictu
         raise ValueError(f"{file}: {error.message}") from error
 
 
-def read_whole(stream: BinaryIO, size: int) -> Picture:
+def read_whole(stream: BinaryIO, size: int | None) -> Picture:
     """The picture in a file. Raises ImageError."""
     stream.seek(0)
     # Within LARGEST, as was checked.
     return picture_in(stream.read(os.fstat(stream.fileno()).st_size), size)
 
 
-def picture_in(data: bytes, size: int) -> Picture:
+def picture_in(data: bytes, size: int | None) -> Picture:
     """The picture that a file holds. Raises ImageError."""
     if data.startswith(POINTER):
         raise ImageError(
@@ -74,7 +79,7 @@ def picture_in(data: bytes, size: int) -> Picture:
     return examine(data, size)
 
 
-def by_its_ends(stream: BinaryIO, size: int) -> Picture | None:
+def by_its_ends(stream: BinaryIO, size: int | None) -> Picture | None:
     """A large JPEG in one scan, by its head and an end within its last bytes; None for others."""
     head = stream.read(HEAD)
     if not head.startswith(JPEG) or stream.seek(0, os.SEEK_END) < 2 * HEAD:

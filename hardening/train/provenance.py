@@ -1,6 +1,6 @@
 """What a training notes of its images: beside the weights each one, in the checkpoint their sum."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ def prints_of(images: Images | Folder) -> Prints:
     """The fingerprints of all images; a folder is decoded for it, once, by all processes."""
     if isinstance(images, Images):
         return provenance.fingerprints(images.image)
-    rows = torch.split(distributed.mine(torch.arange(len(images))), BATCH)
-    own = [provenance.fingerprints(image) for image, _ in images.read(rows)]
-    return provenance.union(distributed.gather(provenance.union(own)))
+    return of_all(image for image, _ in images.read(portions(len(images))))
+
+
+def portions(count: int) -> tuple[Tensor, ...]:
+    """This process's part of the rows of `count` images, by as many as are decoded at a time."""
+    return torch.split(distributed.mine(torch.arange(count)), BATCH)
+
+
+def of_all(parts: Iterable[Tensor]) -> Prints:
+    """The fingerprints of the images (N, H, W, 3) that all processes have, part by part."""
+    own = provenance.union(map(provenance.fingerprints, parts))
+    return provenance.union(distributed.gather(own))
 
 
 def note(folder: Path, train: Images | Folder, held: Images) -> dict[str, Any]:

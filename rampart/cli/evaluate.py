@@ -127,7 +127,7 @@ def evaluate(
     studies.insist(outcome.checks)
 
 
-@verb("objects runs/cells/objects.safetensors bccd/ --eps 4 --skip-bad")
+@verb("objects runs/cells/objects.safetensors bccd/ --eps 4 --skip-bad", together=inputs.attacking)
 def objects(
     *,
     weights: Annotated[Path, Argument(help=OBJECTS), inputs.checkpoint],
@@ -145,6 +145,7 @@ def objects(
     skip_bad: o.SkipBad = False,
     cache: o.Cache = o.FOUND,
     into_card: o.IntoCard = False,
+    device: o.Device = "auto",
 ) -> None:
     """Attack an object detector with full knowledge; print mAP50 and AP by attack, and the worst.
 
@@ -157,22 +158,24 @@ def objects(
     from rampart.sources import Source
 
     home = library.home_of(weights, into_card=into_card, variant=variant)
+    ball = threat.ball(rp.SceneModel.load(home) if home else None)
     budget = Budget(steps, queries, patches)
     found = library.evaluate(
         (weights, crafted_on),
         Source(pictures, None, skip_bad),
-        threat.ball(),
+        ball,
         budget,
         part=part,
         limit=limit,
         cache=cache,
         home=home,
         variant=variant,
+        device=device,
     )
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
     if home:
-        data, ball = f"{pictures.name}, {part}", threat.ball()
+        data = f"{pictures.name}, {part}"
         setting = {"data": data, "threat_model": str(ball), "budget": str(budget)}
         setting |= {"command": command_line()} | ({"variant": variant} if variant else {})
         library.keep(home, found, setting, into_card=into_card)

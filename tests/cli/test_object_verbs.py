@@ -3,19 +3,26 @@
 import hashlib
 import json
 import shutil
+import zipfile
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 from command import run
-from drawn import write_voc
+from drawn import boxed, write_voc
 
 from rampart import inputs
+from rampart.cli.train import train
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.objects.attack import Budget
+from rampart.hardening.objects.boxes import Found
 from rampart.hardening.objects.jitter import JITTERS
-from rampart.hardening.objects.training import AIMS, METHODS
+from rampart.hardening.objects.training import AIMS, METHODS, ObjectRecipe
 from rampart.hardening.report.card import markdown
 
+NONE = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 TINY = ("--image-size", 128, "--width", 0.125, "--arch", "ssd-resnet10", "--device", "cpu")
 
 
@@ -98,9 +105,13 @@ def test_harden_goes_from_pictures_with_boxes_to_an_archive(
     again = run(*asked, "--anyway")
     assert "[3/4] evaluate: done before" in again and "[4/4] archive: done before" in again
     assert len((tmp_path / "cells" / "evaluations.jsonl").read_text().splitlines()) == 1
+    assert any((tmp_path / "runs" / "found").iterdir())  # an attack that was cut goes on
+    assert "sample.png" in zipfile.ZipFile(tmp_path / "cells.mar").namelist()
+    run(*asked, "--anyway", "--no-sample")
+    assert "sample.png" not in zipfile.ZipFile(tmp_path / "cells.mar").namelist()
     run(*asked[:-1], 0, "--anyway", "--guarded")
     promise = json.loads((tmp_path / "cells" / "card.json").read_text())["promise"]
-    assert set(promise) == {"full, fp32", "lean, fp32", "guarded, fp32"}
+    assert set(promise) == {"lean, fp32", "guarded, fp32"}
     with pytest.raises(ValueError, match="fasterrcnn cannot have the variant guarded"):
         run(*asked, "--guarded", "--arch", "fasterrcnn")
 
@@ -138,6 +149,87 @@ def test_an_evaluation_is_logged_beside_the_model_and_fewer_pictures_replace_no_
         run("objects", *common, "--variant", "guarded")
 
 
+@pytest.mark.parametrize("budget", [Budget(1, 5, True), Budget(2, 0, True), Budget(2, 5)])
+def test_a_weaker_attack_replaces_no_figures_of_a_stronger_one(
+    tmp_path: Path, scene_folder: Path, budget: Budget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rampart.hardening.objects.judge import Judgement, figures
+    from rampart.objects import keep
+
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    row = figures(boxed(2).truth, [NONE] * 2, 2)
+
+    def budget_kept(budget: Budget) -> str:
+        names = ["clean", "worst case", *(["patch sum"] if budget.patches else [])]
+        judgement = Judgement(dict.fromkeys(names, row), {}, 0)
+        setting = {"data": "voc, test", "threat_model": "Linf 4/255", "command": "rampart objects"}
+        keep(home, judgement, setting | {"budget": str(budget)}, into_card=True)
+        kept: str = json.loads((home / "card.json").read_text())["attacks"]["budget"]
+        return kept
+
+    strong = "2 steps, 5 queries, patches"
+    assert budget_kept(Budget(2, 5, patches=True)) == strong
+    assert budget_kept(budget) == strong
+    said = f"the card keeps its figures of {strong}: these are of only {budget}"
+    assert said in capsys.readouterr().out
+    assert budget_kept(Budget(3, 5, patches=True)) == "3 steps, 5 queries, patches"
+
+
+def test_pictures_of_training_are_left_out_of_what_passes_as_held_out(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    from rampart.hardening.model import provenance
+    from rampart.hardening.objects.scenes import divided
+
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    prints = provenance.fingerprints(divided(data).validation.boxed(128).image)
+    common = ("objects", home / "weights.safetensors", data, "--part", "validation", "--steps", 1)
+    common = (*common, "--cache", tmp_path / "found")
+    provenance.write(home, prints[:1])
+    said = run(*common)
+    assert "was trained on them, by their pixels: 1 pictures" in said and "on 1 pictures" in said
+    provenance.write(home, prints)
+    with pytest.raises(ValueError, match="was trained on all of these 2 pictures"):
+        run(*common)
+
+
+def test_the_ball_is_that_of_the_model_where_no_eps_is_given(
+    tmp_path: Path, scene_folder: Path
+) -> None:
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    home = Path(shutil.copytree(scene_folder, tmp_path / "cells"))
+    card = json.loads((home / "card.json").read_text())
+    (home / "card.json").write_text(json.dumps(card | {"threat_model": "Linf 2/255"}))
+    common = (data, "--part", "validation", "--steps", 1, "--limit", 1)
+    common = (*common, "--cache", tmp_path / "found")
+    said = run("objects", home / "weights.safetensors", *common, "--into-card")
+    assert "on 1 pictures (validation), Linf 2/255, 1 steps" in said
+    attacks = json.loads((home / "card.json").read_text())["attacks"]
+    assert attacks["threat_model"] == "Linf 2/255"
+
+
+def test_what_attacks_an_object_detector_goes_together(tmp_path: Path, scene_folder: Path) -> None:
+    from found import untrained
+
+    from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, save
+
+    data = write_voc(tmp_path / "voc", 4, parts={"train": range(2), "val": range(2, 4)})
+    weights, other = scene_folder / "weights.safetensors", tmp_path / "o.safetensors"
+    save(other, untrained())
+    asked = ("objects", weights, data, "--part", "validation")
+    with pytest.raises(ValueError, match="--into-card does not go with --crafted-on"):
+        run(*asked, "--crafted-on", other, "--into-card")
+    with pytest.raises(ValueError, match=r"--queries 5: the random search is of Linf alone"):
+        run(*asked, "--norm", "L2", "--queries", 5)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no usable CUDA device"):
+            run(*asked, "--device", "cuda")
+    save(other, ObjectDetector(ObjectConfig("ssdlite", ("cell",), 192)))
+    with pytest.raises(ValueError, match=r"is not a twin of .*it finds cell at 192 pixels"):
+        run(*asked, "--crafted-on", other)
+
+
 def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
     tmp_path: Path, scene_folder: Path
 ) -> None:
@@ -147,11 +239,15 @@ def test_figures_for_a_card_that_is_not_there_are_refused_before_any_attack(
         run("objects", alone, data, "--part", "validation", "--into-card")
 
 
+# What is said of a classifier of your own, where nobody says anything.
+OWN: dict[str, object] = {"head": "", "channels": 3, "channels_last": False}
+
+
 def whole_way(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(
         ("arch", "weights", "epochs", "augment", "balance", "purifier_epochs")
     )
-    usual |= {"method": "nfgsm", "activation": "relu", "data": tmp_path / "voc"}
+    usual |= {"method": "nfgsm", "activation": "relu", "data": tmp_path / "voc"} | OWN
     inputs.whole_way(**(usual | changed))  # type: ignore[arg-type]
 
 
@@ -163,6 +259,9 @@ def whole_way(tmp_path: Path, **changed: object) -> None:
         ({"purifier_epochs": 2}, "`rampart purifier` trains an object detector's"),
         ({"augment": ["cutout"]}, "choose among flip, turn"),
         ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"head": "fc"}, "--head is for classifiers"),
+        ({"channels": 1}, "--channels is for classifiers"),
+        ({"channels_last": True}, "--channels-last is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),
         ({"epochs": 0, "weights": Path("a")}, "rampart calibrate"),
         ({"weights": Path("nothing.pth")}, r"nothing\.pth"),
@@ -182,7 +281,7 @@ def test_the_whole_way_refuses_what_is_of_the_other_task(
 
 def learning(tmp_path: Path, **changed: object) -> None:
     usual: dict[str, object] = dict.fromkeys(("arch", "teacher", "augment", "aim", "passes"))
-    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0, "balance": 0}
+    usual |= {"method": "nfgsm", "smoothing": 0, "steps": 10, "awp": 0, "balance": 0} | OWN
     usual |= {"activation": "relu", "rectify": False, "compile": False, "data": tmp_path / "voc"}
     inputs.learning(**(usual | changed))  # type: ignore[arg-type]
 
@@ -194,6 +293,9 @@ def learning(tmp_path: Path, **changed: object) -> None:
         ({"method": "trades"}, "choose among standard, nfgsm, pgd"),
         ({"awp": 0.005}, "--awp is for classifiers"),
         ({"activation": "silu"}, "--activation is for classifiers"),
+        ({"head": "fc"}, "--head is for classifiers"),
+        ({"channels": 1}, "--channels is for classifiers"),
+        ({"channels_last": True}, "--channels-last is for classifiers"),
         ({"balance": 0.5}, "--balance is for classifiers"),
         ({"augment": ["warp"]}, "choose among flip, turn"),
         ({"data": Path(), "arch": "ssd"}, "finds objects, but . has no boxes"),
@@ -254,12 +356,12 @@ def test_what_an_object_detector_is_trained_with_goes_together(tmp_path: Path) -
 def test_the_names_that_are_checked_early_are_those_that_there_are() -> None:
     assert inputs.OBJECT_METHODS == METHODS
     assert (*JITTERS, "none") == inputs.JITTERS
+    assert signature(train).parameters["steps"].default == ObjectRecipe().steps
     assert inputs.Aim.__args__ == AIMS  # type: ignore[attr-defined]
 
 
 def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
     from rampart import objects
-    from rampart.hardening.objects.training import ObjectRecipe
     from rampart.sources import Source
     from rampart.training import Run
 
@@ -272,6 +374,25 @@ def test_every_fault_of_a_training_is_told_before_it(tmp_path: Path) -> None:
     assert "ssd needs one of resnet10" in text and "to train on" in text
     with pytest.raises(ValueError, match="Pictures with boxes are split by"):
         objects.read(Source(tmp_path / "voc", tmp_path))
+
+
+def test_a_training_whose_validation_shows_no_object_does_not_begin(tmp_path: Path) -> None:
+    from found import untrained
+
+    from rampart.hardening.objects.detector import save
+
+    data = write_voc(tmp_path / "voc", 8, parts={"train": range(3, 8), "val": range(3)})
+    asked = ("train", "--data", data, *TINY, "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none of 1 validation pictures shows .* --validate-on"):
+        run(*asked, "--validate-on", 1)
+    write_voc(data, 8, parts={"val": range(1)})
+    with pytest.raises(ValueError, match=r"none of 1 .*list pictures with objects as its part val"):
+        run(*asked)
+    save(tmp_path / "o.safetensors", untrained())
+    weights = ("--classifier", tmp_path / "o.safetensors", "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none of 1 validation pictures shows an object"):
+        run("purifier", "--data", data, *weights, "--device", "cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:

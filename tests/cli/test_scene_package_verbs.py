@@ -14,6 +14,7 @@ from PIL import Image
 from rampart.handlers.image import as_png
 from rampart.handlers.service import Service
 from rampart.handlers.types import Incoming
+from rampart.hardening.model import provenance
 from rampart.hardening.objects import defended
 from rampart.hardening.objects.detector import ObjectDetector, save
 from rampart.models import load
@@ -29,9 +30,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, learned_objects: ObjectDetect
     write_voc(folder / "voc", 70, parts={"train": range(10), "val": range(10, 70)})
     write_voc(folder / "few", 12, parts={"train": range(4), "val": range(4, 12)}, seed=1)
     save(folder / "detector.safetensors", learned_objects, {"commands": ["rampart train"]})
+    provenance.write(folder, np.array([1, 2], np.uint64))
     weights = folder / "detector.safetensors"
     said = run("calibrate", folder / "cells", "--data", folder / "voc", "--classifier", weights)
-    assert "full promises at most 5.0% of clean images flagged" in said
+    assert (
+        "full promises" not in said and "lean promises at most 5.0% of clean images flagged" in said
+    )
     return folder
 
 
@@ -40,8 +44,9 @@ def test_calibrate_makes_a_model_folder_of_an_object_detector(home: Path) -> Non
     assert (card["task"], card["model"], card["min_confidence"]) == ("detect", "cells", 0.5)
     assert card["objects"]["classes"] == ["disc", "square"]
     assert card["commands"][0] == "rampart train" and len(card["commands"]) == 2
-    assert set(card["promise"]) == {"full, fp32", "lean, fp32"}
+    assert set(card["promise"]) == {"lean, fp32"}
     assert isinstance(load(home / "cells"), SceneModel)
+    assert provenance.read(home / "cells").tolist() == [1, 2]  # as beside the weights
     with Image.open(home / "cells" / "sample.png") as picture:
         assert picture.size == (96, 80)
 
@@ -101,6 +106,22 @@ def test_what_an_object_detector_does_not_do_is_said_in_one_sentence(
     assert not (home / "models").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "x", "--classifier", "detector.safetensors"),
+        ("calibrate", "cells", "--guarded"),
+        ("quantize", "cells"),
+    ],
+)
+def test_pictures_with_boxes_are_held_out_by_their_own_parts_alone(
+    words: tuple[str, ...], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    with pytest.raises(ValueError, match="--held few: leave it out"):
+        run(*words, "--data", "voc", "--held", "few")
+
+
 def test_the_variant_guarded_is_of_classifiers(home: Path, tmp_path: Path) -> None:
     weights = home / "detector.safetensors"
     words = ("--data", home / "voc", "--classifier", weights, "--purifier", weights)
@@ -119,7 +140,7 @@ def test_a_finished_detector_gets_the_variant_guarded_and_serves_it(
     assert {name for name in before if after[name] != before[name]} == {"card.json"}
     assert "guarded promises" in said and str(model / "calibration-guarded.json") in said
     loaded = SceneModel.load(model)
-    assert loaded.variants == ["full", "lean", "guarded"] and loaded.best_variant == "full"
+    assert loaded.variants == ["lean", "guarded"] and loaded.best_variant == "lean"
     assert loaded.radius == 4 / 255  # no training is on record: half of the usual 8/255
     with pytest.raises(ValueError, match="has the variant guarded already"):
         run("calibrate", model, "--data", home / "voc", "--guarded")
@@ -208,7 +229,7 @@ def test_quantize_makes_an_int8_form_that_finds_as_much_and_archive_takes_it(
     made = card["int8"]["lean"]
     assert made["map50"][0] > 0.5 and made["map50"][0] - made["map50"][1] <= 0.01
     assert made["attacked"][0] < made["map50"][0]
-    assert set(card["promise"]) == {f"{v}, {p}" for v in ("full", "lean") for p in ("fp32", "int8")}
+    assert set(card["promise"]) == {"lean, fp32", "lean, int8"}
     run("archive", cells, "--variant", "lean", "--images", home / "few")
     assert "model: cells, lean, int8" in run("inspect", tmp_path / "cells.mar")
     with zipfile.ZipFile(tmp_path / "cells.mar") as content:

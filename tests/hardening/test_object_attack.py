@@ -8,14 +8,16 @@ from drawn import CLASSES, boxed
 from found import untrained
 from torch import Tensor
 
+from rampart.hardening.attack.ladder import in_8_bits
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model.pipeline import Variant
 from rampart.hardening.model.pixels import to_float
+from rampart.hardening.model.registry import import_factory
 from rampart.hardening.objects import judge as judging
-from rampart.hardening.objects.attack import Budget, attack, attacks_of, patches
+from rampart.hardening.objects.attack import Budget, aims_of, attack, attacks_of, patches, search
 from rampart.hardening.objects.boxes import Dense, Found, Truth
-from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector
+from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, of_factory
 from rampart.hardening.objects.guard import Guard
 from rampart.hardening.objects.judge import (
     ACCEPTED,
@@ -25,6 +27,7 @@ from rampart.hardening.objects.judge import (
     figures,
     judge,
     merit,
+    own_code,
     table,
     worst,
 )
@@ -115,6 +118,29 @@ def test_an_attack_that_knows_the_guard_is_flagged_less_and_still_does_harm(
     assert rows[WORST].map50 <= rows[ACCEPTED].map50 < rows["clean"].map50 - 0.3
     assert rows[ACCEPTED].flagged is None and rows[WORST].flagged is None
     assert "flagged" in rows["clean"].as_json(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["vanish", "fabricate"])
+def test_no_picture_that_passes_is_flagged_after_an_attack_that_knows_the_guard(
+    name: str, learned_objects: ObjectDetector, guard: Guard
+) -> None:
+    x, large, how = to_float(SCENES.image), Threat(eps=24 / 255), ("unseen", name)
+    noise, budget = Noise(torch.arange(len(x))), Budget(2)
+    out = attack(
+        learned_objects,
+        x,
+        SCENES.truth,
+        large,
+        how=how,
+        budget=budget,
+        noise=noise,
+        guard=guard,
+    )
+    sent = in_8_bits(out, SCENES.image, large)
+    assert not (guard.flags(sent) & ~guard.flags(SCENES.image)).any()
+    aim = aims_of(learned_objects)[name]
+    gains = [aim(learned_objects, one, SCENES.truth) for one in (to_float(sent), x)]
+    assert (gains[0] >= gains[1]).all() and (gains[0] > gains[1]).sum() >= 2
 
 
 def test_the_step_raises_what_is_expected_and_leads_no_gradient_astray() -> None:
@@ -239,6 +265,42 @@ def test_a_judgement_goes_on_with_what_it_has_kept(
         assert again.rows[name].as_json(CLASSES) == row.as_json(CLASSES)
 
 
+def test_a_search_that_is_added_repeats_no_attack_by_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, some, made = untrained(), SCENES[[1]], []
+    judge(net, some, THREAT, Budget(1), cache=tmp_path)
+
+    def noted(*args, how, **more):
+        made.append(how[0])
+        return attack(*args, how=how, **more)
+
+    monkeypatch.setattr(judging, "attack", noted)
+    judge(net, some, THREAT, Budget(1, 2), cache=tmp_path)
+    assert made == ["search"]
+    judge(net, some, THREAT, Budget(2, 2), cache=tmp_path)
+    assert len(made) > 1 and "search" not in made[1:]
+
+
+def test_what_other_code_of_a_network_of_yours_left_is_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import owned
+
+    file = tmp_path / "yours.py"
+    file.write_text(Path(owned.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = set()
+    for factory in ("yours:Whole", "yours:ssd"):  # parts that are yours, and torchvision's
+        import_factory(factory)
+        net = of_factory(factory, CLASSES, 128)
+        before = own_code(net)
+        assert before == own_code(net)
+        file.write_text(file.read_text() + "# changed\n")
+        codes |= {before, own_code(net)}
+    assert len(codes) == 3 and own_code(untrained()) not in codes
+
+
 def test_a_detector_of_one_class_cannot_be_mislabelled() -> None:
     one = ObjectDetector(ObjectConfig("ssdlite", ("cell",), 128))
     assert "apgd mislabel" not in attacks_of(one, BUDGET)
@@ -250,6 +312,16 @@ def test_the_random_search_is_of_linf_alone() -> None:
         x, noise, large = to_float(SCENES.image[:1]), Noise(torch.arange(1)), Threat("L2", 1.0)
         how = ("search", "sum")
         attack(untrained(), x, SCENES.truth[:1], large, how=how, budget=BUDGET, noise=noise)
+
+
+def test_the_random_search_reaches_every_corner() -> None:
+    x, noise = torch.full((4, 1, 4, 4), 0.5), Noise(torch.arange(4))
+
+    def bright(near: Tensor) -> Tensor:
+        return (near[..., 0, 0] + near[..., -1, -1]).sum(1)
+
+    out = search(bright, x, THREAT, queries=400, noise=noise)
+    assert torch.allclose(bright(out), bright(x + THREAT.eps))
 
 
 def test_nothing_found_is_nothing_kept() -> None:

@@ -75,6 +75,22 @@ def test_losses_know_pictures_without_objects_and_reach_the_pixels(
     assert all((old == new).all() for old, new in zip(before, after, strict=True))
 
 
+def test_an_attack_finds_the_same_losses_at_the_same_place(detector: ObjectDetector) -> None:
+    x = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        first, again = (detector.image_losses(x, [SCENE, EMPTY]) for _ in range(2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_training_draws_proposals_of_a_faster_rcnn_at_random() -> None:
+    torch.manual_seed(0)
+    net = ObjectDetector(CONFIGS["fasterrcnn"])
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        drawn = [net.train().image_losses(x, [SCENE])["objectness"] for _ in range(4)]
+    assert len({float(value) for value in drawn}) == 4
+
+
 def test_a_file_brings_the_same_objects_back(tmp_path: Path, detector: ObjectDetector) -> None:
     file = tmp_path / "objects.safetensors"
     save(file, detector, {"training": "none"})

@@ -10,6 +10,7 @@ import torch
 from drawn import CLASSES, annotation, write_coco, write_voc
 from PIL import Image
 
+from rampart.handlers.image import View, examine, framed, letterbox, view_of
 from rampart.hardening.objects.boxes import Truth
 from rampart.hardening.objects.jitter import JITTERS, check_jitters, jitter
 from rampart.hardening.objects.places import has_boxes
@@ -58,6 +59,41 @@ def test_letterboxed_scenes_hold_their_objects(tmp_path: Path) -> None:
             assert int(image[y, x].argmax()) == (2 if label else 0)
     place = boxed.places[0]
     assert (place.scale, place.left, place.top) == (2, 0, 16)
+
+
+def test_a_large_jpeg_is_held_out_as_the_endpoint_sees_it(tmp_path: Path) -> None:
+    write_voc(tmp_path, 2)
+    file, noise = tmp_path / "JPEGImages" / "s001.jpg", np.random.default_rng(0)
+    pixels = noise.integers(0, 256, (720, 960, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, quality=95)
+    found = [("disc", 97, 49, 480, 360)]
+    (tmp_path / "Annotations" / "s001.xml").write_text(annotation(file.name, 960, 720, found))
+    data = divided(tmp_path)
+    (scenes,) = (part for part in data.parts().values() if part.scenes[0].picture == file)
+    boxed = scenes.boxed(128)
+    view = view_of(examine(file.read_bytes(), 128), 128, framed)
+    assert isinstance(view, View) and (boxed.image[0].numpy() == view.pixels).all()
+    whole, _ = letterbox(scenes.picture(0)[0], 128)
+    assert (whole != view.pixels).any()  # the decoder has reduced it
+    assert boxed.truth[0].boxes[0].tolist() == pytest.approx([12.8, 22.4, 64, 64])
+
+
+def test_transparent_pixels_are_told_with_the_file_and_left_out_on_request(tmp_path: Path) -> None:
+    write_voc(tmp_path, 3, parts={"train": range(3), "val": range(1)})
+    file = tmp_path / "JPEGImages" / "s001.png"
+    with Image.open(file) as picture:
+        alpha = picture.convert("RGBA")
+    alpha.save(file)
+    assert not divided(tmp_path).left_out  # opaque all over
+    scenes = divided(tmp_path).train
+    alpha.putpixel((0, 0), (0, 0, 0, 0))
+    alpha.save(file)
+    with pytest.raises(ValueError, match=r"s001\.png: the image has transparent pixels"):
+        divided(tmp_path)
+    assert "s001.png" in divided(tmp_path, skip_bad=True).left_out[0]
+    for read in (lambda: scenes.picture(1), lambda: scenes.boxed(128)):
+        with pytest.raises(ValueError, match=r"s001\.png: the image has transparent pixels"):
+            read()
 
 
 def test_the_layouts_own_parts_are_kept(tmp_path: Path) -> None:

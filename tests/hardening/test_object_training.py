@@ -13,16 +13,18 @@ from rampart.hardening.model import checkpoint, provenance
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.pixels import to_float
 from rampart.hardening.objects.detector import ObjectConfig, ObjectDetector, load, on_classifier
-from rampart.hardening.objects.scenes import SceneBatch, divided
+from rampart.hardening.objects.scenes import Boxed, Lessons, SceneBatch, Scenes, divided
 from rampart.hardening.objects.training import (
     METHODS,
     ObjectRecipe,
     ObjectTrainer,
     craft,
+    noted,
     strongest_of,
     total,
     train_objects,
 )
+from rampart.hardening.train import provenance as notes
 
 EPS = 8 / 255
 
@@ -107,9 +109,23 @@ def test_a_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert content["task"] == "detect" and content["commands"] == lines
     assert content["training"].startswith("ObjectRecipe(method='standard'")
     assert content["history"][0][0].keys() >= {"loss", "clean", "pgd10"}
-    seen = provenance.trained_on(tmp_path / "run", data.train.boxed(128))  # type: ignore[arg-type]
+    seen = provenance.trained_on(tmp_path / "run", data.train.boxed(128))
     assert seen is not None and seen.all()
     assert content["images"]["training"]["count"] == len(data.train)
+
+
+def test_pictures_are_noted_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, sizes, whole = divided(write_voc(tmp_path / "voc", 14)), [], Scenes.boxed
+
+    def counted(scenes: Scenes, size: int) -> Boxed:
+        sizes.append(len(scenes))
+        return whole(scenes, size)
+
+    monkeypatch.setattr(Scenes, "boxed", counted)
+    monkeypatch.setattr(notes, "BATCH", 3)
+    lessons = Lessons(data.train, 128, 1, torch.device("cpu"))
+    assert noted(tmp_path, lessons, boxed(2))["images"]["training"]["count"] == len(data.train)
+    assert max(sizes) == 3 and sum(sizes) == len(data.train) > 3
 
 
 def test_objects_are_learned(learned_objects: ObjectDetector) -> None:

@@ -45,15 +45,19 @@ def playground(twinned: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def twinned_scenes(tmp_path_factory: pytest.TempPathFactory, scene_folder: Path) -> Path:
-    """The folder of an object detector with a sample, and beside it itself as its twin."""
+    """The folder of an object detector with a sample and the variant guarded, and beside it itself
+    as its twin.
+    """
     import numpy as np
-    from drawn import objects, picture
+    from drawn import boxed, objects, picture
 
-    from rampart.scenes import write_sample
+    from rampart.scenes import SceneModel, drawn, write_sample
 
     store = tmp_path_factory.mktemp("scenes")
     folder = Path(shutil.copytree(scene_folder, store / "drawn"))
     shutil.copytree(scene_folder, store / "drawn-undefended")
+    model = SceneModel.load(folder)
+    model.rank("guarded", drawn(boxed(80, seed=1).image, model.classes))
     draws = np.random.default_rng(5)
     write_sample(picture(draws, 96, 80, objects(draws, 80, 3)), folder / "sample.png")
     return folder

@@ -63,8 +63,8 @@ def test_every_variant_answers_as_the_endpoint_does(
     bench: SceneBench, view: View, sample: bytes
 ) -> None:
     answers = bench.answers(view)
-    assert list(answers) == ["full", "lean", UNDEFENDED]
-    for variant in ("full", "lean"):
+    assert list(answers) == ["lean", "guarded", UNDEFENDED]
+    for variant in ("lean", "guarded"):
         (verdict,) = bench.model.predict([sample], variant=variant, policy=Policy(0.05))
         assert answers[variant] == answers[variant] | verdict.to_dict()
         assert answers[variant]["p_value"] == verdict.p_value
@@ -150,7 +150,7 @@ def test_an_attack_that_nobody_waits_for_ends_at_its_next_step(
         stop.set()
 
     with pytest.raises(Stopped):
-        attack(bench, view, SceneOrder("full", 1, 50), watch, stop)
+        attack(bench, view, SceneOrder("guarded", 1, 50), watch, stop)
     assert len(steps) == 1
 
 
@@ -193,7 +193,7 @@ def test_an_attack_ends_by_how_many_boxes_it_moved(
     [
         ({"eps": "0"}, "eps must be a whole number from 1 to 64"),
         ({"steps": "101"}, "steps must be a whole number from 1 to 100"),
-        ({"victim": "nobody"}, "victim must be one of full, lean, undefended"),
+        ({"victim": "nobody"}, "victim must be one of lean, guarded, undefended"),
         ({"aim": "win"}, "aim must be one of vanish, fabricate, mislabel, invert, sum"),
     ],
 )
@@ -207,7 +207,7 @@ def test_an_order_for_what_there_is_not_is_refused(
 def test_an_order_that_says_nothing_takes_the_threat_of_training(bench: SceneBench) -> None:
     recipe = "ObjectRecipe(method='nfgsm', threat=Threat(norm='Linf', eps=0.0235))"
     bench.model.card["training"] = {"detector": recipe}
-    assert SceneOrder.read({}, bench) == SceneOrder("full", 6, 20, "vanish")
+    assert SceneOrder.read({}, bench) == SceneOrder("lean", 6, 20, "vanish")
 
 
 def test_a_twin_of_other_classes_is_refused(twinned_scenes: Path, tmp_path: Path) -> None:

@@ -40,13 +40,13 @@ def test_the_sample_is_shown_first_with_a_box_a_label_and_a_confidence_for_each_
 ) -> None:
     picture = requests.get(f"{scene_playground.root}/api/pictures/0", timeout=10).content
     answer = requests.post(f"{scene_playground.root}/api/verdict", picture, timeout=60).json()
-    boxes = answer["answers"]["full"]["boxes"]
+    boxes = answer["answers"]["lean"]["boxes"]
     assert len(boxes) >= 2 and page.js(BOXES) == len(boxes)
     words = {f"{box['label']} {round(100 * box['confidence'])}%" for box in boxes}
     assert {w.replace("over 99%", "100%") for w in drawn(page, "#stage text")} <= words | {
         f"{box['label']} 100%" for box in boxes
     }
-    place = """(() => { const box = verdict.answers.full.boxes[0].box,
+    place = """(() => { const box = verdict.answers.lean.boxes[0].box,
       own = document.querySelector("#picture").getBoundingClientRect(),
       all = [...document.querySelectorAll("#stage rect:not(.halo)")],
       rect = all.at(-1).getBBox();
@@ -72,12 +72,12 @@ def test_an_attack_shows_model_and_twin_side_by_side_with_their_boxes(page: Page
     attack(page, eps=16, steps=3)
     page.wait(DONE)
     said = page.text("#outcome")
-    assert re.match(r"(It held|Caught|Partly fooled|Fooled)\. full: \d+ of \d+ box", said)
+    assert re.match(r"(It held|Caught|Partly fooled|Fooled)\. lean: \d+ of \d+ box", said)
     assert "Its undefended twin, attacked in the same way:" in said
     titles = drawn(page, "#views b")
     change = "Change \u00d7 10"
     assert titles == [
-        *("Clean: full", change, "Attacked: full"),
+        *("Clean: lean", change, "Attacked: lean"),
         *("Clean: undefended twin", change, "Attacked: undefended twin"),
     ]
     assert page.js("document.querySelectorAll('#views figure:first-child rect').length") > 2
@@ -85,7 +85,7 @@ def test_an_attack_shows_model_and_twin_side_by_side_with_their_boxes(page: Page
     assert page.visible("#lead svg") and page.visible("#guard svg")
     rows = page.js("[...document.querySelectorAll('#answers tbody th')].map(r => r.innerText)")
     own = "undefended twin, attacked itself"
-    assert rows == ["full (attacked)", "lean", "undefended twin", own]
+    assert rows == ["lean (attacked)", "guarded", "undefended twin", own]
     page.click("#take")
     page.wait("document.querySelector('#picture').alt.startsWith('attacked.png')")
     assert not page.visible("#outcome")
@@ -115,10 +115,10 @@ def test_an_attack_can_be_stopped(page: Page) -> None:
 
 
 def test_the_curl_lines_name_the_aim_and_work(page: Page) -> None:
-    assert page.text("#curl-attack").endswith("victim=full&eps=8&steps=20&aim=vanish'")
+    assert page.text("#curl-attack").endswith("victim=lean&eps=8&steps=20&aim=vanish'")
     line = page.text("#curl-verdict")
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
-    assert len(json.loads(done.stdout)["answers"]["full"]["boxes"]) == page.js(BOXES)
+    assert len(json.loads(done.stdout)["answers"]["lean"]["boxes"]) == page.js(BOXES)
 
 
 def test_the_aim_is_chosen_by_keyboard(page: Page) -> None:
