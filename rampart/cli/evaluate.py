@@ -159,19 +159,10 @@ def objects(
 
     home = library.home_of(weights, into_card=into_card, variant=variant)
     ball = threat.ball(rp.SceneModel.load(home) if home else None)
-    budget = Budget(steps, queries, patches)
-    found = library.evaluate(
-        (weights, crafted_on),
-        Source(pictures, None, skip_bad),
-        ball,
-        budget,
-        part=part,
-        limit=limit,
-        cache=cache,
-        home=home,
-        variant=variant,
-        device=device,
-    )
+    source, budget = Source(pictures, None, skip_bad), Budget(steps, queries, patches)
+    attack = partial(library.evaluate, part=part, limit=limit, cache=cache, device=device)
+    attack = partial(attack, home=home, variant=variant)
+    found = attack((weights, crafted_on), source, ball, budget)
     if out:
         out.write_text(json.dumps(library.as_json(weights, found), indent=1) + "\n")
     if home:
