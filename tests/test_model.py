@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import rampart as rp
 from rampart.handlers.engine import Engine
 from rampart.handlers.errors import ImageError
+from rampart.hardening.model import wrapping
 from rampart.hardening.report import card as report
 
 
@@ -114,6 +115,12 @@ def test_own_weights_are_calibrated_as_they_are(small: rp.Model) -> None:
     assert small.variants == ["lean"] and small.purifier is None
     assert small.card["classifier"]["arch"].endswith(":Small")
     assert small.threat == rp.Threat("Linf", 8 / 255)  # nobody has said another
+
+
+def test_what_your_own_network_does_belongs_to_every_attack_on_it(small: rp.Model) -> None:
+    code = wrapping.behaviour(small.classifier, small.image_size)
+    for victim in small.victims(rate=0.05):
+        assert code in victim.fingerprint and code in victim.label_fingerprint
 
 
 def test_the_threat_that_calibration_is_told_is_the_models_own(
