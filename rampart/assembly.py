@@ -18,7 +18,9 @@ from rampart.hardening.model.faults import Faults
 from rampart.hardening.model.files import SAMPLE, SAMPLES, read_config
 from rampart.hardening.model.images import Held, Images, split
 from rampart.hardening.model.pipeline import load_classifier, load_purifier
+from rampart.hardening.model.provenance import check_unseen
 from rampart.hardening.model.purifier import Purifier
+from rampart.hardening.model.wrapping import behaviour_of_code
 from rampart.hardening.report import card as report
 from rampart.hardening.train.data import spread
 from rampart.hardening.train.loop import say
@@ -28,7 +30,7 @@ from rampart.model import Model, images_to_fit
 from rampart.preflight import check_place
 from rampart.proposal import Plan, Proposal, Wishes, image_size, propose
 from rampart.provenance import PYTHON
-from rampart.sources import Source, sample_of
+from rampart.sources import Source, calibration_images, sample_of
 from rampart.studies import ChecksFailed, Outcome, Study, evaluate
 from rampart.training import (
     Run,
@@ -38,6 +40,7 @@ from rampart.training import (
     prove_training,
     train_from,
     train_purifier_from,
+    untrained,
     usually_normalized,
 )
 
@@ -61,7 +64,7 @@ def assemble(
 
     Without a purifier it has the variant lean alone; with `guarded`, that one too. First all is
     tried that would fail later, unless it was `tried` before. Raises ValueError that lists what is
-    wrong, as classes that differ.
+    wrong, as classes that differ, or held-out images that a part was trained on.
     """
     net = load_classifier(classifier)
     generator = load_purifier(purifier) if purifier else None
@@ -70,6 +73,8 @@ def assemble(
     train, out = source.read(net.config.image_size)
     held = Held(out, train if len(train) else None)
     files = {"classifier": classifier} | ({"purifier": purifier} if purifier else {})
+    for file in files.values():
+        check_unseen(file.parent, out)
     model = Model.calibrate(
         net,
         held,
@@ -83,17 +88,19 @@ def assemble(
     model.save(folder)
     write_sample(model, split(out, "validation"), folder / SAMPLE)
     images = collect(folder, list(files.values()), train, fitted=images_to_fit(held), held=out)
-    model.add_to_card({"images": images})
+    model.add_to_card({"images": model.card["images"] | images})
     return model
 
 
 def add_guarded(folder: Path, source: Source, *, command: str) -> None:
-    """Calibrate a finished classifier as the variant guarded too; its other files stay."""
+    """Calibrate a finished classifier as the variant guarded too; its other files stay.
+
+    Raises ValueError where its other variants are calibrated on other images.
+    """
     model = Model.load(folder)
-    train, held = source.read(model.image_size)
-    model.check_classes(held)
+    held = calibration_images(model, source)
     model.calibrated_on = f"{source.name}, calibration split"
-    model.rank("guarded", Held(held, train if len(train) else None))
+    model.rank("guarded", Held(held))
     model.add_to_card({"commands": [*model.card.get("commands", []), command]})
 
 
@@ -230,7 +237,10 @@ class Way(NamedTuple):
 
     def inputs(self, **others: object) -> dict[str, object]:
         """What every stage depends on, and `others`."""
-        images, held = self.source.read(self.plan.net.image_size)
+        net = self.plan.net
+        images, held = self.source.read(net.image_size)
+        if net.head:  # of your own: its name does not tell what its code does
+            others["code"] = behaviour_of_code(untrained(net, (images, held)), net.image_size)
         return {"images": images, "held": held, **others}
 
     def attack_inputs(self, **others: object) -> dict[str, object]:

@@ -30,7 +30,6 @@ from rampart.hardening.attack.victims import Victim
 from rampart.hardening.judge import evaluate as judge
 from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model import calibrate as ranks
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.classifier import Classifier
@@ -112,14 +111,17 @@ class Model(Calibrated):
         data: str = "images in memory",
         calibrated_on: str = "",
         guarded: bool = False,
+        threat: Threat | None = None,
         card: Mapping[str, Any] | None = None,
     ) -> "Model":
         """Put the parts together and rank the held-out images: 40 or more, 200 for 1% alarms.
 
-        Prints what is promised, and how it fares on validation images, which rank nothing.
-        The feature distance is fitted on training images where `held` has them, since every split
-        of the others is measured, combined or ranked on. Raises ValueError for too few images, and
-        with `guarded`, which adds that variant, for a network whose gradient has no ONNX form.
+        `threat` is what the model is evaluated against; by default what the classifier was trained
+        against, else Linf 8/255. `guarded` steps half as far. Prints what is promised, and how it
+        fares on validation images, which rank nothing. The feature distance is fitted on training
+        images where `held` has them, since every split of the others is measured, combined or
+        ranked on. Raises ValueError for too few images, and with `guarded`, which adds that
+        variant, for a network whose gradient has no ONNX form.
         """
         source = held if isinstance(held, Held) else Held(held)
         check_classes(classifier, source.images.classes)
@@ -127,10 +129,11 @@ class Model(Calibrated):
         content: dict[str, Any] = {
             "model": name,
             "data": data,
-            "training": {"classifier": "not recorded"},
+            "training": {"classifier": classifier.trained or "not recorded"},
         }
+        content |= {"threat_model": str(threat)} if threat else {}
         content |= {"history": [], "classifier": classifier.config._asdict(), "commands": [PYTHON]}
-        content |= {"calibration_images": len(source.calibration)}
+        content |= {"calibration_images": len(source.calibration), "images": source.sets}
         model = cls(whole, source.images.classes, {}, card=content | dict(card or {}))
         model.calibrated_on = calibrated_on or f"{data}, calibration split"
         model.set_radius()
@@ -217,15 +220,15 @@ class Model(Calibrated):
     ) -> list[Victim]:
         """What is attacked: classifier, variants that reject at `rate`, an undefended twin."""
         net = copy.deepcopy(self.classifier).to(device)
-        out = [victims.label_victim("classifier", net, checkpoint.digest(net))]
+        out = [victims.label_victim("classifier", net, victims.fingerprint(net))]
         for variant in self.variants:
             pipeline, engine = self.pipeline(variant), self.engine(variant)
-            digest = checkpoint.digest(pipeline)
+            digest = victims.fingerprint(pipeline)
             arm = partial(victims.pipeline_victim, pipeline.to(device), self.calibration(variant))
             out.append(arm(digest, rate=rate, engine=engine))
         if twin:
             other = twin.to(device)
-            out.append(victims.label_victim("undefended", other, checkpoint.digest(other)))
+            out.append(victims.label_victim("undefended", other, victims.fingerprint(other)))
         return out
 
     def lower_victims(
@@ -236,8 +239,9 @@ class Model(Calibrated):
         for variant in self.variants:
             engine = self.engine(variant, precision)
             table, pipeline = self.calibration(variant, precision), self.pipeline(variant)
+            digest = victims.fingerprint(pipeline, engine.digest)
             graph = victims.StraightThrough(pipeline.to(device), engine)
-            arm = partial(victims.pipeline_victim, graph, table, engine.digest)
+            arm = partial(victims.pipeline_victim, graph, table, digest)
             out.append(arm(precision=precision, rate=rate, engine=engine))
         return out
 
@@ -257,8 +261,9 @@ class Model(Calibrated):
     ) -> Figures:
         """Attack classifier and variants with full knowledge, within `budget` for an image.
 
-        `only` names attacks, all where it is empty; `targets` stand in place of `victims`; `cache`
-        keeps what attacks found. Raises ValueError for other classes or an unknown attack.
+        By default `threat` is the model's own. `only` names attacks, all where it is empty;
+        `targets` stand in place of `victims`; `cache` keeps what attacks found. Raises ValueError
+        for other classes or an unknown attack.
         """
         import pyautoattack  # noqa: F401  # missing, it would be missed only after many minutes
 
@@ -266,8 +271,9 @@ class Model(Calibrated):
         chosen = images.whole().to(where)
         self.check_classes(chosen)
         everyone = list(targets or self.victims(rate=rate, device=where))
-        attack = partial(judge.evaluate, everyone, chosen, threat or Threat(), budget or Budget())
-        result = attack(rate=rate, folder=cache, only=list(only))
+        within = threat or self.threat, budget or Budget()
+        attack = partial(judge.evaluate, everyone, chosen, *within)
+        result = attack(rate=rate, folder=cache, only=list(only)).on(data)
         row = partial(report.row, data=data, command=command, rate=rate)
         return Figures(result, list(map(row, result.metrics)))
 

@@ -97,6 +97,7 @@ def evaluate(
         attack = partial(judge.evaluate, [victim_of(file, range, run)], few, study.threat)
         found = attack(study.budget, rate=RATE, folder=study.cache, only=rungs or [])
     title = images.name if len(few) == len(every) else f"{len(few)} of {images.name}"
+    found = found.on(title)
     rows = [report.row(metric, data=title, command=study.command) for metric in found.metrics]
     known = {"input": file.entry._asdict() | {"range": words}, "attacked": how}
     content = write(path, file, study, known | {"metrics": rows, "checks": found.check_rows})

@@ -11,7 +11,7 @@ import torch
 from rampart import inputs
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model.detectors import FITTED
-from rampart.hardening.model.images import Images, hold_out, least_held, split
+from rampart.hardening.model.images import Held, Images, hold_out, least_held, split
 from rampart.hardening.model.promise import FEWEST, RATES, finest_rate, held_for, in_words
 from rampart.hardening.model.provenance import check_unseen, trained_on
 from rampart.hardening.train import cifar10
@@ -228,4 +228,21 @@ def held_images(model: "Model", source: Source) -> Images:
     images = source._replace(skip_bad=skip_bad).read(model.image_size)[1]
     if model.folder is not None:
         check_unseen(model.folder, images)
+    return images
+
+
+def calibration_images(model: "Model", source: Source) -> Images:
+    """The held-out images of a source, for a model that is calibrated in one more form.
+
+    Raises ValueError where its forms are calibrated on others, or where splits differ: an image
+    that chose or tuned one form would rank another.
+    """
+    images = held_images(model, source)
+    model.check_classes(images)
+    noted = model.card.get("images", {})
+    if any(noted.get(name, found) != found for name, found in Held(images).sets.items()):
+        raise ValueError(
+            f"{model} is calibrated on other held-out images than those of {source.name}, or on the"
+            " same in another order: pass --data and --held as for its other forms"
+        )
     return images

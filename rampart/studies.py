@@ -23,11 +23,10 @@ from rampart.export.shipped import parts as parts_of
 from rampart.hardening.attack.ladder import QUICK, Budget, fool
 from rampart.hardening.attack.objectives import look_at
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.attack.victims import Victim, label_victim
+from rampart.hardening.attack.victims import Victim, fingerprint, label_victim
 from rampart.hardening.judge import ablation, outside, purification, strangers
 from rampart.hardening.judge import alarms as false
 from rampart.hardening.judge import evaluate as evaluation
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model.card import Subject
 from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.files import SAMPLE, Precision, load_variant
@@ -39,7 +38,7 @@ from rampart.hardening.train.data import Folder, spread, survey
 from rampart.looks import shown
 from rampart.model import FOUND, Figures, Model, to_engine, twin_of
 from rampart.provenance import PYTHON, versions
-from rampart.sources import Sample, Source, held_images
+from rampart.sources import Sample, Source, calibration_images, held_images
 from rampart.training import pick_device
 
 AT_ONCE = 128  # images of a folder that are judged together
@@ -176,7 +175,8 @@ def enter_figures(
     entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
-        entries["checks"] = figures.evaluation.check_rows
+        checks = report.merge_checks(book.get("checks", []), figures.evaluation.check_rows)
+        entries["checks"] = checks
     return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 
@@ -247,16 +247,18 @@ def ablate(
     choose = partial(ablation.chosen, test=bool(test), guarded="guarded" in model.variants)
     every = [arm(pipeline, setup, held) for setup in choose(pipeline, rows)]
     if (control := twin_of(model, study.twin)) and not (test or rows):
-        victim = label_victim("undefended", control.to(where), checkpoint.digest(control))
+        victim = label_victim("undefended", control.to(where), fingerprint(control))
         every.append(ablation.Attacked(ablation.Setup("undefended"), None, [victim], None))
     budget = QUICK._replace(steps=steps)
     outcomes = ablation.ablate(every, few, study.threat, budget, folder=study.cache)
     title = test.name if test else f"validation images of {source.name}"
     how = {"data": f"{len(few)} {title}", "command": study.command}
     entry = ablation.entry(outcomes, study.threat, budget, len(few.classes), **how)
+    checked = [str(check) for outcome in outcomes for check in outcome.checks]
+    words = [f"{entry['data']}, {entry['threat_model']}: {entry['attack']}", *checked]
     if not (rows or test):
-        return enter_ablation(model, entry, outcomes, study)
-    lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES]
+        return enter_ablation(model, entry, outcomes, study, words)
+    lines = [report.piped(*table(entry["rows"])) for table in ABLATION_TABLES] + words
     return enter_test(model, entry, study, lines) if test else Outcome(model.card, lines)
 
 
@@ -271,14 +273,18 @@ def enter_test(model: Model, entry: dict[str, Any], study: Study, lines: list[st
 
 
 def enter_ablation(
-    model: Model, entry: dict[str, Any], results: list[ablation.Outcome], study: Study
+    model: Model,
+    entry: dict[str, Any],
+    results: list[ablation.Outcome],
+    study: Study,
+    words: list[str],
 ) -> Outcome:
-    """Keep an ablation with the variant that it chooses, and draw it."""
+    """Keep an ablation with the variant that it chooses, and draw it; `words` say how it went."""
     from rampart.hardening.report import plots
 
     entry["default"] = ablation.default(results)
     kept = keep(model, {"ablation": entry}, study)
-    lines = [report.piped(*ablation.table(entry["rows"]))]
+    lines = [report.piped(*ablation.table(entry["rows"])), *words]
     lines.append(f"default variant: {entry['default']['variant']}, {entry['default']['why']}")
     if file := kept.file(model, "ablation.png"):
         title = f"What each part adds: {entry['data']}, {entry['threat_model']}"
@@ -398,20 +404,26 @@ def quantize(
     """Make the int8 or fp16 form of every variant of a model folder and hold it to its gate."""
     model, lines = Model.load(folder), []
     rate = model.chosen_rate(study.rate)
-    held = held_images(model, source)
+    held = calibration_images(model, source)
     few, data = split(held, "validation"), f"validation split of {source.name}"
     gate = partial(agree, images=few, precision=precision, rate=rate)
     for variant in model.variants:
         found = make_form(folder, variant, precision, held, gate, source=source.name, limit=limit)
         lines.append(f"{variant}: {found}")
-        # Figures of an earlier graph are not this one's.
-        rows = [r for r in model.card.get("metrics", []) if precision not in r["subject"]]
-        model.add_to_card({"metrics": rows})
-        if beside := model.measured().get("metrics"):
-            others = [r for r in beside if precision not in r["subject"]]
-            model.keep({"metrics": others}, into_card=False)
+        model.add_to_card(of_others(model.card, precision))
+        if others := of_others(model.measured(), precision):
+            model.keep(others, into_card=False)
         keep_form(model, Form(variant, precision), found, data, study)
     return Outcome(model.card, lines)
+
+
+def of_others(book: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    """Figures and self-checks but those of graphs in `precision`: a new graph has none yet."""
+    return {
+        name: [row for row in book[name] if precision not in row["subject"]]
+        for name in ("metrics", "checks")
+        if name in book
+    }
 
 
 def keep_form(

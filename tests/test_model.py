@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import rampart as rp
 from rampart.handlers.engine import Engine
 from rampart.handlers.errors import ImageError
+from rampart.hardening.model import wrapping
 from rampart.hardening.report import card as report
 
 
@@ -64,8 +65,11 @@ def test_the_short_way_leads_from_a_module_to_an_archive(tmp_path: Path) -> None
     net = rp.train(net, train, held.validation, recipe, out=tmp_path / "run", device="cpu")
     model = rp.Model.calibrate(net, held)
     quick = rp.QUICK._replace(steps=2, targets=1, queries=5)
-    figures = model.evaluate(test, quick, threat=recipe.threat, rate=0.05, cache=tmp_path / "found")
+    assert model.threat == recipe.threat
+    assert float(model.whole.detectors.get_buffer("consistency.radius")) == pytest.approx(2 / 255)
+    figures = model.evaluate(test, quick, rate=0.05, cache=tmp_path / "found")
     assert "robust_with_rejection@5%" in figures.table()
+    assert {row["eps"] for row in figures.rows if row["name"] == "robust"} == {"4/255"}
     policy = rp.Policy(false_alarm_rate=0.05, on_detection="reject")
     parity = model.archive(tmp_path / "mine.mar", policy=policy)
     assert "parity on" in str(parity)
@@ -110,6 +114,24 @@ def test_a_normalization_of_pixels_up_to_255_is_refused_with_the_right_one(tmp_p
 def test_own_weights_are_calibrated_as_they_are(small: rp.Model) -> None:
     assert small.variants == ["lean"] and small.purifier is None
     assert small.card["classifier"]["arch"].endswith(":Small")
+    assert small.threat == rp.Threat("Linf", 8 / 255)  # nobody has said another
+
+
+def test_what_your_own_network_does_belongs_to_every_attack_on_it(small: rp.Model) -> None:
+    code = wrapping.behaviour(small.classifier, small.image_size)
+    for victim in small.victims(rate=0.05):
+        assert code in victim.fingerprint and code in victim.label_fingerprint
+
+
+def test_the_threat_that_calibration_is_told_is_the_models_own(
+    small: rp.Model, tmp_path: Path
+) -> None:
+    threat = rp.Threat("Linf", 2 / 255)
+    model = rp.Model.calibrate(small.classifier, blobs(400, size=16), guarded=True, threat=threat)
+    radius = model.whole.detectors.get_buffer("consistency.radius")
+    assert float(radius) == pytest.approx(1 / 255)
+    model.save(tmp_path / "told")
+    assert rp.Model.load(tmp_path / "told").threat == threat
 
 
 def test_a_guarded_variant_is_served_with_its_gradient_in_the_graph(tmp_path: Path) -> None:

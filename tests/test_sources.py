@@ -2,15 +2,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from blobs import blobs
 from command import run
 from PIL import Image
 
+from rampart.assembly import add_guarded, assemble
 from rampart.hardening.model import provenance
-from rampart.hardening.model.images import hold_out
+from rampart.hardening.model.images import Images, hold_out
 from rampart.hardening.report import card as report
 from rampart.model import Model
 from rampart.sources import Source, load_images, sample_of
+from rampart.studies import Study, quantize
 
 
 @pytest.mark.parametrize(
@@ -193,3 +196,51 @@ def test_a_class_without_images_for_calibration_is_named(
     )
     Source(*files).read(32)
     assert "warning: no image of class c is among those for calibration" in capsys.readouterr().out
+
+
+def written(file: Path, images: Images) -> Source:
+    """Images in a file that is all held out."""
+    np.savez(file, image=images.image, label=images.label, classes=images.classes)
+    return Source(file, file)
+
+
+def check_forms_refused(folder: Path, source: Source, why: str) -> None:
+    """No form is added to a model folder, which stays as it is."""
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=why):
+        add_guarded(folder, source, command="calibrate --guarded")
+    with pytest.raises(ValueError, match=why):
+        quantize(folder, source, Study(), "fp16")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_no_image_of_training_calibrates_a_further_form(lean_only: Path) -> None:
+    images = blobs(600)
+    provenance.write(lean_only, provenance.fingerprints(images.image[:5]))
+    source = written(lean_only.with_name("held.npz"), images)
+    check_forms_refused(lean_only, source, "was trained on 5 of these 600 images")
+
+
+def test_a_further_form_wants_the_held_out_images_of_the_others_in_their_order(
+    lean_only: Path,
+) -> None:
+    images, net = blobs(600), Model.load(lean_only).classifier
+    home = Model.calibrate(net, images).save(lean_only.with_name("made"))
+    others = {"other": blobs(600, seed=1), "turned": images[torch.arange(599, -1, -1)]}
+    for name, other in others.items():
+        source = written(lean_only.with_name(f"{name}.npz"), other)
+        check_forms_refused(home, source, f"other held-out images than those of {name}.npz")
+    add_guarded(home, written(lean_only.with_name("same.npz"), images), command="calibrate")
+    assert Model.load(home).variants == ["lean", "guarded"]
+
+
+def test_a_part_that_was_trained_on_the_held_out_images_is_not_calibrated_on_them(
+    lean_only: Path,
+) -> None:
+    images = blobs(600)
+    source = written(lean_only.with_name("held.npz"), images)
+    provenance.write(lean_only, provenance.fingerprints(images.image[:5]))
+    made = lean_only.with_name("made")
+    with pytest.raises(ValueError, match="was trained on 5 of these 600 images"):
+        assemble(made, source, lean_only / "weights.safetensors")
+    assert not made.exists()

@@ -25,7 +25,15 @@ from rampart.hardening.attack.objectives import (
     untargeted,
     withstand,
 )
-from rampart.hardening.attack.pgd import Objective, Threat, apgd, pgd, project, random_start
+from rampart.hardening.attack.pgd import (
+    Objective,
+    Start,
+    Threat,
+    apgd,
+    pgd,
+    project,
+    random_start,
+)
 from rampart.hardening.model.detectors import margin
 from rampart.hardening.model.pixels import to_float, to_uint8
 
@@ -51,6 +59,7 @@ WEIGHTS = (0.1, 1.0, 10.0)
 PILOT = 16
 # Steps towards a label, which tell how near it is, and labels towards which they are made.
 PUSH, LIKELY = 8, 50
+STANDARD_CLASSES = 10  # at least, for the nine targets of AutoAttack as published
 AGAIN = 3  # tries onward from the nearest miss of all detectors
 
 
@@ -64,7 +73,7 @@ def pgd20(
 ) -> Tensor:
     """PGD-20 on the label alone: steps of eps/4 from one random start, whatever the budget."""
     loss = as_loss(mislead(lambda x: View(look(x).logits), untargeted(label), label), len(x))
-    start = random_start(x, threat, seeded(x, 0))
+    start = random_start(x, threat, seeded(x, Start.PGD))
     return pgd(loss, x, threat, steps=20, step_size=threat.eps / 4, start=start)
 
 
@@ -80,7 +89,7 @@ def autoattack(look: Look, x: Tensor, label: Tensor, threat: Threat, budget: Bud
         classes = look(x[:1]).logits.shape[1]
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # the ladder's own checks report
     common = {"eps": threat.eps, "norm": threat.norm, "seed": 0, "device": x.device}
-    if budget.standard and classes >= 10:
+    if budget.standard and classes >= STANDARD_CLASSES:
         attack = AutoAttack(Logits(), version="standard", **common)
     else:
         names, targets = list(parts(budget, classes)), min(budget.targets, classes - 1)
@@ -103,10 +112,16 @@ def parts(budget: Budget, classes: int) -> dict[str, str]:
 
 
 class Hunt:
-    """Auto-PGD from several sides on what still stands; keeps what comes closest by `measure`."""
+    """Auto-PGD from several sides on what still stands; keeps what comes closest by `measure`.
 
-    def __init__(self, measure: Objective, x: Tensor, threat: Threat, *, steps: int) -> None:
-        self.measure, self.x, self.threat, self.steps = measure, x, threat, steps
+    Random starts are drawn with seeds from `first` on.
+    """
+
+    def __init__(
+        self, measure: Objective, x: Tensor, threat: Threat, *, steps: int, first: Start
+    ) -> None:
+        self.measure, self.x, self.threat = measure, x, threat
+        self.steps, self.first = steps, first
         self.found, self.value = x.clone(), x.new_full((len(x),), -torch.inf)
         self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.attacks = 0
@@ -148,7 +163,7 @@ class Hunt:
 
     def noise(self, rows: Tensor) -> Noise:
         """For these images, another for each attack."""
-        return Noise(rows, seed=self.attacks)
+        return Noise(rows, seed=self.first + self.attacks)
 
     def near(self) -> Tensor:
         """Where to go on, to add to x (N, 3, H, W): a little beside what came closest."""
@@ -175,7 +190,7 @@ def on_rows(objective: Objective, left: Tensor) -> Objective:
 def label_hunt(labels: Look, x: Tensor, label: Tensor, threat: Threat, budget: Budget) -> Hunt:
     """Be wrong, accepted or not: Auto-PGD without and with every target."""
     aim = partial(mislead, lambda x: View(labels(x).logits), label=label)
-    hunt = Hunt(aim(loss=untargeted(label)), x, threat, steps=budget.steps)
+    hunt = Hunt(aim(loss=untargeted(label)), x, threat, steps=budget.steps, first=Start.LABEL)
     for _ in HANDLINGS:  # as often as the joint attack without a target
         hunt.try_all(aim(loss=untargeted(label)))
     for target in targets_of(labels, x, label, budget):
@@ -208,7 +223,7 @@ def joint_apgd(
     with torch.no_grad():
         clean = look(x)
     measure = mislead(look, untargeted(label), label)
-    hunt = Hunt(measure, x, threat, steps=budget.steps)
+    hunt = Hunt(measure, x, threat, steps=budget.steps, first=Start.JOINT)
     if labels is None:
         targets = targets_of(look, x, label, budget)
     else:
@@ -260,19 +275,21 @@ def nearest(hunt: Hunt, labels: Look, label: Tensor, budget: Budget) -> list[Ten
         return likely[: budget.targets]
     gap = hunt.x.new_full((len(label), len(likely)), -torch.inf)
     for i, target in enumerate(likely):
-        gap[hunt.left, i] = pushed(hunt, labels, hunt.left, target[hunt.left])
+        gap[hunt.left, i] = pushed(hunt, labels, hunt.left, target[hunt.left], turn=i)
     order = gap.argsort(1, descending=True)[:, : budget.targets]
     return list(torch.stack(likely, 1).gather(1, order).unbind(1))
 
 
-def pushed(hunt: Hunt, labels: Look, rows: Tensor, target: Tensor) -> Tensor:
-    """By how much (M,) the `target` (M,) leads after a few steps from the images in these rows."""
+def pushed(hunt: Hunt, labels: Look, rows: Tensor, target: Tensor, *, turn: int) -> Tensor:
+    """By how much (M,) the `target` (M,) leads after a few steps from the images in these rows;
+    each `turn` begins elsewhere.
+    """
 
     def lead(x: Tensor) -> Tensor:
         return margin(labels(x).logits, target)
 
     x, threat = hunt.x[rows], hunt.threat
-    start = random_start(x, threat, Noise(rows))
+    start = random_start(x, threat, Noise(rows, seed=Start.PUSH + turn))
     found = pgd(lead, x, threat, steps=PUSH, step_size=threat.eps / 3, start=start)
     with torch.no_grad():
         return lead(found)
@@ -285,7 +302,7 @@ def targeted_apgd(
     with torch.no_grad():
         rejects = look(x).margin is not None
     aim = partial(mislead, look, targeted(label, target), label, target=target)
-    hunt = Hunt(aim(), x, threat, steps=steps)
+    hunt = Hunt(aim(), x, threat, steps=steps, first=Start.TARGETED)
     for handling in HANDLINGS if rejects else HANDLINGS[:1]:
         hunt.try_all(aim(handling=handling))
     return hunt.found
@@ -297,14 +314,14 @@ def pilot(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -
     few, label, wins = x[::every], label[::every], {}
     for weight in WEIGHTS:
         objective = mislead(look, untargeted(label), label, handling="penalty", weight=weight)
-        start = random_start(few, threat, seeded(few, 0))
+        start = random_start(few, threat, seeded(few, Start.PILOT))
         wins[weight] = int(apgd(objective, few, threat, steps=steps, start=start)[1].sum())
     return max(wins, key=lambda weight: wins[weight])
 
 
 def forced_rejection(look: Look, x: Tensor, _: Tensor, threat: Threat, budget: Budget) -> Tensor:
     """Denial of service: clean images made suspicious. The label plays no part."""
-    hunt = Hunt(flood(look), x, threat, steps=budget.steps)
+    hunt = Hunt(flood(look), x, threat, steps=budget.steps, first=Start.FLOOD)
     hunt.try_all(flood(look))
     return hunt.found
 
@@ -337,7 +354,7 @@ class Attack:
 
 
 def short_effort(budget: Budget, classes: int) -> str:
-    """How figures name a part of AutoAttack."""
+    """How figures name parts of AutoAttack, run by the numbers of a budget."""
     return f"{' + '.join(parts(budget, classes).values())}, {budget}"
 
 
@@ -363,8 +380,9 @@ RUNGS = (
         "autoattack",
         "label",
         autoattack,
-        # With fewer than four classes it is not the standard one.
-        lambda b, classes: "AutoAttack, standard" if classes >= 4 else short_effort(b, classes),
+        lambda budget, classes: (
+            "AutoAttack, standard" if classes >= STANDARD_CLASSES else short_effort(budget, classes)
+        ),
         lambda budget: 2 * autoattack_passes(budget),
         meaning="label right under AutoAttack",
         title="AutoAttack",

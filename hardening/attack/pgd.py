@@ -5,6 +5,7 @@ Croce and Hein 2020 (section 3, algorithm 1).
 
 import re
 from collections.abc import Callable
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,23 @@ def flat_norm(d: Tensor) -> Tensor:
     """L2 norm of each image of d (N, C, H, W), as (N, 1, 1, 1)."""
     norms: Tensor = torch.linalg.vector_norm(d.flatten(1), dim=1)
     return norms.view(-1, 1, 1, 1)
+
+
+class Start(IntEnum):
+    """First seeds of random starts, a thousand for each purpose: no attack begins where another,
+    which found nothing, began.
+    """
+
+    PGD = 0
+    LABEL = 1000
+    JOINT = 2000
+    TARGETED = 3000
+    FLOOD = 4000
+    PILOT = 5000
+    PUSH = 6000
+    CHECK = 7000
+    SMOOTHED = 8000
+    BLUR = 9000
 
 
 def random_start(x: Tensor, threat: Threat, noise: Noise) -> Tensor:

@@ -9,14 +9,16 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import Calibration, combine, p_values
 from rampart.hardening.attack.objectives import Look, View, look_at
+from rampart.hardening.model import checkpoint, wrapping
 from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.model.calibrate import outputs_of, threshold
 from rampart.hardening.model.card import FP32, Subject
+from rampart.hardening.model.classifier import Classifier
 from rampart.hardening.model.pipeline import Defended, Outputs
 from rampart.hardening.model.pixels import to_float, to_uint8
 
@@ -46,6 +48,15 @@ class Victim(NamedTuple):
     def name(self) -> str:
         """Who it is, for people."""
         return self.subject.name
+
+
+def fingerprint(model: nn.Module, graph: str = "") -> str:
+    """Stands for all of a model that an attack on it depends on; a `graph` in lower precision by
+    its digest. No file holds the code of your own networks: what they do stands for that.
+    """
+    own = [part for part in model.modules() if isinstance(part, Classifier) and part.config.head]
+    code = [wrapping.behaviour(part, part.config.image_size) for part in own]
+    return " ".join([graph or checkpoint.digest(model), *code])
 
 
 def batched(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -19,10 +19,20 @@ from rampart.handlers.engine import Engine
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack.ladder import Aim, Budget, in_8_bits, rungs_of
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.attack.victims import Victim, label_victim, pipeline_victim
-from rampart.hardening.judge.evaluate import Rung, climb, rungs_on
+from rampart.hardening.attack.victims import Victim, fingerprint, label_victim, pipeline_victim
+from rampart.hardening.judge import checks
+from rampart.hardening.judge.checks import Check
+from rampart.hardening.judge.evaluate import (
+    QUERIES,
+    Attempt,
+    Rung,
+    climb,
+    replay,
+    rungs_on,
+    to_check,
+)
 from rampart.hardening.judge.metrics import difference, rounded, share
-from rampart.hardening.model import calibrate, checkpoint, detectors
+from rampart.hardening.model import calibrate, detectors
 from rampart.hardening.model.arrays import Bools, Floats
 from rampart.hardening.model.card import Figure, Row, Subject, cell_text, gain_text
 from rampart.hardening.model.detectors import PURIFIER, RECTIFIED, RECTIFIER, Confidence
@@ -69,6 +79,7 @@ class Outcome(NamedTuple):
     right: Bools  # (N,) clean
     suspicion: Floats  # (N,) clean
     least: Floats  # (N,) of the least suspicious wrong answer; infinite where there was none
+    checks: tuple[Check, ...] = ()  # of the detectors of a variant
 
     def passes(self, rate: float, suspicion: Floats) -> Bools:
         """Which images are accepted where clean ones are rejected at `rate`."""
@@ -133,7 +144,7 @@ def arm(
     net = DefendedClassifier(pipeline.classifier, purifier, names)
     net.detectors.take(pipeline.detectors)
     net = net.cpu().eval().requires_grad_(False)
-    engine, digest = to_engine(net), f"{checkpoint.digest(net)} {setup}"
+    engine, digest = to_engine(net), f"{fingerprint(net)} {setup}"
     if not setup.detectors:
         victim = label_victim(setup.name, net.to(device).label_logits, digest)
         return Attacked(setup, None, [victim], engine)
@@ -168,9 +179,33 @@ def ablate(
     every: list[Attacked], images: Images, threat: Threat, budget: Budget, *, folder: Path
 ) -> list[Outcome]:
     """Attack every setup and put what was found to all; `folder` keeps it."""
-    rungs = ladder(every, threat, budget, len(images.classes))
-    attempts = [item.x for item in climb(rungs, images, folder)]
-    return [outcome(attacked, attempts, images, threat) for attacked in every]
+    attempts = climb(ladder(every, threat, budget, len(images.classes)), images, folder)
+    found = [item.x for item in attempts]
+    return [
+        outcome(attacked, found, images, threat)._replace(
+            checks=tuple(self_checks(attacked, attempts, images, threat))
+        )
+        for attacked in every
+    ]
+
+
+def self_checks(
+    attacked: Attacked, attempts: list[Attempt], images: Images, threat: Threat
+) -> list[Check]:
+    """Those of the detectors of a variant, at the rate that decides, on a few images that it gets
+    right and accepts; none of other setups.
+    """
+    if attacked.setup.name not in get_args(Variant):
+        return []
+    victim = attacked.victims[AIMS.index(DECIDING)]
+    own = next(item.x for item in attempts if item.rung.victim is victim)
+    few = to_check(replay(victim, to_float(images.image), images, Threat(eps=0.0)))
+    if not len(few):
+        return []
+    x, label = to_float(images.image[few]), images.label[few]
+    joint = float(replay(victim, own, images, threat).safe[few].mean())
+    check = partial(checks.check_detectors, victim.look, x, label, threat)
+    return check(f"{victim.name}, detectors", queries=QUERIES, joint=joint)
 
 
 def rows(outcomes: list[Outcome]) -> list[Row]:
@@ -237,12 +272,16 @@ def timings(engines: list[Engine | None]) -> list[float | None]:
 
 
 def default(outcomes: list[Outcome]) -> Row:
-    """The variant to serve, and why: one that costs more has to add something beyond chance to the
-    best of the cheaper ones.
+    """The variant to serve, and why: one that costs more has to pass its self-checks, and to add
+    something beyond chance to the best of the cheaper ones.
     """
     held = {outcome.attacked.setup.name: outcome.safe(DECIDING) for outcome in outcomes}
+    failed = {o.attacked.setup.name for o in outcomes if not all(c.passed for c in o.checks)}
     best, reasons = "lean", []
     for dearer in (name for name in ("guarded", "full") if name in held):
+        if dearer in failed:
+            reasons.append(f"{dearer} failed a self-check, so its attack says little")
+            continue
         added, (low, high) = difference(held[dearer], held[best])
         reasons.append(
             f"at {DECIDING:.0%} false alarms {dearer} holds {held[dearer].mean():.1%} of the"
@@ -276,6 +315,7 @@ def entry(
         "attack": f"on labels {effort('label')}; on what rejects {effort('joint')}, which wants to"
         f" be accepted at {aims} false alarms (other rates are read off what it found)",
         "rows": rows(outcomes),
+        "checks": [check._asdict() for outcome in outcomes for check in outcome.checks],
         "command": command,
     }
 

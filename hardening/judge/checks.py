@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rampart.hardening.attack.ladder import seeded
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import Look, View, mislead, untargeted
-from rampart.hardening.attack.pgd import Objective, Outcome, Threat, apgd, random_start
+from rampart.hardening.attack.pgd import Objective, Outcome, Start, Threat, apgd, random_start
 from rampart.hardening.model.detectors import margin
 
 # Shares of images, but for `randomness`, which is a distance between logits.
@@ -33,12 +34,19 @@ FAR = {"Linf": 64 / 255, "L2": 4.0}
 
 
 class Check(NamedTuple):
-    """One self-check: whether it passed and what it saw."""
+    """One self-check: whether it passed and what it saw, in an evaluation on `n` images."""
 
     name: str
     subject: str
     passed: bool
     seen: str
+    data: str = ""  # names the images
+    n: int = 0
+
+    @property
+    def where(self) -> str:
+        """What it saw, and in an evaluation of which images."""
+        return f"{self.seen}; {self.data}" if self.data else self.seen
 
     def __str__(self) -> str:
         return f"{'passed' if self.passed else 'FAILED'}  {self.name} ({self.subject}): {self.seen}"
@@ -125,7 +133,7 @@ def blurred(look: Look, label: Tensor, threat: Threat) -> Objective:
             seen = exact(x, rows)
         slope = torch.zeros_like(seen.value)
         for draw in range(DRAWS):
-            noise = Noise(rows, seed=draw).uniform(*x.shape[1:])
+            noise = Noise(rows, seed=Start.BLUR + draw).uniform(*x.shape[1:])
             near = (x + BLUR * threat.eps * (2 * noise - 1)).clamp(0, 1)
             slope = slope + exact(near, rows).slope / DRAWS
         return Outcome(seen.value, slope, seen.won)
@@ -137,7 +145,7 @@ def smoothed(
     look: Look, x: Tensor, label: Tensor, threat: Threat, subject: str, *, joint: float
 ) -> Check:
     """Gradients averaged over noise find what exact ones do not; `joint` of x withstand those."""
-    start = random_start(x, threat, Noise(torch.arange(len(x), device=x.device)))
+    start = random_start(x, threat, seeded(x, Start.SMOOTHED))
     attack = blurred(look, label, threat)
     _, won = apgd(attack, x, threat, steps=STEPS[1], start=start)
     left = 1 - float(won.float().mean())
@@ -171,7 +179,7 @@ def logits_are_logits(look: Look, x: Tensor, subject: str) -> Check:
 def robust_at(look: Look, x: Tensor, label: Tensor, threat: Threat, *, steps: int) -> float:
     """Share of x that withstands one Auto-PGD of `steps` on the label."""
     objective = mislead(lambda x: View(look(x).logits), untargeted(label), label)
-    start = random_start(x, threat, Noise(torch.arange(len(x), device=x.device)))
+    start = random_start(x, threat, seeded(x, Start.CHECK))
     _, won = apgd(objective, x, threat, steps=steps, start=start)
     return 1 - float(won.float().mean())
 

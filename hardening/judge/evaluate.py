@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ CHECKED, QUERIES = 40, 200
 # Modules that what is found depends on: what attacks a label, and what is attacked beside it.
 ATTACK_CODE = ("attack/pgd", "attack/ladder", "attack/noise", "attack/objectives")
 DEFENCE_CODE = ("model/calibrate", "model/detectors", "model/pipeline", "model/purifier")
-LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels")
+LABEL_CODE = (*ATTACK_CODE, "model/classifier", "model/pixels", "model/wrapping")
 PIPELINE_CODE = (*LABEL_CODE, "attack/victims", *DEFENCE_CODE)
 AIMS: tuple[Aim, ...] = ("label", "joint", "flood")
 BARE = ("classifier", "undefended")  # victims that nothing stands in front of
@@ -301,6 +302,11 @@ class Evaluation(NamedTuple):
     knowledge: str = "knows every part"  # of the attacker
     worst: str = "worst case"  # what is left is called
 
+    def on(self, data: str) -> "Evaluation":
+        """The same, whose self-checks say on which images: `data` names them."""
+        named = [check._replace(data=data, n=len(self.images)) for check in self.checks]
+        return self._replace(checks=named)
+
     @property
     def check_rows(self) -> list[Row]:
         """The self-checks as cards have them."""
@@ -387,14 +393,12 @@ def self_checks(
     defended = [victim for victim in victims if victim.subject.kind != "undefended"]
     for victim in tqdm(defended, desc="self-checks", leave=False):
         record = records[victim.name]
-        right = np.flatnonzero(record.clean.right & ~record.clean.rejected)
-        if not len(right):
+        few = to_check(record.clean)
+        if not len(few):
             raise ValueError(
                 f"{victim.name} gets no image right, so there is nothing to attack: check labels"
                 " and classes, or pass more images"
             )
-        # Evenly spaced: a folder of images is sorted by class.
-        few = right[np.linspace(0, len(right) - 1, min(CHECKED, len(right))).astype(int)]
         x, label = to_float(images.image[few]), images.label[few]
         if has_own_label(victim):
             look = victim.label_look
@@ -405,6 +409,15 @@ def self_checks(
             out += check(f"{victim.name}, detectors", queries=QUERIES, joint=joint)
         out += outcome_checks(record)
     return out
+
+
+def to_check(clean: Replay) -> NDArray[np.int64]:
+    """The rows of CHECKED images at most that are right and accepted."""
+    right = np.flatnonzero(clean.right & ~clean.rejected)
+    # Evenly spaced: a folder of images is sorted by class.
+    chosen = np.linspace(0, len(right) - 1, min(CHECKED, len(right))).astype(int)
+    few: NDArray[np.int64] = right[chosen]
+    return few
 
 
 def outcome_checks(record: Record) -> Iterator[Check]:

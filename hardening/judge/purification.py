@@ -17,12 +17,11 @@ from rampart.hardening.attack.ladder import QUICK, in_8_bits
 from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.patch import PLACES, STEPS, STICKER, patch
 from rampart.hardening.attack.pgd import Threat
-from rampart.hardening.attack.victims import Victim, batched, label_victim
+from rampart.hardening.attack.victims import Victim, batched, fingerprint, label_victim
 from rampart.hardening.judge.alarms import WAYS, sent
 from rampart.hardening.judge.evaluate import LABEL_CODE, attack_source, climb, rungs_on
 from rampart.hardening.judge.metrics import difference, rounded, share
 from rampart.hardening.judge.outside import CORRUPTIONS
-from rampart.hardening.model import checkpoint
 from rampart.hardening.model.arrays import Bools
 from rampart.hardening.model.card import Row, cell_text, gain_text
 from rampart.hardening.model.images import Images
@@ -60,7 +59,7 @@ def rows(
     what they found.
     """
     every = {**nets, **sources}
-    victims = {name: label_victim(name, net, checkpoint.digest(net)) for name, net in every.items()}
+    victims = {name: label_victim(name, net, fingerprint(net)) for name, net in every.items()}
     find = partial(pgd20, images=images, threat=threat, folder=folder)
     found = {name: find(victim) for name, victim in victims.items()}
     weather = list(corrupted(images))
@@ -72,7 +71,7 @@ def rows(
             settings.append(Setting(kind, f"PGD-20 on {TITLES.get(source, source)}", (pixels,)))
         settings.append(patched(victims[name], images, folder))
         # Whoever knows it may still attack the classifier alone; both sides face both attacks.
-        knowing = found[name], find(label_victim("purified", both, checkpoint.digest(both)))
+        knowing = found[name], find(label_victim("purified", both, fingerprint(both)))
         settings.append(Setting(KNOWING, "PGD-20 that knows the purifier", knowing))
         measured = [figures(net, both, one, images) for one in settings]
         yield from ({"subject": name} | one | beyond(one, len(measured)) for one in measured)

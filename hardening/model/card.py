@@ -145,6 +145,30 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
     return [row for row in old if Figure.of(row).key not in replaced] + new
 
 
+def merge_checks(old: list[Row], new: list[Row]) -> list[Row]:
+    """`new` self-checks, and the `old` ones that stay: those that `new` does not repeat on the same
+    data, or passes on fewer images. Rows of earlier cards name no data, and go by any repetition.
+    """
+    fresh = {check_key(row): row for row in new}
+    repeated = {key[:2] for key in fresh}
+
+    def stays(row: Row) -> bool:
+        if "data" not in row:
+            return check_key(row)[:2] not in repeated
+        other = fresh.get(check_key(row))
+        return other is None or (other["passed"] and other["n"] < row["n"])
+
+    kept = [row for row in old if stays(row)]
+    held = {check_key(row) for row in kept}
+    return kept + [row for row in new if check_key(row) not in held]
+
+
+def check_key(row: Row) -> tuple[str, str, str]:
+    """What makes it the same self-check: name, subject, and data without their number."""
+    data = str(row.get("data", "")).removeprefix(f"{row.get('n')} of ")
+    return row["name"], row["subject"], data
+
+
 def outnumbered(card: Row, new: Row) -> str:
     """What in a card is of more images than what would replace it, in words; else ""."""
     have = {Figure.of(row).key: row["n"] for row in card.get("metrics", [])}

@@ -65,6 +65,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig, *, auxiliary: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.trained = ""  # how, as the file of its weights says
         self.backbone = build(config, auxiliary=auxiliary)
         self.head_name, self.head, self.feature_size = split_head(self.backbone, config)
         self.rectifier: nn.Module | None = None

@@ -333,7 +333,6 @@ LEAN = ("confidence", "feature_distance", "residual")
 GUARDED = ("feature_distance", "consistency")
 FITTED = 5000  # training images that detectors are fitted on
 RECTIFIED = Rectified.name  # where the classifier has a second head
-SQUEEZING = Squeezing.name
 
 
 class Detectors(nn.Module):

@@ -16,6 +16,7 @@ from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.card import (
     MEASURED,
     merge,
+    merge_checks,
     read_card,
     robust_in_int8,
     write_card,
@@ -150,7 +151,10 @@ def deliver(model: Path, target: Path) -> bool:
     if cards:
         older, newer = cards
         rows = merge(older.get("metrics", []), newer.get("metrics", []))
-        write_card(target, older | newer | {"metrics": rows})
+        both = older | newer | {"metrics": rows}
+        if "checks" in both:
+            both["checks"] = merge_checks(older.get("checks", []), newer.get("checks", []))
+        write_card(target, both)
     return same
 
 

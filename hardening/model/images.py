@@ -4,14 +4,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rampart.hardening.model.pixels import to_float
-from rampart.hardening.model.provenance import fingerprints
+from rampart.hardening.model.provenance import fingerprints, summary
 
 # Shares of the held-out images: (split, first, last) in parts of 5,170. Checkpoints are chosen on
 # validation, detectors combined on tuning, thresholds set on calibration.
@@ -115,6 +115,12 @@ class Held(NamedTuple):
     def calibration(self) -> Images:
         """Which rank what the endpoint sees."""
         return split(self.images, "calibration")
+
+    @property
+    def sets(self) -> dict[str, Any]:
+        """All of them, and each split, as cards name sets of images."""
+        parts = {"held_out": self.images} | {name: split(self.images, name) for name in SPLITS}
+        return {name: summary(fingerprints(part.image)) for name, part in parts.items()}
 
 
 def least_held(count: int) -> int:

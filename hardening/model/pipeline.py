@@ -221,6 +221,7 @@ def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = Fa
     kept = {name: t for name, t in state.items() if auxiliary or name not in heads}
     new = {name: t for name, t in classifier.state_dict().items() if name.startswith("rectifier.")}
     classifier.load_state_dict({**new, **kept})
+    classifier.trained = str(config.get("training", ""))
     return classifier.eval().requires_grad_(False)
 
 

@@ -1,5 +1,7 @@
 """A network of your own as a classifier of ours: its head split off, its input adapted."""
 
+import copy
+import hashlib
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
 NORMALIZERS = ("mean", "std")
+DIGITS = 6  # of outputs that count: in double precision they are equal on any machine
 
 
 class Layout(NamedTuple):
@@ -146,3 +149,49 @@ def check_normalization(net: nn.Module, normalized: bool) -> None:
                 f"the module already normalizes its input (its buffer {name!r}): leave out mean and"
                 " std"
             )
+
+
+def behaviour(net: nn.Module, size: int) -> str:
+    """16 hex digits that stand for what a network does, whatever its code: its logits of the
+    example, and their gradients.
+    """
+    own, x = copy.deepcopy(net).cpu().eval().requires_grad_(False), example(size)
+    try:
+        parts = logits_and_slope(own.double(), x.double())
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # it computes in single precision, whatever it is given
+        parts = logits_and_slope(own.float(), x)
+    total = hashlib.sha256()
+    for part in parts:
+        share = part / part.abs().max().clamp_min(1e-30)
+        total.update((share * 10**DIGITS).round().nan_to_num().long().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def logits_and_slope(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (N, K) of x (N, 3, H, W), and the gradient of a sum of them."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        x = x.clone().requires_grad_()
+        logits: Tensor = net(x)
+        slope = torch.zeros_like(x)
+        if logits.requires_grad:
+            total = (logits * torch.arange(1, logits.shape[1] + 1)).sum()
+            (slope,) = torch.autograd.grad(total, x, materialize_grads=True)
+    return logits.detach(), slope
+
+
+def behaviour_of_code(net: nn.Module, size: int) -> str:
+    """The same of its code alone, with weights that are always the same."""
+    own, draws = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in own.parameters():
+            if weight.dim() > 1:
+                drawn = torch.randn(weight.shape, generator=draws)
+                weight.copy_(drawn / weight[0].numel() ** 0.5)
+            else:
+                weight.fill_(1.0)
+    return behaviour(own, size)

@@ -24,10 +24,14 @@ def self_checks(checks: Sequence[Check]) -> Iterator[Section]:
     if not checks:
         return
     words = ["These look for signs that an attack failed rather than that a defence held."]
+    yield Section("Self-checks", words, tables=[check_table("Self-checks", checks)])
+
+
+def check_table(name: str, checks: Sequence[Check]) -> Table:
+    """A line for each of these checks."""
     result = {True: "passed", False: "FAILED"}
-    body = [(result[c.passed], *in_short(c), c.seen) for c in checks]
-    head = ("result", "check", "victim", "what it saw")
-    yield Section("Self-checks", words, tables=[Table("Self-checks", head, body)])
+    body = [(result[c.passed], *in_short(c), c.where) for c in checks]
+    return Table(name, ("result", "check", "victim", "what it saw"), body)
 
 
 def in_short(check: Check) -> tuple[str, str]:
@@ -68,7 +72,10 @@ def ablated(name: str, part: dict[str, Any], more: str) -> Section:
         Drawing(dots, alts[0], "Label accuracy of every setup."),
         Drawing(lines, alts[1], "What rejecting adds, over what it costs."),
     ]
-    return Section(name, words, figures, [Table(name, *ablation.table(rows))])
+    tables = [Table(name, *ablation.table(rows))]
+    if checks := [Check(**row) for row in part.get("checks", [])]:
+        tables.append(check_table(f"{name}: self-checks of the detectors", checks))
+    return Section(name, words, figures, tables)
 
 
 def alarms(card: dict[str, Any]) -> Iterator[Section]:

@@ -23,6 +23,7 @@ from rampart.hardening.model.card import (
 from rampart.hardening.model.card import MEASURED as MEASURED
 from rampart.hardening.model.card import failed_checks as failed_checks
 from rampart.hardening.model.card import merge as merge
+from rampart.hardening.model.card import merge_checks as merge_checks
 from rampart.hardening.model.card import outnumbered as outnumbered
 from rampart.hardening.model.card import read_card as read_card
 from rampart.hardening.model.card import robust_in_int8 as robust_in_int8
@@ -44,7 +45,15 @@ SUBJECTS = {
 }
 MODELS = ("model", "network", "weights", "training", "clean accuracy", "under attack")
 
-Lowest = dict[tuple[Subject, str], Figure]  # the lowest figure of a subject under a name
+HARMS = ("clean_rejection", "accepted_and_wrong")  # beside rejections that an attack forces
+
+Lowest = dict[tuple[Subject, str], Figure]  # the worst figure of a subject under a name
+
+
+def merit(figure: Figure) -> float:
+    """How far a figure speaks for the defence: of what it wants to be rare, the negative share."""
+    floods = (attack.name for attack in ladder.RUNGS if attack.aim == "flood")
+    return -figure.value if figure.name in (*HARMS, *floods) else figure.value
 
 
 def row(metric: Metric, *, data: str, command: str, rate: float = RATE) -> Row:
@@ -117,7 +126,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def markdown(card: Row) -> str:
-    """The card's main figures, the lowest of each, as one Markdown table for each data set."""
+    """The card's main figures, the worst of each, as one Markdown table for each data set."""
     if "objects" in card:
         every = [attacks for name, attacks in card.items() if name.startswith("attacks")]
         return "\n\n".join(map(objects_markdown, every))
@@ -125,7 +134,7 @@ def markdown(card: Row) -> str:
     for figure in main_figures(card):
         title = f"{figure.data} (n = {figure.n}), {card.get('threat_model')}"
         lowest, key = tables.setdefault(title, {}), (figure.subject, figure.name)
-        if key not in lowest or figure.value <= lowest[key].value:
+        if key not in lowest or merit(figure) <= merit(lowest[key]):
             lowest[key] = figure
     parts = {title: one_table(worst_cases(lowest)) for title, lowest in tables.items()}
     return "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items() if text)
@@ -212,9 +221,11 @@ def model_cells(folder: Path, card: Row) -> list[str]:
     clean = max((f for f in own if f.name == "clean"), key=lambda f: f.n, default=None)
     out.append(f"{clean.cell}, n = {clean.n}" if clean else "-")
     standard = [f for f in own if (f.name, f.attack) == ("autoattack", "AutoAttack, standard")]
-    # A model whose AutoAttack is not done yet has the weaker PGD-20, by its name.
-    weaker = [f for f in own if f.name == "pgd20"]
-    for title, same in (("standard AutoAttack", standard), ("PGD-20", weaker)):
+    # Of few classes there is no standard one; a model whose AutoAttack is not done yet has the
+    # weaker PGD-20, by its name.
+    other, weaker = ([f for f in own if f.name == name] for name in ("autoattack", "pgd20"))
+    named = (("standard AutoAttack", standard), ("AutoAttack", other), ("PGD-20", weaker))
+    for title, same in named:
         if best := max(same, key=lambda f: f.n, default=None):
             return [*out, f"{best.cell}, n = {best.n}, {title}, {best.threat}"]
     return [*out, "-"]

@@ -193,7 +193,7 @@ def checks(card: Row) -> Iterator[Table]:
     """The self-checks of the attacks."""
     if found := card.get("checks"):
         body = [
-            ("passed" if c.passed else "FAILED", *in_short(c), c.seen)
+            ("passed" if c.passed else "FAILED", *in_short(c), c.where)
             for c in (Check(**row) for row in found)
         ]
         yield Table("Self-checks of the attacks", ("result", "check", "subject", "seen"), body)

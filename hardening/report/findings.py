@@ -9,7 +9,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.checks import Check
 from rampart.hardening.judge.evaluate import Evaluation
 from rampart.hardening.model.card import Figure, Row, Subject, main_figures
-from rampart.hardening.report.card import SUBJECTS, Lowest, worst_cases
+from rampart.hardening.report.card import SUBJECTS, Lowest, merit, worst_cases
 
 
 class Findings(NamedTuple):
@@ -51,7 +51,7 @@ class Findings(NamedTuple):
 
 
 def of_card(card: Row) -> tuple[Findings, list[Figure]]:
-    """The evaluation of a card on the most images that has a worst case, and its lowest figures.
+    """The evaluation of a card on the most images that has a worst case, and its worst figures.
 
     Raises ValueError where a card has no figures of a classifier.
     """
@@ -66,7 +66,7 @@ def of_card(card: Row) -> tuple[Findings, list[Figure]]:
     lowest: Lowest = {}
     for figure in (figure for figure in figures if figure.data == data):
         held = lowest.setdefault((figure.subject, figure.name), figure)
-        lowest[figure.subject, figure.name] = min(held, figure, key=lambda one: one.value)
+        lowest[figure.subject, figure.name] = min(held, figure, key=merit)
     shown = [replace(one, name=name) for (_, name), one in worst_cases(lowest).items()]
     order = [*SUBJECTS, *dict.fromkeys(one.subject for one in shown)]
     shown.sort(key=lambda one: order.index(one.subject))

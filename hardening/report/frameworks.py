@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rampart.hardening.model.card import Figure, Row, main_figures
 from rampart.hardening.report import redteam
+from rampart.hardening.report.card import merit
 from rampart.hardening.report.elements import both, title
 
 NOT_MEASURED = "not measured"
@@ -32,7 +33,7 @@ class Framework(NamedTuple):
 
 
 def said(*names: str) -> Finding:
-    """A finding: each subject's figures of these names, of most images, the lowest of several."""
+    """A finding: each subject's figures of these names, of most images, the worst of several."""
 
     def found(card: Row) -> str:
         every = main_figures(card)
@@ -42,7 +43,7 @@ def said(*names: str) -> Finding:
             for name in names:
                 own = [f for f in every if (f.subject, f.name.partition("@")[0]) == (subject, name)]
                 if own:
-                    lines.append(in_line(min(own, key=lambda one: (-one.n, one.value))))
+                    lines.append(in_line(min(own, key=lambda one: (-one.n, merit(one)))))
         return "\n".join(lines)
 
     return found

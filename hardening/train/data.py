@@ -188,9 +188,9 @@ class Folder:
         return torch.from_numpy(np.concatenate([np.ones(0, bool), *parts]))
 
     def digest(self) -> str:
-        """Stands for the files by names and sizes; times would differ between copies."""
+        """Stands for the files by names, sizes and labels; times would differ between copies."""
         sizes = [size_of(file) for file in self.files]
-        listing = list(zip(self.paths, sizes, strict=True))
+        listing = list(zip(self.paths, sizes, self.label.tolist(), strict=True))
         return hashlib.sha256(repr((listing, self.classes, self.size)).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from rampart.hardening.attack.ladder import QUICK
 from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.judge.checks import Check
 from rampart.hardening.model.images import Images
 from rampart.hardening.report import card as report
 from rampart.hardening.report.page import FROM_CARD
@@ -84,6 +85,8 @@ def test_the_report_follows_the_cards_threat_with_a_sample_and_without(
 
     assert str(page) in measured(8)
     assert "(chelsea)" in page.read_text()
+    checks = report.read_card(lean_only)["checks"]
+    assert {(check["data"], check["n"]) for check in checks} == {("images in memory", 6)}
     without = page.read_bytes()
     Image.fromarray(blobs(1).image[0].numpy()).save(sample)
     assert "the card is of Linf 8/255" in measured(4)
@@ -205,15 +208,20 @@ def test_an_ablation_on_test_images_is_logged_and_chooses_nothing(
     monkeypatch.setattr("rampart.studies.to_engine", InTorch)
     model, held = lean_only, lean_only.with_name("held.npz")
     images = blobs(6, seed=77)
-    parts = {"image": images.image, "label": images.label}
+    # An untrained network is right where it is said to be.
+    label = Model.load(model).pipeline("lean")(images.image).logits.argmax(1)
+    parts = {"image": images.image, "label": label}
     np.savez(tmp_path / "test", **parts, classes=images.classes)
     np.savez(tmp_path / "other", **parts, classes=images.classes[::-1])
     data = ["--data", held, "--held", held, "--steps", 1, "--cache", tmp_path / "found"]
     with pytest.raises(ValueError, match="the images have the classes"):
         run("ablate", model, *data, "--test", tmp_path / "other.npz")
     output = run("ablate", model, *data, "--test", tmp_path / "test.npz", *CARD)
-    assert "| lean | 5.0% |" in output
+    assert "| lean | 5.0% |" in output and ", 1 steps, 3 targets, 200 queries" in output
     card = report.read_card(model)
+    checked = card["test_ablation"]["checks"]
+    assert {check["subject"] for check in checked} == {"lean, detectors"}
+    assert all(str(Check(**check)) in output.splitlines() for check in checked)
     assert card["test_ablation"]["data"] == "6 test.npz"
     names = [row["name"] for row in card["test_ablation"]["rows"]]
     assert names == ["classifier", "+ confidence", "lean"]

@@ -99,12 +99,15 @@ def test_int8_is_made_gated_and_taken_once_it_is_measured_to_be_as_robust(
     report.write_card(lean_only, card)
     assert ": lean, int8, " in run("archive", lean_only, "--out", tmp_path / "a.mar")
     next(row for row in kept if row["subject"] == "graph:int8")["value"] = 0.48
+    check = {"name": "logits", "passed": True, "seen": ""}
+    card["checks"] = [check | {"subject": who} for who in ("pipeline lean", "graph:int8 lean")]
     report.write_card(lean_only, card)
     assert folders.best_precision(lean_only, "lean") == "fp32"
-    # A new int8 graph has none of the old one's figures.
+    # A new int8 graph has none of the old one's figures and self-checks.
     run("quantize", lean_only, "--data", held, "--held", held, "--rate", 0.05, "--limit", 64)
-    subjects = {row["subject"] for row in report.read_card(lean_only)["metrics"]}
-    assert {"classifier", "pipeline"} == subjects
+    card = report.read_card(lean_only)
+    assert {"classifier", "pipeline"} == {row["subject"] for row in card["metrics"]}
+    assert [row["subject"] for row in card["checks"]] == ["pipeline lean"]
 
 
 @pytest.mark.training

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from in_torch import InTorch
+from torch import Tensor
 
 from rampart.hardening.attack.ladder import Budget
+from rampart.hardening.attack.objectives import View
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge import ablation
 from rampart.hardening.judge.ablation import Outcome
+from rampart.hardening.judge.checks import Check
+from rampart.hardening.judge.evaluate import Attempt
 from rampart.hardening.model.card import Figure
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
@@ -200,6 +204,51 @@ def test_what_costs_more_is_the_default_only_where_it_holds_more_beyond_chance(
     row = ablation.default([of("lean", 20), *(of(name, 20 + n) for name, n in more.items())])
     assert row["variant"] == chosen
     assert all(name in row["why"] for name in more)
+
+
+def test_detectors_of_the_variants_alone_are_checked_and_the_card_says_so(
+    outcomes: list[Outcome],
+) -> None:
+    checked = {seen.attacked.setup.name: [c.name for c in seen.checks] for seen in outcomes}
+    names = ["zero_detector_gradients", "detector_slope", "black_box", "smoothed_gradients"]
+    assert checked == {name: [] for name in NAMES} | {"lean": names, "full": names}
+    entry = ablation.entry(outcomes, THREAT, BUDGET, 10, data="8 images", command="ablate")
+    assert {check["subject"] for check in entry["checks"]} == {"lean, detectors", "full, detectors"}
+    shown = [Check(**check) for check in entry["checks"]]
+    assert shown == [check for seen in outcomes for check in seen.checks]
+
+
+def test_detectors_without_gradients_fail_their_self_check(
+    outcomes: list[Outcome], labelled: Images
+) -> None:
+    full = outcomes[-1].attacked
+    victim = full.victims[ablation.AIMS.index(ablation.DECIDING)]
+
+    def masked(x: Tensor) -> View:
+        seen = victim.look(x)
+        assert seen.margin is not None
+        return seen._replace(margin=seen.margin.round().detach())
+
+    blind = victim._replace(look=masked)
+    broken = full._replace(victims=[blind] * len(full.victims))
+    rungs = ablation.ladder([broken], THREAT, BUDGET, 10)
+    attempts = [Attempt(rung, to_float(labelled.image)) for rung in rungs]
+    found = ablation.self_checks(broken, attempts, labelled, THREAT)
+    failed = [check.name for check in found if not check.passed]
+    assert {"zero_detector_gradients", "detector_slope"} <= set(failed)
+
+
+def test_a_variant_whose_self_checks_failed_is_never_the_default(outcomes: list[Outcome]) -> None:
+    def of(name: str, held: int, *, passed: bool = True) -> Outcome:
+        attacked = outcomes[0].attacked._replace(setup=ablation.Setup(name))
+        least = np.where(np.arange(40) < held, np.inf, 0.0)
+        checks = (Check("black_box", name, passed, ""),)
+        return outcomes[0]._replace(least=least, attacked=attacked, checks=checks)
+
+    row = ablation.default([of("lean", 10), of("guarded", 40, passed=False)])
+    assert row["variant"] == "lean" and "guarded failed a self-check" in row["why"]
+    row = ablation.default([of("lean", 10), of("guarded", 40, passed=False), of("full", 30)])
+    assert row["variant"] == "full"
 
 
 def test_the_picture_is_drawn(outcomes: list[Outcome], tmp_path: Path) -> None:

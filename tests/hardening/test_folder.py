@@ -30,6 +30,7 @@ def test_a_twin_is_the_folder_beside_that_is_called_undefended(tmp_path: Path) -
 
 ROW = {"subject": "classifier", "variant": "-", "name": "clean", "value": 0.5, "data": "d"}
 ROW |= {"n": 10, "interval": [0.4, 0.6], "command": "c"}
+QUICK = {"name": "logits", "subject": "classifier", "passed": True, "seen": "", "data": "d", "n": 9}
 
 
 def test_the_images_of_training_are_known_by_name_and_by_command() -> None:
@@ -55,7 +56,7 @@ def test_held_out_images_belong_to_the_images_of_their_own_command() -> None:
 def made(tmp_path: Path, tiny_folder: Path) -> Path:
     """A finished model folder, with a figure, a page and a log."""
     folder = shutil.copytree(tiny_folder, tmp_path / "made")
-    report.write_card(folder, report.read_card(folder) | {"metrics": [ROW], "checks": ["quick"]})
+    report.write_card(folder, report.read_card(folder) | {"metrics": [ROW], "checks": [QUICK]})
     (folder / "report.html").write_text("quick")
     (folder / "evaluations.jsonl").write_text("then\n")
     for file in folder.iterdir():
@@ -67,7 +68,8 @@ def test_the_same_model_keeps_what_was_measured_since(tmp_path: Path, made: Path
     target = tmp_path / "store"
     assert not deliver(made, target)
     later = ROW | {"name": "pgd20", "value": 0.4}
-    since = {"metrics": [ROW, later], "outside": {}, "checks": ["whole"]}
+    whole = QUICK | {"n": 10}
+    since = {"metrics": [ROW, later], "outside": {}, "checks": [whole]}
     report.write_card(target, report.read_card(target) | since)
     (target / "report.html").write_text("whole")
     (target / "evaluations.jsonl").write_text("then\nsince\n")
@@ -75,7 +77,7 @@ def test_the_same_model_keeps_what_was_measured_since(tmp_path: Path, made: Path
         assert deliver(made, target)
         card = report.read_card(target)
         assert sorted(row["name"] for row in card["metrics"]) == ["clean", "pgd20"]
-        assert card["checks"] == ["whole"] and "outside" in card
+        assert card["checks"] == [whole] and "outside" in card
         assert (target / "report.html").read_text() == "whole"
         assert (target / "evaluations.jsonl").read_text() == "then\nsince\n"
 
@@ -85,13 +87,24 @@ def test_what_a_later_stage_measures_of_the_same_model_replaces_the_old(
 ) -> None:
     target = tmp_path / "store"
     deliver(made, target)
-    report.write_card(made, report.read_card(made) | {"checks": ["new"]})
+    report.write_card(made, report.read_card(made) | {"checks": [QUICK | {"seen": "new"}]})
     (made / "report.html").write_text("new")
     for name in ("card.json", "report.html"):
         os.utime(made / name, (2**32, 2**32))
     assert deliver(made, target)
-    assert report.read_card(target)["checks"] == ["new"]
+    assert [check["seen"] for check in report.read_card(target)["checks"]] == ["new"]
     assert (target / "report.html").read_text() == "new"
+
+
+def test_a_self_check_that_failed_goes_by_no_later_stage_on_fewer_images(
+    tmp_path: Path, made: Path
+) -> None:
+    target, failed = tmp_path / "store", QUICK | {"passed": False, "n": 10}
+    deliver(made, target)
+    report.write_card(target, report.read_card(target) | {"checks": [failed]})
+    os.utime(made / "card.json", (2**32, 2**32))
+    assert deliver(made, target)
+    assert report.read_card(target)["checks"] == [failed]
 
 
 def test_another_model_takes_nothing_over_but_the_log_and_leaves_other_files_alone(

@@ -4,22 +4,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from blobs import blobs
 
-from rampart.hardening.model import checkpoint
+from rampart.hardening.model import checkpoint, provenance
 from rampart.hardening.model.classifier import Classifier, ClassifierConfig
 from rampart.hardening.model.files import read_config
+from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import load_classifier
+from rampart.hardening.train import provenance as notes
 from rampart.hardening.train.mean import average
 
 SMALL = ClassifierConfig("resnet10", 3, 0.125, 32)
 
 
-def written(file: Path, seed: int, net: ClassifierConfig = SMALL) -> Path:
+def written(
+    file: Path, seed: int, net: ClassifierConfig = SMALL, images: Images | None = None
+) -> Path:
     torch.manual_seed(seed)
     classifier = Classifier(net)
     classifier(torch.rand(8, 3, 32, 32))  # batch statistics of its own
     recipe = f"Recipe(seed={seed}, augment=('crop',))"
     content = {"classifier": net._asdict(), "training": recipe, "history": [[seed]]}
+    if images is not None:
+        content |= {"images": notes.note(file.parent, images, blobs(5, seed=9))}
     checkpoint.save(file, classifier, content | {"commands": [f"train {seed}", "begin"]})
     return file
 
@@ -56,3 +63,30 @@ def test_networks_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) 
     with pytest.raises(ValueError, match="name two files or more"):
         average(files[:1], tmp_path / "mean.safetensors", command="average")
     assert not (tmp_path / "mean.safetensors").exists()
+
+
+def test_the_images_that_any_network_was_trained_on_stand_beside_the_mean(tmp_path: Path) -> None:
+    both = [blobs(20, seed=seed) for seed in range(2)]
+    files = [
+        written(tmp_path / str(i) / "c.safetensors", i, images=images)
+        for i, images in enumerate(both)
+    ]
+    average(files, tmp_path / "mean" / "c.safetensors", command="average")
+    for images in both:
+        with pytest.raises(ValueError, match="mean was trained on 20 of these 20 images"):
+            provenance.check_unseen(tmp_path / "mean", images)
+    assert "images" not in read_config(tmp_path / "mean" / "c.safetensors")
+    average([files[0]] * 2, tmp_path / "same" / "c.safetensors", command="average")
+    noted = read_config(tmp_path / "same" / "c.safetensors")["images"]
+    assert noted == read_config(files[0])["images"]
+
+
+def test_networks_of_images_that_differ_and_are_listed_nowhere_have_no_mean(tmp_path: Path) -> None:
+    files = [
+        written(tmp_path / str(i) / "c.safetensors", i, images=blobs(20, seed=i)) for i in range(2)
+    ]
+    (tmp_path / "1" / provenance.FILE).unlink()
+    with pytest.raises(ValueError, match=r"1/c\.safetensors was trained on other images"):
+        average(files, tmp_path / "mean" / "c.safetensors", command="average")
+    assert not (tmp_path / "mean").exists()
+    average([files[0], written(tmp_path / "a.safetensors", 3)], tmp_path / "b", command="average")

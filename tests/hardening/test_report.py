@@ -10,6 +10,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.metrics import Metric
 from rampart.hardening.model.card import Subject
 from rampart.hardening.report import card as report
+from rampart.hardening.report import findings, frameworks
 
 
 def test_a_row_carries_threat_count_and_interval() -> None:
@@ -46,6 +47,52 @@ def test_new_figures_replace_the_same_ones_and_no_others() -> None:
         ("0.5", "old"),
         ("8/255", "new"),
     ]
+
+
+@pytest.mark.parametrize("name", ["forced_rejection", "accepted_and_wrong", "clean_rejection"])
+def test_of_what_should_be_rare_the_larger_share_is_shown_however_weak_the_attack(
+    name: str,
+) -> None:
+    def measured(value: float, attack: str) -> dict[str, Any]:
+        metric = Metric(Subject("pipeline", "lean"), name, value, 100, Threat(), attack)
+        return report.row(metric, data="d", command="c")
+
+    rows = [measured(0.3, "20 steps"), measured(0.6, "100 steps"), measured(0.4, "50 steps")]
+    card = {"threat_model": "Linf 8/255", "metrics": rows, "promise": {}}
+    assert [figure.value for figure in findings.of_card(card)[1]] == [0.6]
+    assert "60.0%" in frameworks.said(name)(card)
+    if name == "clean_rejection":  # a column of the documents' tables
+        assert "60.0%" in report.markdown(card)
+
+
+def checked(data: str, n: int, *, passed: bool, subject: str = "classifier") -> dict[str, Any]:
+    """A self-check as a card has it, of so many images of `data`."""
+    row = {"name": "black_box", "subject": subject, "passed": passed, "seen": ""}
+    return row | {"data": f"{n} of {data}", "n": n}
+
+
+def test_a_self_check_that_failed_goes_by_the_same_one_on_as_many_images_alone() -> None:
+    failed = checked("a", 100, passed=False)
+    others = [
+        checked("a", 99, passed=True),
+        checked("b", 200, passed=True),
+        checked("a", 200, passed=True, subject="lean"),
+    ]
+    assert report.merge_checks([failed], others) == [failed, *others[1:]]
+    for n in (100, 200):
+        again = checked("a", n, passed=True)
+        assert report.merge_checks([failed, others[1]], [again]) == [others[1], again]
+
+
+def test_a_self_check_that_fails_on_fewer_images_replaces_one_that_passed() -> None:
+    passed, failed = checked("a", 100, passed=True), checked("a", 10, passed=False)
+    assert report.merge_checks([passed], [failed]) == [failed]
+
+
+def test_self_checks_of_earlier_cards_which_name_no_images_go_by_any_repetition() -> None:
+    earlier = [{"name": "black_box", "subject": s, "passed": False} for s in ("classifier", "lean")]
+    new = checked("a", 10, passed=True)
+    assert report.merge_checks(earlier, [new]) == [earlier[1], new]
 
 
 def test_a_weaker_attack_does_not_replace_a_stronger_one() -> None:
@@ -218,7 +265,7 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
         Metric(Subject("classifier"), "clean", 0.7, 100),
         Metric(Subject("classifier"), "autoattack", 0.4, 100, Threat(), standard),
         Metric(Subject("classifier"), "autoattack", 0.6, 100, Threat(eps=2 / 255), standard),
-        # What it is where there are fewer than four classes.
+        # What it is where there are fewer than ten classes.
         Metric(
             Subject("classifier"), "autoattack", 0.5, 200, Threat(), "APGD-CE + Square, steps 100"
         ),
@@ -230,13 +277,16 @@ def test_models_stand_side_by_side_with_their_training_and_their_largest_evaluat
     shutil.copytree(tmp_path / "second", tmp_path / "third")
     weak = Metric(Subject("classifier"), "pgd20", 0.8, 100, Threat(), "PGD")
     report.write_card(tmp_path / "third", card_of(figures[1], weak))
-    folders = [tmp_path / name for name in ("first", "second", "third")]
+    shutil.copytree(tmp_path / "second", tmp_path / "fourth")
+    report.write_card(tmp_path / "fourth", card_of(figures[-1], weak))
+    folders = [tmp_path / name for name in ("first", "second", "third", "fourth")]
     lines = report.model_table(folders).splitlines()
     assert lines[2].startswith("| `first` | resnet10 x 0.125 | 1.5 MB | 5 epochs, 1.5 h | 70.0% (")
     assert lines[3].startswith("| `second` | resnet10 x 0.125 | 1.5 MB | - | 70.0% (")
     said = "n = 100 | 40.0% (30.9% to 49.8%), n = 100, standard AutoAttack, Linf 8/255 |"
     assert lines[2].endswith(said)
     assert "n = 100 | 80.0% (" in lines[4] and lines[4].endswith("n = 100, PGD-20, Linf 8/255 |")
+    assert lines[5].endswith("| 50.0% (43.1% to 56.9%), n = 200, AutoAttack, Linf 8/255 |")
 
 
 def test_the_log_keeps_every_evaluation_with_time_and_hash(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rampart.handlers.verdict import Calibration
 from rampart.hardening.attack import ladder as rungs
+from rampart.hardening.attack.noise import Noise
 from rampart.hardening.attack.objectives import View, look_at
-from rampart.hardening.attack.pgd import Threat
+from rampart.hardening.attack.pgd import Start, Threat
 from rampart.hardening.model.detectors import margin, step_against
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import DefendedClassifier
@@ -64,6 +65,15 @@ def test_autoattack_finds_what_pgd_finds_and_more(learned: Learned) -> None:
         )
         robust[name] = float((learned.model(found).argmax(1) == learned.label).float().mean())
     assert robust["autoattack"] <= robust["pgd20"] < 0.6
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 6, 9])
+def test_autoattack_is_called_standard_only_where_that_version_runs(classes: int) -> None:
+    (attack,) = (one for one in rungs.RUNGS if one.name == "autoattack")
+    few, many = (rungs.Budget(steps=steps) for steps in (5, 100))
+    assert attack.effort(few, classes).endswith("FAB-T + Square, 5 steps, 9 targets, 5000 queries")
+    assert attack.effort(many, classes) != attack.effort(few, classes)
+    assert {attack.effort(budget, 10) for budget in (few, many)} == {"AutoAttack, standard"}
 
 
 def test_the_joint_attack_gets_past_detectors_that_stop_an_attack_on_the_label(
@@ -142,6 +152,27 @@ def test_what_begins_with_the_label_alone_finds_as_much(learned: Learned) -> Non
     whole = beaten(rungs.joint_apgd(look, x, label, threat, SMALL))
     begun = beaten(rungs.joint_apgd(look, x, label, threat, SMALL, labels=learned.look))
     assert begun >= whole > 0
+
+
+def test_no_attack_begins_where_another_began(
+    learned: Learned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def noted(index: Tensor, *, seed: int = 0) -> Noise:
+        seeds.append(seed)
+        return Noise(index, seed=seed)
+
+    monkeypatch.setattr(rungs, "Noise", noted)
+    x, label, threat, look = learned.x, learned.label, learned.threat, guarded(learned)
+    rungs.pgd20(look, x, label, threat)
+    rungs.joint_apgd(look, x, label, threat, SMALL, labels=learned.look)
+    rungs.forced_rejection(look, x, label, threat, SMALL)
+    rungs.targeted_apgd(look, x, label, (label + 1) % 10, threat, steps=2)
+    pilots = [seed for seed in seeds if seed == Start.PILOT]
+    assert len(pilots) == len(rungs.WEIGHTS)  # which are compared from one start
+    others = [seed for seed in seeds if seed != Start.PILOT]
+    assert len(others) > 20 and len(set(others)) == len(others)
 
 
 def test_what_came_closest_is_kept_where_nothing_wins(learned: Learned) -> None:

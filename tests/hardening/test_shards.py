@@ -400,3 +400,17 @@ def test_memory_stays_flat_when_an_epoch_is_trained_on_ten_times_the_shards(
     assert (small[1], large[1]) == (2048, 20480)
     pixels = 18432 * 32 * 32 * 3 / 1e6  # 57 MB more
     assert large[0] - small[0] < pixels / 2
+
+
+def test_shards_whose_members_swap_labels_are_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "MEMORY", 0)  # they stay on disk
+    images, digests = blobs(4), []
+    for label in ([0, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1]):
+        one = Images(images.image, torch.tensor(label), ("a", "b"))
+        file = shard(tmp_path / "a.tar", samples(one))
+        streamed, _ = data.survey(file, size=32, stream=True)
+        assert isinstance(streamed, data.Folder)
+        digests.append(streamed.digest())
+    assert digests[0] == digests[2] != digests[1]

@@ -2,12 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from blobs import blobs
 from torch import Tensor, nn
 
-from rampart.hardening.model import checkpoint, pipeline, registry
-from rampart.hardening.model.classifier import Classifier
+from rampart.assembly import Way
+from rampart.hardening.attack.victims import fingerprint
+from rampart.hardening.model import checkpoint, pipeline, registry, wrapping
+from rampart.hardening.model.classifier import Classifier, ClassifierConfig
+from rampart.hardening.train.loop import Recipe
+from rampart.hardening.train.stages import stages
+from rampart.proposal import Plan
+from rampart.sources import Source
 
 CLASSES = ("a", "b", "c")
 
@@ -204,3 +212,65 @@ def test_a_factory_is_imported_where_the_user_names_it(
 )
 def test_a_name_with_a_colon_is_a_factory_but_for_timm(arch: str, own: bool) -> None:
     assert registry.is_factory(arch) is own
+
+
+class Rounding(Net):
+    """The same weights; its input is rounded to 8 bits, which takes the gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((255 * x).round() / 255)
+
+
+class Straight(Net):
+    """The same logits; the gradient is of the other sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x.detach() - x)
+
+
+class Single(Net):
+    """It computes in single precision, whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+def test_an_attack_depends_on_the_code_of_your_own_network_and_not_on_its_name_alone() -> None:
+    own = Net()
+    nets = []
+    for kind in (Net, Net, Rounding, Straight):
+        module = kind()
+        module.load_state_dict(own.state_dict())
+        nets.append(Classifier.wrap(module, **TAKE, name="mine").eval())
+    assert len({checkpoint.digest(net) for net in nets}) == 1
+    first, again, *others = map(fingerprint, nets)
+    assert first == again and len({first, *others}) == 3
+    assert fingerprint(nets[0], "graph").split()[0] == "graph"
+    ours = Classifier(ClassifierConfig("resnet10", 3, width=0.125))
+    assert fingerprint(ours) == checkpoint.digest(ours)
+
+
+def test_what_a_network_does_is_told_in_single_precision_where_it_has_no_other() -> None:
+    nets = [Classifier.wrap(kind(), **TAKE) for kind in (Single, Single, Net)]
+    codes = [wrapping.behaviour_of_code(net, 16) for net in nets]
+    assert codes[0] == codes[1] != ""
+
+
+def test_code_is_told_apart_whatever_the_weights_are_drawn() -> None:
+    kinds = (Net, Net, Rounding, Straight)
+    codes = [wrapping.behaviour_of_code(Classifier.wrap(kind(), **TAKE), 16) for kind in kinds]
+    assert codes[0] == codes[1] and len(set(codes)) == 3
+
+
+def test_harden_trains_anew_where_the_code_of_your_own_network_changes(tmp_path: Path) -> None:
+    images = blobs(240, size=16)
+    np.savez(tmp_path / "a.npz", image=images.image, label=images.label % 3, classes=CLASSES)
+    net = Classifier.wrap(Net(), **TAKE, name="mine").config
+    plan, source = Plan(net, Recipe()), Source(tmp_path / "a.npz")
+    places = []
+    with stages(tmp_path, plan.stages()) as job:
+        way = Way(source, plan, job, "harden")
+        for kind in (Net, Net, Rounding):
+            registry.register("mine", kind)
+            places.append(job.place("train", way.training_inputs(None)))
+    assert places[0] == places[1] != places[2]
