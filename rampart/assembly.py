@@ -237,11 +237,16 @@ class Way(NamedTuple):
 
     def inputs(self, **others: object) -> dict[str, object]:
         """What every stage depends on, and `others`."""
+        images, held = self.source.read(self.plan.net.image_size)
+        return {"images": images, "held": held, **self.code(), **others}
+
+    def code(self) -> dict[str, str]:
+        """What the code of a network of your own does, since its name does not tell."""
         net = self.plan.net
-        images, held = self.source.read(net.image_size)
-        if net.head:  # of your own: its name does not tell what its code does
-            others["code"] = behaviour_of_code(untrained(net, (images, held)), net.image_size)
-        return {"images": images, "held": held, **others}
+        if not net.head:
+            return {}
+        own = untrained(net, self.source.read(net.image_size))
+        return {"code": behaviour_of_code(own, net.image_size)}
 
     def attack_inputs(self, **others: object) -> dict[str, object]:
         """What a stage that attacks depends on, and `others`."""
@@ -310,7 +315,7 @@ class Way(NamedTuple):
         """What the stage that adopts your weights depends on."""
         images, _ = self.source.read(self.plan.net.image_size)
         net = self.plan.net._replace(classes=len(images.classes))
-        return {"net": net, "weights": weights}
+        return {"net": net, "weights": weights, **self.code()}
 
     def classifier(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""

@@ -123,6 +123,27 @@ def test_what_your_own_network_does_belongs_to_every_attack_on_it(small: rp.Mode
         assert code in victim.fingerprint and code in victim.label_fingerprint
 
 
+class Leaky(Small):
+    """The same weights, and other code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = nn.functional.leaky_relu(self.body[0](x - 0.5), -3.0)
+        return self.fc(slopes.mean((2, 3)))
+
+
+def test_no_export_takes_the_code_of_another_network_that_was_wrapped_by_the_same_name(
+    tmp_path: Path,
+) -> None:
+    images = blobs(400, size=16)
+    take = {"head": "fc", "classes": images.classes, "image_size": 16, "name": "one"}
+    model = rp.Model.calibrate(rp.Classifier.wrap(Small(), **take), images)
+    rp.Classifier.wrap(Leaky(), **take)
+    with pytest.raises(ValueError, match="the network registered as one answers otherwise"):
+        model.export(tmp_path / "a.onnx")
+    rp.Classifier.wrap(Small(), **take)
+    model.export(tmp_path / "a.onnx")
+
+
 def test_the_threat_that_calibration_is_told_is_the_models_own(
     small: rp.Model, tmp_path: Path
 ) -> None:
