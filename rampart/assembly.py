@@ -11,6 +11,7 @@ from PIL import Image
 from rampart import inputs, preflight
 from rampart.calibrated import write_small
 from rampart.export.archive import check_name, check_request
+from rampart.handlers.engine import sha256
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import foreign
 from rampart.hardening.model.classifier import Classifier
@@ -45,6 +46,7 @@ from rampart.training import (
 )
 
 CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
+ARCHIVE = "archive"  # the stage that packs
 COPIES = 3  # of its weights that a model folder takes while it is written
 FEW, SMALL = 32, 8192  # images of which one is the sample, and its bytes at most
 
@@ -183,15 +185,19 @@ def harden(
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name, sample=plan.sample, anyway=True)
 
-        packed = job.once("archive", way.archive_inputs(model), pack)
+        packed = job.once(ARCHIVE, way.archive_inputs(model), pack)
     card, notes = report.read_card(model), deliver(model, packed / out.name, out)
     return Outcome(card, [*notes, f"\n{report.markdown(card)}\n"])
 
 
 def deliver(model: Path, packed: Path, out: Path) -> list[str]:
-    """Bring a model folder and its archive to where they are wanted, with words where one stays."""
+    """Bring a model folder and its archive to where they are wanted, with words where one stays:
+    of the same model, and none that this job has packed, so somebody rebuilt it since.
+    """
     if folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model):
-        return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
+        earlier = packed.parent.parent.glob(f"{ARCHIVE}-*/{out.name}")
+        if sha256(out) not in map(sha256, earlier):
+            return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
     # Whole or not at all.
     Path(shutil.copy(packed, out.with_suffix(".partial"))).replace(out)
     return []

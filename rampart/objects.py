@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rampart import preflight
-from rampart.assembly import deliver
+from rampart.assembly import ARCHIVE, deliver
 from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
 from rampart.export import shipped
@@ -251,7 +251,7 @@ def harden(
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem
-        packed = job.once("archive", contents(model), pack)
+        packed = job.once(ARCHIVE, contents(model), pack)
     return deliver(model, packed / out.name, out)
 
 
