@@ -259,8 +259,12 @@ def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """The gradient of ReLU as a product: in 8 bits engines are slow at choosing from a constant."""
-    condition, _, slope = node.args
+    arguments: Any = node.args
+    condition, stopped, slope = arguments
     if not (isinstance(condition, fx.Node) and condition.target is aten.le.Scalar):
+        return
+    none = isinstance(stopped, fx.Node) and stopped.target is aten.scalar_tensor.default
+    if not none or stopped.args[0] != 0:
         return
     value, bound = condition.args
     while isinstance(value, fx.Node) and value.target in ALIAS:

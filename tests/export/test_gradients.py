@@ -98,6 +98,18 @@ def test_a_normalization_is_folded_only_into_what_it_alone_reads(tmp_path: Path)
     assert [type(norm) for norm in left] == [nn.BatchNorm2d] * 3 + [nn.Identity]
 
 
+class Choosing(nn.Module):
+    """It chooses as the gradient of ReLU does, and not between a slope and nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.relu() <= 0, -torch.ones_like(x), x)
+
+
+def test_a_choice_of_your_own_network_is_no_gradient_of_relu() -> None:
+    x = torch.tensor([[-2.0, 0.0, 3.0], [1.0, -1.0, 2.0]])
+    assert torch.equal(unrolled(Choosing(), x)(x), Choosing()(x))
+
+
 def test_a_purifier_stands_in_front_of_a_graph_that_takes_the_step(tmp_path: Path) -> None:
     classifier = pipeline("resnet10", 0.125).classifier
     purifier = BlockPurifier(BlockPurifierConfig(width=8, blocks=1))
