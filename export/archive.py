@@ -57,13 +57,18 @@ def export_variant(
     *,
     precision: Precision = "fp32",
     images: "Tensor | None" = None,
-    rate: float = 0.01,
+    rate: float | None = None,
 ) -> AnyParity:
-    """Write a variant's ONNX graph, or copy a fresh one; returns the figures of its gate."""
+    """Write a variant's ONNX graph, or copy a fresh one; returns the figures of its gate, at the
+    false-alarm `rate`, or the one that the calibration promises.
+    """
     check_made(folder, variant, precision)
+    out.parent.mkdir(parents=True, exist_ok=True)
     graph = shipped.find(folder, variant, precision) if images is None else None
     if graph:
-        shutil.copyfile(graph.file, out)
+        partial = out.with_suffix(".partial")
+        shutil.copyfile(graph.file, partial)
+        partial.replace(out)
         return graph.parity
     if importlib.util.find_spec("torch") is None:
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from skimage.data import data_dir
@@ -20,6 +21,7 @@ from rampart.hardening.model.files import (
     ranges_file,
     read_contents,
 )
+from rampart.hardening.model.promise import finest_rate
 
 TOOLS = ("torch", "onnx", "onnxscript")
 
@@ -31,23 +33,29 @@ def build(
     *,
     precision: Precision = "fp32",
     images: Tensor | None = None,
-    rate: float = 0.01,
+    rate: float | None = None,
 ) -> AnyParity:
-    """Write a variant's ONNX graph, through the gate on `images` uint8 (N, H, W, 3) or on crops."""
+    """Write a variant's ONNX graph, through the gate on `images` uint8 (N, H, W, 3) or on crops, at
+    the false-alarm `rate`, or the one that the calibration promises. What fails is not written.
+    """
     weights = folder / "weights.safetensors"
     contents = read_contents(weights)
     way = WAYS[contents.task]
     pipeline, _ = way.load(weights, variant)
     if images is None:
         images = sample_crops(contents.image_size)
-    way.to_onnx(pipeline, out)
-    engine = way.engine(out, device="cpu")
     calibration = load_variant(folder, variant)
-    parity = way.compare(pipeline, engine, calibration, images, rate=rate)
-    if precision != "fp32":
-        lower(pipeline, precision, out, ranges_file(folder, variant), fp32=out)
-        lowered = way.engine(out, device="cpu"), load_variant(folder, variant, precision)
-        way.check_close((engine, calibration), lowered, images)
+    if rate is None:
+        rate = finest_rate(calibration.images)
+    with TemporaryDirectory(dir=out.parent) as scratch:
+        draft = way.to_onnx(pipeline, Path(scratch) / out.name)
+        engine = way.engine(draft, device="cpu")
+        parity = way.compare(pipeline, engine, calibration, images, rate=rate)
+        if precision != "fp32":
+            lower(pipeline, precision, draft, ranges_file(folder, variant), fp32=draft)
+            lowered = way.engine(draft, device="cpu"), load_variant(folder, variant, precision)
+            way.check_close((engine, calibration), lowered, images)
+        draft.replace(out)
     return parity
 
 

@@ -7,6 +7,7 @@ graph, its convolutions as the ordinary ones that they are.
 import contextlib
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 RELU = (aten.relu.default, aten.relu_.default)
@@ -59,28 +62,61 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
     backward pass no engine does that, and 8-bit layers would stop at each.
     """
     module = copy.deepcopy(module)
-    made: dict[int, nn.Conv2d] = {}  # by the tensor that each convolution gave
-    kept, pairs = [], {}
+    for convolution, normalization in pairs(module, example):
+        new = fuse_conv_bn_eval(convolution, normalization)
+        convolution.weight, convolution.bias = new.weight, new.bias
+        for parent in module.modules():
+            for name, layer in parent.named_children():
+                if layer is normalization:
+                    setattr(parent, name, nn.Identity())
+    return module
+
+
+def pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions, each with the batch normalization that alone takes what it gives, and no other:
+    networks with pre-activations add it to something as well.
+    """
+    calls: list[tuple[nn.Conv2d, Tensor]] = []
+    taken: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    reads = Reads()
 
     def after(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if type(layer) is nn.Conv2d:
-            kept.append(output)  # alive, so that no other tensor gets its identity
-            made[id(output)] = layer
-        elif type(layer) is nn.BatchNorm2d and id(inputs[0]) in made:
-            pairs[layer] = made[id(inputs[0])]
+            reads.count[id(output)] = 0  # it is kept, so that no other tensor gets its identity
+            calls.append((layer, output))
+        elif type(layer) is nn.BatchNorm2d:
+            taken.append((layer, inputs[0]))
 
     hooks = [layer.register_forward_hook(after) for layer in module.modules()]
-    module(example)
+    with reads:
+        module(example)
     for hook in hooks:
         hook.remove()
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.BatchNorm2d) and layer in pairs:
-            one = pairs[layer]
-            new = fuse_conv_bn_eval(one, layer)
-            one.weight, one.bias = new.weight, new.bias
-            home, _, last = name.rpartition(".")
-            setattr(module.get_submodule(home), last, nn.Identity())
-    return module
+    made = {id(output): layer for layer, output in calls}
+    takers = {id(value): layer for layer, value in taken}
+    alone = [takers.get(id(y)) if reads.count[id(y)] == 1 else None for _, y in calls]
+    found: set[tuple[nn.Conv2d | None, nn.BatchNorm2d | None]] = {
+        *((layer, taker) for (layer, _), taker in zip(calls, alone, strict=True)),
+        *((made.get(id(value)), layer) for layer, value in taken),
+    }
+    of = Counter(part for pair in found for part in pair)
+    return [(a, b) for a, b in found if a and b and of[a] == of[b] == 1]
+
+
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How often operators of a forward pass take a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[int] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count, and call."""
+        if "backward" not in str(func):
+            self.count.update(id(value) for value in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -223,8 +259,12 @@ def view(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 def mask(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """The gradient of ReLU as a product: in 8 bits engines are slow at choosing from a constant."""
-    condition, _, slope = node.args
+    arguments: Any = node.args
+    condition, stopped, slope = arguments
     if not (isinstance(condition, fx.Node) and condition.target is aten.le.Scalar):
+        return
+    none = isinstance(stopped, fx.Node) and stopped.target is aten.scalar_tensor.default
+    if not none or stopped.args[0] != 0:
         return
     value, bound = condition.args
     while isinstance(value, fx.Node) and value.target in ALIAS:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,6 +35,7 @@ BATCH = 32
 # stay in float32: they cost little, and the steps of 8-bit logits would show in the scores.
 OWN, HEAD = ("classifier.", "detector.net.backbone."), "classifier.head."
 LAYERS = ("Conv", "Gemm", "MatMul")
+MASK = ("Cast", "QuantizeLinear", "DequantizeLinear", "Mul")  # what follows where a ReLU passed
 BETWEEN = ("Add", "Concat", "DepthToSpace", "MaxPool", "Relu")
 
 
@@ -130,31 +132,49 @@ def silus(graph: onnx.GraphProto) -> set[str]:
 def masked(graph: onnx.GraphProto) -> set[str]:
     """Names of the products that pass a slope where a ReLU did; other products stay in float32."""
     made = {node.output[0]: node for node in graph.node}
-    masks = {
-        node.output[0]
-        for node in graph.node
-        if node.op_type == "Cast" and made.get(node.input[0], node).op_type == "Greater"
-    }
-    return {node.name for node in graph.node if node.op_type == "Mul" and masks & {*node.input}}
+    bounds, found = zeros(graph), set[str]()
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.op_type == "Greater" else None
+        if source is not None and source.op_type == "Relu" and node.input[1] in bounds:
+            found |= {product.name for product in chain(graph, node, "Cast", "Mul")[2:]}
+    return found
+
+
+def zeros(graph: onnx.GraphProto) -> dict[str, np.dtype[Any]]:
+    """The names of constants that are 0, and their types."""
+    values = {value.name: to_array(value) for value in graph.initializer}
+    return {name: value.dtype for name, value in values.items() if not value.any()}
+
+
+def chain(graph: onnx.GraphProto, node: onnx.NodeProto, *kinds: str) -> list[onnx.NodeProto]:
+    """`node` and those after it; empty where they are of other kinds, or others read between."""
+    nodes = [node]
+    for kind in kinds:
+        (value,) = nodes[-1].output
+        after = [other for other in graph.node for name in other.input if name == value]
+        if [other.op_type for other in after] != [kind]:
+            return []
+        nodes += after
+    return nodes
 
 
 def clip_masks(graph: onnx.GraphProto) -> None:
     """Make masks of ReLUs from their 8-bit values, where 0 stands for 0: those, clipped to 1."""
-    zeros = {value.name for value in graph.initializer if not to_array(value).any()}
+    bounds = zeros(graph)
     made = {node.output[0]: node for node in graph.node}
-    users = {name: node for node in graph.node for name in node.input}
     gone = []
     for node in graph.node:
         source = made.get(node.input[0]) if node.op_type == "Greater" else None
-        if source is None or source.op_type != "DequantizeLinear" or source.input[2] not in zeros:
+        if source is None or source.op_type != "DequantizeLinear" or node.input[1] not in bounds:
             continue
-        cast = users[node.output[0]]
-        mask = users[cast.output[0]]
-        product = users[mask.output[0]]
+        nodes = chain(graph, node, *MASK) if bounds.get(source.input[2]) == np.uint8 else []
+        if not nodes:
+            continue
+        _, cast, mask, passed, _ = nodes
         node.op_type = "Clip"
         node.input[:] = [source.input[0], "mask_zero", "mask_one"]
         node.output[:] = mask.output
-        product.input[1:] = ["mask_scale", "mask_zero"]
+        passed.input[1:] = ["mask_scale", "mask_zero"]
         gone += [cast, mask]
     for node in gone:
         graph.node.remove(node)

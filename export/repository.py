@@ -22,5 +22,7 @@ def place(home: Path, version: int, texts: dict[str, str], content: Path) -> Non
     for name, text in texts.items():
         (home / name).write_text(text)
     partial = home / f"{version}.partial"  # no number, so Triton ignores it
-    shutil.copytree(content, partial, dirs_exist_ok=True)
+    if partial.exists():  # of an export that was interrupted
+        shutil.rmtree(partial)
+    shutil.copytree(content, partial)
     partial.rename(home / str(version))

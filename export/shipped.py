@@ -16,6 +16,7 @@ from rampart.hardening.model.files import (
     graph_file,
     ranges_file,
     read_contents,
+    write_whole,
 )
 
 BATCHES = (1, 2, 32)  # at which the parity gate compares
@@ -116,7 +117,7 @@ def record(
     file = graph_file(folder, variant, precision)
     entries = {"sha256": sha256(file), "made_of": ingredients(folder, variant, precision)}
     entries |= {"made_by": tools, "parity": parity._asdict()}
-    record_file(file).write_text(json.dumps(entries, indent=1) + "\n")
+    write_whole(record_file(file), json.dumps(entries, indent=1) + "\n")
     return file
 
 

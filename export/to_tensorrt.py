@@ -23,6 +23,7 @@ from rampart.handlers.engine import Engine, sha256
 from rampart.handlers.plan import PlanEngine, record_file
 from rampart.hardening.model import pipeline as pipelines
 from rampart.hardening.model.files import Precision, load_variant
+from rampart.hardening.model.promise import finest_rate
 
 INSTALL = (
     "TensorRT is not installed, and a plan can be built only on the machine that will run it: with"
@@ -143,12 +144,15 @@ def to_tensorrt(
     variant: pipelines.Variant,
     precision: Precision = "fp32",
     images: Tensor | None = None,
-    rate: float = 0.01,
+    rate: float | None = None,
 ) -> str:
     """Build the plan of a model folder's variant and hold it to the parity gate, batch 1, 2 and 32.
     Writes NAME.plan and NAME.plan.json, and returns the gate's figures. Raises RuntimeError, and
     writes nothing, where TensorRT is missing, cannot take the graph, or decides differently.
     """
+    table = load_variant(folder, variant, precision)
+    rate = finest_rate(table.images) if rate is None else rate
+    plan.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=plan.parent) as scratch:
         work = Path(scratch)
         graph, draft = work / "graph.onnx", work / plan.name
@@ -164,7 +168,6 @@ def to_tensorrt(
             raise RuntimeError(f"{error}. {advice(plan, images.shape[1])}") from error
         write_record(draft, graph, version=version, parity="running")
         engine = PlanEngine(draft, graph)
-        table = load_variant(folder, variant, precision)
         if precision == "fp32":
             parity = str(compare(pipeline, engine, table, images, rate=rate))
         else:

@@ -3,14 +3,13 @@
 Clients send pictures or pixels, and get verdicts as from every other server.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rampart.export.archive import archive as pack
 from rampart.export.repository import check_free, place
-from rampart.export.unpacking import card_of, settings_of, unpack
+from rampart.export.unpacking import card_of, name_of, settings_of, unpack
 from rampart.handlers.image import MAX_IMAGES
 from rampart.handlers.protocols.open_inference import Output
 from rampart.handlers.tasks import task_of
@@ -82,8 +81,7 @@ def to_triton_python(
         content = Path(scratch) / "content"
         if "rampart/handlers/triton.py" not in unpack(archive, content):
             raise ValueError(f"{archive} was built by a Rampart without Triton support: rebuild it")
-        manifest = json.loads((content / "MAR-INF" / "MANIFEST.json").read_text())
-        model = str(manifest["model"]["modelName"])
+        model = name_of(content)
         home = repository / model
         check_free(home, version)
         hidden = {"p_value"} if settings_of(content).get("detail") == "public" else set()

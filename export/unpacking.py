@@ -1,6 +1,7 @@
 """An archive that others may have built: unpacked within bounds, checked against its hashes."""
 
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import Any
 
 import yaml
 
+from rampart.export.archive import NAME
 from rampart.handlers.contents import HANDLER, verify
 from rampart.hardening.model.card import FILE
 from rampart.hardening.model.presence import check_archive
 
 LARGEST = 8_000_000_000  # bytes of an archive's files, unpacked
 TEXT = 64_000_000  # bytes of a file to be read as JSON, YAML or code
+MANIFEST = "MAR-INF/MANIFEST.json"
+# Files that torch-model-archiver adds. Older archives list no hash for them.
+ADDED = {MANIFEST, "model-config.yaml", "defended.py"}
 SETTINGS = 100_000  # characters of model-config.yaml, whose reader is slow
 
 
@@ -31,6 +36,8 @@ def unpack(archive: Path, work: Path) -> dict[str, str | None]:
         hashes = verify(work)
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
+    if missing := sorted(ADDED - set(names)):
+        raise ValueError(f"{archive} has no {missing[0]}: rebuild the archive")
     # TorchServe runs the handler at the root, which has no hash of its own in older archives.
     if (work / "defended.py").read_bytes() != (work / HANDLER).read_bytes():
         raise ValueError(f"{archive}: its defended.py has changed since it was packed")
@@ -50,6 +57,19 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
             raise ValueError(
                 f"{archive} holds {entry.filename!r} of more than 64 MB: do not trust it"
             )
+
+
+def name_of(work: Path) -> str:
+    """The model's name in an unpacked archive. Raises ValueError where it is none that we give: it
+    becomes a part of paths.
+    """
+    try:
+        name = json.loads((work / MANIFEST).read_text())["model"]["modelName"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} names no model: rebuild the archive") from error
+    if not (isinstance(name, str) and re.fullmatch(NAME, name)):
+        raise ValueError(f"{MANIFEST} names the model {name!r}: do not trust the archive")
+    return name
 
 
 def card_of(work: Path) -> dict[str, Any]:

@@ -6,13 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rampart.export.unpacking import unpack
+from rampart.export.unpacking import ADDED, unpack
 from rampart.handlers.contents import HASHES
 from rampart.handlers.engine import sha256
 from rampart.hardening.model.presence import check_archive, check_file
-
-# Files that torch-model-archiver adds. Older archives list no hash for them.
-ADDED = {"MAR-INF/MANIFEST.json", "model-config.yaml", "defended.py"}
 
 
 def verify(archive: Path, signature: Path | None = None, key: Path | None = None) -> Iterator[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from rampart import inputs, preflight
 from rampart.calibrated import write_small
 from rampart.export.archive import check_name, check_request
+from rampart.handlers.engine import sha256
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import foreign
 from rampart.hardening.model.classifier import Classifier
@@ -45,6 +46,7 @@ from rampart.training import (
 )
 
 CLASSIFIER, PURIFIER = "classifier.safetensors", "purifier.safetensors"
+ARCHIVE = "archive"  # the stage that packs
 COPIES = 3  # of its weights that a model folder takes while it is written
 FEW, SMALL = 32, 8192  # images of which one is the sample, and its bytes at most
 
@@ -183,7 +185,7 @@ def harden(
         def pack(folder: Path) -> None:
             Model.load(model).archive(folder / out.name, sample=plan.sample, anyway=True)
 
-        packed = job.once("archive", archive_inputs(model, sample=plan.sample), pack)
+        packed = job.once(ARCHIVE, archive_inputs(model, sample=plan.sample), pack)
     card, notes = report.read_card(model), deliver(model, packed / out.name, out)
     return Outcome(card, [*notes, f"\n{report.markdown(card)}\n"])
 
@@ -195,13 +197,15 @@ def archive_inputs(model: Path, *, sample: bool) -> dict[str, object]:
 
 
 def deliver(model: Path, packed: Path, out: Path) -> list[str]:
-    """Bring a model folder and its archive to where they are wanted, with words where one stays.
-
-    One that holds a picture which the new one leaves out does not stay.
+    """Bring a model folder and its archive to where they are wanted, with words where one stays:
+    of the same model, and none that this job has packed, so somebody rebuilt it since. One that
+    holds a picture which the new one leaves out does not stay.
     """
     same = folders.deliver(model, out.with_suffix("")) and folders.is_of(out, model)
     if same and folders.samples_in(out) <= folders.samples_in(packed):
-        return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
+        earlier = packed.parent.parent.glob(f"{ARCHIVE}-*/{out.name}")
+        if sha256(out) not in map(sha256, earlier):
+            return [f"{out} is of these weights and stays as it is: `rampart archive` rebuilds it"]
     # Whole or not at all.
     Path(shutil.copy(packed, out.with_suffix(".partial"))).replace(out)
     return []
@@ -247,11 +251,16 @@ class Way(NamedTuple):
 
     def inputs(self, **others: object) -> dict[str, object]:
         """What every stage depends on, and `others`."""
+        images, held = self.source.read(self.plan.net.image_size)
+        return {"images": images, "held": held, **self.code(), **others}
+
+    def code(self) -> dict[str, str]:
+        """What the code of a network of your own does, since its name does not tell."""
         net = self.plan.net
-        images, held = self.source.read(net.image_size)
-        if net.head:  # of your own: its name does not tell what its code does
-            others["code"] = behaviour_of_code(untrained(net, (images, held)), net.image_size)
-        return {"images": images, "held": held, **others}
+        if not net.head:
+            return {}
+        own = untrained(net, self.source.read(net.image_size))
+        return {"code": behaviour_of_code(own, net.image_size)}
 
     def attack_inputs(self, **others: object) -> dict[str, object]:
         """What a stage that attacks depends on, and `others`."""
@@ -313,7 +322,7 @@ class Way(NamedTuple):
         """What the stage that adopts your weights depends on."""
         images, _ = self.source.read(self.plan.net.image_size)
         net = self.plan.net._replace(classes=len(images.classes))
-        return {"net": net, "weights": weights}
+        return {"net": net, "weights": weights, **self.code()}
 
     def classifier(self, init: Path | None) -> Path:
         """The classifier, trained from `init` or anew."""

@@ -22,6 +22,7 @@ from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.model import calibrate as ranks
 from rampart.hardening.model import folder as folders
 from rampart.hardening.model import promise
+from rampart.hardening.model.card import joined
 from rampart.hardening.model.files import Precision, load_variant
 from rampart.hardening.model.images import Images
 from rampart.hardening.model.pipeline import Variant
@@ -167,7 +168,7 @@ class Calibrated:
     def add_to_card(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Put `entries` into the card, on disk as well where the model lies there; returns it."""
         here, new = self.folder, dict(entries)
-        self.card = report.add_to_card(here, new) if here is not None else self.card | new
+        self.card = report.add_to_card(here, new) if here is not None else joined(self.card, new)
         return self.card
 
     def measured(self) -> dict[str, Any]:

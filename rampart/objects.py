@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rampart import preflight
-from rampart.assembly import archive_inputs, deliver
+from rampart.assembly import ARCHIVE, archive_inputs, deliver
 from rampart.calibrated import WEIGHTS as MODEL_WEIGHTS
 from rampart.calibrated import Form
 from rampart.export import shipped
@@ -266,7 +266,7 @@ def harden(
         if place.evaluate_on:
             asked = {"n": place.evaluate_on, "threat": recipe.threat, "budget": QUICK}
             model = job.once("evaluate", asked | contents(model), attack) / out.stem
-        packed = job.once("archive", archive_inputs(model, sample=place.sample), pack)
+        packed = job.once(ARCHIVE, archive_inputs(model, sample=place.sample), pack)
     return deliver(model, packed / out.name, out)
 
 

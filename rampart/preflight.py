@@ -255,13 +255,17 @@ def check_guardable(network: Classifier | ObjectDetector) -> None:
     else:
         pipeline, size = DefendedDetector(net, looks), net.config.size
     pipeline = pipeline.eval().requires_grad_(False)
+    draws = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=draws)
+    refusal = f"{net.config.arch} cannot have the variant guarded (leave out --guarded)"
     try:
-        unrolled(pipeline, torch.zeros(2, size, size, 3, dtype=torch.uint8))
+        found = unrolled(pipeline, torch.zeros_like(image))(image).scores
     except Exception as error:  # PyTorch's own, of any kind
-        raise ValueError(
-            f"{net.config.arch} cannot have the variant guarded (leave out --guarded):"
-            f" {first_line(error)}"
-        ) from error
+        raise ValueError(f"{refusal}: {first_line(error)}") from error
+    own = pipeline(image).scores
+    gap = float((found - own).abs().max())
+    if not gap <= 1e-3 * max(1.0, float(own.abs().max())):
+        raise ValueError(f"{refusal}: its gradient as a graph is another one, scores by {gap:.2g}")
 
 
 def try_network(net: Classifier) -> None:

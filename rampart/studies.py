@@ -168,15 +168,14 @@ def enter_figures(
     """Keep figures; returns where, and whether they are of the threat model that stands there."""
     in_card, lines = home_of(model, {"metrics": figures.rows}, study)
     book = model.card if in_card else model.measured()
-    rows = report.merge(book.get("metrics", []), figures.rows)
     # The first whole evaluation says what the card's threat is; other figures stand beside.
     settled = book.get("threat_model") if not whole or "checks" in book else None
     threat = settled or str(study.threat)
-    entries: dict[str, Any] = {"metrics": rows, "threat_model": threat, "versions": versions()}
+    entries: dict[str, Any] = {"metrics": figures.rows, "threat_model": threat}
+    entries["versions"] = versions()
     own = threat == str(study.threat)
     if own and figures.evaluation.checks:
-        checks = report.merge_checks(book.get("checks", []), figures.evaluation.check_rows)
-        entries["checks"] = checks
+        entries["checks"] = figures.evaluation.check_rows
     return Kept(model.keep(entries, into_card=in_card), in_card, lines), own
 
 
@@ -266,9 +265,8 @@ def enter_test(model: Model, entry: dict[str, Any], study: Study, lines: list[st
     """Keep an ablation on test images."""
     model.log({name: entry[name] for name in ("data", "n", "command")})
     gains = ablation.gains(entry)
-    in_card, words = home_of(model, {"test_ablation": entry, "metrics": gains}, study)
-    book = model.card if in_card else model.measured()
-    new = {"test_ablation": entry, "metrics": report.merge(book.get("metrics", []), gains)}
+    new = {"test_ablation": entry, "metrics": gains}
+    in_card, words = home_of(model, new, study)
     return Outcome(model.keep(new, into_card=in_card), [*lines, *words])
 
 
@@ -410,20 +408,10 @@ def quantize(
     for variant in model.variants:
         found = make_form(folder, variant, precision, held, gate, source=source.name, limit=limit)
         lines.append(f"{variant}: {found}")
-        model.add_to_card(of_others(model.card, precision))
-        if others := of_others(model.measured(), precision):
-            model.keep(others, into_card=False)
+        model.card = report.forget_form(folder, precision)
+        report.forget_form(folder, precision, report.MEASURED)
         keep_form(model, Form(variant, precision), found, data, study)
     return Outcome(model.card, lines)
-
-
-def of_others(book: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
-    """Figures and self-checks but those of graphs in `precision`: a new graph has none yet."""
-    return {
-        name: [row for row in book[name] if precision not in row["subject"]]
-        for name in ("metrics", "checks")
-        if name in book
-    }
 
 
 def keep_form(

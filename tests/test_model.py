@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rampart as rp
+from rampart.export.ways import WAYS
 from rampart.handlers.engine import Engine
 from rampart.handlers.errors import ImageError
 from rampart.hardening.model import wrapping
@@ -121,6 +123,63 @@ def test_what_your_own_network_does_belongs_to_every_attack_on_it(small: rp.Mode
     code = wrapping.behaviour(small.classifier, small.image_size)
     for victim in small.victims(rate=0.05):
         assert code in victim.fingerprint and code in victim.label_fingerprint
+
+
+class Leaky(Small):
+    """The same weights, and other code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = nn.functional.leaky_relu(self.body[0](x - 0.5), -3.0)
+        return self.fc(slopes.mean((2, 3)))
+
+
+def test_no_export_takes_the_code_of_another_network_that_was_wrapped_by_the_same_name(
+    tmp_path: Path,
+) -> None:
+    images = blobs(400, size=16)
+    take = {"head": "fc", "classes": images.classes, "image_size": 16, "name": "one"}
+    model = rp.Model.calibrate(rp.Classifier.wrap(Small(), **take), images)
+    rp.Classifier.wrap(Leaky(), **take)
+    with pytest.raises(ValueError, match="the network registered as one answers otherwise"):
+        model.export(tmp_path / "a.onnx")
+    rp.Classifier.wrap(Small(), **take)
+    model.export(tmp_path / "a.onnx")
+
+
+class Sly(Small):
+    """The exporter sees another network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits.flip(1) if torch.compiler.is_exporting() else logits
+
+
+def test_a_graph_that_fails_its_gate_takes_no_place(tmp_path: Path) -> None:
+    images, out = blobs(400, size=16), tmp_path / "a.onnx"
+    net = rp.Classifier.wrap(Sly(), head="fc", classes=images.classes, image_size=16)
+    model = rp.Model.calibrate(net, images)
+    out.write_text("a good one")
+    with pytest.raises(RuntimeError, match="the exported graph decides differently"):
+        model.export(out)
+    assert out.read_text() == "a good one" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(("held", "rate"), [(400, 0.01), (120, 0.02)])
+def test_an_export_compares_decisions_at_the_rate_that_is_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int, rate: float
+) -> None:
+    images, rates, way = blobs(held, size=16), [], WAYS["classify"]
+    images = replace(images, label=torch.arange(held) % 10)  # so few, and some of each class
+    net = rp.Classifier.wrap(Small(), head="fc", classes=images.classes, image_size=16)
+    model = rp.Model.calibrate(net, images)
+
+    def compare(*parts: Any, rate: float) -> Any:
+        rates.append(rate)
+        return way.compare(*parts, rate=rate)
+
+    monkeypatch.setitem(WAYS, "classify", way._replace(compare=compare))
+    model.export(tmp_path / "new" / "a.onnx")
+    assert rates == [rate] and (tmp_path / "new" / "a.onnx").is_file()
 
 
 def test_the_threat_that_calibration_is_told_is_the_models_own(

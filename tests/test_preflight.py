@@ -59,6 +59,27 @@ def test_a_network_that_cannot_be_defended_is_refused(
         check_network(broken(between))
 
 
+class Tied(nn.Module):
+    """A convolution that is folded, and whose weights are used a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 10)
+        nn.init.constant_(self.norm.running_var, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).relu()
+        return self.fc(nn.functional.conv2d(y, self.conv.weight).mean((2, 3)))
+
+
+def test_a_network_whose_graph_takes_another_step_has_no_variant_guarded() -> None:
+    torch.manual_seed(0)
+    tied = Classifier.wrap(Tied(), head="fc", classes=10, image_size=16)
+    with pytest.raises(ValueError, match="its gradient as a graph is another one"):
+        preflight.check_guardable(tied)
+
+
 def test_dropout_as_a_layer_is_no_fault() -> None:
     net = broken(lambda x, training: nn.functional.dropout(x, 0.5, training=training))
     check_network(net.train())

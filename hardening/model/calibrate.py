@@ -24,6 +24,7 @@ from rampart.hardening.model.arrays import Floats
 from rampart.hardening.model.files import Precision as Precision
 from rampart.hardening.model.files import calibration_file as calibration_file
 from rampart.hardening.model.files import load_variant as load_variant
+from rampart.hardening.model.files import write_whole
 from rampart.hardening.model.images import Images, split
 from rampart.hardening.model.pipeline import Outputs, Variant
 from rampart.hardening.model.promise import PromiseCheck, check_enough
@@ -128,7 +129,8 @@ def write(folder: Path, calibration: Calibration, data: str, precision: Precisio
     content = {"variant": calibration.variant, "detectors": list(calibration.detectors)}
     for name in ("knots", "surprise", "combined"):
         content[name] = getattr(calibration, name).tolist()
-    file.write_text(json.dumps(content | {"images": calibration.images, "data": data}) + "\n")
+    text = json.dumps(content | {"images": calibration.images, "data": data}) + "\n"
+    write_whole(file, text)
     return file
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rampart.handlers.verdict import Policy
+from rampart.hardening.model.files import write_whole
 
 RATE = Policy.false_alarm_rate
 LEAST = 100  # images, fewer of which choose no precision
@@ -163,6 +164,23 @@ def merge_checks(old: list[Row], new: list[Row]) -> list[Row]:
     return kept + [row for row in new if check_key(row) not in held]
 
 
+def joined(card: Row, entries: Row) -> Row:
+    """A card with `entries` in it; figures and self-checks go beside those that it has."""
+    content = card | entries
+    for name, join in (("metrics", merge), ("checks", merge_checks)):
+        if name in card and name in entries:
+            content[name] = join(card[name], entries[name])
+    return content
+
+
+def of_others(card: Row, precision: str) -> Row:
+    """A card without the figures and self-checks of graphs in `precision`."""
+    rows = {name: card[name] for name in ("metrics", "checks") if name in card}
+    return card | {
+        n: [r for r in each if precision not in r["subject"]] for n, each in rows.items()
+    }
+
+
 def check_key(row: Row) -> tuple[str, str, str]:
     """What makes it the same self-check: name, subject, and data without their number."""
     data = str(row.get("data", "")).removeprefix(f"{row.get('n')} of ")
@@ -221,7 +239,7 @@ def read_card(folder: Path, name: str = FILE) -> Row:
 def write_card(folder: Path, card: Row, name: str = FILE) -> Path:
     """Write card.json in a model folder."""
     file = folder / name
-    file.write_text(json.dumps(card, indent=1) + "\n")
+    write_whole(file, json.dumps(card, indent=1) + "\n")
     return file
 
 

@@ -1,6 +1,7 @@
 """The files of a model folder by name, and what can be read off them without torch."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,7 @@ from rampart.hardening.model.presence import check_file
 FORMAT = "rampart-1"
 SAMPLE = "sample.png"  # one held-out picture, to try an endpoint with
 SAMPLES = (SAMPLE, "sample-attacked.png", "sample-other.png")  # in the order that they are tried
+TRAINED_ON = "training-images.npy"  # fingerprints of the images behind the weights beside it
 CAPTION = "Description"  # PNG's own keyword for what a picture shows; samples have it
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -21,6 +23,19 @@ class Contents(NamedTuple):
     task: str  # of handlers.tasks
     classes: list[str]
     image_size: int  # pixels a side
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text: whatever ends this, `file` holds all of it, or what it held before."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def calibration_file(folder: Path, variant: str, precision: Precision = "fp32") -> Path:

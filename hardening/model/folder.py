@@ -9,29 +9,30 @@ import shutil
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
 from zipfile import BadZipFile, ZipFile
 
 from rampart.hardening.model.card import FILE as CARD
 from rampart.hardening.model.card import (
     MEASURED,
-    merge,
-    merge_checks,
+    joined,
     read_card,
     robust_in_int8,
     write_card,
 )
-from rampart.hardening.model.files import SAMPLES, Precision, calibration_file
+from rampart.hardening.model.files import SAMPLES, TRAINED_ON, Precision, calibration_file
 
 if TYPE_CHECKING:
     from rampart.hardening.model.pipeline import Variant
 
 # The first that there is stands for the model, unless an ablation has chosen.
 VARIANTS: tuple[Variant, ...] = ("full", "lean", "guarded")
+WEIGHTS = "weights.safetensors"
 LOG = "evaluations.jsonl"  # a line of JSON for each evaluation
-# What is drawn of a model, and what was measured of it beside its card.
+# What is drawn of a model, and all that goes with its weights beside calibrations.
 DRAWN = ("ablation.png", "curve.png", "report.html")
-PICTURED = (*DRAWN, *SAMPLES, MEASURED, *(f"measured-{name}" for name in DRAWN))
+MADE_OF = (CARD, MEASURED, TRAINED_ON, *SAMPLES, *DRAWN, *(f"measured-{name}" for name in DRAWN))
 
 
 def variants_in(model: Path) -> list[Variant]:
@@ -133,34 +134,42 @@ def calibrations(model: Path) -> list[Path]:
 
 
 def deliver(model: Path, target: Path) -> bool:
-    """Copy a finished model folder, the newer of each file; whether `target` had the same model."""
+    """Copy a finished model folder, the newer of each file; whether `target` had the same model.
+
+    All is copied before anything is replaced, and what is half replaced has no calibration: an
+    interruption leaves no weights under the calibrations of others.
+    """
     same = _decides(target) == _decides(model)
-    if not same:
-        for file in [*calibrations(target), *(target / name for name in (CARD, *PICTURED))]:
-            file.unlink(missing_ok=True)
     lines = dict.fromkeys([*logged(target), *logged(model)])
     cards = [read_card(target), read_card(model)] if same else []
     if same and _newer(target / CARD, model / CARD):
         cards.reverse()
     target.mkdir(parents=True, exist_ok=True)
-    for file in contents(model).values():
-        if not (same and _newer(target / file.name, file)):
-            shutil.copy2(file, target)
-    if lines:
-        (target / LOG).write_text("".join(f"{line}\n" for line in lines))
-    if cards:
-        older, newer = cards
-        rows = merge(older.get("metrics", []), newer.get("metrics", []))
-        both = older | newer | {"metrics": rows}
-        if "checks" in both:
-            both["checks"] = merge_checks(older.get("checks", []), newer.get("checks", []))
-        write_card(target, both)
+    with TemporaryDirectory(dir=target) as scratch:
+        work = Path(scratch)
+        for file in contents(model).values():
+            if not (same and _newer(target / file.name, file)):
+                shutil.copy2(file, work)
+        if lines:
+            (work / LOG).write_text("".join(f"{line}\n" for line in lines))
+        if cards:
+            write_card(work, joined(*cards))
+        if not same:
+            for file in [*calibrations(target), *(target / name for name in MADE_OF)]:
+                file.unlink(missing_ok=True)
+        for name in sorted(contents(work), key=_turn):
+            (work / name).replace(target / name)
     return same
+
+
+def _turn(name: str) -> int:
+    """When a file of a model is put in its place: weights first, the card last."""
+    return {WEIGHTS: 0, CARD: 2}.get(name, 1)
 
 
 def _decides(model: Path) -> dict[str, bytes]:
     """What makes it another model."""
-    names = ("weights.safetensors", *(f"calibration-{variant}.json" for variant in VARIANTS))
+    names = (WEIGHTS, *(f"calibration-{variant}.json" for variant in VARIANTS))
     return {name: (model / name).read_bytes() for name in names if (model / name).is_file()}
 
 
@@ -178,10 +187,10 @@ def is_of(archive: Path, model: Path) -> bool:
     """Whether an archive was packed from the weights in a model folder."""
     try:
         with ZipFile(archive) as packed:
-            digest = json.loads(packed.read(CARD))["sha256"]["weights.safetensors"]
+            digest = json.loads(packed.read(CARD))["sha256"][WEIGHTS]
     except (OSError, BadZipFile, ValueError, KeyError, TypeError):
         return False
-    with (model / "weights.safetensors").open("rb") as weights:
+    with (model / WEIGHTS).open("rb") as weights:
         return bool(digest == hashlib.file_digest(weights, "sha256").hexdigest())
 
 

@@ -167,6 +167,7 @@ def load_whole(path: Path, *variants: Variant) -> tuple[DefendedClassifier, tupl
     whole = DefendedClassifier(classifier, purifier, tuple(looks))
     whole.variants = names
     restore(whole, state, path)
+    checkpoint.check_answers(path, whole, config)
     return whole.eval().requires_grad_(False), tuple(config["classes"])
 
 
@@ -221,6 +222,7 @@ def load_classifier(path: Path, *, auxiliary: bool = False, rectified: bool = Fa
     kept = {name: t for name, t in state.items() if auxiliary or name not in heads}
     new = {name: t for name, t in classifier.state_dict().items() if name.startswith("rectifier.")}
     classifier.load_state_dict({**new, **kept})
+    checkpoint.check_answers(path, classifier, config)
     classifier.trained = str(config.get("training", ""))
     return classifier.eval().requires_grad_(False)
 

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rampart.hardening.model import files
 from rampart.hardening.model.arrays import Bools
 
 if TYPE_CHECKING:
     from rampart.hardening.model.images import Images
 
-FILE = "training-images.npy"
+FILE = files.TRAINED_ON
 Prints = NDArray[np.uint64]  # (N,) one an image
 
 

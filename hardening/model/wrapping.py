@@ -10,6 +10,7 @@ from torch import Tensor, nn
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
 NORMALIZERS = ("mean", "std")
 DIGITS = 6  # of outputs that count: in double precision they are equal on any machine
+GAP = 1e-3  # of the largest answer: single precision may differ by less
 
 
 class Layout(NamedTuple):
@@ -155,17 +156,35 @@ def behaviour(net: nn.Module, size: int) -> str:
     """16 hex digits that stand for what a network does, whatever its code: its logits of the
     example, and their gradients.
     """
-    own, x = copy.deepcopy(net).cpu().eval().requires_grad_(False), example(size)
-    try:
-        parts = logits_and_slope(own.double(), x.double())
-    except (RuntimeError, ValueError, TypeError):
-        # It computes in single precision, whatever it is given.
-        parts = logits_and_slope(own.float(), x)
     total = hashlib.sha256()
-    for part in parts:
+    for part in tried(net, size):
         share = part / part.abs().max().clamp_min(1e-30)
         total.update((share * 10**DIGITS).round().nan_to_num().long().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def tried(net: nn.Module, size: int) -> tuple[Tensor, Tensor]:
+    """A network's logits of the example, and their gradient, in double precision if it has that."""
+    own, x = copy.deepcopy(net).cpu().eval().requires_grad_(False), example(size)
+    try:
+        return logits_and_slope(own.double(), x.double())
+    except (RuntimeError, ValueError, TypeError):  # it computes in single precision alone
+        return logits_and_slope(own.float(), x)
+
+
+def answers(net: nn.Module, size: int) -> list[list[float]]:
+    """What a network does in few numbers, for files: its logits of the example, and the mean
+    gradient of each channel.
+    """
+    logits, slope = tried(net, size)
+    parts = logits.flatten(), slope.mean((2, 3)).flatten()
+    return [[float(f"{value:.6g}") for value in part.nan_to_num().tolist()] for part in parts]
+
+
+def same(some: list[list[float]], others: list[list[float]]) -> bool:
+    """Whether `answers` are those of one network, on machines that round differently."""
+    pairs = [(torch.tensor(a), torch.tensor(b)) for a, b in zip(some, others, strict=True)]
+    return all(a.shape == b.shape and (a - b).abs().max() <= GAP * a.abs().max() for a, b in pairs)
 
 
 def logits_and_slope(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

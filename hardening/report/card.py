@@ -1,7 +1,10 @@
 """The card as it is written, and its figures as tables: for the terminal, and for docs/."""
 
+import fcntl
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +20,9 @@ from rampart.hardening.model.card import (
     Row,
     Subject,
     cell_text,
+    joined,
     main_figures,
+    of_others,
     percent,
 )
 from rampart.hardening.model.card import MEASURED as MEASURED
@@ -80,14 +85,38 @@ def check_card(card: Row) -> None:
 
 
 def add_to_card(folder: Path, entries: Row, name: str = FILE) -> Row:
-    """Put `entries` into the card, or into the file beside it; returns what that holds now.
+    """Put `entries` into the card, or into the file beside it, figures and self-checks beside those
+    that others have put there by now; returns what that holds then.
 
     Raises ValueError, and writes no file, for a broken schema.
     """
-    content = read_card(folder, name) | entries
-    check_card(read_card(folder) | content)
-    write_card(folder, content, name)
+    with alone(folder):
+        content = joined(read_card(folder, name), entries)
+        check_card(read_card(folder) | content)
+        write_card(folder, content, name)
     return content
+
+
+def forget_form(folder: Path, precision: str, name: str = FILE) -> Row:
+    """Take what was measured of graphs in `precision` out of the card: a new graph has no figures
+    yet. Returns what is left.
+    """
+    with alone(folder):
+        content = of_others(read_card(folder, name), precision)
+        if content:
+            write_card(folder, content, name)
+    return content
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While others who want to change a card of `folder` wait."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def log_evaluation(folder: Path, entry: Row) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from command import run
 from PIL import Image
 from torchvision.models import get_model
 
+from rampart.assembly import deliver
 from rampart.cli.options import Threat
 from rampart.hardening.model import checkpoint
 from rampart.hardening.model import folder as folders
@@ -118,6 +120,25 @@ def test_harden_proposes_what_nobody_said_and_packs_no_model_at_chance_unless_to
 
 @pytest.mark.training
 @pytest.mark.slow
+def test_harden_replaces_an_archive_that_it_packed_and_keeps_one_that_was_rebuilt_since(
+    tmp_path: Path, tiny_folder: Path, tiny_archive: Path
+) -> None:
+    out, runs = tmp_path / "store" / "mine.mar", tmp_path / "runs" / "mine"
+    packed = [runs / f"archive-{one}" / "mine.mar" for one in "ab"]
+    for number, file in enumerate(packed):
+        file.parent.mkdir(parents=True)
+        shutil.copy(tiny_archive, file)
+        with ZipFile(file, "a") as archive:
+            archive.writestr("sample.png", str(number))
+    for file in (*packed, packed[0]):
+        assert deliver(tiny_folder, file, out) == []
+        assert out.read_bytes() == file.read_bytes()
+    shutil.copy(tiny_archive, out)
+    (said,) = deliver(tiny_folder, packed[1], out)
+    assert "stays as it is: `rampart archive` rebuilds it" in said
+    assert out.read_bytes() == tiny_archive.read_bytes()
+
+
 def test_on_a_terminal_harden_asks_before_it_trains_unless_yes_is_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

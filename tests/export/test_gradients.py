@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rampart.export.gradients import unrolled
+from rampart.export.gradients import folded, unrolled
 from rampart.export.to_onnx import to_onnx
 from rampart.handlers.engine import Engine
 from rampart.hardening.model import detectors
@@ -60,6 +60,54 @@ def test_the_graph_takes_the_step_that_torch_takes_at_any_batch(
     # `quantize` finds the classifier by the names of its weights.
     names = [value.name for value in onnx.load(graph).graph.initializer]
     assert any(name.startswith("classifier.backbone.") for name in names)
+
+
+class PreActivated(nn.Module):
+    """What its stem and its shared convolution give is read by more than one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared = (nn.Conv2d(n, 8, 3, padding=1, bias=False) for n in (3, 8))
+        self.last = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        one = self.norms[1](self.shared(self.norms[0](stem).relu())).relu()
+        two = self.norms[2](self.shared(one)).relu()
+        return self.fc(self.norms[3](self.last(two + stem)).relu().mean((2, 3)))
+
+
+def test_a_normalization_is_folded_only_into_what_it_alone_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = PreActivated().eval()
+    for norm in module.norms:
+        for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(values, 0.5, 2)
+    net = Classifier.wrap(module, head="fc", classes=10, image_size=SIZE)
+    whole = DefendedClassifier(net, None, ("consistency", "confidence"))
+    whole = whole.eval().requires_grad_(False)
+    engine, image = Engine(to_onnx(whole, tmp_path / "graph.onnx")), images(3)
+    with torch.no_grad():
+        own = whole(image)
+    out = engine.run(image.numpy())
+    assert np.abs(own.scores.numpy() - out.scores).max() < 1e-4
+    assert np.abs(own.logits.numpy() - out.logits).max() < 1e-4
+    left = folded(whole, images(2)).classifier.backbone.net.norms
+    assert [type(norm) for norm in left] == [nn.BatchNorm2d] * 3 + [nn.Identity]
+
+
+class Choosing(nn.Module):
+    """It chooses as the gradient of ReLU does, and not between a slope and nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.relu() <= 0, -torch.ones_like(x), x)
+
+
+def test_a_choice_of_your_own_network_is_no_gradient_of_relu() -> None:
+    x = torch.tensor([[-2.0, 0.0, 3.0], [1.0, -1.0, 2.0]])
+    assert torch.equal(unrolled(Choosing(), x)(x), Choosing()(x))
 
 
 def test_a_purifier_stands_in_front_of_a_graph_that_takes_the_step(tmp_path: Path) -> None:

@@ -71,6 +71,35 @@ def test_silu_is_quantized_with_the_layers_around_it(tmp_path: Path, tiny_images
     assert np.abs(exact - near).max() < 0.1 * np.ptp(exact)
 
 
+class Gated(torch.nn.Module):
+    """It compares what a ReLU gave, in other ways than the gradient of one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8))
+        self.three, self.fc = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x).relu()
+        large, some = (y > 0.3).to(y.dtype), (y > 0).to(y.dtype)
+        y = self.two(y * large) * some + some
+        return self.fc(self.three(y).relu().mean((2, 3)))
+
+
+def test_comparisons_of_your_own_network_are_no_masks_of_a_backward_pass(
+    tmp_path: Path, tiny_images: Images
+) -> None:
+    torch.manual_seed(0)
+    net = Classifier.wrap(Gated(), head="fc", classes=10, image_size=32)
+    pipeline = DefendedClassifier(net, None, ("confidence",)).eval().requires_grad_(False)
+    graph, image = to_onnx(pipeline, tmp_path / "a.onnx"), tiny_images.image[:128].numpy()
+    int8 = quantize(graph, tmp_path / "ranges.json", tmp_path / "int8.onnx", image)
+    kinds = [n.op_type for n in onnx.load(int8).graph.node]
+    assert kinds.count("Greater") == 2
+    exact, near = (Engine(file).run(image).logits for file in (graph, int8))
+    assert np.abs(exact - near).max() < 0.1 * np.ptp(exact)
+
+
 @pytest.mark.slow
 def test_products_of_a_backward_pass_stay_in_float32(tmp_path: Path) -> None:
     nodes = onnx.load(untrained(tmp_path, "consistency", activation="silu")).graph

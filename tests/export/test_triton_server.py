@@ -2,6 +2,7 @@
 
 import gc
 import gzip
+import hashlib
 import json
 import queue
 import shutil
@@ -338,6 +339,47 @@ def test_a_model_folder_is_packed_and_an_archive_of_before_is_told(
     old = repack(tmp_path, {file: None, "sha256.json": json.dumps(hashes).encode()})
     with pytest.raises(ValueError, match="without Triton support: rebuild it"):
         to_triton_python(old, tmp_path / "others")
+
+
+@pytest.mark.parametrize("name", ["../out", "/proc/out", 'a" backend: "x', "a\n", "", 3, None])
+def test_an_archive_chooses_no_place_outside_the_repository(
+    tmp_path: Path, unpacked: Path, repack: Callable[..., Path], name: object
+) -> None:
+    file = "MAR-INF/MANIFEST.json"
+    manifest = json.loads((unpacked / file).read_text())
+    manifest["model"]["modelName"] = name
+    foreign = rehashed(unpacked, repack, tmp_path, {file: json.dumps(manifest).encode()})
+    with pytest.raises(ValueError, match=r"MANIFEST\.json names the model .*: do not trust the"):
+        to_triton_python(foreign, tmp_path / "models" / "mine")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"no JSON", b'{"model": "mine"}'])
+def test_an_archive_without_a_name_is_refused_in_one_line(
+    tmp_path: Path, unpacked: Path, repack: Callable[..., Path], content: bytes
+) -> None:
+    foreign = rehashed(unpacked, repack, tmp_path, {"MAR-INF/MANIFEST.json": content})
+    with pytest.raises(ValueError, match=r"MANIFEST\.json names no model: rebuild the archive"):
+        to_triton_python(foreign, tmp_path / "models")
+
+
+def rehashed(
+    unpacked: Path, repack: Callable[..., Path], folder: Path, files: dict[str, bytes]
+) -> Path:
+    """The archive with other files, as one who forges its hashes as well makes it."""
+    hashes = json.loads((unpacked / "sha256.json").read_text())
+    hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return repack(folder, files | {"sha256.json": json.dumps(hashes).encode()})
+
+
+def test_what_an_interrupted_export_left_is_no_part_of_the_next(
+    tmp_path: Path, tiny_archive: Path
+) -> None:
+    left = tmp_path / "tiny" / "1.partial"
+    left.mkdir(parents=True)
+    (left / "graph.plan").write_text("of another model")
+    home = to_triton_python(tiny_archive, tmp_path)
+    assert not left.exists() and not (home / "1" / "graph.plan").exists()
 
 
 def test_the_verb_writes_a_repository_of_an_archive_or_says_what_is_missing(

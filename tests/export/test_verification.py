@@ -49,6 +49,17 @@ def rewritten(archive: Path, out: Path, change: Callable[[str, bytes], bytes]) -
     return out
 
 
+@pytest.mark.parametrize("name", ["model-config.yaml", "MAR-INF/MANIFEST.json", "defended.py"])
+def test_an_archive_that_lacks_what_torchserve_wants_is_refused(
+    unpacked: Path, repack: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    hashes = json.loads((unpacked / "sha256.json").read_text())
+    del hashes[name]
+    less = repack(tmp_path, {name: None, "sha256.json": json.dumps(hashes).encode()})
+    with pytest.raises(ValueError, match=f"has no {name}: rebuild the archive"):
+        list(verify(less))
+
+
 @pytest.mark.parametrize(
     "name", ["model-config.yaml", "MAR-INF/MANIFEST.json", "defended.py", "labels.json"]
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rampart.hardening.model.files import TRAINED_ON
 from rampart.hardening.model.folder import (
     calibrated,
     deliver,
@@ -113,7 +114,7 @@ def test_another_model_takes_nothing_over_but_the_log_and_leaves_other_files_alo
     target = tmp_path / "store"
     deliver(made, target)
     report.write_card(target, report.read_card(target) | {"outside": {}})
-    for name in ("ablation.png", "mine.png", "calibration-full-int8.json"):
+    for name in ("ablation.png", "mine.png", "calibration-full-int8.json", TRAINED_ON):
         (target / name).touch()
     (made / "calibration-lean.json").write_text("{}")
     (made / "evaluations.jsonl").write_text("new\n")
@@ -123,6 +124,60 @@ def test_another_model_takes_nothing_over_but_the_log_and_leaves_other_files_alo
     assert (target / "evaluations.jsonl").read_text() == "then\nnew\n"
     kept = {file.name for file in target.iterdir()} - {file.name for file in made.iterdir()}
     assert kept == {"mine.png"}
+
+
+def test_weights_never_stand_under_the_calibrations_of_others_however_a_delivery_ends(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(made, tmp_path / "other")
+    (other / "weights.safetensors").write_bytes(b"other")
+    (other / "calibration-lean.json").write_text("{}")
+    whole = content_of(made), content_of(other)
+    replace, left = Path.replace, 0
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    for steps in range(len(list(other.iterdir()))):
+        target = shutil.copytree(made, tmp_path / str(steps))
+        left = steps
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                deliver(other, target)
+        pairs = [zip(content_of(target), one, strict=True) for one in whole]
+        assert any(all(here in (b"", there) for here, there in pair) for pair in pairs)
+        deliver(other, target)
+        assert content_of(target) == content_of(other)
+
+
+def content_of(folder: Path) -> tuple[bytes, ...]:
+    """What decides, of a folder."""
+    files = ("weights.safetensors", "calibration-full.json", "calibration-lean.json")
+    return tuple((folder / n).read_bytes() if (folder / n).is_file() else b"" for n in files)
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(made, tmp_path / "other")
+    (other / "weights.safetensors").write_bytes(b"other")
+    (other / "calibration-lean.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in made.iterdir()}
+
+    def full(source: Path, place: Path) -> None:
+        if source.name == "weights.safetensors":
+            raise OSError(28, "No space left on device")
+        shutil.copy(source, place)
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="No space left"):
+        deliver(other, made)
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == before
 
 
 def test_an_archive_is_known_by_its_weights(

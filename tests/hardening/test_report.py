@@ -1,6 +1,9 @@
 import hashlib
 import json
+import resource
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,36 @@ def test_entries_go_into_a_card_and_a_broken_one_leaves_it_as_it_was(tmp_path: P
     with pytest.raises(ValueError, match=r"\$\.outside: 'rate' is a required property"):
         report.add_to_card(tmp_path, {"outside": entry})
     assert (tmp_path / "card.json").read_bytes() == before
+
+
+def test_figures_that_others_put_into_the_card_meanwhile_stay_in_it(tmp_path: Path) -> None:
+    report.write_card(tmp_path, card_of() | {"threat_model": "Linf 8/255"})
+    names = [f"pgd{steps}" for steps in range(40)]
+
+    def add(name: str) -> None:
+        metric = Metric(Subject("pipeline", "full"), name, 0.5, 10, Threat(), "PGD")
+        report.add_to_card(tmp_path, {"metrics": card_of(metric)["metrics"]})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, names))
+    rows = report.read_card(tmp_path)["metrics"]
+    assert sorted(row["name"] for row in rows) == sorted(names)
+    assert [file.name for file in tmp_path.iterdir()] == ["card.json"]
+
+
+def test_a_card_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
+    report.write_card(tmp_path, {"model": "mine"})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            report.write_card(tmp_path, {"model": "mine" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert report.read_card(tmp_path) == {"model": "mine"}
+    assert [file.name for file in tmp_path.iterdir()] == ["card.json"]
 
 
 def test_what_is_of_more_images_than_what_would_replace_it_is_named() -> None:

@@ -274,3 +274,19 @@ def test_harden_trains_anew_where_the_code_of_your_own_network_changes(tmp_path:
             registry.register("mine", kind)
             places.append(job.place("train", way.training_inputs(None)))
     assert places[0] == places[1] != places[2]
+
+
+def test_weights_are_refused_where_the_name_of_your_own_network_stands_for_other_code(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    file, own = tmp_path / "a.safetensors", Straight()
+    net = Classifier.wrap(own, **TAKE, name="mine")
+    checkpoint.save(file, net, {"classifier": net.config._asdict()})
+    assert torch.equal(logits(pipeline.load_classifier(file), X), logits(net, X))
+    for other in (Net, Rounding):  # their logits are the same, or nearly
+        registry.register("mine", other)
+        with pytest.raises(ValueError, match="registered as mine answers otherwise"):
+            pipeline.load_classifier(file)
+    registry.register("mine", Straight)
+    pipeline.load_classifier(file)
