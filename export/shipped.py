@@ -22,9 +22,13 @@ from rampart.hardening.model.files import (
 BATCHES = (1, 2, 32)  # at which the parity gate compares
 PACKAGE = Path(rampart.__file__).parent
 # The code that defines a graph, by task.
-OBJECTS = "boxes", "defended", "detector", "single_stage", "step", "suspicions", "two_stage"
+OBJECTS = (
+    "boxes", "defended", "detector", "own", "single_stage", "step", "suspicions", "two_stage",
+)  # fmt: skip
 CLASSIFIERS = (
     "hardening/model/classifier.py",
+    "hardening/model/wrapping.py",
+    "hardening/model/pixels.py",
     "hardening/model/purifier.py",
     "hardening/model/detectors.py",
     "hardening/model/pipeline.py",

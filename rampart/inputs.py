@@ -590,6 +590,8 @@ def exporting(
     tensorrt: Path | None,
     ship: bool,
     backend: str,
+    images: Path | None,
+    model_version: int | None,
 ) -> None:
     """What belongs together in an export."""
     if sum(target is not None for target in (out, triton, tensorrt)) + ship != 1:
@@ -599,8 +601,15 @@ def exporting(
         )
     if backend == "python" and not triton:
         raise ValueError("--backend python needs --triton FOLDER")
+    if model_version and not triton:
+        raise ValueError("--model-version is of a model repository: it needs --triton FOLDER")
+    if ship and images:
+        raise ValueError("--ship does not take --images: what ships is compared on fixed crops")
     if model.suffix == ".mar" and backend == "python":
         archive(model)
+        given = {"--variant": variant, "--precision": precision, "--images": images}
+        if named := [option for option, value in given.items() if value]:
+            raise ValueError(f"{model} is packed already: leave out {', '.join(named)}")
         return
     form(model, variant)
     if tensorrt and precision == "int8":

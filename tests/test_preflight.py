@@ -101,6 +101,15 @@ def test_what_cannot_be_exported_is_refused_and_what_is_exported_answers_alike()
         check_export(broken(lambda x, _: x if float(x.sum()) > 0 else -x))
 
 
+def test_a_deep_network_is_exported_too_before_it_is_trained() -> None:
+    deep = Net(lambda x, _: x)
+    deep.layers = nn.ModuleList(nn.Identity() for _ in range(200))
+    net = Classifier.wrap(deep, head="fc", classes=10, image_size=16)
+    net.backbone.net.between = lambda x, _: x if float(x.sum()) > 0 else -x
+    with pytest.raises(ValueError, match="cannot be exported to ONNX"):
+        check_export(net)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size"),

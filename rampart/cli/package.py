@@ -29,6 +29,7 @@ BACKEND = (
     "For --triton: onnxruntime takes pixels and returns the graph's outputs; python also takes"
 )
 BACKEND += " pictures and returns verdicts, from a model folder or a finished .mar"
+VERSION = "Version in the repository of --triton; default 1"
 TRITON, BUILT = "Triton model repository to write to", "The .plan to build, on the GPU that runs it"
 PACKED, PLANNED = "The .mar; default model_store/NAME.mar", "Plan from `rampart export --tensorrt`"
 SHIP = "Write into the model's own folder, so that `rampart archive` needs no torch"
@@ -146,7 +147,7 @@ def export(
     out: Annotated[Path | None, Option(help="The .onnx file to write"), inputs.graph] = None,
     triton: Annotated[Path | None, Option(help=TRITON), inputs.folder_to_write] = None,
     backend: Annotated[Literal["onnxruntime", "python"], Option(help=BACKEND)] = "onnxruntime",
-    model_version: Annotated[int, Option(min=1, help="Version in the repository")] = 1,
+    model_version: Annotated[int | None, Option(min=1, help=VERSION)] = None,
     tensorrt: Annotated[Path | None, Option(help=BUILT), inputs.graph] = None,
     ship: Annotated[bool, Option("--ship", help=SHIP)] = False,
 ) -> None:
@@ -156,7 +157,7 @@ def export(
         from rampart.export.to_triton_python import to_triton_python
 
         few, wanted = form.gate(), (form.variant, form.precision)
-        write = partial(to_triton_python, form.model, triton, version=model_version)
+        write = partial(to_triton_python, form.model, triton, version=model_version or 1)
         say(f"{write(form=wanted, images=few)}: serve it with tritonserver")
         return
     from rampart.models import load
@@ -170,7 +171,7 @@ def export(
     if out:
         say(model.export(out, form=chosen, images=few), f"{out}: {chosen}")
     if triton:
-        home = model.to_triton(triton, form=chosen, version=model_version, images=few)
+        home = model.to_triton(triton, form=chosen, version=model_version or 1, images=few)
         say(f"{home}: serve it with tritonserver")
     if tensorrt:
         say(model.to_tensorrt(tensorrt, form=chosen, images=few))

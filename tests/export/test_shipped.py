@@ -78,6 +78,29 @@ def test_a_graph_of_other_code_is_stale(
     assert find(tiny_shipped, "lean") is None
 
 
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("classify", "hardening/model/wrapping.py"),
+        ("classify", "hardening/model/pixels.py"),
+        ("detect", "hardening/model/pixels.py"),
+        ("detect", "hardening/objects/own.py"),
+    ],
+)
+def test_a_graph_depends_on_what_turns_pixels_and_networks_of_your_own_into_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, file: str
+) -> None:
+    for name in shipped.CODE[task] + (file,):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shipped.PACKAGE / name, tmp_path / name)
+    before = shipped.code(task)
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
+    assert shipped.code(task) == before
+    with (tmp_path / file).open("a") as code:
+        code.write("def other() -> None: ...\n")
+    assert shipped.code(task) != before
+
+
 def test_words_about_the_code_and_its_imports_make_no_other_graph() -> None:
     one = 'import a\n\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n'
     other = "# Doubles.\nfrom b import (\n    c,\n)\ndef f(x):\n    return 2 * x\n"
