@@ -122,7 +122,8 @@ class Server:
         return [worker["pid"] for worker in answer.json()[0]["workers"]]
 
     def java(self) -> psutil.Process:
-        (java,) = psutil.Process(self.process.pid).children()
+        own = psutil.Process(self.process.pid).children()
+        (java,) = (child for child in own if child.name() == "java")  # another one guards it
         return java
 
     def read(self, until: str = "Rampart is ready") -> list[str]:

@@ -126,6 +126,8 @@ class Answering(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Location", self.server.url)
         self.send_header("Content-Length", str(len(text)))
+        if code == 503:
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(text)
 

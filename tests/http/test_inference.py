@@ -228,10 +228,11 @@ def test_streams_whose_next_message_is_awaited_hold_nothing_of_the_one_before(
 
     call = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
     next(call(iter([request.SerializeToString()]), timeout=30))  # what is allocated once, is
-    before, calls = held(), [call(sent(request.SerializeToString()), timeout=60) for _ in range(20)]
+    before, calls = held(), []
     try:
-        for one in calls:
-            answer = CLASSES["ModelStreamInferResponse"].FromString(next(one))
+        for _ in range(20):
+            calls.append(call(sent(request.SerializeToString()), timeout=60))
+            answer = CLASSES["ModelStreamInferResponse"].FromString(next(calls[-1]))
             assert answer.error_message
         assert held() - before < 60e6  # of 120 MB
     finally:

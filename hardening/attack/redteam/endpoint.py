@@ -20,7 +20,6 @@ from rampart.hardening.attack.redteam.said import UNNAMED, Answer, Reading
 from rampart.hardening.model.arrays import Pixels
 
 SIMILAR = "similar_query"  # how the endpoint calls what it throttles
-BUSY = (429, 503)
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before a busy endpoint is asked again, if it does not say
 LONGEST = 60.0  # seconds of a pause that it asks for
 AT_ONCE = 8  # requests to a server that takes one picture each, which may batch them itself
@@ -106,8 +105,6 @@ class Endpoint:
             content = json.loads(text)
         if not isinstance(content, dict) or (status != 200 and content.get("type") != SIMILAR):
             message = content.get("message", text) if isinstance(content, dict) else text
-            if status in BUSY:
-                raise self._overloaded(message)
             raise ValueError(f"{self.url} answers with status {status}: {_short(message)}")
         verdicts = content.get("predictions", [content])  # a single image's comes without a list
         if not isinstance(verdicts, list) or len(verdicts) != len(images):
@@ -125,16 +122,18 @@ class Endpoint:
         raise ValueError(f"{url} answers with status {status}: {_short(text)}")
 
     def _send(self, verb: str, url: str, body: bytes = b"", kind: str = JSON) -> tuple[int, str]:
-        """Status and text, of an endpoint that is busy after some time."""
-        for pause in PAUSES:
-            status, text, wait = self._send_once(verb, url, body, kind)
-            if not _is_busy(status, text):
-                return status, text
-            time.sleep(min(wait or pause, LONGEST))
-        return self._send_once(verb, url, body, kind)[:2]
+        """Status and text, of an endpoint that says when it has time after that."""
+        for pause in (*PAUSES, None):
+            status, text, after = self._send_once(verb, url, body, kind)
+            if not _is_busy(status, text, after):
+                break
+            if pause is None:
+                raise self._overloaded(text)
+            time.sleep(min(float(after) if after.isdecimal() else pause, LONGEST))
+        return status, text
 
-    def _send_once(self, verb: str, url: str, body: bytes, kind: str) -> tuple[int, str, float]:
-        """Status, text, and after how many seconds one is to come again, 0 where that is not said.
+    def _send_once(self, verb: str, url: str, body: bytes, kind: str) -> tuple[int, str, str]:
+        """Status, text, and the header that says when to come again, where there is one.
 
         Neither proxies nor redirects, which might lead to another machine.
         """
@@ -147,26 +146,23 @@ class Endpoint:
             with closing(client(str(parts.hostname), parts.port, timeout=60)) as connection:
                 connection.request(verb, target, body, headers)
                 response = connection.getresponse()
-                after = response.getheader("retry-after", "")
-                wait = float(after) if after.isdecimal() else 0.0
-                return response.status, response.read().decode("utf-8", "replace"), wait
+                text = response.read().decode("utf-8", "replace")
+                return response.status, text, response.getheader("retry-after", "")
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionError(
                 f"{self.url} does not answer ({error or type(error).__name__}): is it running?"
                 " `rampart serve` starts one"
             ) from error
 
-    def _overloaded(self, message: object) -> ConnectionError:
+    def _overloaded(self, message: str) -> ConnectionError:
         return ConnectionError(
-            f"{self.url} is overloaded ({_short(str(message))}): run the same command again when it"
+            f"{self.url} is overloaded ({_short(message)}): run the same command again when it"
             " has time, and what was found is kept"
         )
 
     def _parse(self, verdict: Mapping[str, Any]) -> Answer:
         if verdict.get("type") == SIMILAR:
             return Answer(None, (), UNNAMED, similar=True)
-        if verdict.get("type") == "busy":
-            raise self._overloaded(verdict.get("message", ""))
         try:
             accepted = verdict["decision"] == "accept"
             top = tuple((self._index(t["label"]), float(t["confidence"])) for t in verdict["top"])
@@ -188,11 +184,13 @@ class Endpoint:
         return self.classes.index(label)
 
 
-def _is_busy(status: int, text: str) -> bool:
-    """Whether an answer, or that to one of its images, says to come again."""
-    if status in BUSY:
-        return f'"{SIMILAR}"' not in text
-    return status == 200 and '"type": "busy"' in text
+def _is_busy(status: int, text: str, after: str) -> bool:
+    """Whether an answer, or that to one of its images, says to come `after` some time: TorchServe
+    gives a 503 for what fails, too.
+    """
+    if status == 200:
+        return '"type": "busy"' in text
+    return status in (429, 503) and bool(after) and f'"{SIMILAR}"' not in text
 
 
 def _is_loopback(host: str, port: int | None) -> bool:
