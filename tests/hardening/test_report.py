@@ -1,13 +1,12 @@
 import hashlib
 import json
-import resource
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import full
 
 from rampart.hardening.attack.pgd import Threat
 from rampart.hardening.judge.metrics import Metric
@@ -242,15 +241,8 @@ def test_figures_that_others_put_into_the_card_meanwhile_stay_in_it(tmp_path: Pa
 
 def test_a_card_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
     report.write_card(tmp_path, {"model": "mine"})
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            report.write_card(tmp_path, {"model": "mine" * 1000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    with full(100), pytest.raises(OSError, match="File too large"):
+        report.write_card(tmp_path, {"model": "mine" * 1000})
     assert report.read_card(tmp_path) == {"model": "mine"}
     assert [file.name for file in tmp_path.iterdir()] == ["card.json"]
 
